@@ -1,0 +1,135 @@
+"""Stores what a teacher says on cuts."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import click
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset.collation import collate_features
+from tqdm.auto import tqdm
+
+from icefall_kd.errors import KDError
+from icefall_kd.hook import TeacherHook
+from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.targets.fingerprint import Fingerprint, hash_state_dict, hash_tokens
+from icefall_kd.targets.writer import LogitWriter
+
+
+def open_cuts(path: str) -> CutSet:
+    if not Path(path).is_file():
+        raise KDError(f"the manifest {path} does not exist: make the features first")
+    try:
+        return CutSet.from_file(path)
+    except Exception as e:  # json, gzip and lhotse raise many kinds
+        raise KDError(
+            f"the manifest {path} can't be read ({type(e).__name__}): make it again"
+        ) from None
+
+
+def fingerprint_of(
+    model: torch.nn.Module, settings: Dict[str, Any], cut: Cut, bpe_model: str
+) -> Fingerprint:
+    features = cut.features
+    factor = int(settings.get("subsampling_factor", 4))
+    if features.num_features != int(settings["feature_dim"]):
+        raise KDError(
+            f"the cuts have {features.num_features} features a frame and the teacher "
+            f"takes {settings['feature_dim']}: give the features it was trained on"
+        )
+    return Fingerprint(
+        teacher=hash_state_dict(model.state_dict()),
+        tokens=hash_tokens(bpe_model) if bpe_model else "",
+        vocab_size=int(settings["vocab_size"]),
+        blank_id=int(settings["blank_id"]),
+        subsampling_factor=factor,
+        frame_shift=factor * features.frame_shift,
+        sampling_rate=features.sampling_rate,
+        num_features=features.num_features,
+        feature_type=features.type,
+    )
+
+
+def _checked(cuts: CutSet, path: str) -> Iterator[Cut]:
+    for cut in cuts:
+        if not getattr(cut, "has_features", False):
+            raise KDError(
+                f"the cut {cut.id} of {path} has no features: compute them first"
+            )
+        yield cut
+
+
+def _batches(cuts: Iterator[Cut], max_duration: float) -> Iterator[List[Cut]]:
+    """Batches of at most ``max_duration`` seconds, padding counted, in file order."""
+    batch: List[Cut] = []
+    longest = 0.0
+    for cut in cuts:
+        longest = max(longest, cut.duration)
+        if batch and longest * (len(batch) + 1) > max_duration:
+            yield batch
+            batch, longest = [], cut.duration
+        batch.append(cut)
+    if batch:
+        yield batch
+
+
+def dump(
+    in_cuts: str,
+    out_cuts: str,
+    recipe: str,
+    exp_dir: str,
+    epoch: int,
+    iteration: int,
+    avg: int,
+    use_averaged_model: bool,
+    bpe_model: str,
+    storage_dir: str,
+    max_duration: float,
+    num_threads: int,
+    overwrite: bool,
+) -> None:
+    if max_duration <= 0:
+        raise KDError(f"--max-duration is {max_duration}, and must be above 0")
+    cuts = open_cuts(in_cuts)
+    first = next(_checked(cuts, in_cuts), None)
+    if first is None:
+        raise KDError(f"the manifest {in_cuts} holds no cuts: make the data again")
+    model, settings = load_recipe_model(
+        recipe, exp_dir, epoch, iteration, avg, use_averaged_model
+    )
+    torch.set_num_threads(num_threads or os.cpu_count() or 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    fingerprint = fingerprint_of(model, settings, first, bpe_model)
+    out = Path(out_cuts)
+    storage_dir = storage_dir or str(out.with_name(out.name.split(".jsonl")[0] + "_kd"))
+    with TeacherHook(model) as hook:
+        with LogitWriter(out, storage_dir, fingerprint, overwrite) as writer:
+            if len(writer):
+                logging.warning("%d cuts have their targets already", len(writer))
+            todo = (c for c in _checked(cuts, in_cuts) if c.id not in writer)
+            frames = 0
+            with tqdm(desc="Teacher's targets", unit=" cuts", total=_count(cuts)) as bar:
+                bar.update(len(writer))
+                for batch in _batches(todo, max_duration):
+                    frames += _write(batch, hook, writer, device)
+                    bar.update(len(batch))
+                    bar.set_postfix(frames=frames, MB=writer.bytes_written / 1e6)
+    click.echo(f"{out}: {len(writer)} cuts with targets, arrays in {storage_dir}")
+
+
+def _count(cuts: CutSet) -> int:
+    return sum(1 for _ in cuts)
+
+
+def _write(
+    batch: List[Cut], hook: TeacherHook, writer: LogitWriter, device: torch.device
+) -> int:
+    x, x_lens = collate_features(CutSet.from_cuts(batch))
+    out = hook.encode(x.to(device), x_lens.to(device))
+    for cut, logits, n in zip(batch, out.ctc_logits, out.encoder_out_lens.tolist()):
+        writer.write(cut, logits[:n])
+    return int(out.encoder_out_lens.sum())

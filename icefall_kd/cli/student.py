@@ -1,0 +1,126 @@
+"""Builds a student from a teacher, as a checkpoint that train.py starts from."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, Dict, Tuple
+
+import click
+import torch
+
+from icefall_kd.errors import KDError
+from icefall_kd.recipe.loader import import_train, load_recipe_model
+from icefall_kd.student.build import build_student, check_settings
+from icefall_kd.targets.fingerprint import hash_tokens
+
+PARTS = ("encoder_embed", "encoder", "decoder", "joiner", "ctc_output")
+
+
+def parse_changes(changes: Tuple[str, ...], settings: Dict[str, Any]) -> Dict[str, Any]:
+    """``("encoder-dim=32,32",)`` as values of the types that the teacher's have."""
+    parsed: Dict[str, Any] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not value:
+            raise KDError(f"--set {change} is not of the form NAME=VALUE")
+        check_settings(settings, {name: value})
+        kind = type(settings[name])
+        try:
+            parsed[name] = kind(value) if kind in (int, float) else value
+        except ValueError:
+            raise KDError(
+                f"--set {change}: {name} takes a {kind.__name__}, as the teacher's "
+                f"{settings[name]}"
+            ) from None
+    return parsed
+
+
+def model_names(train) -> Dict[str, Any]:
+    """The recipe's model options with their defaults."""
+    parser = argparse.ArgumentParser()
+    train.add_model_arguments(parser)
+    return vars(parser.parse_args([]))
+
+
+def flags(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:
+    """The options that make the recipe's parser give ``settings``."""
+    words = []
+    for name, default in defaults.items():
+        value = settings.get(name, default)
+        if value != default:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return " ".join(words)
+
+
+def save_start(path: Path, model, params: Dict[str, Any]) -> None:
+    """Write a checkpoint of zero steps: no optimizer, scheduler or sampler."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    torch.save({"model": state, "model_avg": state, **params}, temporary)
+    temporary.replace(path)
+
+
+def student(
+    recipe: str,
+    exp_dir: str,
+    epoch: int,
+    iteration: int,
+    avg: int,
+    use_averaged_model: bool,
+    student_dir: str,
+    changes: Tuple[str, ...],
+    init: str,
+    bpe_model: str,
+    seed: int,
+) -> None:
+    teacher, settings = load_recipe_model(
+        recipe, exp_dir, epoch, iteration, avg, use_averaged_model
+    )
+    if bpe_model:
+        _check_vocabulary(bpe_model, settings)
+    train = import_train(recipe)
+    defaults = model_names(train)
+    params = train.get_params()
+    params.update({k: v for k, v in settings.items() if k in defaults})
+    for name in ("vocab_size", "blank_id", "sos_id", "eos_id", "feature_dim"):
+        if name in settings:
+            params[name] = settings[name]
+    torch.manual_seed(seed)
+    model, params = build_student(
+        teacher, params, parse_changes(changes, params), train.get_model, init
+    )
+    params["average_period"] = settings.get("average_period", 200)
+    path = Path(student_dir) / "epoch-1.pt"
+    save_start(path, model, params)
+    line = flags(params, defaults)
+    path.with_name("student_flags").write_text(line + "\n")
+    _account(teacher, model)
+    click.echo(f"\nThe student stands in {path}. Train it with\n")
+    click.echo(f"  --exp-dir {student_dir} --start-epoch 2 {line}")
+
+
+def _check_vocabulary(bpe_model: str, settings: Dict[str, Any]) -> None:
+    import sentencepiece as spm
+
+    hash_tokens(bpe_model)  # refuses a file that is none
+    sp = spm.SentencePieceProcessor()
+    sp.load(bpe_model)
+    if sp.get_piece_size() != settings["vocab_size"]:
+        raise KDError(
+            f"the BPE model {bpe_model} has {sp.get_piece_size()} symbols and the "
+            f"teacher {settings['vocab_size']}: give the teacher's bpe.model"
+        )
+
+
+def _account(teacher, model) -> None:
+    def count(m, part: str) -> int:
+        module = getattr(m, part, None) if part else m
+        return sum(p.numel() for p in module.parameters()) if module else 0
+
+    click.echo(f"{'parameters':<16}{'teacher':>12}{'student':>12}{'ratio':>8}")
+    for part in (*PARTS, ""):
+        a, b = count(teacher, part), count(model, part)
+        ratio = f"{b / a:.2f}" if a else "-"
+        click.echo(f"{part or 'all':<16}{a:>12,}{b:>12,}{ratio:>8}")

@@ -1,0 +1,87 @@
+"""The recipe's loss and the distillation terms, weighed and added."""
+
+import math
+from typing import Dict, Tuple
+
+import torch
+
+from icefall_kd.errors import KDError
+from icefall_kd.losses.ctc import check_temperature, ctc_kd_loss
+from icefall_kd.types import EncoderOut, Targets
+
+
+class JointKDLoss:
+    """L = hard_weight * L_recipe + ctc_weight * KD_ctc.
+
+    L_recipe is what the recipe's ``compute_loss`` made of its transducer and CTC
+    losses; KD_ctc is :func:`icefall_kd.losses.ctc_kd_loss`. All are sums over frames.
+
+    Args:
+      ctc_weight: Weight of KD_ctc, 0 or more.
+      hard_weight: Weight of the recipe's own loss, 0 or more.
+      temperature: T of the CTC term, above 0.
+
+    Raises:
+      KDError: a weight or temperature out of range, or both weights 0.
+    """
+
+    def __init__(
+        self,
+        ctc_weight: float = 0.8,
+        hard_weight: float = 0.2,
+        temperature: float = 2.0,
+    ) -> None:
+        for name, value in (("ctc", ctc_weight), ("hard", hard_weight)):
+            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise KDError(
+                    f"the KD {name} weight is {value!r}, and must be a finite number "
+                    f"from 0 on: mend --kd-{name}-weight"
+                )
+        if ctc_weight == 0 and hard_weight == 0:
+            raise KDError(
+                "the KD ctc weight and the KD hard weight are both 0, so there is "
+                "nothing to train: give --kd-ctc-weight or --kd-hard-weight a value"
+            )
+        check_temperature(temperature)
+        self.ctc_weight = float(ctc_weight)
+        self.hard_weight = float(hard_weight)
+        self.temperature = float(temperature)
+
+    def __call__(
+        self, hard_loss: torch.Tensor, student: EncoderOut, targets: Targets
+    ) -> Tuple[torch.Tensor, Dict[str, float]]:
+        """Add the terms.
+
+        Args:
+          hard_loss: Scalar, the recipe's loss.
+          student: What the student's forward pass gave.
+          targets: What the teacher said on the same batch.
+
+        Returns:
+          The joint loss, and the unweighted terms by name, to be logged.
+
+        Raises:
+          KDError: numbers of frames or symbols of student and teacher that differ.
+        """
+        v_student = student.ctc_logits.size(-1)
+        v_teacher = targets.ctc_logits.size(-1)
+        if v_student != v_teacher:
+            raise KDError(
+                f"the student's CTC head has {v_student} symbols and the teacher's "
+                f"targets have {v_teacher}: both need the same BPE model"
+            )
+        lens = student.encoder_out_lens
+        if lens.tolist() != targets.lens.tolist():
+            raise KDError(
+                f"the student gives {lens.tolist()} frames for the cuts of a batch and "
+                f"the teacher's targets have {targets.lens.tolist()}: the cuts were "
+                "changed after the targets were made, or the frame rates differ; run "
+                "`icefall-kd dump` on the cuts that are trained on"
+            )
+        targets = targets.to(student.ctc_logits.device)
+        t = int(lens.max())
+        kd_ctc = ctc_kd_loss(
+            student.ctc_logits[:, :t], targets.ctc_logits[:, :t], lens, self.temperature
+        )
+        loss = self.hard_weight * hard_loss + self.ctc_weight * kd_ctc
+        return loss, {"kd_ctc_loss": kd_ctc.detach().cpu().item()}

@@ -1,0 +1,143 @@
+"""Rebuilds a recipe's model from its checkpoints, with the recipe's own code."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, List, Tuple, Union
+
+import torch
+from torch import nn
+
+from icefall_kd.errors import KDError
+
+# What a checkpoint holds beside the recipe's params.
+_STATE = (
+    "model",
+    "model_avg",
+    "optimizer",
+    "scheduler",
+    "grad_scaler",
+    "sampler",
+)
+
+
+def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
+    """Import the ``train`` module of a recipe folder."""
+    folder = Path(recipe_dir).resolve()
+    if not (folder / "train.py").is_file():
+        raise KDError(
+            f"the recipe folder {recipe_dir} holds no train.py: give --recipe the "
+            "folder of the recipe's train.py, such as ./zipformer"
+        )
+    loaded = sys.modules.get("train")
+    if loaded is not None and Path(loaded.__file__).resolve().parent != folder:
+        for name in ("train", "asr_datamodule", "model"):
+            sys.modules.pop(name, None)
+    if str(folder) in sys.path:
+        sys.path.remove(str(folder))
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("train")
+
+
+def _checkpoint_module() -> ModuleType:
+    for name in ("icefall.checkpoint", "zipformer.utils.checkpoint"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise KDError(
+        "neither icefall nor the package zipformer can be imported: put icefall on "
+        "PYTHONPATH, or run `pip install zipformer==0.1.3`"
+    )
+
+
+def checkpoint_files(
+    exp_dir: Union[str, Path], epoch: int, iteration: int, avg: int, averaged: bool
+) -> List[Path]:
+    """The files that ``--epoch``/``--iter``, ``--avg`` and averaging ask for.
+
+    Returns:
+      One file to load as it is, [start, end] for the averaged model between two
+      checkpoints, or ``avg`` files to average.
+    """
+    exp_dir = Path(exp_dir)
+    if iteration > 0:
+        found = sorted(
+            exp_dir.glob("checkpoint-*.pt"), key=lambda p: int(p.stem.split("-")[1])
+        )
+        found = [p for p in found if int(p.stem.split("-")[1]) <= iteration]
+        want = avg + 1 if averaged else avg
+        if len(found) < want:
+            raise KDError(
+                f"{exp_dir} has {len(found)} checkpoint-*.pt up to {iteration}, and "
+                f"--iter {iteration} --avg {avg} need {want}: lower --avg, or train "
+                "with a smaller --save-every-n"
+            )
+        files = [found[-want], found[-1]] if averaged else found[-want:]
+    elif avg == 1 and not averaged:
+        files = [exp_dir / f"epoch-{epoch}.pt"]
+    elif averaged:
+        files = [exp_dir / f"epoch-{epoch - avg}.pt", exp_dir / f"epoch-{epoch}.pt"]
+    else:
+        files = [exp_dir / f"epoch-{e}.pt" for e in range(epoch - avg + 1, epoch + 1)]
+    for path in files:
+        if not path.is_file():
+            raise KDError(
+                f"the checkpoint {path} does not exist: mend --exp-dir, --epoch, "
+                "--iter or --avg"
+            )
+    return files
+
+
+def load_checkpoint(path: Path) -> Dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as e:  # torch raises many kinds for a damaged file
+        raise KDError(
+            f"the checkpoint {path} can't be read ({type(e).__name__}): copy or train "
+            "it again"
+        ) from None
+
+
+def settings_of(checkpoint: Dict[str, Any], path: Path) -> Dict[str, Any]:
+    """The recipe's params that a checkpoint holds beside its states."""
+    settings = {k: v for k, v in checkpoint.items() if k not in _STATE}
+    if "encoder_dim" not in settings or "vocab_size" not in settings:
+        raise KDError(
+            f"the checkpoint {path} holds no model settings (encoder_dim, vocab_size): "
+            "use an epoch-N.pt or checkpoint-N.pt of the recipe's own training"
+        )
+    return settings
+
+
+def load_recipe_model(
+    recipe_dir: Union[str, Path],
+    exp_dir: Union[str, Path],
+    epoch: int = 0,
+    iteration: int = 0,
+    avg: int = 1,
+    use_averaged_model: bool = False,
+) -> Tuple[nn.Module, Dict[str, Any]]:
+    """Build a recipe's model as it was trained, and load its parameters strictly.
+
+    Returns:
+      The model, in eval mode, and the settings found in its checkpoint.
+    """
+    train = import_train(recipe_dir)
+    files = checkpoint_files(exp_dir, epoch, iteration, avg, use_averaged_model)
+    checkpoint = load_checkpoint(files[-1])
+    settings = settings_of(checkpoint, files[-1])
+    params = train.get_params()
+    params.update(settings)
+    model = train.get_model(params)
+    if use_averaged_model:
+        state = _checkpoint_module().average_checkpoints_with_averaged_model(
+            filename_start=str(files[0]), filename_end=str(files[1])
+        )
+    elif len(files) > 1:
+        state = _checkpoint_module().average_checkpoints([str(f) for f in files])
+    else:
+        state = checkpoint["model"]
+    model.load_state_dict(state, strict=True)
+    return model.eval(), settings

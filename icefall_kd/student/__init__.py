@@ -1,0 +1,3 @@
+from icefall_kd.student.build import build_student
+
+__all__ = ["build_student"]
