@@ -33,8 +33,6 @@ setup(
     ],
     extras_require={
         "digits": digits,
-        "rnnt": ["fast_rnnt>=1.3"],
-        "fbank": ["kaldifeat>=1.24"],
         "test": digits
         + ["pytest>=7", "hypothesis>=6", "black==25.1.0", "isort==5.13.2"]
         + ["ruff==0.8.6"],

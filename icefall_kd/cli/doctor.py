@@ -14,7 +14,7 @@ _PARTS: List[Tuple[str, str, str, str]] = [
     ("sentencepiece", "sentencepiece", "recipe", "pip install sentencepiece"),
     ("torchaudio", "torchaudio", "recipe", "pip install torchaudio"),
     ("kaldialign", "kaldialign", "recipe", "pip install kaldialign"),
-    ("zipformer", "zipformer", "egs/digits", "pip install zipformer==0.1.3"),
+    ("zipformer.modules", "zipformer", "egs/digits", "pip install zipformer==0.1.3"),
     ("icefall", "icefall", "egs/librispeech", "put icefall on PYTHONPATH"),
     ("kaldifeat", "kaldifeat", "optional", "tools/install_native.py kaldifeat"),
 ]
@@ -35,7 +35,7 @@ def _version(module: str, distribution: str) -> str:
 def doctor() -> None:
     rows = []
     for module, distribution, need, install in _PARTS:
-        rows.append((module, _version(module, distribution), need, install))
+        rows.append((distribution, _version(module, distribution), need, install))
     found = {name for name, version, *_ in rows if version}
     click.echo(f"{'part':<15}{'version':<22}{'for':<17}to install")
     for name, version, need, install in rows:

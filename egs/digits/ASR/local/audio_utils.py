@@ -1,0 +1,141 @@
+"""Audio of the digits recipe: 16-bit mono wav at 8 kHz, coloured noise, levels.
+
+Samples are float64 in [-1, 1) of shape (num_samples,).
+"""
+
+import io
+import wave
+from functools import lru_cache
+from pathlib import Path
+from typing import Sequence, Tuple
+
+import numpy as np
+from script_utils import UserError
+
+SAMPLING_RATE = 8000
+SNR_RANGE = (0.0, 15.0)  # dB, over the whole utterance
+MARGIN_RANGE = (0.1, 0.2)  # seconds of silence at either end
+MAX_PAUSE = 0.25  # seconds between two digits
+GAIN_RANGE = (-3.0, 3.0)  # dB, of one digit against the others
+SPEED_RANGE = (0.8, 1.25)  # of training utterances; pitch and formants go with it
+
+
+def read_wav(path: Path) -> np.ndarray:
+    try:
+        with wave.open(str(path), "rb") as f:
+            rate, width, channels = f.getframerate(), f.getsampwidth(), f.getnchannels()
+            data = f.readframes(f.getnframes())
+    except (wave.Error, EOFError) as e:
+        raise UserError(f"{path} is not a wav file ({e}), replace or remove it") from e
+    if (rate, width, channels) != (SAMPLING_RATE, 2, 1):
+        raise UserError(
+            f"{path} has {rate} Hz, {8 * width} bits and {channels} channel(s) where "
+            f"{SAMPLING_RATE} Hz, 16 bits and 1 channel are needed, convert or remove "
+            "it"
+        )
+    if len(data) < 2:
+        raise UserError(f"{path} holds 0 samples, replace or remove it")
+    return np.frombuffer(data, dtype="<i2").astype(np.float64) / 32768
+
+
+def write_wav(path: Path, samples: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as f:
+        f.setframerate(SAMPLING_RATE)
+        f.setsampwidth(2)
+        f.setnchannels(1)
+        pcm = np.clip(np.round(samples * 32768), -32768, 32767).astype("<i2")
+        f.writeframes(pcm.tobytes())
+    path.write_bytes(buffer.getvalue())
+
+
+def power(samples: np.ndarray) -> float:
+    return float(np.mean(samples**2))
+
+
+def level(samples: np.ndarray, window: int = SAMPLING_RATE // 10) -> float:
+    """Root mean square of the loudest 0.1 s, which silence around does not change."""
+    window = min(window, samples.size)
+    energy = np.concatenate([[0.0], np.cumsum(samples**2)])
+    return float(np.sqrt(max(np.max(energy[window:] - energy[:-window]), 0) / window))
+
+
+def silence(seconds: float) -> np.ndarray:
+    return np.zeros(int(round(seconds * SAMPLING_RATE)))
+
+
+def join_digits(
+    recordings: Sequence[np.ndarray], rng: np.random.Generator
+) -> np.ndarray:
+    """Join recordings with pauses; each is brought to one level, give or take 3 dB."""
+    parts = []
+    for i, samples in enumerate(recordings):
+        if i > 0:
+            parts.append(silence(rng.uniform(0, MAX_PAUSE)))
+        gain_db = rng.uniform(*GAIN_RANGE)
+        parts.append(samples * 10 ** (gain_db / 20) / level(samples))
+    return np.concatenate(parts)
+
+
+@lru_cache
+def get_resampler(old_rate: int, new_rate: int):
+    import torch
+    import torchaudio
+
+    torch.set_num_threads(1)
+    # The filter takes longer to make than to use; the transform keeps it.
+    return torchaudio.transforms.Resample(old_rate, new_rate, dtype=torch.float64)
+
+
+def resample(samples: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
+    import torch
+
+    return get_resampler(old_rate, new_rate)(torch.from_numpy(samples)).numpy()
+
+
+def change_speed(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Play at a random speed: few speakers then stand for more."""
+    low, high = np.log(SPEED_RANGE)
+    percent = int(round(100 * np.exp(rng.uniform(low, high))))
+    return resample(samples, percent, 100)
+
+
+def add_margins(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    before, after = rng.uniform(*MARGIN_RANGE, size=2)
+    return np.concatenate([silence(before), samples, silence(after)])
+
+
+def coloured_noise(num_samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Noise of power 1: amplitude f^-a, a uniform from 0 (white) to 1 (brown), with
+    mains hum in every other one."""
+    num_fft = 1 << (num_samples - 1).bit_length()
+    frequency = np.fft.rfftfreq(num_fft, 1 / SAMPLING_RATE)
+    tilt = np.maximum(frequency, 50.0) ** -rng.uniform(0, 1)
+    noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(num_fft)) * tilt, num_fft)
+    noise = noise[:num_samples] / np.sqrt(power(noise[:num_samples]))
+    if rng.random() < 0.5:
+        time = np.arange(num_samples) / SAMPLING_RATE
+        mains = rng.uniform(49, 61)
+        hum = sum(
+            np.sin(2 * np.pi * (k * mains * time + rng.random())) / k
+            for k in range(1, 6)
+        )
+        noise += hum * np.sqrt(10 ** (rng.uniform(-10, 3) / 10) / power(hum))
+        noise /= np.sqrt(power(noise))
+    return noise
+
+
+def add_noise(speech: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray, float]:
+    """Returns speech + noise, and the signal-to-noise ratio in dB."""
+    snr = rng.uniform(*SNR_RANGE)
+    noise = coloured_noise(speech.size, rng)
+    return speech + noise * np.sqrt(power(speech) / 10 ** (snr / 10)), snr
+
+
+def finish_utterance(
+    speech: np.ndarray, rng: np.random.Generator
+) -> Tuple[np.ndarray, float]:
+    """Margins, noise and a peak of -1 to -10 dB; returns samples and SNR in dB."""
+    samples, snr = add_noise(add_margins(speech, rng), rng)
+    peak_db = rng.uniform(-10, -1)
+    return samples * 10 ** (peak_db / 20) / np.max(np.abs(samples)), snr

@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""
+Compute log Mel filter banks of all cuts of the digits recipe.
+
+Usage:
+  ./local/compute_fbank.py --manifest-dir data/manifests --output-dir data/fbank
+
+For each digits_cuts_{split}.jsonl.gz in --manifest-dir it writes, in --output-dir,
+the arrays under feats_{split} and then a manifest of the same name. A split that
+is there already is skipped if it was made from the same cuts in the same way.
+"""
+
+import argparse
+import logging
+import multiprocessing
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List
+
+import numpy as np
+from audio_utils import SAMPLING_RATE
+from script_utils import (
+    UserError,
+    check_at_least,
+    read_manifest,
+    replace_dir,
+    run_script,
+    staged_dir,
+    str2bool,
+    write_manifest,
+)
+from tqdm.auto import tqdm
+
+Cut = Dict[str, Any]  # a cut as it stands in a manifest
+Mapper = Callable[[Callable[[Cut], Cut], List[Cut]], Iterable[Cut]]
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--manifest-dir",
+        type=Path,
+        default=Path("data/manifests"),
+        help="The folder with digits_cuts_*.jsonl.gz",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("data/fbank"),
+        help="Where features and manifests go; the manifests name the features by "
+        "this path",
+    )
+    parser.add_argument(
+        "--num-mel-bins", type=int, default=40, help="Number of Mel filters"
+    )
+    parser.add_argument(
+        "--extractor",
+        type=str,
+        default="auto",
+        choices=["auto", "kaldifeat", "lhotse"],
+        help="auto: kaldifeat where it is installed, else lhotse",
+    )
+    parser.add_argument(
+        "--num-jobs", type=int, default=1, choices=[1, 2], help="Number of processes"
+    )
+    parser.add_argument(
+        "--overwrite",
+        type=str2bool,
+        default=False,
+        help="Compute again what is there already",
+    )
+    return parser.parse_args()
+
+
+def choose_extractor(extractor: str) -> str:
+    """Returns kaldifeat or lhotse."""
+    if extractor == "lhotse":
+        return extractor
+    try:
+        import kaldifeat  # noqa: F401
+    except ImportError as e:
+        if extractor == "auto":
+            return "lhotse"
+        raise UserError(
+            f"--extractor is kaldifeat but it cannot be imported ({e}), run python "
+            "tools/install_native.py kaldifeat or give --extractor lhotse"
+        ) from e
+    return "kaldifeat"
+
+
+def make_extractor(extractor: str, num_mel_bins: int):
+    # Both have dither 0, snip_edges False and filters from 20 Hz to 3600 Hz.
+    if extractor == "kaldifeat":
+        from lhotse import KaldifeatFbank, KaldifeatFbankConfig
+        from lhotse.features.kaldifeat import KaldifeatFrameOptions, KaldifeatMelOptions
+
+        return KaldifeatFbank(
+            KaldifeatFbankConfig(
+                frame_opts=KaldifeatFrameOptions(
+                    sampling_rate=SAMPLING_RATE, dither=0.0, snip_edges=False
+                ),
+                mel_opts=KaldifeatMelOptions(num_bins=num_mel_bins),
+            )
+        )
+    from lhotse import Fbank, FbankConfig
+
+    return Fbank(
+        FbankConfig(
+            sampling_rate=SAMPLING_RATE,
+            num_mel_bins=num_mel_bins,
+            dither=0.0,
+            snip_edges=False,
+        )
+    )
+
+
+def check_cuts(cuts: List[Cut], manifest: Path) -> None:
+    for cut in cuts:
+        recording = cut.get("recording")
+        if recording is None:
+            raise UserError(
+                f"cut {cut['id']} in {manifest} has no recording, make the manifest "
+                "again"
+            )
+        if recording["sampling_rate"] != SAMPLING_RATE:
+            raise UserError(
+                f"cut {cut['id']} in {manifest} has {recording['sampling_rate']} Hz "
+                f"where {SAMPLING_RATE} Hz are needed, make the manifest again"
+            )
+        source = recording["sources"][0]
+        if source["type"] == "file" and not Path(source["source"]).is_file():
+            raise UserError(
+                f"the audio {source['source']} of cut {cut['id']} in {manifest} does "
+                "not exist, start from the folder in which the manifest was made or "
+                "make it again"
+            )
+
+
+def is_done(cuts: List[Cut], output: Path, extractor: str, num_mel_bins: int) -> bool:
+    """Whether `output` holds the features of just these cuts; if of others, refuse."""
+    if not output.exists():
+        return False
+    old = read_manifest(output)
+    features = [cut.pop("features", {}) for cut in old]
+    name = {"kaldifeat": "kaldifeat-fbank", "lhotse": "kaldi-fbank"}[extractor]
+    wanted = f"{num_mel_bins} bins by {name}"
+    there = f"{features[0].get('num_features')} bins by {features[0].get('type')}"
+    if there != wanted:
+        difference = f"{there} where {wanted} are asked for"
+    elif len(old) != len(cuts):
+        difference = f"{len(old)} cuts where there are now {len(cuts)}"
+    elif old != cuts:
+        first = next(
+            new["id"] for was, new in zip(old, cuts, strict=True) if was != new
+        )
+        difference = f"another cut than the present {first}"
+    else:
+        return True
+    raise UserError(f"{output} has {difference}, give --overwrite true to replace it")
+
+
+_extractor = None  # one for each process
+
+
+def init_process(extractor: str, num_mel_bins: int) -> None:
+    import torch
+
+    global _extractor
+    torch.set_num_threads(1)
+    _extractor = make_extractor(extractor, num_mel_bins)
+
+
+def compute_features(cut: Cut, scratch: str, final: str) -> Cut:
+    """Store the features under `scratch`; the returned cut says they are in `final`."""
+    from lhotse import Features, NumpyFilesWriter
+    from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
+    from lhotse.serialization import deserialize_item
+
+    item = deserialize_item(deepcopy(cut))  # it takes its argument apart
+    try:
+        samples = item.load_audio()
+    except (AudioLoadingError, DurationMismatchError) as e:
+        raise UserError(
+            f"the audio of cut {cut['id']} cannot be read ({e}), make the corpus again"
+        ) from e
+    array = np.asarray(_extractor.extract(samples, SAMPLING_RATE))
+    with NumpyFilesWriter(scratch) as writer:
+        # Lhotse's own way would draw a random key.
+        key = writer.write(cut["id"], array)
+    features = Features(
+        type=_extractor.name,
+        num_frames=array.shape[0],
+        num_features=array.shape[1],
+        frame_shift=_extractor.frame_shift,
+        sampling_rate=SAMPLING_RATE,
+        start=item.start,
+        duration=item.duration,
+        storage_type=writer.name,
+        storage_path=final,
+        storage_key=key,
+        recording_id=item.recording_id,
+        channels=item.channel,
+    )
+    return {**cut, "features": features.to_dict()}
+
+
+@contextmanager
+def open_mapper(num_jobs: int, extractor: str, num_mel_bins: int) -> Iterator[Mapper]:
+    """Gives a lazy, ordered map over `num_jobs` processes."""
+    if num_jobs == 1:
+        init_process(extractor, num_mel_bins)
+        yield map
+        return
+    # spawn: torch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(num_jobs, init_process, (extractor, num_mel_bins)) as pool:
+        yield partial(pool.imap, chunksize=16)
+
+
+def compute_split(mapper: Mapper, cuts: List[Cut], split: str, output: Path) -> None:
+    output_dir = output.parent
+    feats_dir = output_dir / f"feats_{split}"
+    with staged_dir(output_dir) as scratch:
+        compute = partial(
+            compute_features,
+            scratch=str(scratch / feats_dir.name),
+            final=str(feats_dir),
+        )
+        done = list(tqdm(mapper(compute, cuts), f"fbank {split}", total=len(cuts)))
+        write_manifest(scratch / output.name, done)
+        if output.exists():
+            output.unlink()
+        replace_dir(scratch / feats_dir.name, feats_dir)
+        (scratch / output.name).rename(output)
+
+
+def main() -> None:
+    args = get_args()
+    check_at_least(args.num_mel_bins, 1, "--num-mel-bins")
+    args.extractor = choose_extractor(args.extractor)
+    prefix, suffix = "digits_cuts_", ".jsonl.gz"
+    manifests = sorted(args.manifest_dir.glob(f"{prefix}*{suffix}"))
+    if not manifests:
+        raise UserError(
+            f"--manifest-dir {args.manifest_dir} holds 0 files digits_cuts_*.jsonl.gz, "
+            "run local/prepare_fsdd.py or local/prepare_espeak.py first"
+        )
+    if args.manifest_dir.resolve() == args.output_dir.resolve():
+        raise UserError(
+            f"--manifest-dir {args.manifest_dir} and --output-dir {args.output_dir} "
+            "are one folder, name another --output-dir"
+        )
+    todo = []
+    for manifest in manifests:
+        cuts = read_manifest(manifest)
+        output = args.output_dir / manifest.name
+        split = manifest.name[len(prefix) : -len(suffix)]
+        if not args.overwrite and is_done(
+            cuts, output, args.extractor, args.num_mel_bins
+        ):
+            logging.info(f"{output} exists - skipping")
+            continue
+        check_cuts(cuts, manifest)
+        todo.append((cuts, split, output))
+    if not todo:
+        return
+    with open_mapper(args.num_jobs, args.extractor, args.num_mel_bins) as mapper:
+        for cuts, split, output in todo:
+            compute_split(mapper, cuts, split, output)
+            logging.info(f"{split}: {len(cuts)} cuts in {output}, {args.extractor}")
+
+
+if __name__ == "__main__":
+    run_script(main)

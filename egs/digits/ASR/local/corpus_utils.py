@@ -1,0 +1,170 @@
+"""Write a corpus of digit strings: wav files and ordinary Lhotse manifests."""
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+import numpy as np
+from audio_utils import SAMPLING_RATE, write_wav
+from script_utils import (
+    UserError,
+    check_at_least,
+    read_manifest,
+    replace_dir,
+    staged_dir,
+    write_manifest,
+)
+from tqdm.auto import tqdm
+
+WORDS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
+NUM_DIGITS = (2, 6)  # fewest and most digits in an utterance
+SPLITS = ("train", "train-untranscribed", "dev", "test")
+
+
+@dataclass
+class Utterance:
+    samples: np.ndarray  # (num_samples,)
+    speaker: str
+    text: Optional[str]  # None: untranscribed
+    custom: Dict[str, Any]  # goes into the supervision, JSON values only
+
+
+# For each split: the number of utterances and what makes the i-th of them.
+Makers = Dict[str, Tuple[int, Callable[[int], Utterance]]]
+
+
+def add_corpus_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="Seed of all randomness")
+    for option, split, default in [
+        ("--num-train", "train", 1600),
+        ("--num-untranscribed", "train-untranscribed", 0),
+        ("--num-dev", "dev", 96),
+        ("--num-test", "test", 300),
+    ]:
+        parser.add_argument(
+            option, type=int, default=default, help=f"Number of utterances in {split}"
+        )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("data/manifests"),
+        help="Where the manifests go",
+    )
+    parser.add_argument(
+        "--audio-dir",
+        type=Path,
+        default=Path("data/audio"),
+        help="Where the wav files go; the manifests name them by this path",
+    )
+
+
+def check_corpus_args(args: argparse.Namespace) -> None:
+    check_at_least(args.seed, 0, "--seed")
+    check_at_least(args.num_train, 1, "--num-train")
+    check_at_least(args.num_untranscribed, 0, "--num-untranscribed")
+    check_at_least(args.num_dev, 1, "--num-dev")
+    check_at_least(args.num_test, 1, "--num-test")
+
+
+def utterance_rng(seed: int, split: str, index: int) -> np.random.Generator:
+    """One utterance's randomness: independent of how many others there are."""
+    return np.random.default_rng([seed, SPLITS.index(split), index])
+
+
+def draw_digits(rng: np.random.Generator) -> Sequence[int]:
+    num_digits = rng.integers(NUM_DIGITS[0], NUM_DIGITS[1] + 1)
+    return rng.integers(0, 10, size=num_digits).tolist()
+
+
+def digits_to_text(digits: Sequence[int]) -> str:
+    return " ".join(WORDS[d] for d in digits)
+
+
+def manifest_path(output_dir: Path, split: str) -> Path:
+    return output_dir / f"digits_cuts_{split}.jsonl.gz"
+
+
+def make_cut(cut_id: str, utterance: Utterance, path: Path) -> Dict[str, Any]:
+    from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
+
+    num_samples = utterance.samples.size
+    duration = num_samples / SAMPLING_RATE
+    recording = Recording(
+        id=cut_id,
+        sources=[AudioSource(type="file", channels=[0], source=str(path))],
+        sampling_rate=SAMPLING_RATE,
+        num_samples=num_samples,
+        duration=duration,
+    )
+    supervision = SupervisionSegment(
+        id=cut_id,
+        recording_id=cut_id,
+        start=0.0,
+        duration=duration,
+        channel=0,
+        text=utterance.text,
+        language="English",
+        speaker=utterance.speaker,
+        custom=utterance.custom,
+    )
+    return MonoCut(
+        id=cut_id,
+        start=0.0,
+        duration=duration,
+        channel=0,
+        supervisions=[supervision],
+        recording=recording,
+    ).to_dict()
+
+
+def check_replaceable(audio_dir: Path, manifest: Path) -> None:
+    """Refuse to replace audio that another folder's manifest points to."""
+    if not audio_dir.exists():
+        return
+    if manifest.exists():
+        recording = read_manifest(manifest)[0].get("recording", {})
+        sources = [source["source"] for source in recording.get("sources", [])]
+        if [Path(source).parent for source in sources] == [audio_dir]:
+            return
+    raise UserError(
+        f"{audio_dir} exists but {manifest} does not describe it, name another "
+        "--audio-dir or remove that folder"
+    )
+
+
+def write_corpus(name: str, makers: Makers, output_dir: Path, audio_dir: Path) -> None:
+    """Write `audio_dir/{name}-{split}/*.wav` and the manifests of all splits.
+
+    All is made in scratch folders first. What an earlier run left is replaced, a
+    split that is no longer wanted included.
+    """
+    for split in SPLITS:
+        check_replaceable(
+            audio_dir / f"{name}-{split}", manifest_path(output_dir, split)
+        )
+    with staged_dir(audio_dir) as audio, staged_dir(output_dir) as manifests:
+        for split, (num_utterances, make) in makers.items():
+            split_dir = f"{name}-{split}"
+            (audio / split_dir).mkdir()
+            cuts = []
+            for i in tqdm(range(num_utterances), desc=f"{name} {split}"):
+                utterance = make(i)
+                cut_id = f"{name}-{utterance.speaker}-{split}-{i:06d}"
+                write_wav(audio / split_dir / f"{cut_id}.wav", utterance.samples)
+                path = audio_dir / split_dir / f"{cut_id}.wav"
+                cuts.append(make_cut(cut_id, utterance, path))
+            write_manifest(manifest_path(manifests, split), cuts)
+
+        for split in SPLITS:
+            if manifest_path(output_dir, split).exists():
+                manifest_path(output_dir, split).unlink()
+            if split in makers:
+                replace_dir(audio / f"{name}-{split}", audio_dir / f"{name}-{split}")
+            elif (audio_dir / f"{name}-{split}").exists():
+                (audio_dir / f"{name}-{split}").rename(audio / f"{name}-{split}")
+        for split in makers:
+            manifest_path(manifests, split).rename(manifest_path(output_dir, split))
+            num_utterances = makers[split][0]
+            logging.info(f"{split}: {num_utterances} utterances in {output_dir}")

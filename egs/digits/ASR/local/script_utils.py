@@ -1,0 +1,117 @@
+"""What the scripts of this folder share: refusals, logging, staged outputs and
+manifests as plain JSON lines."""
+
+import argparse
+import gzip
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List
+
+LOG_FORMAT = "%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] %(message)s"
+
+
+class UserError(Exception):
+    """What is wrong, both values and the remedy, in one sentence."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main`; a refusal becomes one line on stderr and exit status 1."""
+    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
+    try:
+        main()
+    except UserError as e:
+        message = str(e)
+    except OSError as e:
+        message = (
+            f"cannot read or write {e.filename or 'the output'} ({e.strerror or e}), "
+            "free some space there or name another folder"
+        )
+    else:
+        return
+    script = Path(sys.argv[0]).name
+    print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+def str2bool(value: str) -> bool:
+    if value.lower() in ("true", "yes", "t", "y", "1"):
+        return True
+    if value.lower() in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"true or false expected, got {value!r}")
+
+
+def check_at_least(value: int, minimum: int, option: str) -> None:
+    if value < minimum:
+        raise UserError(
+            f"{option} is {value} but must be at least {minimum}, give a larger number"
+        )
+
+
+@contextmanager
+def staged_dir(parent: Path) -> Iterator[Path]:
+    """A scratch folder inside `parent`, gone at the end.
+
+    Finished files are renamed from it to their place, so that no output is ever
+    half-written. If the body fails, the parents made for it go too.
+    """
+    made = [p for p in [parent, *parent.parents] if not p.exists()]
+    scratch = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
+        yield scratch
+    except BaseException:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for p in made:
+            if p.is_dir() and not any(p.iterdir()):
+                p.rmdir()
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_dir(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, in place of what is there."""
+    if target.exists():
+        target.rename(source.with_name(source.name + ".old"))
+    source.rename(target)
+
+
+def write_manifest(path: Path, items: Iterable[Dict[str, Any]]) -> None:
+    """Write .jsonl.gz without a time stamp: the same items give the same bytes."""
+    with open(path, "wb") as raw:
+        with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as f:
+            for item in items:
+                f.write((json.dumps(item, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(path: Path) -> List[Dict[str, Any]]:
+    """Read the cuts of .jsonl.gz or .jsonl as dicts."""
+    if not path.is_file():
+        raise UserError(
+            f"the manifest {path} does not exist, run the stage that makes it or name "
+            "another"
+        )
+    try:
+        opened = gzip.open if path.name.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as f:
+            items = [json.loads(line) for line in f if line.strip()]
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as e:
+        raise UserError(
+            f"the manifest {path} is damaged ({e}), make it again from the start"
+        ) from e
+    if not items:
+        raise UserError(f"the manifest {path} holds 0 cuts, make it again with some")
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict) or "id" not in item:
+            raise UserError(
+                f"line {number} of {path} is not a cut, name a manifest of cuts"
+            )
+    return items

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""
+Check that a manifest with features is fit for training and decoding.
+
+Usage:
+  ./local/validate_manifest.py data/fbank/digits_cuts_train.jsonl.gz \\
+    --bpe-model data/lang_bpe_54/bpe.model
+  ./local/validate_manifest.py --allow-untranscribed true \\
+    data/fbank/digits_cuts_train-untranscribed.jsonl.gz
+
+Exit status 1 and one sentence name the first cut that is not fit:
+  - an id that another cut has,
+  - no supervision or more than one,
+  - no text, unless --allow-untranscribed true,
+  - no features,
+  - a sampling rate other than 8000 Hz,
+  - with --bpe-model: text with unknown tokens, or fewer frames after subsampling
+    than tokens + 2.
+"""
+
+import argparse
+import logging
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Optional, Set
+
+from audio_utils import SAMPLING_RATE
+from script_utils import UserError, read_manifest, run_script, str2bool
+
+SPARE_FRAMES = 2
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("manifest", type=Path, help="The manifest to check")
+    parser.add_argument(
+        "--bpe-model",
+        type=Path,
+        default=None,
+        help="Check also that there are frames enough for the tokens of this model",
+    )
+    parser.add_argument(
+        "--allow-untranscribed",
+        type=str2bool,
+        default=False,
+        help="Accept supervisions without text",
+    )
+    return parser.parse_args()
+
+
+def load_bpe_model(path: Path) -> Any:
+    import sentencepiece as spm
+
+    if not path.is_file():
+        raise UserError(
+            f"--bpe-model {path} does not exist, run local/train_bpe_model.py or name "
+            "another"
+        )
+    sp = spm.SentencePieceProcessor()
+    try:
+        sp.load(str(path))
+    except RuntimeError as e:
+        raise UserError(
+            f"--bpe-model {path} is no sentencepiece model, run "
+            "local/train_bpe_model.py to make it again"
+        ) from e
+    return sp
+
+
+def num_subsampled_frames(num_frames: int) -> int:
+    """Frames after the convolutions and the encoder's last halving, 4 to 1."""
+    return ((num_frames - 7) // 2 + 1) // 2
+
+
+def check_supervision(cut: Any, allow_untranscribed: bool) -> None:
+    if len(cut.supervisions) != 1:
+        raise UserError(
+            f"cut {cut.id} has {len(cut.supervisions)} supervisions where 1 is needed, "
+            "correct or remove it"
+        )
+    if not (cut.supervisions[0].text or "").strip() and not allow_untranscribed:
+        raise UserError(
+            f"cut {cut.id} has the text {cut.supervisions[0].text!r} where a "
+            "transcript is needed, remove it or give --allow-untranscribed true"
+        )
+
+
+def check_features(cut: Any) -> None:
+    if not cut.has_features:
+        raise UserError(
+            f"cut {cut.id} has no features where they are needed, run "
+            "local/compute_fbank.py"
+        )
+    if cut.sampling_rate != SAMPLING_RATE:
+        raise UserError(
+            f"cut {cut.id} has {cut.sampling_rate} Hz where {SAMPLING_RATE} Hz are "
+            "needed, resample it and compute its features again"
+        )
+
+
+def check_tokens(cut: Any, sp: Any) -> None:
+    text = cut.supervisions[0].text
+    tokens = sp.encode(text)
+    if sp.unk_id() in tokens:
+        raise UserError(
+            f"cut {cut.id} has the text {text!r}, for which the BPE model has no "
+            "tokens but <unk>, train the model on these transcripts"
+        )
+    num_frames = num_subsampled_frames(cut.num_frames)
+    if num_frames < len(tokens) + SPARE_FRAMES:
+        raise UserError(
+            f"cut {cut.id} has {num_frames} frames after subsampling where its "
+            f"{len(tokens)} tokens need {len(tokens) + SPARE_FRAMES}, remove it or "
+            "train a BPE model of a larger vocabulary"
+        )
+
+
+def main() -> None:
+    args = get_args()
+    items = read_manifest(args.manifest)
+    sp: Optional[Any] = None
+    if args.bpe_model is not None:
+        sp = load_bpe_model(args.bpe_model)
+
+    from lhotse.serialization import deserialize_item
+
+    ids: Set[str] = set()
+    seconds = 0.0
+    for number, item in enumerate(items, start=1):
+        try:
+            cut = deserialize_item(deepcopy(item))
+            _ = (cut.supervisions, cut.has_features, cut.sampling_rate)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise UserError(
+                f"line {number} of {args.manifest} is not a cut of Lhotse, make the "
+                "manifest again"
+            ) from e
+        if cut.id in ids:
+            raise UserError(
+                f"cut {cut.id} is there twice in {args.manifest}, give each an id of "
+                "its own"
+            )
+        ids.add(cut.id)
+        check_supervision(cut, args.allow_untranscribed)
+        check_features(cut)
+        if sp is not None and cut.supervisions[0].text:
+            check_tokens(cut, sp)
+        seconds += cut.duration
+    logging.info(f"{args.manifest}: {len(ids)} cuts, {seconds / 3600:.2f} hours, fit")
+
+
+if __name__ == "__main__":
+    run_script(main)

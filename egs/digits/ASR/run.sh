@@ -1,0 +1,259 @@
+#!/usr/bin/env bash
+# The digits recipe, from nothing to a table of WERs. See README.md.
+set -eou pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+stage=0
+stop_stage=9
+redo=false          # true: do the chosen stages again
+
+corpus=espeak       # espeak (makes itself) or fsdd (needs --corpus-dir)
+corpus_dir=
+test_speaker=theo   # fsdd: held out for test
+untranscribed_speakers=  # fsdd: comma-separated; only the KD student hears them
+teacher_dir=        # fsdd: use the teacher and tokens of this work folder
+num_train=1600
+num_untranscribed=800
+num_dev=96
+num_test=300
+vocab_size=54
+seed=42
+
+teacher_epochs=5
+student_epochs=2
+long_factor=1       # 3: also train and decode both students three times as long
+# What differs from the teacher: 0.3 M parameters instead of 1.3 M.
+student="encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 num-encoder-layers=1,1,1 feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64"
+student_init=teacher
+kd_ctc_weight=0.8
+kd_hard_weight=0.2
+kd_temperature=2.0
+
+work_dir=.          # data/ and exp/ go here
+venv=../../../.venv
+num_threads=0       # 0: all cores
+
+help_message="Usage: $0 [--option value ...]
+Stages: 0 environment, 1 data, 2 features, 3 tokens, 4 teacher, 5 targets,
+  6 student, 7 training, 8 decoding, 9 table. A stage whose work is done is skipped.
+Options (now):
+$(sed -n '/^stage=0/,/^num_threads=/s/^\([a-z_]*\)=\(.*\)$/  --\1 \2/p' "${BASH_SOURCE[0]}" | tr _ -)"
+
+. shared/parse_options.sh
+
+log() {
+  local fname=${BASH_SOURCE[1]##*/}
+  echo -e "$(date '+%Y-%m-%d %H:%M:%S') (${fname}:${BASH_LINENO[0]}:${FUNCNAME[1]}) $*"
+}
+
+fail() {
+  echo "run.sh: error: $*" >&2
+  exit 1
+}
+
+begun=$SECONDS
+case $corpus in
+  espeak) ;;
+  fsdd) [ -n "$corpus_dir" ] || [ "$stage" -gt 1 ] \
+    || fail "--corpus fsdd needs --corpus-dir, the folder of the dataset's recordings" ;;
+  *) fail "the corpus is '$corpus', and must be espeak or fsdd" ;;
+esac
+[ "$corpus" = fsdd ] || [ -z "$untranscribed_speakers$teacher_dir" ] \
+  || fail "--untranscribed-speakers and --teacher-dir are for --corpus fsdd"
+
+mkdir -p "$work_dir/data" "$work_dir/exp"
+data=$work_dir/data
+exp=$work_dir/exp
+lang=$data/lang_bpe_$vocab_size
+teacher=$exp/teacher
+if [ -n "$teacher_dir" ]; then
+  lang=$teacher_dir/data/lang_bpe_$vocab_size
+  teacher=$teacher_dir/exp/teacher
+  [ -f "$teacher/epoch-$teacher_epochs.pt" ] \
+    || fail "$teacher has no epoch-$teacher_epochs.pt: run its stages up to 4 first"
+fi
+
+# Results of other settings in the same folder would be taken for these.
+settings="corpus=$corpus test_speaker=$test_speaker seed=$seed \
+untranscribed_speakers=$untranscribed_speakers num_train=$num_train num_dev=$num_dev \
+num_test=$num_test vocab_size=$vocab_size teacher_epochs=$teacher_epochs \
+teacher_dir=$teacher_dir student=$student student_init=$student_init \
+student_epochs=$student_epochs long_factor=$long_factor kd=$kd_ctc_weight,\
+$kd_hard_weight,$kd_temperature"
+if [ -f "$exp/.settings" ] && [ "$(cat "$exp/.settings")" != "$settings" ]; then
+  [ "$redo" = true ] || fail "$work_dir holds results of other settings" \
+    "($(cat "$exp/.settings")), not these ($settings): give another --work-dir," \
+    "or --redo true with the stages to do again"
+fi
+echo "$settings" > "$exp/.settings"
+
+# todo N NAME: whether stage N is asked for and not done yet.
+todo() {
+  [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ] || return 1
+  if [ "$redo" = true ]; then
+    local n
+    for n in $(seq "$1" 9); do rm -f "$exp/.$n.done"; done
+  fi
+  if [ -f "$exp/.$1.done" ]; then
+    log "Stage $1: $2: done before (--redo true does it again)"
+    return 1
+  fi
+  local n
+  for n in $(seq 0 $(($1 - 1))); do
+    [ -f "$exp/.$n.done" ] \
+      || fail "stage $1 ($2) needs stage $n, which is not done: run $0 --stage $n"
+  done
+  log "Stage $1: $2"
+}
+
+finish() { touch "$exp/.$1.done"; }
+
+if todo 0 "environment"; then  # 3 minutes
+  if python3 -c "import icefall_kd, lhotse, zipformer.modules" 2>/dev/null; then
+    log "Using $(command -v python3)"
+  else
+    bash ../../../tools/make_env.sh --prefix "$venv"
+  fi
+  finish 0
+fi
+if ! python3 -c "import icefall_kd, zipformer.modules" 2>/dev/null; then
+  [ -f "$venv/bin/activate" ] || fail "there is no environment in $venv: run $0 --stage 0"
+  . "$venv/bin/activate"
+fi
+if [ "$stage" -le 0 ]; then icefall-kd doctor; fi
+
+if todo 1 "data ($corpus)"; then  # 1 minute, 100 MB
+  common=(--seed "$seed" --num-train "$num_train" --num-dev "$num_dev"
+    --num-test "$num_test" --output-dir "$data/manifests" --audio-dir "$data/audio")
+  if [ "$corpus" = espeak ]; then
+    ./local/prepare_espeak.py "${common[@]}"
+  else
+    if [ -n "$untranscribed_speakers" ]; then
+      common+=(--untranscribed-speakers "$untranscribed_speakers"
+        --num-untranscribed "$num_untranscribed")
+    fi
+    ./local/prepare_fsdd.py --corpus-dir "$corpus_dir" \
+      --test-speaker "$test_speaker" "${common[@]}"
+  fi
+  finish 1
+fi
+
+if todo 2 "features"; then  # 1 minute, 60 MB
+  ./local/compute_fbank.py --manifest-dir "$data/manifests" \
+    --output-dir "$data/fbank" --overwrite true
+  finish 2
+fi
+
+if todo 3 "tokens"; then
+  if [ -z "$teacher_dir" ]; then
+    ./local/train_bpe_model.py --lang-dir "$lang" --vocab-size "$vocab_size" \
+      --manifest "$data/manifests/digits_cuts_train.jsonl.gz"
+  fi
+  finish 3
+fi
+bpe=$lang/bpe.model
+
+if todo 4 "teacher"; then  # 5 minutes, 60 MB
+  if [ -z "$teacher_dir" ]; then
+    rm -rf "$teacher"
+    ./zipformer/train.py --exp-dir "$teacher" --manifest-dir "$data/fbank" \
+      --bpe-model "$bpe" --num-epochs "$teacher_epochs" --seed "$seed" \
+      --num-threads "$num_threads"
+  fi
+  finish 4
+fi
+teacher_flags=(--recipe ./zipformer --exp-dir "$teacher" --epoch "$teacher_epochs"
+  --avg 1)
+
+kd_sets=train
+if [ -n "$untranscribed_speakers" ]; then kd_sets=train,train-labelled; fi
+
+if todo 5 "targets"; then  # 1 minute, 6 MB
+  rm -rf "$data/kd"
+  mkdir -p "$data/kd"
+  if [ -n "$untranscribed_speakers" ]; then
+    ./local/label_cuts.py --exp-dir "$teacher" --epoch "$teacher_epochs" \
+      --bpe-model "$bpe" --num-threads "$num_threads" \
+      "$data/fbank/digits_cuts_train-untranscribed.jsonl.gz" \
+      "$data/fbank/digits_cuts_train-labelled.jsonl.gz"
+  fi
+  for set in ${kd_sets//,/ }; do
+    icefall-kd dump "${teacher_flags[@]}" --bpe-model "$bpe" \
+      --num-threads "$num_threads" \
+      "$data/fbank/digits_cuts_$set.jsonl.gz" "$data/kd/digits_cuts_$set.jsonl.gz"
+  done
+  cp "$data/fbank/digits_cuts_dev.jsonl.gz" "$data/kd/"
+  finish 5
+fi
+
+if todo 6 "student"; then
+  rm -rf "$exp/student" "$exp/student-kd"
+  changes=()
+  for change in $student; do changes+=(--set "$change"); done
+  icefall-kd student "${teacher_flags[@]}" --bpe-model "$bpe" \
+    --student-dir "$exp/student" "${changes[@]}" --init "$student_init" --seed "$seed"
+  cp -r "$exp/student" "$exp/student-kd"
+  finish 6
+fi
+
+# epoch-1.pt is the student before training. Equal steps: with half of the cuts
+# untranscribed, the student without KD has half of the steps in an epoch.
+last=$((1 + student_epochs * long_factor))
+hard_mult=1
+if [ -n "$untranscribed_speakers" ]; then hard_mult=2; fi
+hard_last=$((1 + student_epochs * long_factor * hard_mult))
+
+if todo 7 "training, without and with KD"; then  # 2 minutes each
+  read -r -a flags < "$exp/student/student_flags"
+  common=(--bpe-model "$bpe" --start-epoch 2 --seed "$seed"
+    --num-threads "$num_threads" "${flags[@]}")
+  ./zipformer/train.py --exp-dir "$exp/student" --manifest-dir "$data/fbank" \
+    --num-epochs "$hard_last" "${common[@]}"
+  ./zipformer/train.py --exp-dir "$exp/student-kd" --manifest-dir "$data/kd" \
+    --train-set "$kd_sets" --num-epochs "$last" "${common[@]}" \
+    --kd-ctc-weight "$kd_ctc_weight" --kd-hard-weight "$kd_hard_weight" \
+    --kd-temperature "$kd_temperature"
+  finish 7
+fi
+
+# model:epoch of all that is decoded; the last of each model stands in summary.json
+models=("$teacher:$teacher_epochs")
+for f in $(printf '%s\n' 1 "$long_factor" | sort -un); do
+  models+=("$exp/student:$((1 + student_epochs * f * hard_mult))"
+    "$exp/student-kd:$((1 + student_epochs * f))")
+done
+
+if todo 8 "decoding"; then  # 1 minute
+  for m in "${models[@]}"; do
+    for method in ctc-greedy-search greedy_search; do
+      ./zipformer/decode.py --exp-dir "${m%:*}" --epoch "${m##*:}" --avg 1 \
+        --manifest-dir "$data/fbank" --bpe-model "$bpe" \
+        --decoding-method "$method" --num-threads "$num_threads"
+    done
+  done
+  finish 8
+fi
+
+if todo 9 "table"; then  # 1 minute
+  ./local/make_table.py --seed "$seed" --bpe-model "$bpe" --output "$exp/summary.json" \
+    --manifest "$data/fbank/digits_cuts_test.jsonl.gz" "${models[@]}"
+  finish 9
+fi
+if [ "$stop_stage" -ge 9 ] && [ -f "$exp/summary.md" ]; then
+  echo
+  cat "$exp/summary.md"
+fi
+
+cat <<END
+
+Done in $(((SECONDS - begun) / 60)) min $(((SECONDS - begun) % 60)) s. Everything lies in $(cd "$work_dir" && pwd):
+  exp/summary.json, summary.md     the table
+  exp/student-kd/epoch-$last.pt        the distilled student, an ordinary checkpoint
+  exp/*/log, exp/*/tensorboard     losses; tensorboard --logdir $exp
+  exp/*/greedy_search, exp/*/ctc-greedy-search   WERs and aligned utterances
+  data/kd                          the cuts with the teacher's targets
+To try next:
+  $0 --stage 7 --redo true --kd-temperature 1.0       another temperature
+  $0 --work-dir work/long --long-factor 3             three times the steps
+  $0 --corpus fsdd --corpus-dir DIR --work-dir work/fsdd   real recordings
+END

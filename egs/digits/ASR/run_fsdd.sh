@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The experiments of RESULTS.md: real digits, several seeds, a held-out speaker.
+# About 20 minutes a seed on one core; seeds run side by side.
+# Usage: ./run_fsdd.sh --corpus-dir DIR [--work-dir work/fsdd] [--seeds "1 2 3"]
+set -eou pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+corpus_dir=
+work_dir=work/fsdd
+seeds="1 2 3"
+jobs=2
+test_speaker=theo
+untranscribed_speakers=nicolas,yweweler
+help_message="Usage: $0 --corpus-dir DIR [--work-dir work/fsdd] [--seeds '1 2 3']
+  [--jobs 2] [--test-speaker theo] [--untranscribed-speakers nicolas,yweweler]"
+
+. shared/parse_options.sh
+
+[ -n "$corpus_dir" ] || { echo "run_fsdd.sh: error: --corpus-dir is missing, the" \
+  "folder of the Free Spoken Digit Dataset's recordings" >&2; exit 1; }
+./run.sh --stage 0 --stop-stage 0 --work-dir "$work_dir/environment"
+if [ -f ../../../.venv/bin/activate ]; then . ../../../.venv/bin/activate; fi
+mkdir -p "$work_dir/log"
+
+one_seed() {
+  local seed=$1 base=$work_dir/seed-$1
+  local common=(--corpus fsdd --corpus-dir "$corpus_dir" --test-speaker "$test_speaker"
+    --seed "$seed" --num-threads 1)
+  local half=(--untranscribed-speakers "$untranscribed_speakers" --num-train 800)
+  ./run.sh "${common[@]}" --work-dir "$base" --long-factor 3
+  ./run.sh "${common[@]}" "${half[@]}" --work-dir "$base-half" --teacher-dir "$base"
+  ./run.sh "${common[@]}" "${half[@]}" --work-dir "$base-half-own-teacher" \
+    --teacher-epochs 10
+}
+export OMP_NUM_THREADS=1
+pids=()
+for seed in $seeds; do
+  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 5; done
+  echo "seed $seed: log in $work_dir/log/seed-$seed"
+  one_seed "$seed" > "$work_dir/log/seed-$seed" 2>&1 &
+  pids+=($!)
+done
+for pid in "${pids[@]}"; do
+  wait "$pid" || { echo "run_fsdd.sh: error: a seed failed, see the last lines of" \
+    "$work_dir/log/seed-*: mend it and start again, what is done is kept" >&2; exit 1; }
+done
+./local/results_table.py --work-dir "$work_dir" --seeds "$seeds" | tee "$work_dir/table.md"

@@ -1,0 +1,500 @@
+#!/usr/bin/env python3
+"""
+Usage:
+
+  ./zipformer/train.py --exp-dir exp/teacher --num-epochs 5 --seed 42
+
+The model, its options and the optimizer are those of the package zipformer, which is
+icefall's own. The four lines that name kd are all that distillation needs:
+
+  ./zipformer/train.py --exp-dir exp/student-kd --start-epoch 2 --num-epochs 4 \
+    --manifest-dir data/kd --kd-ctc-weight 0.8 $(cat exp/student-kd/student_flags)
+"""
+
+import argparse
+import copy
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from shutil import copyfile
+from typing import Any, Dict, Optional, Tuple, Union
+
+import sentencepiece as spm
+import torch
+import torch.multiprocessing as mp
+from asr_datamodule import DigitsAsrDataModule
+from lhotse import CutSet, fix_random_seed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from zipformer.bin.train import (
+    add_model_arguments,
+    get_adjusted_batch_count,
+    get_model,
+    load_checkpoint_if_available,
+    set_batch_count,
+)
+from zipformer.modules import model as zipformer_model
+from zipformer.modules.optim import Eden, ScaledAdam
+from zipformer.utils import (
+    AttributeDict,
+    MetricsTracker,
+    cleanup_dist,
+    get_parameter_groups_with_lrs,
+    remove_checkpoints,
+)
+from zipformer.utils import save_checkpoint as save_checkpoint_impl
+from zipformer.utils import setup_dist, setup_logger, str2bool, update_averaged_model
+
+from icefall_kd.recipe import session as kd
+from icefall_kd.rnnt import get_engine
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--world-size", type=int, default=1, help="Number of processes for DDP.")
+    add("--master-port", type=int, default=12354, help="Master port for DDP.")
+    add("--tensorboard", type=str2bool, default=True, help="Write tensorboard files.")
+    add("--num-epochs", type=int, default=5, help="Train until this epoch is done.")
+    add(
+        "--start-epoch",
+        type=int,
+        default=1,
+        help="Resume from this epoch: above 1, exp-dir/epoch-{start_epoch-1}.pt.",
+    )
+    add(
+        "--start-batch",
+        type=int,
+        default=0,
+        help="If positive, --start-epoch is ignored: exp-dir/checkpoint-{it}.pt.",
+    )
+    add("--exp-dir", type=str, default="exp/zipformer", help="Models and logs go here.")
+    add("--bpe-model", type=str, default="data/lang_bpe/bpe.model", help="Tokens.")
+    add("--base-lr", type=float, default=0.045, help="The base learning rate.")
+    add("--lr-batches", type=float, default=500, help="Batches that decay the rate.")
+    add("--lr-epochs", type=float, default=6, help="Epochs that decay the rate.")
+    add("--lr-warmup", type=float, default=100, help="Batches that raise the rate.")
+    add("--ref-duration", type=float, default=40, help="Batch count's reference.")
+    add("--prune-range", type=int, default=5, help="Symbols per frame in the lattice.")
+    add("--lm-scale", type=float, default=0.25, help="Smooths the simple loss.")
+    add("--am-scale", type=float, default=0.0, help="Smooths the simple loss.")
+    add("--simple-loss-scale", type=float, default=0.5, help="After the warm-up.")
+    add("--ctc-loss-scale", type=float, default=0.2, help="Scale of the CTC loss.")
+    add("--warm-step", type=int, default=100, help="Warm-up of the pruned loss.")
+    add("--seed", type=int, default=42, help="For initialisation and shuffling.")
+    add("--save-every-n", type=int, default=50, help="Steps between checkpoint-N.pt.")
+    add("--keep-last-k", type=int, default=30, help="How many checkpoint-N.pt to keep.")
+    add("--average-period", type=int, default=10, help="Steps between model averages.")
+    add("--use-fp16", type=str2bool, default=False, help="Train in half precision.")
+    add("--num-threads", type=int, default=0, help="CPU threads; 0: all cores.")
+    add_model_arguments(parser)
+    # A teacher of 1.3 M parameters.
+    parser.set_defaults(
+        feature_dim=40,
+        sample_rate=8000,
+        num_encoder_layers="2,2,2",
+        downsampling_factor="1,2,2",
+        feedforward_dim="96,192,192",
+        num_heads="4,4,4",
+        encoder_dim="48,96,96",
+        encoder_unmasked_dim="32,64,64",
+        query_head_dim="16",
+        value_head_dim="12",
+        pos_head_dim="4",
+        cnn_module_kernel="15,15,15",
+        decoder_dim=96,
+        joiner_dim=96,
+        use_cr_ctc=False,
+    )
+    kd.add_arguments(parser)
+    return parser
+
+
+def get_params() -> AttributeDict:
+    """Parameters that are not passed from the command line."""
+    return AttributeDict(
+        {
+            "best_train_loss": float("inf"),
+            "best_valid_loss": float("inf"),
+            "best_train_epoch": -1,
+            "best_valid_epoch": -1,
+            "batch_idx_train": 0,
+            "log_interval": 50,
+            "reset_interval": 200,
+            "subsampling_factor": 4,  # not passed in, this is fixed.
+            "ignore_id": -1,
+            "label_smoothing": 0.1,
+            "env_info": {
+                "torch": str(torch.__version__),
+                "engine": get_engine().__name__,
+                "python": sys.version.split()[0],
+            },
+        }
+    )
+
+
+def save_checkpoint(
+    filename: Path,
+    params: AttributeDict,
+    model: Union[nn.Module, DDP],
+    model_avg: Optional[nn.Module],
+    optimizer: torch.optim.Optimizer,
+    scheduler: Eden,
+    sampler: Any,
+    scaler: torch.amp.GradScaler,
+    rank: int = 0,
+) -> None:
+    """Save states and ``params``; the file appears whole."""
+    if rank != 0:
+        return
+    temporary = filename.with_name(f".{filename.name}.{os.getpid()}")
+    save_checkpoint_impl(
+        filename=temporary,
+        model=model,
+        model_avg=model_avg,
+        params={**params, "sampler": sampler.state_dict()},
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=scaler,
+        rank=rank,
+    )
+    if model_avg is not None:
+        model_avg.to(torch.float64)
+    temporary.replace(filename)
+
+
+def compute_loss(
+    params: AttributeDict,
+    model: Union[nn.Module, DDP],
+    sp: spm.SentencePieceProcessor,
+    batch: dict,
+    is_training: bool,
+) -> Tuple[Tensor, MetricsTracker]:
+    """Compute the sum of losses over the frames of a batch.
+
+    Args:
+      params:
+        Parameters for training. See :func:`get_params`.
+      model:
+        The Zipformer model, or DDP around it.
+      batch:
+        What `lhotse.dataset.K2SpeechRecognitionDataset` gives.
+      is_training:
+        True for training: enables autograd.
+    """
+    device = model.device if isinstance(model, DDP) else next(model.parameters()).device
+    feature = batch["inputs"].to(device)  # (N, T, C)
+    supervisions = batch["supervisions"]
+    feature_lens = supervisions["num_frames"].to(device)
+    y = sp.encode(supervisions["text"], out_type=int)
+
+    with torch.set_grad_enabled(is_training):
+        simple_loss, pruned_loss, ctc_loss, _, _ = model(
+            x=feature,
+            x_lens=feature_lens,
+            y=y,
+            prune_range=params.prune_range,
+            am_scale=params.am_scale,
+            lm_scale=params.lm_scale,
+        )
+        s = params.simple_loss_scale
+        warm = min(1.0, params.batch_idx_train / params.warm_step)
+        loss = (1.0 - warm * (1.0 - s)) * simple_loss + (0.1 + 0.9 * warm) * pruned_loss
+        loss += params.ctc_loss_scale * ctc_loss
+
+    assert loss.requires_grad == is_training
+
+    info = MetricsTracker()
+    loss = kd.joint_loss(loss, info, model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        info["frames"] = (feature_lens // params.subsampling_factor).sum().item()
+
+    # Note: We use reduction=sum while computing the loss.
+    info["loss"] = loss.detach().cpu().item()
+    info["simple_loss"] = simple_loss.detach().cpu().item()
+    info["pruned_loss"] = pruned_loss.detach().cpu().item()
+    info["ctc_loss"] = ctc_loss.detach().cpu().item()
+    return loss, info
+
+
+def compute_validation_loss(
+    params: AttributeDict,
+    model: Union[nn.Module, DDP],
+    sp: spm.SentencePieceProcessor,
+    valid_dl: torch.utils.data.DataLoader,
+    world_size: int = 1,
+) -> MetricsTracker:
+    """Run the validation process."""
+    model.eval()
+    tot_loss = MetricsTracker()
+    for batch in valid_dl:
+        loss, loss_info = compute_loss(params, model, sp, batch, is_training=False)
+        assert loss.requires_grad is False
+        tot_loss = tot_loss + loss_info
+    if world_size > 1:
+        tot_loss.reduce(loss.device)
+    loss_value = tot_loss["loss"] / tot_loss["frames"]
+    if loss_value < params.best_valid_loss:
+        params.best_valid_epoch = params.cur_epoch
+        params.best_valid_loss = loss_value
+    return tot_loss
+
+
+def train_one_epoch(
+    params: AttributeDict,
+    model: Union[nn.Module, DDP],
+    optimizer: torch.optim.Optimizer,
+    scheduler: Eden,
+    sp: spm.SentencePieceProcessor,
+    train_dl: torch.utils.data.DataLoader,
+    valid_dl: torch.utils.data.DataLoader,
+    scaler: torch.amp.GradScaler,
+    bar: tqdm,
+    model_avg: Optional[nn.Module] = None,
+    tb_writer: Optional[SummaryWriter] = None,
+    world_size: int = 1,
+    rank: int = 0,
+) -> None:
+    """Train the model for one epoch, and validate it at its end."""
+    model.train()
+    tot_loss = MetricsTracker()
+    for batch_idx, batch in enumerate(train_dl):
+        if batch_idx % 10 == 0:
+            set_batch_count(model, get_adjusted_batch_count(params))
+        params.batch_idx_train += 1
+        batch_size = len(batch["supervisions"]["text"])
+
+        with torch.autocast("cuda", enabled=params.use_fp16, dtype=torch.float16):
+            loss, loss_info = compute_loss(params, model, sp, batch, is_training=True)
+        tot_loss = (tot_loss * (1 - 1 / params.reset_interval)) + loss_info
+        scaler.scale(loss).backward()
+        scheduler.step_batch(params.batch_idx_train)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        if rank == 0 and params.batch_idx_train % params.average_period == 0:
+            update_averaged_model(params=params, model_cur=model, model_avg=model_avg)
+        if params.batch_idx_train % params.save_every_n == 0:
+            save_checkpoint(
+                params.exp_dir / f"checkpoint-{params.batch_idx_train}.pt",
+                params,
+                model,
+                model_avg,
+                optimizer,
+                scheduler,
+                train_dl.sampler,
+                scaler,
+                rank,
+            )
+            remove_checkpoints(params.exp_dir, topk=params.keep_last_k, rank=rank)
+
+        bar.update(sum(c.duration for c in batch["supervisions"]["cut"]) * world_size)
+        if batch_idx % params.log_interval == 0:
+            cur_lr = max(scheduler.get_last_lr())
+            logging.info(
+                f"Epoch {params.cur_epoch}, batch {batch_idx}, loss[{loss_info}], "
+                f"tot_loss[{tot_loss}], batch size: {batch_size}, lr: {cur_lr:.2e}"
+            )
+            if tb_writer is not None:
+                step = params.batch_idx_train
+                tb_writer.add_scalar("train/learning_rate", cur_lr, step)
+                loss_info.write_summary(tb_writer, "train/current_", step)
+                tot_loss.write_summary(tb_writer, "train/tot_", step)
+
+    valid_info = compute_validation_loss(params, model, sp, valid_dl, world_size)
+    logging.info(f"Epoch {params.cur_epoch}, validation: {valid_info}")
+    if tb_writer is not None:
+        valid_info.write_summary(tb_writer, "train/valid_", params.batch_idx_train)
+    params.train_loss = tot_loss["loss"] / tot_loss["frames"]
+    if params.train_loss < params.best_train_loss:
+        params.best_train_epoch = params.cur_epoch
+        params.best_train_loss = params.train_loss
+
+
+def check_cuts(cuts: CutSet, sp: spm.SentencePieceProcessor) -> float:
+    """Refuse cuts that the losses can't take; return their duration in seconds."""
+    total = 0.0
+    for c in cuts:
+        problem = ""
+        if len(c.supervisions) != 1:
+            problem = f"has {len(c.supervisions)} supervisions and must have 1"
+        elif not (c.supervisions[0].text or "").strip():
+            problem = "has an empty text and must have a transcript"
+        else:
+            frames = ((c.num_frames - 7) // 2 + 1) // 2
+            tokens = len(sp.encode(c.supervisions[0].text))
+            if frames - 2 < tokens:
+                problem = (
+                    f"has {frames} frames after subsampling and needs "
+                    f"{tokens + 2} for its {tokens} tokens"
+                )
+        if problem:
+            raise SystemExit(
+                f"train.py: error: the cut {c.id} {problem}: mend it or leave it out "
+                "of the training cuts"
+            )
+        total += c.duration
+    if not total:
+        raise SystemExit("train.py: error: there are no training cuts: make the data")
+    return total
+
+
+def load_bpe_model(path: str) -> spm.SentencePieceProcessor:
+    if not Path(path).is_file():
+        raise SystemExit(
+            f"train.py: error: the BPE model {path} does not exist: run the token "
+            "stage, or mend --bpe-model"
+        )
+    sp = spm.SentencePieceProcessor()
+    sp.load(path)
+    return sp
+
+
+def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
+    """Train in process `rank` of `world_size`."""
+    params = get_params()
+    params.update(vars(args))
+    params.exp_dir = Path(params.exp_dir)
+    torch.set_num_threads(params.num_threads or os.cpu_count() or 1)
+    fix_random_seed(params.seed)
+    if world_size > 1:
+        setup_dist(rank, world_size, params.master_port)
+
+    setup_logger(f"{params.exp_dir}/log/log-train")
+    logging.info("Training started")
+    tb_writer = None
+    if args.tensorboard and rank == 0:
+        tb_writer = SummaryWriter(log_dir=f"{params.exp_dir}/tensorboard")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", rank)
+    logging.info(f"Device: {device}")
+
+    sp = load_bpe_model(params.bpe_model)
+    # <blk> is defined in local/train_bpe_model.py
+    params.blank_id = sp.piece_to_id("<blk>")
+    params.sos_id = params.eos_id = sp.piece_to_id("<sos/eos>")
+    params.vocab_size = sp.get_piece_size()
+    logging.info(params)
+
+    logging.info("About to create model")
+    zipformer_model.k2 = get_engine()
+    model = get_model(params)
+    num_param = sum([p.numel() for p in model.parameters()])
+    logging.info(f"Number of model parameters: {num_param}")
+
+    model_avg: Optional[nn.Module] = None
+    if rank == 0:
+        model_avg = copy.deepcopy(model).to(torch.float64)
+    checkpoints = load_checkpoint_if_available(
+        params=params, model=model, model_avg=model_avg
+    )
+    model.to(device)
+    if world_size > 1:
+        logging.info("Using DDP")
+        ids = [rank] if device.type == "cuda" else None
+        model = DDP(model, device_ids=ids, find_unused_parameters=True)
+    kd.attach(params, model)
+
+    optimizer = ScaledAdam(
+        get_parameter_groups_with_lrs(model, lr=params.base_lr, include_names=True),
+        lr=params.base_lr,  # should have no effect
+        clipping_scale=2.0,
+    )
+    scheduler = Eden(
+        optimizer,
+        params.lr_batches,
+        params.lr_epochs,
+        warmup_batches=params.lr_warmup,
+        warmup_start=0.1,
+    )
+    scaler = torch.amp.GradScaler("cuda", enabled=params.use_fp16, init_scale=1.0)
+    states = {"optimizer": optimizer, "scheduler": scheduler, "grad_scaler": scaler}
+    for name, state in states.items():
+        if checkpoints and checkpoints.get(name):
+            logging.info(f"Loading {name} state dict")
+            state.load_state_dict(checkpoints[name])
+
+    digits = DigitsAsrDataModule(args)
+    train_cuts = digits.train_cuts()
+    seconds = check_cuts(train_cuts, sp)
+    sampler_state_dict: Optional[Dict[str, Any]] = None
+    if params.start_batch > 0 and checkpoints and "sampler" in checkpoints:
+        sampler_state_dict = checkpoints["sampler"]
+    train_dl = digits.train_dataloaders(
+        train_cuts, sampler_state_dict=sampler_state_dict
+    )
+    valid_dl = digits.valid_dataloaders(digits.dev_cuts())
+
+    epochs = params.num_epochs - params.start_epoch + 1
+    with logging_redirect_tqdm(), tqdm(
+        desc=f"Training {params.exp_dir.name}",
+        total=round(seconds * epochs),
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=rank != 0,
+    ) as bar:
+        for epoch in range(params.start_epoch, params.num_epochs + 1):
+            scheduler.step_epoch(epoch - 1)
+            fix_random_seed(params.seed + epoch - 1)
+            train_dl.sampler.set_epoch(epoch - 1)
+            params.cur_epoch = epoch
+            train_one_epoch(
+                params=params,
+                model=model,
+                model_avg=model_avg,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                sp=sp,
+                train_dl=train_dl,
+                valid_dl=valid_dl,
+                scaler=scaler,
+                bar=bar,
+                tb_writer=tb_writer,
+                world_size=world_size,
+                rank=rank,
+            )
+            filename = params.exp_dir / f"epoch-{epoch}.pt"
+            save_checkpoint(
+                filename,
+                params,
+                model,
+                model_avg,
+                optimizer,
+                scheduler,
+                train_dl.sampler,
+                scaler,
+                rank,
+            )
+            if rank == 0 and params.best_train_epoch == epoch:
+                copyfile(filename, params.exp_dir / "best-train-loss.pt")
+            if rank == 0 and params.best_valid_epoch == epoch:
+                copyfile(filename, params.exp_dir / "best-valid-loss.pt")
+    logging.info("Done!")
+    if world_size > 1:
+        torch.distributed.barrier()
+        cleanup_dist()
+
+
+def main():
+    parser = get_parser()
+    DigitsAsrDataModule.add_arguments(parser)
+    args = parser.parse_args()
+    args.exp_dir = Path(args.exp_dir)
+    if args.world_size > 1:
+        mp.spawn(run, args=(args.world_size, args), nprocs=args.world_size, join=True)
+    else:
+        run(rank=0, world_size=1, args=args)
+
+
+if __name__ == "__main__":
+    main()

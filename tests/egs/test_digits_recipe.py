@@ -1,0 +1,261 @@
+"""The whole digits recipe in miniature, as a user runs it."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPE = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR"
+TINY = {
+    "num-train": 96,
+    "num-dev": 8,
+    "num-test": 12,
+    "teacher-epochs": 1,
+    "student-epochs": 1,
+    "num-threads": 2,
+}
+
+pytestmark = pytest.mark.recipe
+
+
+def run_sh(work_dir, *words, **options):
+    command = [str(RECIPE / "run.sh"), "--work-dir", str(work_dir)]
+    for name, value in {**TINY, **options}.items():
+        command += ["--" + name.replace("_", "-"), str(value)]
+    return subprocess.run(
+        command + [str(w) for w in words], capture_output=True, text=True
+    )
+
+
+def train_py(script, data, *words):
+    return subprocess.run(
+        ["python3", str(script), "--bpe-model", str(data / "lang_bpe_54/bpe.model")]
+        + ["--num-threads", "1", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=RECIPE,
+    )
+
+
+def refused(done, *words):
+    """One sentence on stderr with all of ``words`` in it, and exit status 1."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    said = [x for x in done.stderr.splitlines() if "error: " in x]
+    assert len(said) == 1, done.stderr
+    for word in words:
+        assert word in said[0]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """The recipe's folder of data and results, made stage by stage."""
+    folder = tmp_path_factory.mktemp("digits")
+    for stage in range(10):
+        done = run_sh(folder, "--stage", stage, "--stop-stage", stage)
+        assert done.returncode == 0, f"stage {stage}\n{done.stdout}\n{done.stderr}"
+    return folder
+
+
+def test_the_table_has_the_three_models_with_all_figures(work):
+    rows = json.loads((work / "exp/summary.json").read_text())
+    assert [r["model"] for r in rows] == ["teacher", "student", "student-kd"]
+    for row in rows:
+        assert row["params"] > 0 and row["rtf"] > 0 and row["seed"] == 42
+        assert 0 <= row["ctc_wer"] and 0 <= row["transducer_wer"]
+    teacher, student, distilled = rows
+    assert student["params"] == distilled["params"] < teacher["params"] / 3
+    assert student["steps"] == distilled["steps"] > 0
+    assert "| student-kd |" in (work / "exp/summary.md").read_text()
+
+
+def test_every_wer_in_the_table_is_that_of_the_result_files(work):
+    for row in json.loads((work / "exp/summary.json").read_text()):
+        for key, method in (
+            ("ctc_wer", "ctc-greedy-search"),
+            ("transducer_wer", "greedy_search"),
+        ):
+            (path,) = (work / "exp" / row["model"] / method).glob("errs-test-*.txt")
+            line = path.read_text().splitlines()[0]
+            wer, errors, words = re.match(
+                r"%WER ([\d.]+)% \[(\d+) / (\d+),", line
+            ).groups()
+            assert float(wer) == row[key]
+            assert float(wer) == pytest.approx(100 * int(errors) / int(words), abs=0.01)
+
+
+def test_work_that_is_done_is_not_done_again(work):
+    before = (work / "exp/teacher/epoch-1.pt").stat().st_mtime_ns
+    done = run_sh(work)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before") == 10
+    assert (work / "exp/teacher/epoch-1.pt").stat().st_mtime_ns == before
+    assert "| student-kd |" in done.stdout
+    assert "To try next" in done.stdout
+
+
+def test_a_stage_asked_for_again_is_done_again_and_later_ones_are_due(work, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(work, copy)
+    before = (copy / "exp/student/epoch-1.pt").stat().st_mtime_ns
+    # The manifests name features by the path they were made with.
+    done = run_sh(copy, "--stage", 6, "--stop-stage", 6, "--redo", "true")
+    assert done.returncode == 0, done.stderr
+    assert (copy / "exp/student/epoch-1.pt").stat().st_mtime_ns > before
+    refused(run_sh(copy, "--stage", 8, "--stop-stage", 8), "needs stage 7")
+
+
+def test_other_settings_in_the_same_folder_are_refused(work):
+    refused(run_sh(work, seed=7), "other settings", "seed=7", "--work-dir")
+
+
+def test_the_distilled_checkpoint_has_exactly_the_keys_of_the_plain_one(work):
+    plain, distilled = (
+        torch.load(work / f"exp/{name}/epoch-2.pt", weights_only=False)
+        for name in ("student", "student-kd")
+    )
+    assert plain.keys() == distilled.keys()
+    for part in ("model", "model_avg"):
+        assert plain[part].keys() == distilled[part].keys()
+    same = [torch.equal(plain["model"][k], distilled["model"][k]) for k in plain["model"]]
+    assert not all(same)
+
+
+def test_the_distilled_student_logged_its_kd_term(work):
+    (log,) = (work / "exp/student-kd/log").glob("log-train-*")
+    assert re.search(r"loss\[kd_ctc_loss=[\d.]+, loss=", log.read_text())
+    (log,) = (work / "exp/student/log").glob("log-train-*")
+    assert "kd_ctc_loss=" not in log.read_text()
+
+
+def without_kd_lines(folder):
+    """A copy of the recipe's scripts without the lines that name kd."""
+    folder.mkdir()
+    removed = 0
+    for name in ("train.py", "asr_datamodule.py"):
+        lines = (RECIPE / "zipformer" / name).read_text().splitlines(keepends=True)
+        kept = [x for x in lines if not re.search(r"\bkd\.|\bas kd\b", x)]
+        removed += len(lines) - len(kept)
+        (folder / name).write_text("".join(kept))
+    assert removed == 6  # four in train.py, two in the data module
+    return folder / "train.py"
+
+
+def logged_losses(exp_dir):
+    (log,) = (exp_dir / "log").glob("log-train-*")
+    lines = [x for x in log.read_text().splitlines() if "loss=" in x]
+    return [x.split("] ", 1)[1] for x in lines]
+
+
+def test_with_kd_weight_zero_losses_and_parameters_are_those_of_the_plain_recipe(
+    work, tmp_path
+):
+    plain = without_kd_lines(tmp_path / "plain")
+    results = []
+    for script, words in (
+        (plain, []),
+        (RECIPE / "zipformer/train.py", ["--kd-ctc-weight", "0"]),
+    ):
+        exp_dir = tmp_path / f"exp{len(results)}"
+        shutil.copytree(work / "exp/student", exp_dir, ignore=lambda *_: ["log"])
+        flags = (exp_dir / "student_flags").read_text().split()
+        words += ["--manifest-dir", work / "data/kd", "--start-epoch", 2, *flags]
+        done = train_py(
+            script, work / "data", "--exp-dir", exp_dir, "--num-epochs", 2, *words
+        )
+        assert done.returncode == 0, done.stderr
+        model = torch.load(exp_dir / "epoch-2.pt", weights_only=False)["model"]
+        results.append((logged_losses(exp_dir), model))
+    (losses, model), (kd_losses, kd_model) = results
+    assert len(losses) >= 2
+    assert [re.sub(r"^.*?Epoch", "Epoch", x) for x in losses] == [
+        re.sub(r"^.*?Epoch", "Epoch", x) for x in kd_losses
+    ]
+    assert all(torch.equal(model[k], kd_model[k]) for k in model)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--kd-ctc-weight", "-1"], ["ctc weight", "-1"]),
+        (["--kd-ctc-weight", "1", "--kd-hard-weight", "nan"], ["hard weight", "nan"]),
+        (["--kd-ctc-weight", "1", "--kd-temperature", "0"], ["temperature", "0"]),
+        (
+            ["--kd-ctc-weight", "1", "--enable-spec-aug", "1"]
+            + ["--spec-aug-time-warp-factor", "80"],
+            ["time warp", "80", "--spec-aug-time-warp-factor 0"],
+        ),
+        (["--manifest-dir", "nowhere"], ["nowhere", "--manifest-dir"]),
+    ],
+)
+def test_options_out_of_range_are_refused_in_one_sentence(work, tmp_path, words, said):
+    words = ["--manifest-dir", work / "data/kd", "--exp-dir", tmp_path, *words]
+    refused(train_py(RECIPE / "zipformer/train.py", work / "data", *words), *said)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def changed_manifests(work, tmp_path, change):
+    """A copy of data/kd whose first training cut was changed."""
+    shutil.copytree(work / "data/kd", tmp_path / "kd")
+    path = tmp_path / "kd/digits_cuts_train.jsonl.gz"
+    with gzip.open(path, "rt") as f:
+        cuts = [json.loads(line) for line in f]
+    change(cuts[0])
+    with gzip.open(path, "wt") as f:
+        f.writelines(json.dumps(c) + "\n" for c in cuts)
+    return cuts[0]["id"]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda c: c.update(supervisions=[]), "0 supervisions"),
+        (lambda c: c["supervisions"][0].update(text=" "), "empty text"),
+        (lambda c: c["supervisions"][0].update(text="NINE " * 60), "tokens"),
+        (lambda c: c["custom"].clear(), "1 of 96 training cuts have no targets"),
+    ],
+)
+def test_bad_cuts_are_refused_in_one_sentence(work, tmp_path, change, said):
+    cut_id = changed_manifests(work, tmp_path, change)
+    done = train_py(
+        RECIPE / "zipformer/train.py",
+        work / "data",
+        *["--manifest-dir", tmp_path / "kd", "--exp-dir", tmp_path / "exp"],
+        *["--kd-ctc-weight", "1"],
+    )
+    refused(done, cut_id, said)
+    assert not list((tmp_path / "exp").glob("*.pt"))
+
+
+def test_a_bpe_model_of_another_size_is_refused(work, tmp_path):
+    done = subprocess.run(
+        ["python3", str(RECIPE / "local/train_bpe_model.py"), "--vocab-size", "26"]
+        + ["--lang-dir", str(tmp_path / "data/lang_bpe_54")]
+        + ["--manifest", str(work / "data/manifests/digits_cuts_train.jsonl.gz")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    words = ["--manifest-dir", work / "data/kd", "--exp-dir", tmp_path / "exp"]
+    words += ["--kd-ctc-weight", "1"]
+    done = train_py(RECIPE / "zipformer/train.py", tmp_path / "data", *words)
+    refused(done, "26 symbols", "30", "--bpe-model")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--corpus", "fsdd"], ["--corpus-dir"]),
+        (["--corpus", "librispeech"], ["librispeech", "espeak or fsdd"]),
+        (["--no-such-option", "1"], ["--no-such-option"]),
+        (["--corpus", "fsdd", "--corpus-dir", "/nowhere", "--stop-stage", "1"], ["/no"]),
+    ],
+)
+def test_run_sh_refuses_bad_options(tmp_path, words, said):
+    refused(run_sh(tmp_path, *words), *said)
+    assert not list(tmp_path.glob("data/manifests/*"))
