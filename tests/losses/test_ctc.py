@@ -1,0 +1,344 @@
+"""ctc_kd_loss: the naive twin, the equal pair, padding, dtypes, temperature."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icefall_kd import ctc_kd_loss
+from icefall_kd.errors import KDError
+
+INF, NAN = math.inf, math.nan
+
+
+def batch(seed=0, n=3, t=7, v=5, scale=3.0, dtype=torch.float32):
+    """Logits of student and teacher, and lengths from 0 to t."""
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = scale * torch.randn(2, n, t, v, generator=g, dtype=torch.float64)
+    lengths = torch.randint(0, t + 1, (n,), generator=g)
+    if n:
+        lengths[0] = t
+    return student.to(dtype), teacher.to(dtype), lengths
+
+
+def value_and_grad(loss, student, *args):
+    student = student.detach().clone().requires_grad_()
+    value = loss(student, *args)
+    if value.requires_grad:
+        value.backward()
+    grad = torch.zeros_like(student) if student.grad is None else student.grad
+    return value.detach(), grad
+
+
+def padding_of(student, lengths):
+    return torch.arange(student.size(1)) >= lengths.unsqueeze(1)
+
+
+# The naive twin
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(0, 3),
+    t=st.integers(0, 7),
+    v=st.integers(1, 9),
+    scale=st.floats(0.01, 20),
+    temperature=st.floats(0.2, 20),
+)
+def test_equals_the_naive_twin(naive_kd, seed, n, t, v, scale, temperature):
+    student, teacher, lengths = batch(seed, n, t, v, scale, torch.float64)
+    args = (teacher, lengths, temperature)
+    value, grad = value_and_grad(ctc_kd_loss, student, *args)
+    expected, expected_grad = value_and_grad(naive_kd, student, *args)
+    # 1e-9: p (log p - log q) loses digits where two large logs are close.
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_equals_the_naive_twin_in_float64(naive_kd, seed):
+    student, teacher, lengths = batch(seed, n=4, t=13, v=29)
+    value, grad = value_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0)
+    expected, expected_grad = value_and_grad(
+        naive_kd, student.double(), teacher.double(), lengths, 2.0
+    )
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_gradcheck(temperature):
+    student, teacher, lengths = batch(n=2, t=4, v=3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda s: ctc_kd_loss(s, teacher, lengths, temperature),
+        student.requires_grad_(),
+    )
+
+
+def test_the_gradient_follows_a_factor_behind_the_loss():
+    student, teacher, lengths = batch()
+    _, grad = value_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0)
+    _, scaled = value_and_grad(
+        lambda s: -2.5 * ctc_kd_loss(s, teacher, lengths, 2.0), student
+    )
+    torch.testing.assert_close(scaled, -2.5 * grad)
+    assert grad.abs().max() > 0.1
+
+
+def test_temperature_is_1_unless_given(naive_kd):
+    args = batch(dtype=torch.float64)
+    torch.testing.assert_close(ctc_kd_loss(*args), naive_kd(*args, 1.0))
+
+
+def test_the_sum_over_a_batch_is_the_sum_of_its_utterances():
+    student, teacher, lengths = batch(n=4, dtype=torch.float64)
+    alone = [
+        ctc_kd_loss(student[i : i + 1], teacher[i : i + 1], lengths[i : i + 1], 2.0)
+        for i in range(4)
+    ]
+    together = ctc_kd_loss(student, teacher, lengths, 2.0)
+    torch.testing.assert_close(together, torch.stack(alone).sum())
+
+
+# Teacher and student equal
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_equal_pair_gives_exactly_0_with_zero_gradient(dtype, temperature):
+    student, _, lengths = batch(dtype=dtype)
+    value, grad = value_and_grad(
+        ctc_kd_loss, student, student.clone(), lengths, temperature
+    )
+    assert value == 0
+    assert torch.equal(grad, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_constant_per_frame_does_not_matter(temperature):
+    student, _, lengths = batch(n=3, t=5)
+    constants = 4 * torch.randn(3, 5, 1, generator=torch.Generator().manual_seed(5))
+    value, grad = value_and_grad(
+        ctc_kd_loss, student, student + constants, lengths, temperature
+    )
+    # Sums of float32 that differ in their last digit, for each valid frame.
+    assert abs(value) / lengths.sum() < 1e-6
+    assert grad.abs().max() < 1e-6 * temperature
+
+
+def test_log_probabilities_serve_as_teacher_logits():
+    student, teacher, lengths = batch(dtype=torch.float64)
+    raw = ctc_kd_loss(student, teacher, lengths, 3.0)
+    log_probs = ctc_kd_loss(student, teacher.log_softmax(-1), lengths, 3.0)
+    torch.testing.assert_close(raw, log_probs)
+    assert raw > 0.1
+
+
+@given(seed=st.integers(0, 2**31), temperature=st.floats(0.2, 20))
+def test_never_negative(seed, temperature):
+    assert ctc_kd_loss(*batch(seed, dtype=torch.float64), temperature) >= -1e-12
+
+
+# Padding
+
+
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30, 0.0])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+def test_padding_frames_are_never_read(garbage, side):
+    student, teacher, lengths = batch(n=4, t=6)
+    expected, expected_grad = value_and_grad(
+        ctc_kd_loss, student, teacher, lengths, 2.0
+    )
+    padding = padding_of(student, lengths)
+    if side in ("student", "both"):
+        student[padding] = garbage
+    if side in ("teacher", "both"):
+        teacher[padding] = garbage
+    value, grad = value_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0)
+    assert padding.any()
+    assert torch.equal(value, expected)
+    assert torch.equal(grad, expected_grad)
+    assert torch.equal(grad[padding], torch.zeros_like(grad[padding]))
+
+
+@pytest.mark.parametrize("extra", [1, 8])
+def test_more_padding_changes_nothing(extra):
+    student, teacher, lengths = batch()
+    value, grad = value_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0)
+    more = torch.full((3, extra, 5), 7.0)
+    longer, longer_grad = value_and_grad(
+        ctc_kd_loss,
+        torch.cat([student, more], 1),
+        torch.cat([teacher, -more], 1),
+        lengths,
+        2.0,
+    )
+    assert torch.equal(longer, value)
+    assert torch.equal(longer_grad[:, :7], grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_valid_frame_gives_0_with_zero_gradient(dtype):
+    student, teacher, _ = batch(dtype=dtype)
+    student = student.requires_grad_()
+    value = ctc_kd_loss(student, teacher, torch.zeros(3, dtype=torch.int64), 2.0)
+    value.backward()
+    assert value == 0 and value.dtype == torch.float32
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+# Symbols of probability 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_symbol_that_both_exclude_adds_nothing(dtype):
+    student, teacher, lengths = batch(v=6, dtype=dtype)
+    kept = [0, 1, 2, 4, 5]
+    expected, expected_grad = value_and_grad(
+        ctc_kd_loss, student[..., kept], teacher[..., kept], lengths, 2.0
+    )
+    student[..., 3] = teacher[..., 3] = -INF
+    value, grad = value_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad[..., kept], expected_grad)
+    assert torch.equal(grad[..., 3], torch.zeros_like(grad[..., 3]))
+
+
+def test_a_symbol_that_only_the_teacher_excludes():
+    student, teacher, lengths = batch(dtype=torch.float64)
+    teacher[..., 2] = -1e5  # exp gives 0 exactly
+    expected, expected_grad = value_and_grad(
+        ctc_kd_loss, student, teacher, lengths, 2.0
+    )
+    teacher[..., 2] = -INF
+    value, grad = value_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, expected_grad)
+    assert grad[0, 0, 2] > 0  # the student is led away from it
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs_are_computed_in_float32(dtype):
+    student, teacher, lengths = batch(t=11, v=17, dtype=dtype)
+    value, grad = value_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0)
+    expected, expected_grad = value_and_grad(
+        ctc_kd_loss, student.float(), teacher.float(), lengths, 2.0
+    )
+    assert value.dtype == torch.float32 and grad.dtype == dtype
+    assert torch.equal(value, expected)
+    assert torch.equal(grad, expected_grad.to(dtype))
+    assert torch.isfinite(value) and torch.isfinite(grad).all()
+
+
+def test_a_half_student_takes_a_float32_teacher():
+    student, teacher, lengths = batch()
+    value = ctc_kd_loss(student.half(), teacher, lengths, 2.0)
+    expected = ctc_kd_loss(student.half().float(), teacher, lengths, 2.0)
+    assert value.dtype == torch.float32 and torch.equal(value, expected)
+
+
+def test_large_half_logits_stay_finite():
+    student = torch.full((1, 40, 500), -60000.0, dtype=torch.float16)
+    teacher = student.clone()
+    student[..., 0], teacher[..., 1] = 60000.0, 60000.0
+    value, grad = value_and_grad(ctc_kd_loss, student, teacher, torch.tensor([40]), 1.0)
+    assert value == 40 * 120000.0
+    assert torch.isfinite(grad).all() and grad[0, 0, 0] == 1
+
+
+def test_autocast_changes_nothing():
+    student, teacher, lengths = batch(t=11, v=17)
+    expected, expected_grad = value_and_grad(
+        ctc_kd_loss, student, teacher, lengths, 2.0
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, grad = value_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
+
+
+def test_logits_made_within_autocast():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 5)
+    _, teacher, lengths = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        student = layer(torch.randn(3, 7, 6))
+        value = ctc_kd_loss(student, teacher, lengths, 2.0)
+    value.backward()
+    assert student.dtype == torch.bfloat16 and value.dtype == torch.float32
+    assert torch.isfinite(value) and torch.isfinite(layer.weight.grad).all()
+    assert layer.weight.grad.abs().max() > 0
+
+
+# Temperature
+
+
+def test_the_gradient_at_high_temperature_has_its_limit():
+    """T (q - p) goes to (d - mean(d)) / V with d = z - z~: T^2 is there."""
+    student, teacher, _ = batch(dtype=torch.float64)
+    d = student - teacher
+    d = d - d.mean(-1, keepdim=True)
+    value, grad = value_and_grad(
+        ctc_kd_loss, student, teacher, torch.full((3,), 7), 1e5
+    )
+    torch.testing.assert_close(grad, d / 5, rtol=0, atol=1e-3)
+    torch.testing.assert_close(value, (d**2).sum() / (2 * 5), rtol=1e-3, atol=0)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, INF, NAN, "2", None])
+def test_a_temperature_out_of_range_is_refused(temperature):
+    student, teacher, lengths = batch()
+    with pytest.raises(KDError, match="temperature") as e:
+        ctc_kd_loss(student, teacher, lengths, temperature)
+    assert repr(temperature) in str(e.value) and "above 0" in str(e.value)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 6), (3, 8, 5), (2, 7, 5), (21, 5)])
+def test_other_shapes_are_refused(shape):
+    student, _, lengths = batch()
+    with pytest.raises(KDError) as e:
+        ctc_kd_loss(student, torch.zeros(shape), lengths)
+    assert "(3, 7, 5)" in str(e.value) and str(shape) in str(e.value)
+
+
+def test_logits_of_two_dimensions_are_refused():
+    with pytest.raises(KDError, match=r"\(7, 5\).*\(N, T, V\)"):
+        ctc_kd_loss(torch.zeros(7, 5), torch.zeros(7, 5), torch.tensor([7]))
+
+
+def test_lengths_beyond_the_frames_are_refused():
+    student, teacher, _ = batch()
+    with pytest.raises(KDError, match="up to 9, .* 7 frames"):
+        ctc_kd_loss(student, teacher, torch.tensor([7, 9, 1]))
+
+
+@pytest.mark.parametrize("lengths", [[7, 1], [7, 1, 1, 1], [7, -1, 2]])
+def test_other_lengths_are_refused(lengths):
+    student, teacher, _ = batch()
+    with pytest.raises(KDError, match="3 numbers from 0 to 7") as e:
+        ctc_kd_loss(student, teacher, torch.tensor(lengths))
+    assert str(lengths) in str(e.value)
+
+
+def test_the_teacher_gets_no_gradient():
+    student, teacher, lengths = batch()
+    student.requires_grad_()
+    teacher.requires_grad_()
+    ctc_kd_loss(student, teacher, lengths, 2.0).backward()
+    assert teacher.grad is None
+    assert student.grad.abs().max() > 0
+
+
+def test_the_inputs_are_left_alone():
+    args = batch()
+    before = [a.clone() for a in args]
+    value_and_grad(ctc_kd_loss, *args, 2.0)
+    assert all(torch.equal(a, b) for a, b in zip(args, before))

@@ -1,0 +1,118 @@
+"""JointKDLoss: the two terms, their weights, and pairs that don't fit."""
+
+import math
+
+import pytest
+import torch
+
+from icefall_kd import JointKDLoss, ctc_kd_loss
+from icefall_kd.errors import KDError
+from icefall_kd.types import EncoderOut, Targets
+
+
+def pair(lens=(5, 3), t_student=5, t_teacher=5, v_student=4, v_teacher=4):
+    """What a student gave and a teacher said on a batch of two."""
+    g = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(2, t_student, v_student, generator=g)
+    targets = 2 * torch.randn(2, t_teacher, v_teacher, generator=g)
+    lens = torch.tensor(lens)
+    student = EncoderOut(
+        encoder_out=torch.zeros(2, t_student, 6),
+        encoder_out_lens=lens,
+        ctc_logits=logits.requires_grad_(),
+    )
+    return student, Targets(ctc_logits=targets, lens=lens.clone())
+
+
+def hard(value=37.0):
+    return torch.tensor(value, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "ctc_weight, hard_weight", [(0.8, 0.2), (0.25, 0.5), (3.0, 1.0), (0.7, 0), (0, 0.3)]
+)
+def test_the_loss_is_the_weighted_sum(ctc_weight, hard_weight):
+    student, targets = pair()
+    joint = JointKDLoss(ctc_weight, hard_weight, temperature=3.0)
+    hard_loss = hard()
+    loss, _ = joint(hard_loss, student, targets)
+    kd = ctc_kd_loss(student.ctc_logits, targets.ctc_logits, targets.lens, 3.0)
+    # The terms differ, so swapped weights and a dropped term both give another sum.
+    assert kd > 1 and abs(kd - hard_loss) > 1
+    assert torch.equal(loss, hard_weight * hard_loss + ctc_weight * kd)
+
+
+def test_the_weights_reach_the_gradients():
+    student, targets = pair()
+    hard_loss = hard()
+    loss, _ = JointKDLoss(0.75, 0.5, temperature=2.0)(hard_loss, student, targets)
+    loss.backward()
+    logits = student.ctc_logits.detach().clone().requires_grad_()
+    ctc_kd_loss(logits, targets.ctc_logits, targets.lens, 2.0).backward()
+    assert hard_loss.grad == 0.5
+    torch.testing.assert_close(student.ctc_logits.grad, 0.75 * logits.grad)
+    assert logits.grad.abs().max() > 0.1
+
+
+def test_defaults():
+    joint = JointKDLoss()
+    assert (joint.ctc_weight, joint.hard_weight, joint.temperature) == (0.8, 0.2, 2.0)
+
+
+def test_info_is_the_unweighted_term():
+    student, targets = pair()
+    _, info = JointKDLoss(0.1, 0.9, 2.0)(hard(), student, targets)
+    kd = ctc_kd_loss(student.ctc_logits, targets.ctc_logits, targets.lens, 2.0)
+    assert info == {"kd_ctc_loss": kd.item()}
+    assert type(info["kd_ctc_loss"]) is float
+
+
+def test_frames_beyond_the_longest_utterance_may_differ():
+    student, targets = pair(t_student=7, t_teacher=6)
+    loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
+    kd = ctc_kd_loss(
+        student.ctc_logits[:, :5], targets.ctc_logits[:, :5], targets.lens, 2.0
+    )
+    assert info["kd_ctc_loss"] == kd.item()
+
+
+def test_no_frames_leave_the_weighted_hard_loss():
+    student, targets = pair(lens=(0, 0))
+    loss, info = JointKDLoss(0.8, 0.25, 2.0)(hard(8.0), student, targets)
+    assert loss == 2.0 and info == {"kd_ctc_loss": 0.0}
+
+
+@pytest.mark.parametrize("name", ["ctc", "hard"])
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, "0.5", None])
+def test_a_weight_out_of_range_is_refused(name, value):
+    with pytest.raises(KDError, match=f"KD {name} weight") as e:
+        JointKDLoss(**{f"{name}_weight": value})
+    assert repr(value) in str(e.value) and f"--kd-{name}-weight" in str(e.value)
+
+
+def test_two_weights_of_0_are_refused():
+    with pytest.raises(KDError, match="both 0"):
+        JointKDLoss(0, 0)
+
+
+@pytest.mark.parametrize("temperature", [0, -2.0, math.inf, math.nan])
+def test_a_temperature_out_of_range_is_refused(temperature):
+    with pytest.raises(KDError, match="temperature") as e:
+        JointKDLoss(temperature=temperature)
+    assert repr(temperature) in str(e.value)
+
+
+def test_other_frames_are_refused():
+    student, targets = pair()
+    targets.lens = torch.tensor([5, 4])
+    with pytest.raises(KDError) as e:
+        JointKDLoss()(hard(), student, targets)
+    assert "[5, 3]" in str(e.value) and "[5, 4]" in str(e.value)
+    assert "icefall-kd dump" in str(e.value)
+
+
+def test_other_symbols_are_refused():
+    student, targets = pair(v_teacher=9)
+    with pytest.raises(KDError, match="BPE model") as e:
+        JointKDLoss()(hard(), student, targets)
+    assert "4 symbols" in str(e.value) and "have 9" in str(e.value)

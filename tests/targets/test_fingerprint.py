@@ -1,0 +1,196 @@
+"""Fingerprints: what they are made of, and what they refuse."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+
+from icefall_kd.errors import KDError
+from icefall_kd.targets import Fingerprint
+from icefall_kd.targets.fingerprint import FILENAME, hash_state_dict, hash_tokens
+
+
+def state():
+    g = torch.Generator().manual_seed(0)
+    return {
+        "a.weight": torch.randn(3, 4, generator=g),
+        "b.bias": torch.randn(5, generator=g),
+        "n": torch.tensor(3),
+    }
+
+
+# Hashes
+
+
+def test_the_hash_depends_on_nothing_but_names_shapes_and_bytes(tmp_path):
+    expected = hash_state_dict(state())
+    assert len(expected) == 64
+    assert hash_state_dict(dict(reversed(state().items()))) == expected
+    transposed = {k: v.t().contiguous().t() for k, v in state().items()}
+    assert hash_state_dict(transposed) == expected
+    parameters = {k: v.clone() for k, v in state().items()}
+    parameters["b.bias"].requires_grad_()
+    assert hash_state_dict(parameters) == expected
+    torch.save(state(), tmp_path / "state.pt")
+    assert hash_state_dict(torch.load(tmp_path / "state.pt")) == expected
+
+
+def one_bit(s):
+    s["b.bias"].view(torch.int32)[3] ^= 1
+    return s
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        one_bit,
+        lambda s: {**s, "n": torch.tensor(4)},
+        lambda s: {**s, "more": torch.zeros(1)},
+        lambda s: {k: v for k, v in s.items() if k != "n"},
+        lambda s: {"c" + k[1:]: v for k, v in s.items()},
+        lambda s: {**s, "a.weight": s["a.weight"].reshape(4, 3)},
+        lambda s: {**s, "n": s["n"].to(torch.int32)},
+        lambda s: {**s, "b.bias": s["b.bias"].bfloat16()},
+    ],
+    ids="bit number more fewer names shape int-type float-type".split(),
+)
+def test_the_hash_sees_a_change(change):
+    assert hash_state_dict(change(state())) != hash_state_dict(state())
+
+
+def test_a_model_and_its_copy_have_one_hash(make_model):
+    a, b, c = make_model(seed=0), make_model(seed=0), make_model(seed=1)
+    assert hash_state_dict(a.state_dict()) == hash_state_dict(b.state_dict())
+    assert hash_state_dict(a.state_dict()) != hash_state_dict(c.state_dict())
+
+
+def test_the_hash_of_tokens_sees_their_order_not_the_files_name(bpe_models, tmp_path):
+    copied = tmp_path / "other.model"
+    copied.write_bytes(bpe_models.a.read_bytes())
+    assert hash_tokens(copied) == hash_tokens(str(bpe_models.a))
+    assert hash_tokens(bpe_models.a) != hash_tokens(bpe_models.b)
+    assert hash_tokens(bpe_models.a) != hash_tokens(bpe_models.larger)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no model at all"])
+def test_a_bpe_model_that_is_none_is_refused(tmp_path, content):
+    path = tmp_path / "bpe.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(KDError, match="--bpe-model") as e:
+        hash_tokens(path)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+# The file
+
+
+def test_what_is_written_is_read(tmp_path, make_fingerprint):
+    folder = tmp_path / "new" / "folder"
+    make_fingerprint(frame_shift=0.04, tokens="ü").write(folder)
+    assert Fingerprint.read(folder) == make_fingerprint(frame_shift=0.04, tokens="ü")
+    assert [p.name for p in folder.iterdir()] == [FILENAME]  # nothing temporary
+
+
+def test_the_file_is_plain_json(tmp_path, make_fingerprint):
+    make_fingerprint().write(tmp_path)
+    values = json.loads((tmp_path / FILENAME).read_text("utf8"))
+    assert set(values) == {f.name for f in fields(Fingerprint)}
+    assert values["vocab_size"] == 11 and values["kind"] == "ctc-logprobs-fp16"
+
+
+def test_writing_again_replaces(tmp_path, make_fingerprint):
+    make_fingerprint(vocab_size=5).write(tmp_path)
+    make_fingerprint(vocab_size=6).write(tmp_path)
+    assert Fingerprint.read(tmp_path).vocab_size == 6
+
+
+def test_a_store_without_fingerprint_is_refused(tmp_path):
+    with pytest.raises(KDError, match="has no fingerprint.json.*icefall-kd dump") as e:
+        Fingerprint.read(tmp_path)
+    assert str(tmp_path) in str(e.value)
+
+
+def without_teacher(text):
+    return json.dumps({k: v for k, v in json.loads(text).items() if k != "teacher"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: b"",
+        lambda text: text[: len(text) // 2].encode(),
+        lambda text: b"[1, 2]",
+        lambda text: without_teacher(text).encode(),
+        lambda text: text.replace("teacher", "instructor").encode(),
+        pytest.param(
+            lambda text: b"\xff\xfe\x00" + text.encode(),
+            marks=pytest.mark.xfail(
+                strict=True, reason="fingerprint.py: UnicodeDecodeError"
+            ),
+        ),
+    ],
+    ids="empty half list fewer other bytes".split(),
+)
+def test_a_damaged_file_is_refused(tmp_path, make_fingerprint, damage):
+    make_fingerprint().write(tmp_path)
+    path = tmp_path / FILENAME
+    path.write_bytes(damage(path.read_text("utf8")))
+    with pytest.raises(KDError, match="damaged or of another version.*dump") as e:
+        Fingerprint.read(tmp_path)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+# Comparisons
+
+
+OTHER = {
+    "teacher": "b" * 64,
+    "tokens": "c" * 64,
+    "vocab_size": 12,
+    "blank_id": 3,
+    "subsampling_factor": 2,
+    "frame_shift": 0.02,
+    "sampling_rate": 16000,
+    "num_features": 80,
+    "feature_type": "fbank",
+    "kind": "ctc-logprobs-fp32",
+}
+
+
+def test_the_same_fingerprint_is_taken(make_fingerprint):
+    make_fingerprint().check_same(make_fingerprint(), "folder")
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Fingerprint)])
+def test_each_field_that_differs_is_refused_by_name(make_fingerprint, name):
+    mine, other = make_fingerprint(), make_fingerprint(**{name: OTHER[name]})
+    with pytest.raises(KDError, match=f"made with {name} ") as e:
+        mine.check_same(other, "data/kd")
+    message = str(e.value)
+    assert repr(getattr(mine, name)) in message and repr(OTHER[name]) in message
+    assert "data/kd" in message and "--overwrite" in message
+
+
+def test_a_fitting_student_is_taken(make_fingerprint):
+    made = make_fingerprint(tokens="c" * 64)
+    made.check_student(11, 0)
+    made.check_student(11, 0, "c" * 64)
+    make_fingerprint(tokens="").check_student(11, 0, "d" * 64)  # not known
+
+
+@pytest.mark.parametrize(
+    "student, both",
+    [
+        ((12, 0, "c" * 64), ("12 symbols", "teacher's 11")),
+        ((11, 2, "c" * 64), ("blank id is 2", "teacher's 0")),
+        ((11, 0, "d" * 64), ("d" * 8, "c" * 8)),
+    ],
+    ids=["size", "blank", "tokens"],
+)
+def test_a_student_of_other_symbols_is_refused(make_fingerprint, student, both):
+    with pytest.raises(KDError, match="--bpe-model") as e:
+        make_fingerprint(tokens="c" * 64).check_student(*student)
+    assert all(words in str(e.value) for words in both)
+    assert "\n" not in str(e.value)

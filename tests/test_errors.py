@@ -1,0 +1,114 @@
+"""Refusals are one sentence."""
+
+import errno
+import sys
+from pathlib import Path
+
+import pytest
+
+from icefall_kd.errors import KDError, install_excepthook, one_sentence
+
+WRAPPED = (
+    "Caught KDError in DataLoader worker process 0.\n"
+    "Original Traceback (most recent call last):\n"
+    '  File "dataset.py", line 1, in f\n'
+    "icefall_kd.errors.KDError: the cut c1 has no targets: make them\n"
+)
+
+
+def test_a_refusal_is_a_value_error():
+    assert isinstance(KDError("x"), ValueError)
+
+
+@pytest.mark.parametrize(
+    "message", ["the cut c1 has no targets: make them", WRAPPED], ids=["own", "worker"]
+)
+def test_sentence_is_without_a_workers_traceback(message):
+    assert KDError(message).sentence == "the cut c1 has no targets: make them"
+
+
+@pytest.mark.parametrize("message", ["a is 1 and b is 2: mend a", WRAPPED])
+def test_excepthook_shows_a_refusal_on_one_line(capsys, message):
+    install_excepthook()
+    sys.excepthook(KDError, KDError(message), None)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"icefall_kd: error: {KDError(message).sentence}\n"
+
+
+def test_excepthook_leaves_other_errors_to_the_hook_before(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(sys, "excepthook", lambda *args: seen.append(args))
+    install_excepthook()
+    error = ValueError("not ours")
+    sys.excepthook(ValueError, error, None)
+    assert seen == [(ValueError, error, None)]
+    assert capsys.readouterr().err == ""
+
+
+def test_excepthook_is_installed_once():
+    install_excepthook()
+    first = sys.excepthook
+    install_excepthook()
+    assert sys.excepthook is first
+
+
+def test_an_uncaught_refusal_ends_the_program_with_status_1(run_python):
+    done = run_python(
+        "from icefall_kd.errors import *\n"
+        "install_excepthook()\n"
+        "raise KDError('a is 1 and b is 2: mend a')"
+    )
+    assert done.returncode == 1
+    assert done.stderr == "icefall_kd: error: a is 1 and b is 2: mend a\n"
+
+
+def test_other_errors_keep_their_traceback(run_python):
+    done = run_python(
+        "from icefall_kd.errors import *\ninstall_excepthook()\n1 / 0\n"
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_one_sentence_turns_a_refusal_into_status_1(capsys):
+    with pytest.raises(SystemExit) as e, one_sentence():
+        raise KDError("a is 1 and b is 2: mend a")
+    assert e.value.code == 1
+    assert capsys.readouterr().err == "icefall_kd: error: a is 1 and b is 2: mend a\n"
+
+
+def test_one_sentence_names_the_file_of_a_failed_disk(capsys, tmp_path):
+    with pytest.raises(SystemExit) as e, one_sentence():
+        (tmp_path / "no" / "folder").write_text("x")
+    assert e.value.code == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / "no" / "folder") in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_one_sentence_on_a_full_disk(capsys):
+    with pytest.raises(SystemExit) as e, one_sentence():
+        with open("/dev/full", "w") as f:
+            f.write("x")
+    assert e.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("icefall_kd: error: ") and err.count("\n") == 1
+    assert "No space left on device" in err and "free space" in err
+
+
+def test_one_sentence_lets_other_errors_through():
+    with pytest.raises(ZeroDivisionError), one_sentence():
+        _ = 1 / 0
+
+
+def test_one_sentence_is_silent_when_all_is_well(capsys):
+    with one_sentence():
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_os_error_without_text_still_gives_a_sentence(capsys):
+    with pytest.raises(SystemExit), one_sentence():
+        raise OSError(errno.EIO, "Input/output error")
+    assert "Input/output error: free space" in capsys.readouterr().err
