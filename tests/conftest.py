@@ -103,8 +103,7 @@ def run_python(tmp_path):
             + [str(a) for a in args],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             timeout=120,
         )
@@ -411,6 +410,7 @@ def teacher_exp(tmp_path_factory, bpe_models):
         params = train.get_params()
         params.update(vars(train.get_parser().parse_args([])))
         params.update({**SMALL, "vocab_size": 25, "exp_dir": folder})
+        GradScaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
         models, averaged = {}, {}
         for i, name in enumerate(
             ("epoch-1", "epoch-2", "checkpoint-5", "checkpoint-10", "checkpoint-20")
@@ -431,7 +431,7 @@ def teacher_exp(tmp_path_factory, bpe_models):
                 optimizer,
                 train.Eden(optimizer, params.lr_batches, params.lr_epochs),
                 SimpleCutSampler(CutSet.from_cuts([]), max_duration=1.0),
-                torch.cuda.amp.GradScaler(enabled=False),
+                GradScaler(enabled=False),
             )
             models[name], averaged[name] = model.eval(), model_avg
     finally:

@@ -64,9 +64,7 @@ def test_an_uncaught_refusal_ends_the_program_with_status_1(run_python):
 
 
 def test_other_errors_keep_their_traceback(run_python):
-    done = run_python(
-        "from icefall_kd.errors import *\ninstall_excepthook()\n1 / 0\n"
-    )
+    done = run_python("from icefall_kd.errors import *\ninstall_excepthook()\n1 / 0\n")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
 

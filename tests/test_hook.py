@@ -116,7 +116,7 @@ def test_the_gradient_of_taken_logits_is_that_of_the_models_own(make_model, feat
         taken = grad(hook.take().ctc_logits)
         random.seed(5)
         own = grad(model.ctc_output[1](model.forward_encoder(*features)[0]))
-    for a, b in zip(taken, own):
+    for a, b in zip(taken, own, strict=True):
         torch.testing.assert_close(a, b)
         assert a.abs().max() > 1e-3
 
@@ -128,7 +128,7 @@ def compare_with_alone(model, x, x_lens):
     """Largest difference between a batch and its utterances alone, over the logits'
     standard deviation."""
     x = x.clone()
-    for row, n in zip(x, x_lens.tolist()):
+    for row, n in zip(x, x_lens.tolist(), strict=True):
         row[n:] = LOG_EPS
     worst = 0.0
     with TeacherHook(model) as hook:
@@ -285,7 +285,9 @@ def test_a_tapped_model_can_be_copied_after_a_forward_pass(make_model, features)
         twin = copy.deepcopy(model)
         out = hook.take()
     assert out.ctc_logits.requires_grad
-    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values()):
+    for (name, a), b in zip(
+        model.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
     model.eval()
     twin.eval()

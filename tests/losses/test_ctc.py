@@ -341,4 +341,4 @@ def test_the_inputs_are_left_alone():
     args = batch()
     before = [a.clone() for a in args]
     value_and_grad(ctc_kd_loss, *args, 2.0)
-    assert all(torch.equal(a, b) for a, b in zip(args, before))
+    assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))

@@ -125,7 +125,7 @@ def test_off_gives_bit_identical_training(make_model, make_params, cuts):
             loss = session.joint_loss(loss, MetricsTracker(), model, batch)
         loss.backward()
         found.append([loss, *(p.grad for p in model.parameters())])
-    for a, b in zip(*found):
+    for a, b in zip(*found, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
@@ -146,7 +146,9 @@ def test_without_attach_nothing_happens():
 def kd_by_hand(naive_kd, logits, batch, temperature):
     """T^2 KL in float64, row by row, from the arrays of the rows' cuts."""
     total = 0.0
-    for row, cut in zip(logits.detach().double(), batch["supervisions"]["cut"]):
+    for row, cut in zip(
+        logits.detach().double(), batch["supervisions"]["cut"], strict=True
+    ):
         teacher = torch.from_numpy(cut.load_custom(FIELD)).double()
         n = len(teacher)
         total += naive_kd(row[None, :n], teacher[None], torch.tensor([n]), temperature)
@@ -179,9 +181,7 @@ def test_a_pure_kd_loss_reaches_the_ctc_head_only(make_model, make_params, cuts)
     model = make_model().train()
     session.attach(make_params(1.0, 0.0), model)
     batch = kd_batch(cuts)
-    loss = session.joint_loss(
-        recipe_loss(model, batch), MetricsTracker(), model, batch
-    )
+    loss = session.joint_loss(recipe_loss(model, batch), MetricsTracker(), model, batch)
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert grads["ctc_output.1.weight"].abs().max() > 0
@@ -357,8 +357,10 @@ def test_a_teacher_of_other_tokens_is_refused(
     assert hash_tokens(bpe_models.b)[:8] in str(e.value)
 
 
+# Lhotse warns of each cut that a batch holds; see test_dataset.py.
 WORKER = """
-import sys
+import logging, sys
+logging.basicConfig(level="ERROR")
 from lhotse import load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from torch.utils.data import DataLoader

@@ -52,7 +52,7 @@ def test_layers_are_first_last_and_evenly_between(a, b):
     assert len(chosen) == n_student and chosen[0] == 0
     if n_student > 1:
         assert chosen[-1] == n_teacher - 1
-        steps = [y - x for x, y in zip(chosen, chosen[1:])]
+        steps = [y - x for x, y in zip(chosen, chosen[1:], strict=False)]
         assert min(steps) >= 1  # none twice
         assert max(abs(s - (n_teacher - 1) / (n_student - 1)) for s in steps) <= 1
 
@@ -63,7 +63,9 @@ def test_layers_are_first_last_and_evenly_between(a, b):
 def test_no_change_gives_bit_identical_outputs(build, teacher, features):
     student, settings = build()
     assert student is not teacher
-    for a, b in zip(outputs(student, features), outputs(teacher, features)):
+    for a, b in zip(
+        outputs(student, features), outputs(teacher, features), strict=True
+    ):
         assert torch.equal(a, b)
     for name, value in student.state_dict().items():
         assert torch.equal(value, teacher.state_dict()[name]), name
@@ -91,7 +93,7 @@ def test_the_settings_given_are_left_alone(teacher, make_settings):
 def test_fewer_layers_are_the_teachers_layers(build, teacher, layers):
     student, _ = build(num_encoder_layers=layers)
     wanted = [int(n) for n in layers.split(",")]
-    maps = [layer_map(n, m) for n, m in zip((2, 3), wanted)]
+    maps = [layer_map(n, m) for n, m in zip((2, 3), wanted, strict=True)]
     source, counts = teacher.state_dict(), {}
     for name, value in student.state_dict().items():
         match = LAYER.match(name)
@@ -142,7 +144,7 @@ def test_each_matrix_is_the_teachers_first_channels_block_by_block(
         whole = split(source[name], blocks_of(name, 4))
         parts = split(value, blocks_of(name, heads))
         assert len(parts) == len(whole)
-        for part, block in zip(parts, whole):
+        for part, block in zip(parts, whole, strict=True):
             first = block[tuple(slice(n) for n in part.shape)]
             assert torch.equal(part, first), name
         smaller += value.shape != source[name].shape
@@ -193,7 +195,7 @@ def test_hidden_channels_that_do_nothing_can_be_sliced_off(
     student, _ = build_student(
         teacher, make_settings(), {"feedforward_dim": "12,16"}, get_model
     )
-    for a, b in zip(outputs(student, features), expected):
+    for a, b in zip(outputs(student, features), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -203,8 +205,10 @@ def test_heads_that_do_nothing_can_be_sliced_off(teacher, make_settings, feature
         for i in (1, 2):
             zero_columns(layers, f"self_attn{i}.out_proj", lambda n: n // 2)
     expected = outputs(teacher, features)
-    student, _ = build_student(teacher, make_settings(), {"num_heads": "2,2"}, get_model)
-    for a, b in zip(outputs(student, features), expected):
+    student, _ = build_student(
+        teacher, make_settings(), {"num_heads": "2,2"}, get_model
+    )
+    for a, b in zip(outputs(student, features), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -215,7 +219,7 @@ def test_a_layer_that_does_nothing_can_be_left_out(teacher, make_settings, featu
     student, _ = build_student(
         teacher, make_settings(), {"num_encoder_layers": "2,2"}, get_model
     )
-    for a, b in zip(outputs(student, features), expected):
+    for a, b in zip(outputs(student, features), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

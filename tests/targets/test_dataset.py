@@ -52,7 +52,9 @@ def check_batch(batch, cuts, stored):
     inputs, targets = batch["inputs"], batch["kd_targets"]
     assert len(targets.ctc_logits) == len(targets.lens) == len(inputs)
     seen = set()
-    for row, logits, length in zip(inputs, targets.ctc_logits, targets.lens):
+    for row, logits, length in zip(
+        inputs, targets.ctc_logits, targets.lens, strict=True
+    ):
         (cut,) = (
             c
             for c in cuts
@@ -97,6 +99,14 @@ def test_the_batch_is_otherwise_that_of_the_dataset(cuts):
     assert set(batch) == {*plain, "kd_targets"}
     assert torch.equal(batch["inputs"], plain["inputs"])
     assert batch["supervisions"]["text"] == plain["supervisions"]["text"]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="dataset.py: lhotse warns of each cut of each batch"
+)
+def test_a_batch_logs_nothing(cuts, caplog):
+    KDDataset(K2SpeechRecognitionDataset())[cuts]
+    assert caplog.messages == []
 
 
 def test_targets_have_the_students_lengths(cuts, make_model):
@@ -194,7 +204,9 @@ def test_a_batch_mixed_with_noise(cuts, noise, stored):
         ]
     )
     batch = KDDataset(dataset)[cuts]
-    rows = zip(batch["supervisions"]["cut"], batch["kd_targets"].ctc_logits)
+    rows = zip(
+        batch["supervisions"]["cut"], batch["kd_targets"].ctc_logits, strict=True
+    )
     for cut, logits in rows:
         track = cut.tracks[0].cut
         expected = stored(track)

@@ -17,7 +17,7 @@ SNR_RANGE = (0.0, 15.0)  # dB, over the whole utterance
 MARGIN_RANGE = (0.1, 0.2)  # seconds of silence at either end
 MAX_PAUSE = 0.25  # seconds between two digits
 GAIN_RANGE = (-3.0, 3.0)  # dB, of one digit against the others
-SPEED_RANGE = (0.8, 1.25)  # of training utterances; pitch and formants go with it
+SPEED_RANGE = (0.9, 1.1)  # of training utterances; pitch and formants go with it
 
 
 def read_wav(path: Path) -> np.ndarray:

@@ -3,7 +3,7 @@
 Give untranscribed cuts the teacher's greedy transcript.
 
 Usage:
-  ./local/label_cuts.py --exp-dir exp/teacher --epoch 5 \
+  ./local/label_cuts.py --exp-dir exp/teacher --epoch 4 \
     --bpe-model data/lang_bpe_54/bpe.model IN_CUTS OUT_CUTS
 
 A cut for which the teacher hears nothing, or more tokens than its frames can hold,

@@ -5,7 +5,7 @@ The table: parameters, WER of both heads and RTF of every model.
 Usage:
   ./local/make_table.py --bpe-model data/lang_bpe_54/bpe.model \
     --manifest data/fbank/digits_cuts_test.jsonl.gz --output exp/summary.json \
-    exp/teacher:5 exp/student:3 exp/student-kd:3
+    exp/teacher:4 exp/student:3 exp/student-kd:3
 
 RTF is the time that one core takes from features to words with the transducer head,
 one utterance at a time, by the length of the audio: the median of five rounds in

@@ -54,7 +54,7 @@ class DigitsAsrDataModule:
         group.add_argument(
             "--max-duration",
             type=int,
-            default=40,
+            default=20,
             help="Maximum pooled recordings duration (seconds) in a single batch.",
         )
         group.add_argument(

@@ -2,7 +2,7 @@
 """
 Usage:
 
-  ./zipformer/decode.py --exp-dir exp/teacher --epoch 5 --avg 1 \
+  ./zipformer/decode.py --exp-dir exp/teacher --epoch 4 --avg 1 \
     --decoding-method greedy_search
 
 Decoding methods: ctc-greedy-search (the CTC head) and greedy_search (the transducer
@@ -38,7 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--epoch", type=int, default=5, help="Use exp-dir/epoch-N.pt.")
+    add("--epoch", type=int, default=4, help="Use exp-dir/epoch-N.pt.")
     add("--iter", type=int, default=0, help="If positive, use checkpoint-N.pt instead.")
     add("--avg", type=int, default=1, help="How many checkpoints to average.")
     add(

@@ -2,7 +2,7 @@
 """
 Usage:
 
-  ./zipformer/train.py --exp-dir exp/teacher --num-epochs 5 --seed 42
+  ./zipformer/train.py --exp-dir exp/teacher --num-epochs 4 --seed 42
 
 The model, its options and the optimizer are those of the package zipformer, which is
 icefall's own. The four lines that name kd are all that distillation needs:
@@ -62,7 +62,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--world-size", type=int, default=1, help="Number of processes for DDP.")
     add("--master-port", type=int, default=12354, help="Master port for DDP.")
     add("--tensorboard", type=str2bool, default=True, help="Write tensorboard files.")
-    add("--num-epochs", type=int, default=5, help="Train until this epoch is done.")
+    add("--num-epochs", type=int, default=4, help="Train until this epoch is done.")
     add(
         "--start-epoch",
         type=int,
@@ -81,7 +81,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--lr-batches", type=float, default=500, help="Batches that decay the rate.")
     add("--lr-epochs", type=float, default=6, help="Epochs that decay the rate.")
     add("--lr-warmup", type=float, default=100, help="Batches that raise the rate.")
-    add("--ref-duration", type=float, default=40, help="Batch count's reference.")
+    add("--ref-duration", type=float, default=10, help="Batch count's reference.")
     add("--prune-range", type=int, default=5, help="Symbols per frame in the lattice.")
     add("--lm-scale", type=float, default=0.25, help="Smooths the simple loss.")
     add("--am-scale", type=float, default=0.0, help="Smooths the simple loss.")
