@@ -20,7 +20,7 @@ vocab_size=54
 seed=42
 
 teacher_epochs=5
-student_epochs=2
+student_epochs=1
 long_factor=1       # 3: also train and decode both students three times as long
 # What differs from the teacher: 0.3 M parameters instead of 1.3 M.
 student="encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 num-encoder-layers=1,1,1 feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64"

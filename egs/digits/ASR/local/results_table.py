@@ -15,9 +15,9 @@ from typing import Any, Dict, List, Tuple
 from script_utils import UserError, run_script
 
 EXPERIMENTS = {
-    "": "all speakers transcribed",
-    "-half": "half transcribed, teacher of all",
-    "-half-own-teacher": "half transcribed, teacher of that half",
+    "": "students that start from the teacher's layers",
+    "-random": "students that start from random parameters",
+    "-half": "half of the speakers without transcripts, from random parameters",
 }
 HEADS = ("ctc_wer", "transducer_wer")
 Key = Tuple[str, int]  # model, and which of its rows: 0 the shorter training
