@@ -48,6 +48,8 @@ def one_sentence() -> Iterator[None]:
     except OSError as e:
         place = f" ({e.filename})" if e.filename else ""
         _report(
-            KDError(f"{e.strerror or e}{place}: free space or mend the path, then retry")
+            KDError(
+                f"{e.strerror or e}{place}: free space or mend the path, then retry"
+            )
         )
         raise SystemExit(1) from None

@@ -10,6 +10,9 @@ from torch import nn
 from icefall_kd.errors import KDError
 from icefall_kd.types import EncoderOut
 
+# Zipformer's front end makes (T - 7) // 2 frames of T.
+MIN_FRAMES = 9
+
 
 def ctc_linear(model: nn.Module) -> nn.Linear:
     """The linear layer of the CTC head: its output is what LogSoftmax takes."""
@@ -24,9 +27,11 @@ def ctc_linear(model: nn.Module) -> nn.Linear:
 
 
 # Plain functions: copy.deepcopy shares them, where it would copy a bound method
-# together with its owner.
-def _tap_encoder(store: Dict[str, Any]) -> Callable:
+# together with its owner. So they run in a copy of the model too, and ignore it.
+def _tap_encoder(store: Dict[str, Any], owner: nn.Module) -> Callable:
     def hook(module, args, output):
+        if module is not owner:
+            return
         store["encoder_out"] = output[0].permute(1, 0, 2)
         store["encoder_out_lens"] = output[1]
         store.pop("ctc_logits", None)
@@ -34,9 +39,10 @@ def _tap_encoder(store: Dict[str, Any]) -> Callable:
     return hook
 
 
-def _tap_ctc(store: Dict[str, Any]) -> Callable:
+def _tap_ctc(store: Dict[str, Any], owner: nn.Module) -> Callable:
     def hook(module, args, output):
-        store["ctc_logits"] = output
+        if module is owner:
+            store["ctc_logits"] = output
 
     return hook
 
@@ -90,8 +96,11 @@ class TeacherHook:
         self.model = model
         self._store: Dict[str, Any] = {}
         self._handles: List[Any] = [
-            ctc_linear(model).register_forward_hook(_tap_ctc(self._store)),
-            model.encoder.register_forward_hook(_tap_encoder(self._store)),
+            module.register_forward_hook(tap(self._store, module))
+            for module, tap in (
+                (ctc_linear(model), _tap_ctc),
+                (model.encoder, _tap_encoder),
+            )
         ]
 
     def __enter__(self) -> "TeacherHook":
@@ -131,8 +140,17 @@ class TeacherHook:
         Args:
           x: (N, T, F), features.
           x_lens: (N,), valid frames.
+
+        Raises:
+          KDError: if an utterance is too short for one frame of encoder output.
         """
         model = self.model
+        shortest = int(x_lens.min())
+        if shortest < MIN_FRAMES:
+            raise KDError(
+                f"an utterance has {shortest} feature frames and the encoder needs "
+                f"{MIN_FRAMES} for one frame of output: leave it out"
+            )
         with _as_found(model):
             model.eval()
             x, x_lens = model.encoder_embed(x, x_lens)

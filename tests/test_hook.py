@@ -171,9 +171,6 @@ def test_an_utterance_in_a_batch_agrees_with_it_alone(make_model, features):
         assert compare_with_alone(model, 2 * features[0] - 6, EVEN) < 2e-3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="hook.py: 0 and -1 encoder frames are returned as lengths"
-)
 def test_a_cut_too_short_for_one_frame_is_refused(make_model, features):
     x, _ = features
     with TeacherHook(make_model()) as hook, pytest.raises(KDError):
@@ -295,9 +292,6 @@ def test_a_tapped_model_can_be_copied_after_a_forward_pass(make_model, features)
         assert torch.equal(forward(model, *features), forward(twin, *features))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="hook.py: a copy shares the store, so its passes are taken too"
-)
 def test_a_copys_forward_pass_is_not_taken_for_the_models_own(make_model, features):
     model = make_model().eval()
     with TeacherHook(model) as hook, torch.no_grad():

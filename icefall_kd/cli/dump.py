@@ -3,17 +3,17 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Set
 
 import click
 import torch
 from lhotse import CutSet
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MonoCut
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
 from icefall_kd.errors import KDError
-from icefall_kd.hook import TeacherHook
+from icefall_kd.hook import MIN_FRAMES, TeacherHook
 from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets.fingerprint import Fingerprint, hash_state_dict, hash_tokens
 from icefall_kd.targets.writer import LogitWriter
@@ -23,11 +23,14 @@ def open_cuts(path: str) -> CutSet:
     if not Path(path).is_file():
         raise KDError(f"the manifest {path} does not exist: make the features first")
     try:
-        return CutSet.from_file(path)
+        cuts = CutSet.from_file(path)
     except Exception as e:  # json, gzip and lhotse raise many kinds
         raise KDError(
             f"the manifest {path} can't be read ({type(e).__name__}): make it again"
         ) from None
+    if cuts is None or next(iter(cuts), None) is None:
+        raise KDError(f"the manifest {path} holds no cuts: make the data again")
+    return cuts
 
 
 def fingerprint_of(
@@ -35,11 +38,6 @@ def fingerprint_of(
 ) -> Fingerprint:
     features = cut.features
     factor = int(settings.get("subsampling_factor", 4))
-    if features.num_features != int(settings["feature_dim"]):
-        raise KDError(
-            f"the cuts have {features.num_features} features a frame and the teacher "
-            f"takes {settings['feature_dim']}: give the features it was trained on"
-        )
     return Fingerprint(
         teacher=hash_state_dict(model.state_dict()),
         tokens=hash_tokens(bpe_model) if bpe_model else "",
@@ -53,12 +51,35 @@ def fingerprint_of(
     )
 
 
-def _checked(cuts: CutSet, path: str) -> Iterator[Cut]:
+def _checked(cuts: CutSet, path: str, num_features: int) -> Iterator[Cut]:
+    """The cuts of ``path`` one by one, refused where the teacher can't hear them."""
+    seen: Set[str] = set()
     for cut in cuts:
-        if not getattr(cut, "has_features", False):
-            raise KDError(
-                f"the cut {cut.id} of {path} has no features: compute them first"
+        problem = ""
+        if not isinstance(cut, MonoCut):
+            problem = (
+                f"is a {type(cut).__name__} and must be a MonoCut: dump the teacher "
+                "before mixing, padding or appending"
             )
+        elif not cut.has_features:
+            problem = "has no features: compute them first"
+        elif cut.num_features != num_features:
+            problem = (
+                f"has {cut.num_features} features a frame and the teacher takes "
+                f"{num_features}: give the features that it was trained on"
+            )
+        elif cut.num_frames < MIN_FRAMES:
+            problem = (
+                f"has {cut.num_frames} feature frames and the teacher needs "
+                f"{MIN_FRAMES}: leave it out"
+            )
+        elif cut.id in seen:
+            raise KDError(
+                f"the cut id {cut.id} occurs twice in {path}: make cut ids unique"
+            )
+        if problem:
+            raise KDError(f"the cut {cut.id} of {path} {problem}")
+        seen.add(cut.id)
         yield cut
 
 
@@ -93,13 +114,14 @@ def dump(
 ) -> None:
     if max_duration <= 0:
         raise KDError(f"--max-duration is {max_duration}, and must be above 0")
+    if Path(in_cuts).resolve() == Path(out_cuts).resolve():
+        raise KDError(f"{in_cuts} is both read and written: give OUT_CUTS another name")
     cuts = open_cuts(in_cuts)
-    first = next(_checked(cuts, in_cuts), None)
-    if first is None:
-        raise KDError(f"the manifest {in_cuts} holds no cuts: make the data again")
     model, settings = load_recipe_model(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model
     )
+    num_features = int(settings["feature_dim"])
+    first = next(_checked(cuts, in_cuts, num_features))
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -110,15 +132,33 @@ def dump(
         with LogitWriter(out, storage_dir, fingerprint, overwrite) as writer:
             if len(writer):
                 logging.warning("%d cuts have their targets already", len(writer))
-            todo = (c for c in _checked(cuts, in_cuts) if c.id not in writer)
+            done = writer.done
+            todo = (
+                c for c in _checked(cuts, in_cuts, num_features) if c.id not in done
+            )
             frames = 0
-            with tqdm(desc="Teacher's targets", unit=" cuts", total=_count(cuts)) as bar:
+            with tqdm(
+                desc="Teacher's targets", unit=" cuts", total=_count(cuts)
+            ) as bar:
                 bar.update(len(writer))
                 for batch in _batches(todo, max_duration):
                     frames += _write(batch, hook, writer, device)
                     bar.update(len(batch))
                     bar.set_postfix(frames=frames, MB=writer.bytes_written / 1e6)
     click.echo(f"{out}: {len(writer)} cuts with targets, arrays in {storage_dir}")
+
+
+def _name_unreadable(batch: List[Cut]) -> None:
+    for cut in batch:
+        try:
+            cut.load_features()
+        except Exception as e:
+            f = cut.features
+            raise KDError(
+                f"the features of cut {cut.id} can't be read from "
+                f"{f.storage_path}/{f.storage_key} ({type(e).__name__}): compute them "
+                "again"
+            ) from None
 
 
 def _count(cuts: CutSet) -> int:
@@ -128,7 +168,11 @@ def _count(cuts: CutSet) -> int:
 def _write(
     batch: List[Cut], hook: TeacherHook, writer: LogitWriter, device: torch.device
 ) -> int:
-    x, x_lens = collate_features(CutSet.from_cuts(batch))
+    try:
+        x, x_lens = collate_features(CutSet.from_cuts(batch))
+    except Exception:  # the storage behind lhotse raises what it likes
+        _name_unreadable(batch)
+        raise
     out = hook.encode(x.to(device), x_lens.to(device))
     for cut, logits, n in zip(batch, out.ctc_logits, out.encoder_out_lens.tolist()):
         writer.write(cut, logits[:n])

@@ -16,6 +16,10 @@ from icefall_kd.targets.fingerprint import hash_tokens
 PARTS = ("encoder_embed", "encoder", "decoder", "joiner", "ctc_output")
 
 
+_BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_KINDS = {int: int, float: float, bool: lambda word: _BOOLS[word.lower()]}
+
+
 def parse_changes(changes: Tuple[str, ...], settings: Dict[str, Any]) -> Dict[str, Any]:
     """``("encoder-dim=32,32",)`` as values of the types that the teacher's have."""
     parsed: Dict[str, Any] = {}
@@ -27,8 +31,8 @@ def parse_changes(changes: Tuple[str, ...], settings: Dict[str, Any]) -> Dict[st
         check_settings(settings, {name: value})
         kind = type(settings[name])
         try:
-            parsed[name] = kind(value) if kind in (int, float) else value
-        except ValueError:
+            parsed[name] = _KINDS.get(kind, str)(value)
+        except (ValueError, KeyError):
             raise KDError(
                 f"--set {change}: {name} takes a {kind.__name__}, as the teacher's "
                 f"{settings[name]}"
@@ -37,10 +41,11 @@ def parse_changes(changes: Tuple[str, ...], settings: Dict[str, Any]) -> Dict[st
 
 
 def model_names(train) -> Dict[str, Any]:
-    """The recipe's model options with their defaults."""
+    """The recipe's model options with the defaults of its own parser."""
     parser = argparse.ArgumentParser()
     train.add_model_arguments(parser)
-    return vars(parser.parse_args([]))
+    defaults = vars(train.get_parser().parse_args([]))
+    return {name: defaults[name] for name in vars(parser.parse_args([]))}
 
 
 def flags(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:

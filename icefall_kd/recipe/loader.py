@@ -37,7 +37,23 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
     if str(folder) in sys.path:
         sys.path.remove(str(folder))
     sys.path.insert(0, str(folder))
-    return importlib.import_module("train")
+    try:
+        train = importlib.import_module("train")
+    except Exception as e:  # whatever the recipe's code raises
+        where = getattr(e, "lineno", None)
+        raise KDError(
+            f"{folder}/train.py can't be imported"
+            f"{f' (line {where})' if where else ''}: {type(e).__name__}: "
+            f"{str(e).splitlines()[0] if str(e) else 'no message'}; run the recipe's "
+            "own train.py --help until it works"
+        ) from None
+    for name in ("get_params", "get_model"):
+        if not callable(getattr(train, name, None)):
+            raise KDError(
+                f"{folder}/train.py has no function {name}, which icefall's Zipformer "
+                "recipes have: give --recipe such a recipe's folder"
+            )
+    return train
 
 
 def _checkpoint_module() -> ModuleType:
@@ -62,6 +78,8 @@ def checkpoint_files(
       checkpoints, or ``avg`` files to average.
     """
     exp_dir = Path(exp_dir)
+    if avg < 1:
+        raise KDError(f"--avg is {avg}, and must be 1 or more")
     if iteration > 0:
         found = sorted(
             exp_dir.glob("checkpoint-*.pt"), key=lambda p: int(p.stem.split("-")[1])
@@ -92,12 +110,19 @@ def checkpoint_files(
 
 def load_checkpoint(path: Path) -> Dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        # torch 1.13 and later know weights_only; params hold more than weights.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as e:  # torch raises many kinds for a damaged file
         raise KDError(
             f"the checkpoint {path} can't be read ({type(e).__name__}): copy or train "
             "it again"
         ) from None
+    if not isinstance(checkpoint, dict):
+        raise KDError(
+            f"the checkpoint {path} holds a {type(checkpoint).__name__}, not a dict "
+            "with a model: give the epoch-N.pt or checkpoint-N.pt of a training"
+        )
+    return checkpoint
 
 
 def settings_of(checkpoint: Dict[str, Any], path: Path) -> Dict[str, Any]:
@@ -126,11 +151,22 @@ def load_recipe_model(
     """
     train = import_train(recipe_dir)
     files = checkpoint_files(exp_dir, epoch, iteration, avg, use_averaged_model)
-    checkpoint = load_checkpoint(files[-1])
-    settings = settings_of(checkpoint, files[-1])
+    needed = "model_avg" if use_averaged_model else "model"
+    for path in files:
+        checkpoint = load_checkpoint(path)
+        settings = settings_of(checkpoint, path)
+        if needed not in checkpoint:
+            raise KDError(
+                f"the checkpoint {path} holds no {needed}: "
+                + (
+                    "give --no-use-averaged-model"
+                    if use_averaged_model
+                    else "give one that the recipe's own training wrote"
+                )
+            )
     params = train.get_params()
     params.update(settings)
-    model = train.get_model(params)
+    model = _model_of(train, params, files[-1])
     if use_averaged_model:
         state = _checkpoint_module().average_checkpoints_with_averaged_model(
             filename_start=str(files[0]), filename_end=str(files[1])
@@ -139,5 +175,23 @@ def load_recipe_model(
         state = _checkpoint_module().average_checkpoints([str(f) for f in files])
     else:
         state = checkpoint["model"]
-    model.load_state_dict(state, strict=True)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as e:
+        difference = " ".join(str(e).split())[:200]
+        raise KDError(
+            f"the parameters in {files[-1]} are not those of the model that its "
+            f"settings describe ({difference}...): give the recipe it was trained with"
+        ) from None
     return model.eval(), settings
+
+
+def _model_of(train: ModuleType, params: Dict[str, Any], path: Path) -> nn.Module:
+    try:
+        return train.get_model(params)
+    except Exception as e:  # whatever the recipe's code raises
+        raise KDError(
+            f"get_model of {train.__file__} can't build the model of {path}: "
+            f"{type(e).__name__}: {' '.join(str(e).split())}; give the recipe that it "
+            "was trained with"
+        ) from None

@@ -20,6 +20,8 @@ import logging
 from pathlib import Path
 from typing import Any, Dict, Optional
 
+from icefall_kd.errors import KDError, install_excepthook
+
 _session: Optional["Session"] = None
 
 
@@ -77,8 +79,6 @@ class Session:
 
 
 def _refuse_time_warp(params: Dict[str, Any]) -> None:
-    from icefall_kd.errors import KDError
-
     warp = int(params.get("spec_aug_time_warp_factor", 0) or 0)
     on = params.get("enable_spec_aug", False) or params.get("use_cr_ctc", False)
     if on and warp >= 1:
@@ -102,8 +102,6 @@ def attach(params: Dict[str, Any], model) -> None:
         an augmentation that moves frames.
     """
     global _session
-    from icefall_kd.errors import install_excepthook
-
     if _session is not None:
         _session.hook.close()
         _session = None
@@ -142,6 +140,11 @@ def joint_loss(loss, info, model, batch):
     student = _session.hook.take()
     if not model.training:
         return loss
+    if "kd_targets" not in batch:
+        raise KDError(
+            "a training batch has no kd_targets: let the data module call "
+            "wrap_dataset(train, cuts_train) after session.attach() ran"
+        )
     loss, terms = _session.joint(loss, student, batch["kd_targets"])
     info.update(terms)
     return loss

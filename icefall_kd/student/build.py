@@ -125,6 +125,24 @@ def check_settings(settings: Dict[str, Any], changes: Dict[str, Any]) -> None:
             )
 
 
+def _no_model(changes: Dict[str, Any], error: Exception) -> KDError:
+    shown = ", ".join(f"{k}={v}" for k, v in changes.items())
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    return KDError(
+        f"no model has the settings {shown} ({reason}): give each stack one number, "
+        "encoder_unmasked_dim at most encoder_dim, and at least one layer"
+    )
+
+
+def _make(get_model: Callable, settings: Dict[str, Any], changes: Dict[str, Any]):
+    try:
+        if min(per_stack(settings, "num_encoder_layers")) < 1:
+            raise ValueError("a stack without layers")
+        return get_model(settings)
+    except Exception as e:  # the model asserts, and raises what it likes
+        raise _no_model(changes, e) from None
+
+
 def build_student(
     teacher: nn.Module,
     settings: Dict[str, Any],
@@ -160,8 +178,13 @@ def build_student(
     new = type(settings)(settings)
     new.update(changes)
     if init == "teacher":
-        _check(settings, new)
-    student = get_model(new)
+        try:
+            _check(settings, new)
+        except (ValueError, IndexError) as e:
+            if isinstance(e, KDError):
+                raise
+            raise _no_model(changes, e) from None
+    student = _make(get_model, new, changes)
     if init == "random":
         return student, new
     maps = [

@@ -1,12 +1,12 @@
 """Reads targets in the dataset's workers, and lines them up with the batch."""
 
 from pathlib import Path
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, Tuple
 
 import numpy as np
 import torch
 from lhotse import CutSet
-from lhotse.cut import Cut, MixedCut, MonoCut
+from lhotse.cut import Cut, MixedCut, MixTrack, MonoCut
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets.fingerprint import Fingerprint
@@ -16,20 +16,26 @@ from icefall_kd.types import Targets
 REMEDY = "run `icefall-kd dump` on the cuts that are trained on"
 
 
+def _carriers(cut: Cut) -> List[Tuple[float, MonoCut]]:
+    """The MonoCuts in ``cut`` that carry targets, with their offsets in seconds.
+
+    Lhotse leaves None as the target of a cut that was extended beyond its data.
+    """
+    tracks = cut.tracks if isinstance(cut, MixedCut) else [MixTrack(cut)]
+    return [
+        (t.offset, t.cut)
+        for t in tracks
+        if isinstance(t.cut, MonoCut) and (t.cut.custom or {}).get(FIELD) is not None
+    ]
+
+
 def _carrier(cut: Cut) -> MonoCut:
     """The one MonoCut of ``cut`` that carries targets, at the cut's own start."""
-    if isinstance(cut, MonoCut):
-        if not cut.has_custom(FIELD):
-            raise KDError(f"the cut {cut.id} has no targets ({FIELD}): {REMEDY}")
-        return cut
-    if isinstance(cut, MixedCut):
-        tracks = [
-            t
-            for t in cut.tracks
-            if isinstance(t.cut, MonoCut) and t.cut.has_custom(FIELD)
-        ]
-        if len(tracks) == 1 and tracks[0].offset == 0:
-            return tracks[0].cut
+    carriers = _carriers(cut)
+    if not carriers:
+        raise KDError(f"the cut {cut.id} has no targets ({FIELD}): {REMEDY}")
+    if len(carriers) == 1 and carriers[0][0] == 0:
+        return carriers[0][1]
     raise KDError(
         f"the cut {cut.id} is a {type(cut).__name__} whose targets don't stand at its "
         "start: train without --concatenate-cuts, and " + REMEDY
@@ -40,7 +46,7 @@ def _read(cut: Cut) -> torch.Tensor:
     cut = _carrier(cut)
     try:
         array = cut.load_custom(FIELD)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError) as e:
         stored = cut.custom[FIELD].array
         raise KDError(
             f"the targets of cut {cut.id} can't be read from "
@@ -72,15 +78,15 @@ def store_fingerprint(cuts: Iterable[Cut]) -> Fingerprint:
     missing, total, first, stores = 0, 0, "", set()
     for cut in cuts:
         total += 1
-        if getattr(cut, "custom", None) and FIELD in cut.custom:
-            stores.add(cut.custom[FIELD].array.storage_path)
-        else:
+        carriers = _carriers(cut)
+        stores.update(c.custom[FIELD].array.storage_path for _, c in carriers)
+        if not carriers:
             missing += 1
             first = first or cut.id
     if missing:
         raise KDError(
-            f"{missing} of {total} training cuts have no targets ({FIELD}), {first} the "
-            f"first: {REMEDY}, or switch distillation off with --kd-ctc-weight 0"
+            f"{missing} of {total} training cuts have no targets ({FIELD}), {first} "
+            f"the first: {REMEDY}, or switch distillation off with --kd-ctc-weight 0"
         )
     if not stores:
         raise KDError("there are no training cuts: check --manifest-dir")

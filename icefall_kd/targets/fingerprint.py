@@ -68,7 +68,7 @@ class Fingerprint:
                 f"the target store {folder} has no {FILENAME}: make the targets again "
                 "with `icefall-kd dump`"
             ) from None
-        except (json.JSONDecodeError, TypeError):
+        except (ValueError, TypeError):
             raise KDError(
                 f"{path} is damaged or of another version: make the targets again with "
                 "`icefall-kd dump --overwrite`"

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Iterable, Set, TextIO, Union
+from typing import BinaryIO, FrozenSet, Set, Union
 
 import numpy as np
 import torch
@@ -23,9 +23,8 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{os.getpid()}.{path.name}")
 
 
-def _open_text(path: Path, mode: str) -> TextIO:
-    opened = gzip.open if path.suffix == ".gz" else open
-    return opened(path, mode, encoding="utf8")
+def _open(path: Path, mode: str) -> BinaryIO:
+    return (gzip.open if path.suffix == ".gz" else open)(path, mode)
 
 
 class LogitWriter:
@@ -47,7 +46,8 @@ class LogitWriter:
       overwrite: Forget what is there already.
 
     Raises:
-      KDError: if the folder holds targets of another teacher.
+      KDError: if the folder holds targets of another teacher, or the manifest is
+        there and its cuts have no targets in that folder.
     """
 
     def __init__(
@@ -67,27 +67,43 @@ class LogitWriter:
         self.manifest.parent.mkdir(parents=True, exist_ok=True)
         fingerprint.write(self.storage_dir)
         self._done: Set[str] = set()
-        self._start_partial(() if overwrite else (self.manifest, self.partial))
+        if overwrite:  # its arrays are about to be replaced
+            self.manifest.unlink(missing_ok=True)
+            self.partial.unlink(missing_ok=True)
+        self._start_partial()
         self._file = open(self.partial, "a", encoding="utf8")
         self._arrays = NumpyFilesWriter(self.storage_dir)
 
-    def _start_partial(self, earlier: Iterable[Path]) -> None:
-        """Begin the partial manifest with the whole lines of ``earlier`` runs."""
+    def _start_partial(self) -> None:
+        """Begin the partial manifest with the whole lines of earlier runs."""
         temporary = _beside(self.partial)
-        with open(temporary, "w", encoding="utf8") as out:
-            for path in earlier:
-                if not path.exists():
-                    continue
-                with _open_text(path, "rt") as f:
-                    for line in f:
-                        try:
-                            cut_id = json.loads(line)["id"]
-                        except (json.JSONDecodeError, KeyError):
-                            continue  # where an earlier run was cut short
-                        if cut_id not in self._done:
-                            self._done.add(cut_id)
-                            out.write(line.rstrip("\n") + "\n")
-        temporary.replace(self.partial)
+        try:
+            with open(temporary, "wb") as out:
+                for path in (self.manifest, self.partial):
+                    if path.exists():
+                        self._take_over(path, out)
+            temporary.replace(self.partial)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _take_over(self, path: Path, out: BinaryIO) -> None:
+        with _open(path, "rb") as f:
+            for line in f:
+                try:
+                    cut = json.loads(line)
+                except ValueError:
+                    continue  # where an earlier run was cut short
+                stored = (cut.get("custom") or {}).get(FIELD) or {}
+                folder = (stored.get("array") or {}).get("storage_path")
+                if folder is None or Path(folder) != self.storage_dir:
+                    raise KDError(
+                        f"{path} is there, and its cut {cut.get('id')} has targets in "
+                        f"{folder} and not in {self.storage_dir}: name another "
+                        "manifest, or give --overwrite"
+                    )
+                if cut["id"] not in self._done:
+                    self._done.add(cut["id"])
+                    out.write(line.rstrip(b"\n") + b"\n")
 
     def __enter__(self) -> "LogitWriter":
         return self
@@ -100,6 +116,11 @@ class LogitWriter:
 
     def __contains__(self, cut_id: str) -> bool:
         return cut_id in self._done
+
+    @property
+    def done(self) -> FrozenSet[str]:
+        """Ids of the cuts that were written, by earlier runs too."""
+        return frozenset(self._done)
 
     def __len__(self) -> int:
         return len(self._done)
@@ -155,8 +176,7 @@ class LogitWriter:
         """Make the manifest of all that was written, and drop the partial one."""
         self._file.close()
         temporary = _beside(self.manifest)
-        with open(self.partial, encoding="utf8") as f:
-            with _open_text(temporary, "wt") as out:
-                shutil.copyfileobj(f, out)
+        with open(self.partial, "rb") as f, _open(temporary, "wb") as out:
+            shutil.copyfileobj(f, out)
         temporary.replace(self.manifest)
         self.partial.unlink()

@@ -27,10 +27,6 @@ LENGTHS = {"c1": 47, "c2": 90, "c3": 61, "c4": 33}
 MAIN = "from icefall_kd.cli import main\nmain()"
 
 
-def known_bug(reason, **options):
-    return pytest.mark.xfail(strict=True, reason=reason, **options)
-
-
 @pytest.fixture
 def invoke(capsys):
     """Run ``icefall-kd WORD ...``: its status, and the lines of both streams."""
@@ -225,7 +221,7 @@ def test_dump_takes_the_averaged_model_unless_told(
         (("--exp-dir", "nowhere"), "nowhere/epoch-2.pt does not exist"),
         (("--max-duration", 0), "--max-duration is 0.0"),
         (("--bpe-model", "nowhere.model"), "nowhere.model can't be read"),
-        pytest.param(("--avg", 0), "--avg", marks=known_bug("loader.py: IndexError")),
+        (("--avg", 0), "--avg"),
     ],
     ids="epoch iter recipe exp-dir duration bpe avg".split(),
 )
@@ -258,14 +254,8 @@ def a_short_cut(cuts, make_cut):
     [
         (cuts_without_features, ["c1", "has no features"]),
         (cuts_of_80_features, ["80 features", "takes 20"]),
-        pytest.param(
-            lambda cuts, make_cut: [],
-            ["holds no cuts"],
-            marks=known_bug("dump.py: TypeError, lhotse gives None"),
-        ),
-        pytest.param(
-            padded_cuts, ["MixedCut"], marks=known_bug("dump.py: AttributeError")
-        ),
+        (lambda cuts, make_cut: [], ["holds no cuts"]),
+        (padded_cuts, ["MixedCut"]),
     ],
     ids="no-features other-features empty mixed".split(),
 )
@@ -280,10 +270,8 @@ def test_dump_refuses_cuts(refused, dump_words, tmp_path, make_cut, change, word
 @pytest.mark.parametrize(
     "change, word",
     [
-        pytest.param(
-            one_cut_of_80_features, "wide", marks=known_bug("dump.py: RuntimeError")
-        ),
-        pytest.param(a_short_cut, "short", marks=known_bug("dump.py: RuntimeError")),
+        (one_cut_of_80_features, "wide"),
+        (a_short_cut, "short"),
     ],
     ids=["one-wide", "short"],
 )
@@ -304,9 +292,7 @@ def test_dump_refuses_one_cut_of_many(
     "max_duration",
     [
         100,
-        pytest.param(
-            0.01, marks=known_bug("dump.py: a duplicate in another batch is left out")
-        ),
+        0.01,
     ],
     ids=["same-batch", "another-batch"],
 )
@@ -332,7 +318,6 @@ def test_dump_refuses_a_damaged_manifest(refused, dump_words, in_cuts, damage):
     assert str(in_cuts) in refused(*dump_words())
 
 
-@known_bug("errors.py: lhotse's message has several lines")
 def test_dump_refuses_missing_features(invoke, dump_words, tmp_path):
     (array,) = tmp_path.glob("feats/**/c2.npy")
     array.unlink()
@@ -343,7 +328,6 @@ def test_dump_refuses_missing_features(invoke, dump_words, tmp_path):
     assert not (tmp_path / "out.jsonl.gz").exists()
 
 
-@known_bug("writer.py: a manifest's cuts count as done without targets")
 def test_dump_does_not_take_its_input_for_its_output(
     invoke, dump_words, in_cuts, tree_of, tmp_path
 ):
@@ -450,7 +434,6 @@ def test_student_refuses_options(refused, student_words, more, words):
     assert words in refused(*student_words(*more))
 
 
-@known_bug("build.py: the model's AssertionError, or a ValueError")
 @pytest.mark.parametrize(
     "setting",
     [
@@ -490,14 +473,12 @@ def test_changes_take_the_types_of_the_teachers(make_settings):
     }
 
 
-@known_bug("student.py: a bool is left as a word, and any word is true")
 @pytest.mark.parametrize("word, value", [("0", False), ("False", False), ("1", True)])
 def test_a_change_of_a_bool_is_a_bool(make_settings, word, value):
     changes = parse_changes((f"causal={word}",), make_settings())
     assert changes["causal"] is value
 
 
-@known_bug("student.py: a bool takes any word")
 def test_a_change_of_a_bool_to_a_word_is_refused(make_settings):
     with pytest.raises(KDError):
         parse_changes(("causal=perhaps",), make_settings())
@@ -508,14 +489,8 @@ def test_a_change_of_a_bool_to_a_word_is_refused(make_settings):
     [
         {},
         {"encoder_dim": "8,12"},
-        pytest.param(
-            {"decoder_dim": 512, "query_head_dim": "32"},
-            marks=known_bug("student.py: the recipe's own defaults are not asked"),
-        ),
-        pytest.param(
-            {"use_cr_ctc": True},
-            marks=known_bug("student.py: the recipe's own defaults are not asked"),
-        ),
+        {"decoder_dim": 512, "query_head_dim": "32"},
+        {"use_cr_ctc": True},
     ],
     ids="as-it-is narrow package-default cr-ctc".split(),
 )

@@ -122,7 +122,9 @@ def test_the_distilled_checkpoint_has_exactly_the_keys_of_the_plain_one(work):
     assert plain.keys() == distilled.keys()
     for part in ("model", "model_avg"):
         assert plain[part].keys() == distilled[part].keys()
-    same = [torch.equal(plain["model"][k], distilled["model"][k]) for k in plain["model"]]
+    same = [
+        torch.equal(plain["model"][k], distilled["model"][k]) for k in plain["model"]
+    ]
     assert not all(same)
 
 
@@ -253,7 +255,10 @@ def test_a_bpe_model_of_another_size_is_refused(work, tmp_path):
         (["--corpus", "fsdd"], ["--corpus-dir"]),
         (["--corpus", "librispeech"], ["librispeech", "espeak or fsdd"]),
         (["--no-such-option", "1"], ["--no-such-option"]),
-        (["--corpus", "fsdd", "--corpus-dir", "/nowhere", "--stop-stage", "1"], ["/no"]),
+        (
+            ["--corpus", "fsdd", "--corpus-dir", "/nowhere", "--stop-stage", "1"],
+            ["/no"],
+        ),
     ],
 )
 def test_run_sh_refuses_bad_options(tmp_path, words, said):

@@ -261,7 +261,6 @@ def test_a_model_that_did_not_run_is_refused(make_model, make_params, cuts):
         session.joint_loss(torch.zeros(()), MetricsTracker(), model, kd_batch(cuts))
 
 
-@pytest.mark.xfail(strict=True, reason="session.py: KeyError 'kd_targets'")
 def test_a_training_batch_without_targets_is_refused(make_model, make_params, cuts):
     model = make_model().train()
     session.attach(make_params(), model)

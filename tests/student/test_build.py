@@ -331,7 +331,6 @@ def test_a_head_that_the_teacher_lacks_is_refused(make_model, make_settings):
         build_student(teacher, settings, {"use_transducer": True}, get_model)
 
 
-@pytest.mark.xfail(strict=True, reason="build.py: AssertionError of the model")
 @pytest.mark.parametrize(
     "changes",
     [

@@ -124,12 +124,7 @@ def without_teacher(text):
         lambda text: b"[1, 2]",
         lambda text: without_teacher(text).encode(),
         lambda text: text.replace("teacher", "instructor").encode(),
-        pytest.param(
-            lambda text: b"\xff\xfe\x00" + text.encode(),
-            marks=pytest.mark.xfail(
-                strict=True, reason="fingerprint.py: UnicodeDecodeError"
-            ),
-        ),
+        lambda text: b"\xff\xfe\x00" + text.encode(),
     ],
     ids="empty half list fewer other bytes".split(),
 )

@@ -236,7 +236,6 @@ def test_a_last_line_without_its_end_is_kept(cuts, opened, check, make_logits):
     check(cuts)
 
 
-@pytest.mark.xfail(strict=True, reason="writer.py: UnicodeDecodeError on resume")
 def test_a_line_torn_within_a_character_is_written_again(
     cuts, opened, check, make_logits
 ):
@@ -356,9 +355,6 @@ def test_overwrite_forgets_the_store(cuts, opened, check, make_logits):
     check(cuts[:3], seeds={c.id: 1 for c in cuts})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="writer.py: the old manifest's cuts count as done"
-)
 def test_an_overwriting_run_that_was_cut_short_goes_on(
     cuts, opened, check, make_logits
 ):
@@ -371,9 +367,6 @@ def test_an_overwriting_run_that_was_cut_short_goes_on(
     check(cuts, seeds={c.id: 1 for c in cuts})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="writer.py: a manifest's cuts count as done, whatever the store"
-)
 def test_targets_of_another_store_are_not_taken_for_this_teachers(
     cuts, opened, check, make_logits
 ):
@@ -388,9 +381,6 @@ def test_targets_of_another_store_are_not_taken_for_this_teachers(
     check(cuts, seeds={c.id: 1 for c in cuts})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="writer.py: a manifest's cuts count as done without targets"
-)
 def test_a_manifest_without_targets_is_not_taken_for_finished(
     cuts, opened, check, make_logits, tmp_path
 ):

@@ -57,8 +57,10 @@ def main() -> None:
     for suffix, title in EXPERIMENTS.items():
         runs = [read(args.work_dir, seed, suffix) for seed in seeds]
         print(f"\n### {title[0].upper()}{title[1:]}\n")
-        print("| model | parameters | steps | WER % CTC: mean (seeds) | "
-              "WER % transducer: mean (seeds) |")
+        print(
+            "| model | parameters | steps | WER % CTC: mean (seeds) | "
+            "WER % transducer: mean (seeds) |"
+        )
         print("|---|---|---|---|---|")
         means: Dict[Key, Dict[str, float]] = {}
         for key in sorted(runs[0], key=lambda k: (k[0] != "teacher", k[1], k[0])):
@@ -69,7 +71,9 @@ def main() -> None:
                 for h in HEADS
             ]
             steps = "/".join(str(s) for s in sorted({r["steps"] for r in rows}))
-            print(f"| {key[0]} | {rows[0]['params']:,} | {steps} | {' | '.join(cells)} |")
+            print(
+                f"| {key[0]} | {rows[0]['params']:,} | {steps} | {' | '.join(cells)} |"
+            )
         print()
         for n in sorted({n for name, n in means if name == "student"}):
             three = [means["teacher", 0], means["student", n], means["student-kd", n]]

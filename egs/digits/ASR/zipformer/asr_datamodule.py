@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -155,7 +154,6 @@ class DigitsAsrDataModule:
             num_workers=self.args.num_workers,
         )
 
-    @lru_cache()
     def cuts(self, name: str) -> CutSet:
         path = self.args.manifest_dir / f"digits_cuts_{name}.jsonl.gz"
         if not path.is_file():

@@ -436,13 +436,16 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
     valid_dl = digits.valid_dataloaders(digits.dev_cuts())
 
     epochs = params.num_epochs - params.start_epoch + 1
-    with logging_redirect_tqdm(), tqdm(
-        desc=f"Training {params.exp_dir.name}",
-        total=round(seconds * epochs),
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        disable=rank != 0,
-    ) as bar:
+    with (
+        logging_redirect_tqdm(),
+        tqdm(
+            desc=f"Training {params.exp_dir.name}",
+            total=round(seconds * epochs),
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=rank != 0,
+        ) as bar,
+    ):
         for epoch in range(params.start_epoch, params.num_epochs + 1):
             scheduler.step_epoch(epoch - 1)
             fix_random_seed(params.seed + epoch - 1)
