@@ -30,6 +30,8 @@ def install_excepthook() -> None:
     def hook(kind, error, traceback):
         if isinstance(error, KDError):
             _report(error)
+        elif kind.__name__ == "ProcessRaisedException" and "KDError: " in str(error):
+            _report(KDError(str(error)))
         else:
             before(kind, error, traceback)
 

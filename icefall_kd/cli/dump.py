@@ -12,6 +12,7 @@ from lhotse.cut import Cut, MonoCut
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
+from icefall_kd.cli.student import check_vocabulary
 from icefall_kd.errors import KDError
 from icefall_kd.hook import MIN_FRAMES, TeacherHook
 from icefall_kd.recipe.loader import load_recipe_model
@@ -120,6 +121,8 @@ def dump(
     model, settings = load_recipe_model(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model
     )
+    if bpe_model:
+        check_vocabulary(bpe_model, settings)
     num_features = int(settings["feature_dim"])
     first = next(_checked(cuts, in_cuts, num_features))
     torch.set_num_threads(num_threads or os.cpu_count() or 1)

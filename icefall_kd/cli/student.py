@@ -16,6 +16,13 @@ from icefall_kd.targets.fingerprint import hash_tokens
 PARTS = ("encoder_embed", "encoder", "decoder", "joiner", "ctc_output")
 
 
+_COUNTERS = (
+    "best_train_loss",
+    "best_valid_loss",
+    "best_train_epoch",
+    "best_valid_epoch",
+    "batch_idx_train",
+)
 _BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _KINDS = {int: int, float: float, bool: lambda word: _BOOLS[word.lower()]}
 
@@ -45,7 +52,8 @@ def model_names(train) -> Dict[str, Any]:
     parser = argparse.ArgumentParser()
     train.add_model_arguments(parser)
     defaults = vars(train.get_parser().parse_args([]))
-    return {name: defaults[name] for name in vars(parser.parse_args([]))}
+    names = [*vars(parser.parse_args([])), "context_size"]  # librispeech has it outside
+    return {name: defaults[name] for name in names if name in defaults}
 
 
 def flags(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:
@@ -84,14 +92,13 @@ def student(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model
     )
     if bpe_model:
-        _check_vocabulary(bpe_model, settings)
+        check_vocabulary(bpe_model, settings)
     train = import_train(recipe)
     defaults = model_names(train)
     params = train.get_params()
-    params.update({k: v for k, v in settings.items() if k in defaults})
-    for name in ("vocab_size", "blank_id", "sos_id", "eos_id", "feature_dim"):
-        if name in settings:
-            params[name] = settings[name]
+    # All but where the teacher's training stood: get_model reads what it likes.
+    fresh = (*_COUNTERS, *(k for k in settings if k.startswith("kd_")))
+    params.update({k: v for k, v in settings.items() if k not in fresh})
     torch.manual_seed(seed)
     model, params = build_student(
         teacher, params, parse_changes(changes, params), train.get_model, init
@@ -106,7 +113,7 @@ def student(
     click.echo(f"  --exp-dir {student_dir} --start-epoch 2 {line}")
 
 
-def _check_vocabulary(bpe_model: str, settings: Dict[str, Any]) -> None:
+def check_vocabulary(bpe_model: str, settings: Dict[str, Any]) -> None:
     import sentencepiece as spm
 
     hash_tokens(bpe_model)  # refuses a file that is none

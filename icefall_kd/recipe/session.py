@@ -27,6 +27,7 @@ _session: Optional["Session"] = None
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the ``--kd-*`` options to a recipe's parser."""
+    install_excepthook()  # in main() too, where mp.spawn's errors arrive
     group = parser.add_argument_group("knowledge distillation (icefall_kd)")
     group.add_argument(
         "--kd-ctc-weight",

@@ -101,9 +101,6 @@ def test_the_batch_is_otherwise_that_of_the_dataset(cuts):
     assert batch["supervisions"]["text"] == plain["supervisions"]["text"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="dataset.py: lhotse warns of each cut of each batch"
-)
 def test_a_batch_logs_nothing(cuts, caplog):
     KDDataset(K2SpeechRecognitionDataset())[cuts]
     assert caplog.messages == []

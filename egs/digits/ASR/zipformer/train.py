@@ -140,6 +140,12 @@ def get_params() -> AttributeDict:
     )
 
 
+def create_grad_scaler(**options: Any) -> "torch.cuda.amp.GradScaler":
+    if hasattr(torch.amp, "GradScaler"):  # from torch 2.3 on
+        return torch.amp.GradScaler("cuda", **options)
+    return torch.cuda.amp.GradScaler(**options)
+
+
 def save_checkpoint(
     filename: Path,
     params: AttributeDict,
@@ -148,7 +154,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: Eden,
     sampler: Any,
-    scaler: torch.amp.GradScaler,
+    scaler: "torch.cuda.amp.GradScaler",
     rank: int = 0,
 ) -> None:
     """Save states and ``params``; the file appears whole."""
@@ -256,7 +262,7 @@ def train_one_epoch(
     sp: spm.SentencePieceProcessor,
     train_dl: torch.utils.data.DataLoader,
     valid_dl: torch.utils.data.DataLoader,
-    scaler: torch.amp.GradScaler,
+    scaler: "torch.cuda.amp.GradScaler",
     bar: tqdm,
     model_avg: Optional[nn.Module] = None,
     tb_writer: Optional[SummaryWriter] = None,
@@ -417,7 +423,7 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
         warmup_batches=params.lr_warmup,
         warmup_start=0.1,
     )
-    scaler = torch.amp.GradScaler("cuda", enabled=params.use_fp16, init_scale=1.0)
+    scaler = create_grad_scaler(enabled=params.use_fp16, init_scale=1.0)
     states = {"optimizer": optimizer, "scheduler": scheduler, "grad_scaler": scaler}
     for name, state in states.items():
         if checkpoints and checkpoints.get(name):
