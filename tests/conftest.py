@@ -236,7 +236,7 @@ def process_group(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def bpe_models(tmp_path_factory):
-    """Two BPE models of 19 pieces each, in another order, and one of 20."""
+    """BPE models of 25, 25 and 26 pieces, and two of the same pieces in two orders."""
     import io
 
     import sentencepiece as spm
@@ -244,10 +244,10 @@ def bpe_models(tmp_path_factory):
     words = "zero one two three four five six seven eight nine".split()
     folder = tmp_path_factory.mktemp("bpe")
 
-    def train(name, vocab_size, first):
+    def train(name, vocab_size, sentences):
         model = io.BytesIO()
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter([" ".join(words)] + [words[first]] * 30),
+            sentence_iterator=iter(sentences),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -262,8 +262,13 @@ def bpe_models(tmp_path_factory):
         path.write_bytes(model.getvalue())
         return path
 
+    digits = [" ".join(words)]
     return SimpleNamespace(
-        a=train("a", 25, 0), b=train("b", 25, 7), larger=train("larger", 26, 0)
+        a=train("a", 25, digits + ["zero"] * 30),
+        b=train("b", 25, digits + ["seven"] * 30),
+        larger=train("larger", 26, digits + ["zero"] * 30),
+        ab=train("ab", 12, ["ab"] * 30 + ["cd"] * 10),
+        ba=train("ba", 12, ["ab"] * 10 + ["cd"] * 30),
     )
 
 

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,13 @@ TINY = {
     "num-threads": 2,
 }
 
+# The scripts find the Python that runs the tests.
+ENV = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
 pytestmark = pytest.mark.recipe
 
 
@@ -27,18 +36,23 @@ def run_sh(work_dir, *words, **options):
     command = [str(RECIPE / "run.sh"), "--work-dir", str(work_dir)]
     for name, value in {**TINY, **options}.items():
         command += ["--" + name.replace("_", "-"), str(value)]
-    return subprocess.run(
-        command + [str(w) for w in words], capture_output=True, text=True
-    )
+    command += [str(w) for w in words]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV)
 
 
 def train_py(script, data, *words):
     return subprocess.run(
-        ["python3", str(script), "--bpe-model", str(data / "lang_bpe_54/bpe.model")]
+        [
+            sys.executable,
+            str(script),
+            "--bpe-model",
+            str(data / "lang_bpe_54/bpe.model"),
+        ]
         + ["--num-threads", "1", *map(str, words)],
         capture_output=True,
         text=True,
         cwd=RECIPE,
+        env=ENV,
     )
 
 
@@ -236,7 +250,7 @@ def test_bad_cuts_are_refused_in_one_sentence(work, tmp_path, change, said):
 
 def test_a_bpe_model_of_another_size_is_refused(work, tmp_path):
     done = subprocess.run(
-        ["python3", str(RECIPE / "local/train_bpe_model.py"), "--vocab-size", "26"]
+        [sys.executable, str(RECIPE / "local/train_bpe_model.py"), "--vocab-size", "26"]
         + ["--lang-dir", str(tmp_path / "data/lang_bpe_54")]
         + ["--manifest", str(work / "data/manifests/digits_cuts_train.jsonl.gz")],
         capture_output=True,

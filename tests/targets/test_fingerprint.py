@@ -73,6 +73,17 @@ def test_the_hash_of_tokens_sees_their_order_not_the_files_name(bpe_models, tmp_
     assert hash_tokens(bpe_models.a) != hash_tokens(bpe_models.larger)
 
 
+def test_the_same_tokens_in_another_order_have_another_hash(bpe_models):
+    import sentencepiece as spm
+
+    orders = []
+    for path in (bpe_models.ab, bpe_models.ba):
+        sp = spm.SentencePieceProcessor(model_file=str(path))
+        orders.append([sp.id_to_piece(i) for i in range(sp.get_piece_size())])
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    assert hash_tokens(bpe_models.ab) != hash_tokens(bpe_models.ba)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no model at all"])
 def test_a_bpe_model_that_is_none_is_refused(tmp_path, content):
     path = tmp_path / "bpe.model"

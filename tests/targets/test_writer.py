@@ -315,6 +315,22 @@ def test_the_old_manifest_stands_until_the_new_one_is_whole(
     check(cuts[:2])
 
 
+def test_a_run_killed_between_manifest_and_partial_goes_on(
+    cuts, opened, check, make_logits
+):
+    """At the finish both are there for a moment, with the same lines."""
+    writer = opened()
+    cut_short(writer, cuts[:3], make_logits)
+    lines = writer.partial.read_bytes()
+    with opened():
+        pass
+    writer.partial.write_bytes(lines)
+    with opened() as writer:
+        assert len(writer) == 3
+        write_all(writer, cuts[3:], make_logits)
+    check(cuts)
+
+
 def test_nothing_to_add_leaves_the_same_manifest(cuts, opened, check, make_logits):
     with opened() as writer:
         write_all(writer, cuts, make_logits)
