@@ -152,8 +152,10 @@ def load_recipe_model(
     train = import_train(recipe_dir)
     files = checkpoint_files(exp_dir, epoch, iteration, avg, use_averaged_model)
     needed = "model_avg" if use_averaged_model else "model"
+    averages = set()
     for path in files:
         checkpoint = load_checkpoint(path)
+        averages.add(_averages(checkpoint))
         settings = settings_of(checkpoint, path)
         if needed not in checkpoint:
             raise KDError(
@@ -164,6 +166,12 @@ def load_recipe_model(
                     else "give one that the recipe's own training wrote"
                 )
             )
+    if use_averaged_model and len(averages) == 1:
+        raise KDError(
+            f"the model was not averaged between {files[0]} and {files[1]} "
+            f"(every {settings.get('average_period')} steps): raise --avg, or give "
+            "--no-use-averaged-model"
+        )
     params = train.get_params()
     params.update(settings)
     model = _model_of(train, params, files[-1])
@@ -184,6 +192,12 @@ def load_recipe_model(
             f"settings describe ({difference}...): give the recipe it was trained with"
         ) from None
     return model.eval(), settings
+
+
+def _averages(checkpoint: Dict[str, Any]) -> int:
+    """How often the averaged model was updated until this checkpoint."""
+    period = checkpoint.get("average_period") or 1
+    return int(checkpoint.get("batch_idx_train") or 0) // int(period)
 
 
 def _model_of(train: ModuleType, params: Dict[str, Any], path: Path) -> nn.Module:

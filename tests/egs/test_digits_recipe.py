@@ -14,12 +14,12 @@ import torch
 
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR"
 TINY = {
-    "num-train": 96,
+    "num-train": 240,
     "num-dev": 8,
     "num-test": 12,
-    "teacher-epochs": 1,
+    "teacher-epochs": 2,
     "student-epochs": 1,
-    "num-threads": 2,
+    "num-threads": 1,
 }
 
 # The scripts find the Python that runs the tests.
@@ -233,7 +233,7 @@ def changed_manifests(work, tmp_path, change):
         (lambda c: c.update(supervisions=[]), "0 supervisions"),
         (lambda c: c["supervisions"][0].update(text=" "), "empty text"),
         (lambda c: c["supervisions"][0].update(text="NINE " * 60), "tokens"),
-        (lambda c: c["custom"].clear(), "1 of 96 training cuts have no targets"),
+        (lambda c: c["custom"].clear(), "1 of 240 training cuts have no targets"),
     ],
 )
 def test_bad_cuts_are_refused_in_one_sentence(work, tmp_path, change, said):
@@ -260,7 +260,7 @@ def test_a_bpe_model_of_another_size_is_refused(work, tmp_path):
     words = ["--manifest-dir", work / "data/kd", "--exp-dir", tmp_path / "exp"]
     words += ["--kd-ctc-weight", "1"]
     done = train_py(RECIPE / "zipformer/train.py", tmp_path / "data", *words)
-    refused(done, "26 symbols", "30", "--bpe-model")
+    refused(done, "26 symbols", "54", "--bpe-model")
 
 
 @pytest.mark.parametrize(

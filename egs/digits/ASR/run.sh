@@ -63,6 +63,9 @@ esac
 [ "$corpus" = fsdd ] || [ -z "$untranscribed_speakers$teacher_dir" ] \
   || fail "--untranscribed-speakers and --teacher-dir are for --corpus fsdd"
 
+[ "$teacher_epochs" -ge 2 ] \
+  || fail "--teacher-epochs is $teacher_epochs, and averaging needs 2 or more"
+
 mkdir -p "$work_dir/data" "$work_dir/exp"
 data=$work_dir/data
 exp=$work_dir/exp
