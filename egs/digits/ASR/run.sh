@@ -54,6 +54,8 @@ fail() {
 begun=$SECONDS
 # Threads that spin while they wait are slow on a machine with other work.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# Compiling at every start costs more than it saves in runs this short.
+export TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
 case $corpus in
   espeak) ;;
   fsdd) [ -n "$corpus_dir" ] || [ "$stage" -gt 1 ] \
