@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The digits recipe, from nothing to a table of WERs. See README.md.
 set -eou pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 stage=0
@@ -37,7 +38,7 @@ help_message="Usage: $0 [--option value ...]
 Stages: 0 environment, 1 data, 2 features, 3 tokens, 4 teacher, 5 targets,
   6 student, 7 training, 8 decoding, 9 table. A stage whose work is done is skipped.
 Options (now):
-$(sed -n '/^stage=0/,/^num_threads=/s/^\([a-z_]*\)=\(.*\)$/  --\1 \2/p' "${BASH_SOURCE[0]}" | tr _ -)"
+$(sed -n '/^stage=0/,/^num_threads=/s/^\([a-z_]*\)=\(.*\)$/  --\1 \2/p' run.sh | tr _ -)"
 
 . shared/parse_options.sh
 
@@ -52,6 +53,9 @@ fail() {
 }
 
 begun=$SECONDS
+if [ -n "$corpus_dir" ] && [ -d "$caller/$corpus_dir" ]; then
+  corpus_dir=$(cd "$caller/$corpus_dir" && pwd)
+fi
 # Threads that spin while they wait are slow on a machine with other work.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 # Compiling at every start costs more than it saves in runs this short.

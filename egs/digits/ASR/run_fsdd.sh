@@ -3,6 +3,7 @@
 # About 25 minutes a seed on one core; seeds run side by side.
 # Usage: ./run_fsdd.sh --corpus-dir DIR [--work-dir work/fsdd] [--seeds "1 2 3"]
 set -eou pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 corpus_dir=
@@ -18,6 +19,7 @@ help_message="Usage: $0 --corpus-dir DIR [--work-dir work/fsdd] [--seeds '1 2 3'
 
 [ -n "$corpus_dir" ] || { echo "run_fsdd.sh: error: --corpus-dir is missing, the" \
   "folder of the Free Spoken Digit Dataset's recordings" >&2; exit 1; }
+if [ -d "$caller/$corpus_dir" ]; then corpus_dir=$(cd "$caller/$corpus_dir" && pwd); fi
 ./run.sh --stage 0 --stop-stage 0 --work-dir "$work_dir/environment"
 if [ -f ../../../.venv/bin/activate ]; then . ../../../.venv/bin/activate; fi
 mkdir -p "$work_dir/log"
