@@ -135,10 +135,8 @@ def dump(
         with LogitWriter(out, storage_dir, fingerprint, overwrite) as writer:
             if len(writer):
                 logging.warning("%d cuts have their targets already", len(writer))
-            done = writer.done
-            todo = (
-                c for c in _checked(cuts, in_cuts, num_features) if c.id not in done
-            )
+            checked = _checked(cuts, in_cuts, num_features)
+            todo = (c for c in checked if c.id not in writer)
             frames = 0
             with tqdm(
                 desc="Teacher's targets", unit=" cuts", total=_count(cuts)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import BinaryIO, FrozenSet, Set, Union
+from typing import BinaryIO, Set, Union
 
 import numpy as np
 import torch
@@ -116,11 +116,6 @@ class LogitWriter:
 
     def __contains__(self, cut_id: str) -> bool:
         return cut_id in self._done
-
-    @property
-    def done(self) -> FrozenSet[str]:
-        """Ids of the cuts that were written, by earlier runs too."""
-        return frozenset(self._done)
 
     def __len__(self) -> int:
         return len(self._done)
