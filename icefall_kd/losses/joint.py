@@ -27,9 +27,9 @@ class JointKDLoss:
 
     def __init__(
         self,
-        ctc_weight: float = 0.8,
-        hard_weight: float = 0.2,
-        temperature: float = 2.0,
+        ctc_weight: float = 1.0,
+        hard_weight: float = 1.0,
+        temperature: float = 1.0,
     ) -> None:
         for name, value in (("ctc", ctc_weight), ("hard", hard_weight)):
             if not (isinstance(value, (int, float)) and 0 <= value < math.inf):

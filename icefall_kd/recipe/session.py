@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kd-hard-weight",
         type=float,
-        default=0.2,
+        default=1.0,
         help="Weight of the recipe's own loss beside the KD terms. Without "
         "distillation the recipe's loss keeps its weight of 1.",
     )
     group.add_argument(
         "--kd-temperature",
         type=float,
-        default=2.0,
+        default=1.0,
         help="Temperature of the CTC frame KL.",
     )
 

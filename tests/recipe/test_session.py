@@ -64,7 +64,7 @@ def kd_options(parser):
     return {a.dest: a.default for a in parser._actions if a.dest.startswith("kd_")}
 
 
-DEFAULTS = {"kd_ctc_weight": 0.0, "kd_hard_weight": 0.2, "kd_temperature": 2.0}
+DEFAULTS = {"kd_ctc_weight": 0.0, "kd_hard_weight": 1.0, "kd_temperature": 1.0}
 
 
 def test_options_are_off_by_default():

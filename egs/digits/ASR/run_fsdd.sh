@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The experiments of RESULTS.md: real digits, several seeds, a held-out speaker.
-# About 25 minutes a seed on one core; seeds run side by side.
+# About 45 minutes a seed on one core; seeds run side by side.
 # Usage: ./run_fsdd.sh --corpus-dir DIR [--work-dir work/fsdd] [--seeds "1 2 3"]
 set -eou pipefail
 caller=$PWD
@@ -29,9 +29,10 @@ one_seed() {
   local common=(--corpus fsdd --corpus-dir "$corpus_dir" --test-speaker "$test_speaker"
     --seed "$seed" --num-threads 1)
   local half=(--untranscribed-speakers "$untranscribed_speakers" --num-train 800)
-  local from_random=(--student-init random --student-epochs 2 --teacher-dir "$base")
-  ./run.sh "${common[@]}" --work-dir "$base" --long-factor 3
-  ./run.sh "${common[@]}" "${from_random[@]}" --work-dir "$base-random"
+  local from_random=(--student-init random --student-epochs 3 --teacher-dir "$base")
+  ./run.sh "${common[@]}" --work-dir "$base" --student-epochs 1 --long-factor 3
+  ./run.sh "${common[@]}" "${from_random[@]}" --work-dir "$base-random" \
+    --long-factor 3
   ./run.sh "${common[@]}" "${from_random[@]}" "${half[@]}" --work-dir "$base-half"
 }
 export OMP_NUM_THREADS=1

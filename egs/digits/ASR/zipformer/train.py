@@ -8,7 +8,7 @@ The model, its options and the optimizer are those of the package zipformer, whi
 icefall's own. The four lines that name kd are all that distillation needs:
 
   ./zipformer/train.py --exp-dir exp/student-kd --start-epoch 2 --num-epochs 4 \
-    --manifest-dir data/kd --kd-ctc-weight 0.8 $(cat exp/student-kd/student_flags)
+    --manifest-dir data/kd --kd-ctc-weight 1 $(cat exp/student-kd/student_flags)
 """
 
 import argparse
