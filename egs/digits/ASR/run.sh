@@ -21,7 +21,7 @@ vocab_size=54
 seed=42
 
 teacher_epochs=10
-student_epochs=1
+student_epochs=3
 long_factor=1       # 3: also train and decode both students three times as long
 # What differs from the teacher: 0.3 M parameters instead of 1.3 M.
 student="encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 num-encoder-layers=1,1,1 feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64"
@@ -214,7 +214,7 @@ hard_mult=1
 if [ -n "$untranscribed_speakers" ]; then hard_mult=2; fi
 hard_last=$((1 + student_epochs * long_factor * hard_mult))
 
-if todo 7 "training, without and with KD"; then  # 2 minutes each
+if todo 7 "training, without and with KD"; then  # 3 minutes
   read -r -a flags < "$exp/student/student_flags"
   common=(--bpe-model "$bpe" --start-epoch 2 --seed "$seed" "${flags[@]}")
   # Side by side: a small model trains no faster on two cores than on one.
