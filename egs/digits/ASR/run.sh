@@ -56,8 +56,6 @@ begun=$SECONDS
 if [ -n "$corpus_dir" ] && [ -d "$caller/$corpus_dir" ]; then
   corpus_dir=$(cd "$caller/$corpus_dir" && pwd)
 fi
-# Threads that spin while they wait are slow on a machine with other work.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 # Compiling at every start costs more than it saves in runs this short.
 export TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
 case $corpus in
