@@ -56,7 +56,7 @@ def test_the_weights_reach_the_gradients():
 
 def test_defaults():
     joint = JointKDLoss()
-    assert (joint.ctc_weight, joint.hard_weight, joint.temperature) == (0.8, 0.2, 2.0)
+    assert (joint.ctc_weight, joint.hard_weight, joint.temperature) == (1.0, 1.0, 1.0)
 
 
 def test_info_is_the_unweighted_term():
