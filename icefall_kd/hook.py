@@ -2,16 +2,23 @@
 
 import random
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
 from icefall_kd.errors import KDError
-from icefall_kd.types import EncoderOut
+from icefall_kd.lattice import node_occupancy
+from icefall_kd.rnnt import get_engine
+from icefall_kd.types import EncoderOut, PrunedLattice
 
 # Zipformer's front end makes (T - 7) // 2 frames of T.
 MIN_FRAMES = 9
+
+
+def encoder_frames(num_frames: int) -> int:
+    """Frames of Zipformer's output for so many feature frames."""
+    return ((num_frames - 7) // 2 + 1) // 2
 
 
 def ctc_linear(model: nn.Module) -> nn.Linear:
@@ -47,19 +54,80 @@ def _tap_ctc(store: Dict[str, Any], owner: nn.Module) -> Callable:
     return hook
 
 
+def _tap_stack(store: Dict[str, Any], owner: nn.Module, index: int) -> Callable:
+    def hook(module, args, output):
+        if module is owner:
+            store.setdefault("hidden", {})[index] = output.permute(1, 0, 2)
+
+    return hook
+
+
 @contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
-    """Put back training flags and random states at the end."""
+    """Put back training flags, chunk sizes and random states at the end."""
     flags = [(m, m.training) for m in model.modules()]
     state = random.getstate()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    encoder = model.encoder
+    chunks = getattr(encoder, "chunk_size", None)
+    context = getattr(encoder, "left_context_frames", None)
     try:
         with torch.random.fork_rng(devices=[d.index for d in devices]):
+            if isinstance(chunks, (tuple, list)):
+                # A causal model draws one of these at each pass: take the widest.
+                encoder.chunk_size = (-1 if -1 in chunks else max(chunks),)
+            if isinstance(context, (tuple, list)):
+                encoder.left_context_frames = (-1 if -1 in context else max(context),)
             yield
     finally:
         random.setstate(state)
+        if chunks is not None:
+            encoder.chunk_size = chunks
+        if context is not None:
+            encoder.left_context_frames = context
         for m, training in flags:
             m.training = training
+
+
+@contextmanager
+def _alone(model: nn.Module, lens: torch.Tensor) -> Iterator[None]:
+    """Let each utterance of a batch come out as it would alone.
+
+    Zipformer lets padding reach valid frames in two places: the ConvNeXt layer of its
+    front end sees three frames on, and where a stack's length is no multiple of its
+    downsampling the last group takes in padding. Alone, an utterance finds zeros in
+    the first place and copies of its last frame in the second.
+
+    Args:
+      lens: (N,), valid frames at 50 Hz.
+    """
+
+    def zeros(module, args):
+        x = args[0]  # (N, C, T50, F)
+        frames = torch.arange(x.size(2), device=x.device)
+        padding = frames >= lens.to(x.device).unsqueeze(1)
+        return (x.masked_fill(padding[:, None, :, None], 0.0), *args[1:])
+
+    def copies(module, args):
+        x = args[0]  # (T50, N, C)
+        frames = torch.arange(x.size(0), device=x.device).unsqueeze(1)
+        index = torch.minimum(frames, lens.to(x.device).unsqueeze(0) - 1)
+        return (x.gather(0, index.unsqueeze(-1).expand_as(x)), *args[1:])
+
+    taps = [(getattr(model.encoder_embed, "convnext", None), zeros)]
+    taps.append((getattr(model.encoder, "downsample_output", None), copies))
+    for stack in getattr(model.encoder, "encoders", []):
+        taps.append((getattr(stack, "downsample", None), copies))
+    handles = [
+        module.register_forward_pre_hook(tap)
+        for module, tap in taps
+        if isinstance(module, nn.Module)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class TeacherHook:
@@ -79,29 +147,42 @@ class TeacherHook:
         out = hook.take()                     # with its graph
 
     Args:
-      model: An icefall ``AsrModel`` (or that of the package zipformer), not
-        wrapped by DDP. Tap it after the last ``copy.deepcopy`` of it.
+      model: An icefall ``AsrModel`` (or that of the package zipformer), or DDP around
+        it. Tap it after the last ``copy.deepcopy`` of it.
+      hidden: Indices of the encoder's stacks whose output is taken too.
+      ctc: Whether to take the CTC head's logits; False for a model without that head.
 
     Raises:
-      KDError: if the model lacks an encoder or a CTC head.
+      KDError: if the model lacks an encoder, a CTC head or a stack.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, hidden: Sequence[int] = (), ctc: bool = True
+    ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
         for name in ("encoder_embed", "encoder"):
             if not isinstance(getattr(model, name, None), nn.Module):
                 raise KDError(
                     f"the model {type(model).__name__} has no submodule {name!r}: "
-                    "TeacherHook needs an icefall Zipformer model, not wrapped by DDP"
+                    "TeacherHook needs an icefall Zipformer model"
                 )
         self.model = model
         self._store: Dict[str, Any] = {}
-        self._handles: List[Any] = [
-            module.register_forward_hook(tap(self._store, module))
-            for module, tap in (
-                (ctc_linear(model), _tap_ctc),
-                (model.encoder, _tap_encoder),
-            )
-        ]
+        taps = [(model.encoder, _tap_encoder(self._store, model.encoder))]
+        if ctc:
+            head = ctc_linear(model)
+            taps.append((head, _tap_ctc(self._store, head)))
+        self._ctc = ctc
+        stacks = getattr(model.encoder, "encoders", [])
+        for i in hidden:
+            if not 0 <= i < len(stacks):
+                raise KDError(
+                    f"the hidden layer is stack {i}, and the encoder has "
+                    f"{len(stacks)} stacks: give 0 to {len(stacks) - 1}"
+                )
+            taps.append((stacks[i], _tap_stack(self._store, stacks[i], i)))
+        self._handles: List[Any] = [m.register_forward_hook(tap) for m, tap in taps]
 
     def __enter__(self) -> "TeacherHook":
         return self
@@ -153,9 +234,107 @@ class TeacherHook:
             )
         with _as_found(model):
             model.eval()
-            x, x_lens = model.encoder_embed(x, x_lens)
-            frames = torch.arange(x.size(1), device=x.device)
-            mask = frames.unsqueeze(0) >= x_lens.unsqueeze(1)
-            out, _ = model.encoder(x.permute(1, 0, 2), x_lens, mask)
-            ctc_linear(model)(out.permute(1, 0, 2))
+            with _alone(model, (x_lens - 7) // 2):
+                x, x_lens = model.encoder_embed(x, x_lens)
+                frames = torch.arange(x.size(1), device=x.device)
+                mask = frames.unsqueeze(0) >= x_lens.unsqueeze(1)
+                out, _ = model.encoder(x.permute(1, 0, 2), x_lens, mask)
+            if self._ctc:
+                ctc_linear(model)(out.permute(1, 0, 2))
         return self.take()
+
+    @torch.no_grad()
+    def lattice(
+        self,
+        out: EncoderOut,
+        y: Sequence[Sequence[int]],
+        s_range: int = 5,
+        ranges: Optional[torch.Tensor] = None,
+    ) -> PrunedLattice:
+        """The transducer's output on the model's own pruned lattice.
+
+        The ranges are those that the recipe's pruned loss takes: found by the simple
+        joiner, without smoothing (Kuang et al., arXiv:2206.13236). The occupancy of a
+        node is the probability, under the full joiner, that the path passes it.
+
+        Args:
+          out: Of :meth:`encode`.
+          y: Labels of each utterance.
+          s_range: Label positions at a frame; the longest utterance's labels and one
+            more, or above, make the full lattice.
+          ranges: (N, T, S), another model's ranges, to stand on its nodes.
+
+        Raises:
+          KDError: a model without transducer head, or labels that do not fit.
+        """
+        model = self.model
+        for name in ("decoder", "joiner", "simple_am_proj", "simple_lm_proj"):
+            if getattr(model, name, None) is None:
+                raise KDError(
+                    f"the model {type(model).__name__} has no {name}, and a lattice "
+                    "needs a transducer head: dump CTC targets alone"
+                )
+        blank = int(model.decoder.blank_id)
+        encoder_out, lens = out.encoder_out, out.encoder_out_lens
+        symbols, boundary = _padded(y, lens, blank)
+        with _as_found(model):
+            model.eval()
+            start = symbols.new_full((len(symbols), 1), blank)
+            decoder_out = model.decoder(torch.cat((start, symbols), 1))
+            if ranges is None:
+                ranges = self._ranges(
+                    encoder_out, decoder_out, symbols, boundary, blank, s_range
+                )
+            am, lm = get_engine().do_rnnt_pruning(
+                am=model.joiner.encoder_proj(encoder_out),
+                lm=model.joiner.decoder_proj(decoder_out),
+                ranges=ranges,
+            )
+            logits = model.joiner(am, lm, project_input=False)
+        occupancy = node_occupancy(logits, ranges, symbols, boundary, blank)
+        return PrunedLattice(ranges, boundary, symbols, logits, occupancy)
+
+    def _ranges(
+        self, encoder_out, decoder_out, symbols, boundary, blank_id: int, s_range: int
+    ) -> torch.Tensor:
+        """Where the recipe's pruned loss would look."""
+        with torch.autocast(encoder_out.device.type, enabled=False):
+            _, (px_grad, py_grad) = get_engine().rnnt_loss_smoothed(
+                lm=self.model.simple_lm_proj(decoder_out).float(),
+                am=self.model.simple_am_proj(encoder_out).float(),
+                symbols=symbols,
+                termination_symbol=blank_id,
+                lm_only_scale=0.0,
+                am_only_scale=0.0,
+                boundary=boundary,
+                reduction="sum",
+                return_grad=True,
+            )
+        return get_engine().get_rnnt_prune_ranges(
+            px_grad=px_grad, py_grad=py_grad, boundary=boundary, s_range=s_range
+        )
+
+
+def _padded(
+    y: Sequence[Sequence[int]], lens: torch.Tensor, blank_id: int
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Labels as (N, U), and k2's boundary."""
+    if len(y) != len(lens):
+        raise KDError(
+            f"there are labels of {len(y)} utterances and frames of {len(lens)}: give "
+            "one list of labels for each"
+        )
+    for i, labels in enumerate(y):
+        if not len(labels):
+            raise KDError(
+                f"utterance {i} of the batch has no labels, and a lattice needs one or "
+                "more: leave it out"
+            )
+    longest = max((len(labels) for labels in y), default=0)
+    symbols = torch.full((len(y), max(1, longest)), blank_id, dtype=torch.int64)
+    boundary = torch.zeros(len(y), 4, dtype=torch.int64)
+    for i, labels in enumerate(y):
+        symbols[i, : len(labels)] = torch.as_tensor(labels, dtype=torch.int64)
+        boundary[i, 2] = len(labels)
+    boundary[:, 3] = lens.cpu()
+    return symbols.to(lens.device), boundary.to(lens.device)

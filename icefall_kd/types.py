@@ -1,29 +1,116 @@
-"""The records that cross rooms."""
+"""The records that cross rooms.
 
-from dataclasses import dataclass
-from typing import Optional
+N utterances, T frames after subsampling, U labels, S label positions that a pruned
+lattice keeps at a frame, V symbols.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 
 
 @dataclass
-class EncoderOut:
-    """What one forward pass of a recipe's model gave.
+class SparseDistribution:
+    """A distribution over V symbols: some of them, and the mass of all others.
 
-    N utterances, T frames after subsampling, C channels, V symbols.
+    Where a row keeps fewer than K symbols, the rest of it has log-probability -inf (and
+    index 0).
     """
+
+    indices: torch.Tensor  # (..., K), int64
+    log_probs: torch.Tensor  # (..., K)
+    log_tail: torch.Tensor  # (...), log of the mass outside `indices`; -inf for none
+
+    def to(self, device: torch.device) -> "SparseDistribution":
+        return SparseDistribution(
+            self.indices.to(device), self.log_probs.to(device), self.log_tail.to(device)
+        )
+
+
+Distribution = Union[torch.Tensor, SparseDistribution]
+
+
+def select(rows: Distribution, index: Any) -> Distribution:
+    """``rows[index]``, for a tensor and for a sparse distribution."""
+    if isinstance(rows, SparseDistribution):
+        return SparseDistribution(
+            rows.indices[index], rows.log_probs[index], rows.log_tail[index]
+        )
+    return rows[index]
+
+
+@dataclass
+class EncoderOut:
+    """What one forward pass of a recipe's model gave."""
 
     encoder_out: torch.Tensor  # (N, T, C)
     encoder_out_lens: torch.Tensor  # (N,), valid frames
     ctc_logits: Optional[torch.Tensor] = None  # (N, T, V), before LogSoftmax
+    # By index of the stack, (N, T50, C): at the encoder's inner 50 Hz.
+    hidden: Dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class PrunedLattice:
+    """A transducer's output at the nodes (t, u) of a pruned lattice.
+
+    At frame t stand the S label positions ``ranges[n, t]``, each one more than the one
+    before. All positions, S = U + 1, make the full lattice.
+    """
+
+    ranges: torch.Tensor  # (N, T, S), int64, label position u of each node
+    boundary: torch.Tensor  # (N, 4), int64: 0, 0, U_n, T_n, as k2 has it
+    symbols: torch.Tensor  # (N, U), int64
+    logits: torch.Tensor  # (N, T, S, V), the joiner's, before softmax
+    # (N, T, S), probability that the path passes the node; sums to T_n + U_n.
+    occupancy: torch.Tensor
+
+
+@dataclass
+class LatticeTargets:
+    """What a teacher's pruned lattice said of one utterance.
+
+    R nodes have an occupancy above 0; ``nodes`` has a row for each, in the order of
+    ``occupancy > 0``.
+    """
+
+    ranges: torch.Tensor  # (T, S), int64
+    symbols: torch.Tensor  # (U,), int64
+    occupancy: torch.Tensor  # (T, S)
+    nodes: Distribution  # (R, V) log-probabilities, or sparse
+
+    def to(self, device: torch.device) -> "LatticeTargets":
+        tensors = (self.ranges, self.symbols, self.occupancy, self.nodes)
+        return LatticeTargets(*(x.to(device) for x in tensors))
 
 
 @dataclass
 class Targets:
-    """What a teacher said on one batch, row by row as the batch's features."""
+    """What a teacher said on one batch, row by row as the batch's features.
 
-    ctc_logits: torch.Tensor  # (N, T, V), up to a constant per frame
-    lens: torch.Tensor  # (N,), valid frames
+    Frames where ``mask`` is False hold nothing that a loss may read.
+    """
+
+    ctc: Distribution  # (N, T, V) log-probabilities, or sparse
+    lens: torch.Tensor  # (N,), frames
+    mask: Optional[torch.Tensor] = None  # (N, T), bool; None: all frames below lens
+    # (N,), bool: rows whose cut is as the teacher heard it, so that the student must
+    # give the same number of frames; None: all.
+    whole: Optional[torch.Tensor] = None
+    # A row's lattice; None for a row that is not whole, whose labels are unknown.
+    lattices: Optional[List[Optional[LatticeTargets]]] = None
+
+    def __post_init__(self) -> None:
+        ctc = self.ctc
+        t = (ctc.indices if isinstance(ctc, SparseDistribution) else ctc).size(1)
+        if self.mask is None:
+            frames = torch.arange(t, device=self.lens.device)
+            self.mask = frames < self.lens.unsqueeze(1)
+        if self.whole is None:
+            self.whole = torch.ones_like(self.lens, dtype=torch.bool)
 
     def to(self, device: torch.device) -> "Targets":
-        return Targets(self.ctc_logits.to(device), self.lens.to(device))
+        tensors = (self.ctc, self.lens, self.mask, self.whole)
+        lattices = self.lattices and [x and x.to(device) for x in self.lattices]
+        return Targets(*(x.to(device) for x in tensors), lattices)

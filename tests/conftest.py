@@ -386,6 +386,26 @@ def make_store(tmp_path, make_fingerprint, make_logits):
     return make
 
 
+@pytest.fixture(scope="session")
+def read_targets():
+    """The CTC targets that a cut carries."""
+    from icefall_kd.targets.dataset import read_ctc
+    from icefall_kd.targets.store import Pointer
+
+    return lambda cut: read_ctc(cut, Pointer.of(cut))
+
+
+@pytest.fixture(scope="session")
+def stored_form(make_logits):
+    """What a reader of a dense store finds of a cut's logits."""
+
+    def stored(cut, seed=0, **options):
+        logits = make_logits(cut, seed, **options)
+        return logits.log_softmax(-1).half().float().log_softmax(-1)
+
+    return stored
+
+
 # The digits recipe
 
 

@@ -1,6 +1,7 @@
 """TeacherHook on real models: what it reads, and that it leaves no trace."""
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -46,9 +47,10 @@ def test_logits_are_before_log_softmax(make_model, features):
 def test_encode_is_the_models_own_forward_pass(
     make_model, features, encoder_frames, changes
 ):
+    """Where no utterance is padded; padded ones are as alone, see below."""
     model = make_model(**changes)
     model.train()
-    x, x_lens = features
+    x, x_lens = features[0], torch.tensor([61, 61, 61])
     with TeacherHook(model) as hook:
         out = hook.encode(x, x_lens)
     model.eval()
@@ -67,10 +69,11 @@ def test_take_is_what_the_models_forward_pass_gave(make_model, features):
     with TeacherHook(model) as hook, torch.no_grad():
         forward(model, *features)
         out = hook.take()
-        asked = hook.encode(*features)
-    assert torch.equal(out.encoder_out, asked.encoder_out)
-    assert torch.equal(out.ctc_logits, asked.ctc_logits)
-    assert torch.equal(out.encoder_out_lens, asked.encoder_out_lens)
+        encoder_out, lens = model.forward_encoder(*features)
+        logits = model.ctc_output[1](encoder_out)
+    assert torch.equal(out.encoder_out, encoder_out)
+    assert torch.equal(out.ctc_logits, logits)
+    assert torch.equal(out.encoder_out_lens, lens)
 
 
 def test_the_last_forward_pass_counts(make_model, features):
@@ -80,8 +83,8 @@ def test_the_last_forward_pass_counts(make_model, features):
         forward(model, x, x_lens)
         forward(model, x.flip(0), x_lens.flip(0))
         last = hook.take()
-        asked = hook.encode(x.flip(0), x_lens.flip(0))
-    assert torch.equal(last.ctc_logits, asked.ctc_logits)
+        encoder_out, _ = model.forward_encoder(x.flip(0), x_lens.flip(0))
+        assert torch.equal(last.ctc_logits, model.ctc_output[1](encoder_out))
 
 
 def test_an_encoder_pass_without_the_head_has_no_logits(make_model, features):
@@ -124,51 +127,307 @@ def test_the_gradient_of_taken_logits_is_that_of_the_models_own(make_model, feat
 # Batches with padding
 
 
-def compare_with_alone(model, x, x_lens):
-    """Largest difference between a batch and its utterances alone, over the logits'
-    standard deviation."""
-    x = x.clone()
-    for row, n in zip(x, x_lens.tolist(), strict=True):
-        row[n:] = LOG_EPS
-    worst = 0.0
+STACKS = [
+    {},
+    {"downsampling_factor": "1,4"},
+    {"downsampling_factor": "2,8"},
+    {"downsampling_factor": "3,5"},
+    pytest.param(
+        {"causal": True, "chunk_size": "8,-1", "left_context_frames": "16,-1"},
+        marks=pytest.mark.xfail(
+            strict=True,
+            reason="causal convolutions scale an edge by the batch's length",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("padding", [LOG_EPS, 1e4])
+@pytest.mark.parametrize("changes", STACKS, ids="1,2 1,4 2,8 3,5 causal".split())
+def test_an_utterance_of_a_batch_is_as_alone(make_model, features, changes, padding):
+    """At odd lengths that no stack's downsampling divides."""
+    model = make_model(**changes)
+    x = 2 * features[0] - 6
+    for seed, lens in enumerate([(61, 42, 23), (60, 39, 9), (61, 37, 10)]):
+        lens = torch.tensor(lens)
+        batch = (x.flip(2) if seed % 2 else x.clone())[:, : int(lens.max())]
+        for row, n in zip(batch, lens.tolist(), strict=True):
+            row[n:] = padding
+        with TeacherHook(model, hidden=(0, 1)) as hook:
+            together = hook.encode(batch, lens)
+            for i, n in enumerate(lens.tolist()):
+                alone = hook.encode(batch[i : i + 1, :n], lens[i : i + 1])
+                t = int(alone.encoder_out_lens)
+                assert int(together.encoder_out_lens[i]) == t
+                for a, b in [
+                    (together.encoder_out, alone.encoder_out),
+                    (together.ctc_logits, alone.ctc_logits),
+                ]:
+                    torch.testing.assert_close(a[i, :t], b[0], rtol=1e-4, atol=2e-5)
+                for k in (0, 1):
+                    a, b = together.hidden[k][i], alone.hidden[k][0]
+                    torch.testing.assert_close(a[: len(b)], b, rtol=1e-4, atol=2e-5)
+
+
+def test_the_models_own_pass_lets_padding_in(make_model, features):
+    """What the test above would not find if encode() left the model alone."""
+    model = make_model().eval()
+    x, lens = features[0].clone(), features[1]
+    x[1, 42:] = LOG_EPS
+    with torch.no_grad(), TeacherHook(model) as hook:
+        own, own_lens = model.forward_encoder(x, lens)
+        asked = hook.encode(x, lens).encoder_out
+    t = int(own_lens[1])
+    assert (own[1, :t] - asked[1, :t]).abs().max() > 1e-2
+
+
+def test_encode_takes_its_own_taps_off(make_model, features):
+    model = make_model()
     with TeacherHook(model) as hook:
-        batch = hook.encode(x, x_lens)
-        for i, n in enumerate(x_lens.tolist()):
-            alone = hook.encode(x[i : i + 1, :n], x_lens[i : i + 1]).ctc_logits[0]
-            d = (batch.ctc_logits[i, : len(alone)] - alone).abs().max()
-            worst = max(worst, float(d / batch.ctc_logits.std()))
-    return worst
+        before = hooks_of(model)
+        hook.encode(*features)
+        assert hooks_of(model) == before
+        with pytest.raises((AssertionError, RuntimeError, ValueError)):
+            hook.encode(features[0][..., :9], features[1])
+        assert hooks_of(model) == before
 
 
-# 61, 39 and 23 feature frames give 27, 16 and 8 frames at 50 Hz. Where that number is
-# odd and the batch is longer, Zipformer averages the last frame with a padding frame,
-# and alone with itself: such a cut's last frames depend on the batch it was in.
-EVEN = torch.tensor([61, 39, 23])
+# Hidden stacks
 
 
-def test_padding_is_masked(make_model, features):
-    """Exact but for rounding, once encoder_embed's convolution looks at one frame.
+def test_hidden_stacks_are_those_of_the_forward_pass(make_model, features):
+    model = make_model().eval()
+    seen = []
+    for stack in model.encoder.encoders:
+        stack.register_forward_hook(lambda m, args, out: seen.append(out))
+    x, lens = features[0], torch.tensor([61, 61, 61])
+    with TeacherHook(model, hidden=(1, 0)) as hook:
+        out = hook.encode(x, lens)
+    assert set(out.hidden) == {0, 1} and len(seen) == 2
+    for i in (0, 1):
+        assert torch.equal(out.hidden[i], seen[i].permute(1, 0, 2))
+        assert out.hidden[i].shape == (3, 27, (16, 24)[i])  # at 50 Hz
 
-    Its kernel of 7 frames is not masked in Zipformer. Measured: up to 2e-6 of the
-    logits' standard deviation over 6 seeds; without the mask 0.55 and more.
-    """
-    for seed in range(3):
-        model = make_model(seed=seed)
-        with torch.no_grad():
-            kernel = model.encoder_embed.convnext.depthwise_conv.weight
-            kernel[:, :, [0, 1, 2, 4, 5, 6], :] = 0
-        assert compare_with_alone(model, features[0], EVEN) < 2e-5
+
+def test_gradients_flow_through_hidden_stacks(make_model, features):
+    model = make_model().train()
+    with TeacherHook(model, hidden=[0]) as hook:
+        forward(model, *features)
+        out = hook.take()
+        forward(model, *features)
+        assert hook.take().hidden[0] is not out.hidden[0]
+    assert set(out.hidden) == {0}
+    out.hidden[0].square().sum().backward()
+    assert model.encoder_embed.out.weight.grad.abs().max() > 0
+    assert model.ctc_output[1].weight.grad is None
 
 
-def test_an_utterance_in_a_batch_agrees_with_it_alone(make_model, features):
-    """With icefall's initial parameters and all 7 frames of the kernel.
+def test_no_hidden_stack_unless_asked(make_model, features):
+    with TeacherHook(make_model()) as hook:
+        assert hook.encode(*features).hidden == {}
 
-    Measured: up to 3.4e-4 of the logits' standard deviation over 6 seeds; without the
-    mask 1e-2 and more.
-    """
-    for seed in range(3):
-        model = make_model(seed=seed, shaken=False)
-        assert compare_with_alone(model, 2 * features[0] - 6, EVEN) < 2e-3
+
+@pytest.mark.parametrize("index", [2, -1])
+def test_a_stack_that_is_not_there_is_refused(make_model, index):
+    model = make_model()
+    with pytest.raises(KDError, match=f"stack {index}, .* 2 stacks: give 0 to 1"):
+        TeacherHook(model, hidden=[0, index])
+    assert hooks_of(model) == []
+
+
+# Models with one head
+
+
+def test_a_transducer_without_ctc_head_gives_its_encoder(make_model, features):
+    model = make_model(use_ctc=False)
+    with TeacherHook(model, hidden=[1], ctc=False) as hook:
+        out = hook.encode(*features)
+        assert hook.lattice(out, [[3, 4, 3], [5, 6], [7]], 3).logits.ndim == 4
+    assert out.ctc_logits is None and out.encoder_out.shape == (3, 14, 24)
+    assert out.hidden[1].shape == (3, 27, 24)
+    assert hooks_of(model) == []
+
+
+def test_a_ctc_model_without_transducer_gives_no_lattice(make_model, features):
+    with TeacherHook(make_model(use_transducer=False)) as hook:
+        out = hook.encode(*features)
+        assert out.ctc_logits.shape == (3, 14, 11)
+        with pytest.raises(KDError, match="AsrModel has no .*transducer head"):
+            hook.lattice(out, [[3], [5], [7]])
+
+
+# The causal model
+
+
+def test_a_causal_model_is_heard_the_same_each_time(make_model, features):
+    """Its training pass draws a chunk size; encode() takes the widest."""
+    model = make_model(causal=True, chunk_size="4,8,-1", left_context_frames="8,16,-1")
+    widest = make_model(causal=True, chunk_size="-1", left_context_frames="-1")
+    found = []
+    for m in (model, model, model, widest):
+        with TeacherHook(m) as hook:
+            found.append(hook.encode(*features).ctc_logits)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert tuple(model.encoder.chunk_size) == (4, 8, -1)
+    assert tuple(model.encoder.left_context_frames) == (8, 16, -1)
+
+
+# Lattices
+
+
+Y = [[3, 4, 3], [5, 6], [7]]
+
+
+def lattice_of(model, features, y=Y, s_range=3):
+    with TeacherHook(model) as hook:
+        return hook.lattice(hook.encode(*features), y, s_range)
+
+
+@pytest.mark.parametrize("s_range", [2, 3, 4, 9])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_occupancy_sums_to_frames_and_labels(make_model, features, s_range, scale):
+    model = make_model()
+    with torch.no_grad():
+        model.joiner.output_linear.weight.mul_(scale)
+    found = lattice_of(model, features, s_range=s_range)
+    expected = [float(t + len(y)) for t, y in zip([14, 9, 4], Y, strict=True)]
+    assert found.boundary.tolist() == [
+        [0, 0, len(y), t] for t, y in zip([14, 9, 4], Y, strict=True)
+    ]
+    torch.testing.assert_close(
+        found.occupancy.sum((1, 2)), torch.tensor(expected), rtol=1e-4, atol=1e-3
+    )
+    assert found.occupancy.min() >= -1e-5 and found.occupancy.max() <= 1 + 1e-4
+    # Every frame is left once, and the first and last node are on every path.
+    torch.testing.assert_close(found.occupancy[:, 0, 0], torch.ones(3))
+    frames = torch.arange(14) < torch.tensor([[14], [9], [4]])
+    assert found.occupancy.sum(2)[frames].min() >= 1 - 1e-4
+    assert found.occupancy.sum(2)[~frames].abs().max() == 0
+
+
+def paths(t, u):
+    """All orders of t blanks and u labels that end in a blank, as lists of nodes."""
+    for labels in itertools.combinations(range(t + u - 1), u):
+        at_t = at_u = 0
+        nodes = []
+        for step in range(t + u):
+            nodes.append((at_t, at_u))
+            if step in labels:
+                at_u += 1
+            else:
+                at_t += 1
+        yield nodes, labels
+
+
+def test_occupancy_is_that_of_all_paths_of_a_full_lattice(make_model):
+    """9 to 21 feature frames give 1 to 4 frames: few enough paths to count."""
+    x = torch.randn(3, 23, 20, generator=torch.Generator().manual_seed(4))
+    lens = torch.tensor([23, 19, 11])
+    found = lattice_of(make_model(), (x, lens), s_range=4)
+    assert found.logits.shape == (3, 4, 4, 11)
+    assert torch.equal(found.ranges, torch.arange(4).expand(3, 4, 4))
+    for n, (t, y) in enumerate(zip([4, 3, 1], Y, strict=True)):
+        log_probs = found.logits[n].double().log_softmax(-1)
+        total, passed = 0.0, torch.zeros(4, 4, dtype=torch.float64)
+        for nodes, labels in paths(t, len(y)):
+            weight = 0.0
+            for step, (i, j) in enumerate(nodes):
+                weight += log_probs[i, j, y[j] if step in labels else 0]
+            total += weight.exp()
+            for i, j in nodes:
+                passed[i, j] += weight.exp()
+        torch.testing.assert_close(
+            found.occupancy[n].double(), passed / total, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_range_of_all_labels_makes_the_full_lattice(make_model, features):
+    model = make_model()
+    full = lattice_of(model, features, s_range=4)
+    more = lattice_of(model, features, s_range=50)
+    for name in ("ranges", "logits", "occupancy"):
+        assert torch.equal(getattr(full, name), getattr(more, name))
+
+
+def test_lattice_logits_are_the_joiners(make_model, features):
+    model = make_model().eval()
+    with TeacherHook(model) as hook, torch.no_grad():
+        out = hook.encode(*features)
+        found = hook.lattice(out, Y, 2)
+        decoder_out = model.decoder(torch.tensor([[0, *Y[0]]]))[0]
+        for t, s in [(0, 0), (5, 1), (13, 1)]:
+            u = int(found.ranges[0, t, s])
+            expected = model.joiner(out.encoder_out[0, t], decoder_out[u])
+            torch.testing.assert_close(found.logits[0, t, s], expected)
+
+
+@pytest.mark.parametrize("s_range", [2, 3])
+def test_the_ranges_are_those_of_the_recipes_loss(
+    make_model, features, s_range, monkeypatch
+):
+    from zipformer.modules import model as zipformer_model
+
+    model = make_model().eval()
+    seen = []
+    engine = zipformer_model.k2
+    original = engine.get_rnnt_prune_ranges
+
+    def spy(**options):
+        seen.append(original(**options))
+        return seen[-1]
+
+    with TeacherHook(model) as hook, torch.no_grad():
+        out = hook.encode(*features)
+        monkeypatch.setattr(engine, "get_rnnt_prune_ranges", spy)
+        model.forward_transducer(
+            out.encoder_out, out.encoder_out_lens, Y, prune_range=s_range
+        )
+        monkeypatch.undo()
+        found = hook.lattice(out, Y, s_range)
+    assert len(seen) == 1 and torch.equal(found.ranges, seen[0])
+    assert found.symbols.tolist() == [[3, 4, 3], [5, 6, 0], [7, 0, 0]]
+
+
+def test_a_lattice_of_a_batch_is_that_of_each_utterance(make_model, features):
+    """All nodes of the full lattice that the utterance alone has."""
+    model = make_model()
+    x, lens = features
+    together = lattice_of(model, features, s_range=4)
+    for i, y in enumerate(Y):
+        n = int(lens[i])
+        alone = lattice_of(model, (x[i : i + 1, :n], lens[i : i + 1]), [y], len(y) + 1)
+        t, s = alone.occupancy.shape[1:]
+        torch.testing.assert_close(
+            together.occupancy[i, :t, :s], alone.occupancy[0], rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(
+            together.logits[i, :t, :s], alone.logits[0], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_an_utterance_without_labels_is_refused(make_model, features):
+    """The engines take no utterance without labels."""
+    with pytest.raises(KDError, match="label"):
+        lattice_of(make_model(), features, [[3, 4], [], [7]], 3)
+
+
+def test_labels_of_another_number_of_utterances_are_refused(make_model, features):
+    with pytest.raises(KDError, match="labels of 2 utterances and frames of 3"):
+        lattice_of(make_model(), features, Y[:2])
+
+
+def test_a_lattice_leaves_random_states_and_flags_as_found(make_model, features):
+    model = make_model().train()
+    model.decoder.eval()
+    random.seed(7)
+    torch.manual_seed(7)
+    flags = {n: m.training for n, m in model.named_modules()}
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    lattice_of(model, features)
+    assert {n: m.training for n, m in model.named_modules()} == flags
+    assert random.getstate() == python_state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_cut_too_short_for_one_frame_is_refused(make_model, features):
@@ -338,13 +597,17 @@ def test_another_model_is_refused():
         TeacherHook(torch.nn.Linear(2, 2))
 
 
-def test_a_model_under_ddp_is_refused(make_model, process_group):
+def test_a_model_under_ddp_is_tapped_within(make_model, features, process_group):
     model = make_model()
     ddp = torch.nn.parallel.DistributedDataParallel(model)
-    with pytest.raises(KDError, match="not wrapped by DDP"):
-        TeacherHook(ddp)
-    with TeacherHook(ddp.module):
-        assert len(hooks_of(model)) == 2
+    with TeacherHook(ddp) as hook, TeacherHook(model) as plain:
+        asked = hook.encode(*features)
+        assert torch.equal(asked.ctc_logits, plain.encode(*features).ctc_logits)
+        model.eval()
+        with torch.no_grad():
+            forward(ddp, *features)
+        assert hook.take().ctc_logits.shape == (3, 14, 11)
+    assert hooks_of(model) == []
 
 
 def test_ctc_linear_is_the_layer_before_log_softmax(make_model):

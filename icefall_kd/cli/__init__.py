@@ -1,4 +1,4 @@
-"""``icefall-kd``: dump, student, doctor. ``icefall-kd COMMAND --help`` tells more."""
+"""The command ``icefall-kd``; ``icefall-kd COMMAND --help`` tells more."""
 
 import click
 
@@ -56,19 +56,49 @@ def teacher_options(command):
     default="",
     help="Folder for the arrays; default: beside OUT_CUTS, named as it.",
 )
+@click.option(
+    "--keep",
+    default="dense",
+    help="How CTC targets are kept: dense, top:K, adaptive:MASS:MAX or sampled:N; a "
+    "sparse form is for one temperature, 1 or that behind @.",
+)
+@click.option(
+    "--keep-lattice",
+    default="",
+    help="Keep the transducer's pruned lattice too: collapsed, or a form of "
+    "--keep; with path: before it, its best alignment alone.",
+)
+@click.option("--s-range", default=5, help="Label positions of a lattice at a frame.")
 @click.option("--max-duration", default=200.0, help="Seconds of audio in a batch.")
+@click.option("--num-jobs", default=1, help="How many jobs share the manifest.")
+@click.option("--job", default=0, help="Which of them this is, from 0 on.")
+@click.option("--num-workers", default=1, help="Processes that read features.")
+@click.option("--stats", is_flag=True, help="Print what the store holds.")
 @click.option("--num-threads", default=0, help="CPU threads; 0: all cores.")
 @click.option("--overwrite", is_flag=True, help="Forget targets made earlier.")
 def dump(**options) -> None:
-    """Store what the teacher's CTC head says on IN_CUTS; write OUT_CUTS.
+    """Store what the teacher says on IN_CUTS; write OUT_CUTS.
 
     IN_CUTS carry features. OUT_CUTS is the same manifest with the targets on its
-    cuts. A run that was cut short goes on where it stopped.
+    cuts. A run that was cut short goes on where it stopped. Under torchrun each process
+    is a job; on a cluster give each its --job. The last one joins their manifests.
     """
     from icefall_kd.cli.dump import dump as run
 
     with one_sentence():
         run(**options)
+
+
+@cli.command()
+@click.argument("in_cuts")
+@click.argument("out_cuts")
+@click.option("--num-jobs", required=True, type=int, help="How many jobs there were.")
+def combine(in_cuts: str, out_cuts: str, num_jobs: int) -> None:
+    """Join the manifests that the jobs of a dump wrote beside OUT_CUTS."""
+    from icefall_kd.cli.dump import combine_jobs
+
+    with one_sentence():
+        combine_jobs(in_cuts, out_cuts, num_jobs)
 
 
 @cli.command()

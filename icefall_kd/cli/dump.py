@@ -1,9 +1,15 @@
 """Stores what a teacher says on cuts."""
 
+import dataclasses
 import logging
 import os
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Set
+from typing import Deque, Dict, Iterator, List, Optional, Set, Tuple, Union
 
 import click
 import torch
@@ -12,12 +18,22 @@ from lhotse.cut import Cut, MonoCut
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.student import check_vocabulary
 from icefall_kd.errors import KDError
 from icefall_kd.hook import MIN_FRAMES, TeacherHook
 from icefall_kd.recipe.loader import load_recipe_model
-from icefall_kd.targets.fingerprint import Fingerprint, hash_state_dict, hash_tokens
-from icefall_kd.targets.writer import LogitWriter
+from icefall_kd.targets.fingerprint import (
+    TOKENS,
+    Fingerprint,
+    check_vocabulary,
+    hash_state_dict,
+    hash_tokens,
+    pieces,
+)
+from icefall_kd.targets.writer import LogitWriter, Record, combine, job_manifest
+from icefall_kd.types import PrunedLattice
+
+# A stretch of the manifest, in batches: what is done again after an interruption.
+WINDOW = 5
 
 
 def open_cuts(path: str) -> CutSet:
@@ -32,24 +48,6 @@ def open_cuts(path: str) -> CutSet:
     if cuts is None or next(iter(cuts), None) is None:
         raise KDError(f"the manifest {path} holds no cuts: make the data again")
     return cuts
-
-
-def fingerprint_of(
-    model: torch.nn.Module, settings: Dict[str, Any], cut: Cut, bpe_model: str
-) -> Fingerprint:
-    features = cut.features
-    factor = int(settings.get("subsampling_factor", 4))
-    return Fingerprint(
-        teacher=hash_state_dict(model.state_dict()),
-        tokens=hash_tokens(bpe_model) if bpe_model else "",
-        vocab_size=int(settings["vocab_size"]),
-        blank_id=int(settings["blank_id"]),
-        subsampling_factor=factor,
-        frame_shift=factor * features.frame_shift,
-        sampling_rate=features.sampling_rate,
-        num_features=features.num_features,
-        feature_type=features.type,
-    )
 
 
 def _checked(cuts: CutSet, path: str, num_features: int) -> Iterator[Cut]:
@@ -84,18 +82,133 @@ def _checked(cuts: CutSet, path: str, num_features: int) -> Iterator[Cut]:
         yield cut
 
 
-def _batches(cuts: Iterator[Cut], max_duration: float) -> Iterator[List[Cut]]:
-    """Batches of at most ``max_duration`` seconds, padding counted, in file order."""
-    batch: List[Cut] = []
-    longest = 0.0
+def _windows(cuts: Iterator[Cut], seconds: float) -> Iterator[List[Cut]]:
+    """Stretches of at most so many seconds, in file order."""
+    window: List[Cut] = []
+    total = 0.0
     for cut in cuts:
-        longest = max(longest, cut.duration)
-        if batch and longest * (len(batch) + 1) > max_duration:
+        if window and total + cut.duration > seconds:
+            yield window
+            window, total = [], 0.0
+        window.append(cut)
+        total += cut.duration
+    if window:
+        yield window
+
+
+def _batches(window: List[Cut], max_duration: float) -> Iterator[List[Cut]]:
+    """Batches of at most ``max_duration`` seconds, padding counted, longest first."""
+    batch: List[Cut] = []
+    for cut in sorted(window, key=lambda c: (-c.duration, c.id)):
+        if batch and batch[0].duration * (len(batch) + 1) > max_duration:
             yield batch
-            batch, longest = [], cut.duration
+            batch = []
         batch.append(cut)
     if batch:
         yield batch
+
+
+@dataclass
+class _Batch:
+    cuts: List[Cut]
+    window: Optional[List[Cut]]  # the whole stretch, with its last batch
+
+
+class _Plan:
+    """The batches of one job, in their order.
+
+    They are the same whatever was done before and whichever job does them, so each
+    cut's targets are the same to the last bit: a stretch of cuts goes to one job.
+    """
+
+    def __init__(self, cuts, max_duration, job, num_jobs, done) -> None:
+        self.cuts, self.max_duration = cuts, max_duration
+        self.job, self.num_jobs, self.done = job, num_jobs, done
+
+    def __iter__(self) -> Iterator[_Batch]:
+        windows = _windows(self.cuts, WINDOW * self.max_duration)
+        for i, window in enumerate(windows):
+            if i % self.num_jobs != self.job or all(c.id in self.done for c in window):
+                continue
+            batches = list(_batches(window, self.max_duration))
+            for j, batch in enumerate(batches):
+                yield _Batch(batch, window if j == len(batches) - 1 else None)
+
+
+class _Reader(torch.utils.data.Dataset):
+    def __getitem__(self, batch: _Batch):
+        try:
+            x, x_lens = collate_features(CutSet.from_cuts(batch.cuts))
+        except Exception:  # the storage behind lhotse raises what it likes
+            _name_unreadable(batch.cuts)
+            raise
+        return batch, x, x_lens
+
+
+class _Sink:
+    """Encodes and writes behind the teacher's back, in the order of the manifest."""
+
+    def __init__(self, writer: LogitWriter) -> None:
+        self.writer = writer
+        self.records: Dict[str, Record] = {}
+        self.pool = ThreadPoolExecutor(1)
+        self.pending: Deque[Future] = deque()
+
+    def put(self, batch: _Batch, logits, lens, lattices) -> None:
+        while len(self.pending) > 2:
+            self.pending.popleft().result()
+        self.pending.append(self.pool.submit(self._do, batch, logits, lens, lattices))
+
+    def _do(self, batch: _Batch, logits, lens, lattices) -> None:
+        for i, (cut, n) in enumerate(zip(batch.cuts, lens)):
+            if cut.id not in self.writer:
+                lattice = lattices[i] if lattices else None
+                self.records[cut.id] = self.writer.encode(cut, logits[i, :n], lattice)
+        for cut in batch.window or []:
+            if cut.id in self.records:
+                self.writer.append(cut, self.records.pop(cut.id))
+
+    def close(self, failed: bool) -> None:
+        if failed:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+            return
+        while self.pending:
+            self.pending.popleft().result()
+        self.pool.shutdown()
+
+
+def _labels(cuts: List[Cut], sp) -> List[List[int]]:
+    for cut in cuts:
+        if len(cut.supervisions) != 1 or not (cut.supervisions[0].text or "").strip():
+            raise KDError(
+                f"the cut {cut.id} has no transcript, and a lattice needs one: leave "
+                "it out, label it first, or dump without --keep-lattice"
+            )
+    return sp.encode([c.supervisions[0].text for c in cuts], out_type=int)
+
+
+def _split(lattice: PrunedLattice) -> List[PrunedLattice]:
+    """One lattice for each utterance."""
+    return [
+        PrunedLattice(
+            *(
+                getattr(lattice, f.name)[i : i + 1].cpu()
+                for f in dataclasses.fields(lattice)
+            )
+        )
+        for i in range(len(lattice.boundary))
+    ]
+
+
+def job_of(num_jobs: int, job: int) -> Tuple[int, int]:
+    """This process's job and the number of jobs: as told, or as torchrun says."""
+    if num_jobs == 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not 0 <= job < num_jobs:
+        raise KDError(
+            f"--job is {job} and --num-jobs {num_jobs}: give --job 0 to {num_jobs - 1}"
+        )
+    return job, num_jobs
 
 
 def dump(
@@ -109,44 +222,115 @@ def dump(
     use_averaged_model: bool,
     bpe_model: str,
     storage_dir: str,
+    keep: str,
+    keep_lattice: str,
+    s_range: int,
     max_duration: float,
+    num_jobs: int,
+    job: int,
+    num_workers: int,
     num_threads: int,
     overwrite: bool,
+    stats: bool,
 ) -> None:
     if max_duration <= 0:
         raise KDError(f"--max-duration is {max_duration}, and must be above 0")
     if Path(in_cuts).resolve() == Path(out_cuts).resolve():
         raise KDError(f"{in_cuts} is both read and written: give OUT_CUTS another name")
+    if keep_lattice and not bpe_model:
+        raise KDError(
+            "--keep-lattice needs the labels of the transcripts: give --bpe-model"
+        )
+    job, num_jobs = job_of(num_jobs, job)
     cuts = open_cuts(in_cuts)
     model, settings = load_recipe_model(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model
     )
-    if bpe_model:
-        check_vocabulary(bpe_model, settings)
+    sp = check_vocabulary(bpe_model, settings) if bpe_model else None
     num_features = int(settings["feature_dim"])
     first = next(_checked(cuts, in_cuts, num_features))
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     model.to(device)
-    fingerprint = fingerprint_of(model, settings, first, bpe_model)
+    fingerprint = Fingerprint.of(
+        hash_state_dict(model.state_dict()),
+        settings,
+        first.features,
+        hash_tokens(pieces(sp)) if sp is not None else None,
+        ctc=keep,
+        lattice=keep_lattice,
+        s_range=s_range if keep_lattice else 0,
+    )
     out = Path(out_cuts)
     storage_dir = storage_dir or str(out.with_name(out.name.split(".jsonl")[0] + "_kd"))
-    with TeacherHook(model) as hook:
-        with LogitWriter(out, storage_dir, fingerprint, overwrite) as writer:
-            if len(writer):
-                logging.warning("%d cuts have their targets already", len(writer))
-            checked = _checked(cuts, in_cuts, num_features)
-            todo = (c for c in checked if c.id not in writer)
-            frames = 0
-            with tqdm(
-                desc="Teacher's targets", unit=" cuts", total=_count(cuts)
-            ) as bar:
-                bar.update(len(writer))
-                for batch in _batches(todo, max_duration):
-                    frames += _write(batch, hook, writer, device)
-                    bar.update(len(batch))
-                    bar.set_postfix(frames=frames, MB=writer.bytes_written / 1e6)
-    click.echo(f"{out}: {len(writer)} cuts with targets, arrays in {storage_dir}")
+    with ExitStack() as stack:
+        hook = stack.enter_context(TeacherHook(model))
+        writer = stack.enter_context(
+            LogitWriter(out, storage_dir, fingerprint, overwrite, job, num_jobs)
+        )
+        if sp is not None:
+            names = "".join(piece + "\n" for piece in pieces(sp))
+            (Path(storage_dir) / TOKENS).write_text(names, "utf8")
+        if len(writer):
+            logging.warning("%d cuts have their targets already", len(writer))
+        total = _count(cuts)
+        plan = _Plan(
+            _checked(cuts, in_cuts, num_features), max_duration, job, num_jobs, writer
+        )
+        loader = torch.utils.data.DataLoader(
+            _Reader(), sampler=plan, batch_size=None, num_workers=num_workers
+        )
+        sink = _Sink(writer)
+        stack.push(lambda kind, *exc: sink.close(failed=kind is not None))
+        frames, begun = 0, time.perf_counter()
+        bar = stack.enter_context(
+            tqdm(desc="Teacher's targets", unit=" cuts", total=-(-total // num_jobs))
+        )
+        bar.update(len(writer))
+        for batch, x, x_lens in loader:
+            encoded = hook.encode(x.to(device), x_lens.to(device))
+            lattices = None
+            if sp is not None and keep_lattice:
+                y = _labels(batch.cuts, sp)
+                lattices = _split(hook.lattice(encoded, y, s_range))
+            lens = encoded.encoder_out_lens.tolist()
+            sink.put(batch, encoded.ctc_logits.cpu(), lens, lattices)
+            frames += sum(lens)
+            bar.update(len(lens))
+            rate = frames / (time.perf_counter() - begun)
+            bar.set_postfix_str(
+                f"{rate:.0f} frames/s, {writer.bytes_written / 1e6:.1f} MB"
+            )
+    _tell(in_cuts, out, storage_dir, len(writer), num_jobs, overwrite)
+    if stats and out.is_file():
+        from icefall_kd.targets.stats import print_stats
+
+        print_stats(CutSet.from_file(out))
+
+
+def _tell(in_cuts, out, storage_dir, n, num_jobs, overwrite) -> None:
+    if num_jobs == 1:
+        click.echo(f"{out}: {n} cuts with targets, records in {storage_dir}")
+        return
+    click.echo(f"this job: {n} cuts with targets, records in {storage_dir}")
+    jobs = [job_manifest(out, j, num_jobs) for j in range(num_jobs)]
+    if not overwrite and all(path.is_file() for path in jobs):
+        combine_jobs(in_cuts, out, num_jobs)
+    else:
+        click.echo(
+            "when all jobs are done: icefall-kd combine --num-jobs "
+            f"{num_jobs} {in_cuts} {out}"
+        )
+
+
+def combine_jobs(in_cuts: str, out_cuts: Union[str, Path], num_jobs: int) -> None:
+    """Join the manifests of all jobs, in the order of ``in_cuts``."""
+    counts = combine(out_cuts, num_jobs, (c.id for c in open_cuts(in_cuts)))
+    click.echo(
+        f"{out_cuts}: {sum(counts.values())} cuts with targets of {num_jobs} jobs"
+    )
 
 
 def _name_unreadable(batch: List[Cut]) -> None:
@@ -164,17 +348,3 @@ def _name_unreadable(batch: List[Cut]) -> None:
 
 def _count(cuts: CutSet) -> int:
     return sum(1 for _ in cuts)
-
-
-def _write(
-    batch: List[Cut], hook: TeacherHook, writer: LogitWriter, device: torch.device
-) -> int:
-    try:
-        x, x_lens = collate_features(CutSet.from_cuts(batch))
-    except Exception:  # the storage behind lhotse raises what it likes
-        _name_unreadable(batch)
-        raise
-    out = hook.encode(x.to(device), x_lens.to(device))
-    for cut, logits, n in zip(batch, out.ctc_logits, out.encoder_out_lens.tolist()):
-        writer.write(cut, logits[:n])
-    return int(out.encoder_out_lens.sum())

@@ -11,7 +11,7 @@ import torch
 from icefall_kd.errors import KDError
 from icefall_kd.recipe.loader import import_train, load_recipe_model
 from icefall_kd.student.build import build_student, check_settings
-from icefall_kd.targets.fingerprint import hash_tokens
+from icefall_kd.targets.fingerprint import check_vocabulary
 
 PARTS = ("encoder_embed", "encoder", "decoder", "joiner", "ctc_output")
 
@@ -111,19 +111,6 @@ def student(
     _account(teacher, model)
     click.echo(f"\nThe student stands in {path}. Train it with\n")
     click.echo(f"  --exp-dir {student_dir} --start-epoch 2 {line}")
-
-
-def check_vocabulary(bpe_model: str, settings: Dict[str, Any]) -> None:
-    import sentencepiece as spm
-
-    hash_tokens(bpe_model)  # refuses a file that is none
-    sp = spm.SentencePieceProcessor()
-    sp.load(bpe_model)
-    if sp.get_piece_size() != settings["vocab_size"]:
-        raise KDError(
-            f"the BPE model {bpe_model} has {sp.get_piece_size()} symbols and the "
-            f"teacher {settings['vocab_size']}: give the teacher's bpe.model"
-        )
 
 
 def _account(teacher, model) -> None:

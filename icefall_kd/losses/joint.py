@@ -7,7 +7,7 @@ import torch
 
 from icefall_kd.errors import KDError
 from icefall_kd.losses.ctc import check_temperature, ctc_kd_loss
-from icefall_kd.types import EncoderOut, Targets
+from icefall_kd.types import EncoderOut, Targets, select
 
 
 class JointKDLoss:
@@ -63,25 +63,41 @@ class JointKDLoss:
         Raises:
           KDError: numbers of frames or symbols of student and teacher that differ.
         """
-        v_student = student.ctc_logits.size(-1)
-        v_teacher = targets.ctc_logits.size(-1)
-        if v_student != v_teacher:
+        logits = student.ctc_logits
+        if not targets.mask.any():  # no cut of the batch has targets
+            loss = self.hard_weight * hard_loss + 0.0 * logits.sum()
+            return loss, {"kd_ctc_loss": 0.0, "kd_frames": 0.0}
+        if isinstance(targets.ctc, torch.Tensor) and targets.ctc.size(-1) != (
+            logits.size(-1)
+        ):
             raise KDError(
-                f"the student's CTC head has {v_student} symbols and the teacher's "
-                f"targets have {v_teacher}: both need the same BPE model"
+                f"the student's CTC head has {logits.size(-1)} symbols and the "
+                f"teacher's targets have {targets.ctc.size(-1)}: both need the same "
+                "BPE model"
             )
         lens = student.encoder_out_lens
-        if lens.tolist() != targets.lens.tolist():
+        moved = targets.whole.cpu() & (targets.lens.cpu() != lens.cpu())
+        if moved.any():
             raise KDError(
                 f"the student gives {lens.tolist()} frames for the cuts of a batch and "
                 f"the teacher's targets have {targets.lens.tolist()}: the cuts were "
                 "changed after the targets were made, or the frame rates differ; run "
                 "`icefall-kd dump` on the cuts that are trained on"
             )
-        targets = targets.to(student.ctc_logits.device)
-        t = int(lens.max())
+        targets = targets.to(logits.device)
+        # A part of a cut has fewer frames of its own than the whole has there.
+        t = min(int(lens.max()), targets.mask.size(1))
         kd_ctc = ctc_kd_loss(
-            student.ctc_logits[:, :t], targets.ctc_logits[:, :t], lens, self.temperature
+            logits[:, :t],
+            select(targets.ctc, (slice(None), slice(t))),
+            lens.clamp(max=t),
+            self.temperature,
+            targets.mask[:, :t],
         )
         loss = self.hard_weight * hard_loss + self.ctc_weight * kd_ctc
-        return loss, {"kd_ctc_loss": kd_ctc.detach().cpu().item()}
+        lens = lens.cpu().unsqueeze(1)
+        counted = targets.mask[:, :t].cpu() & (torch.arange(t) < lens)
+        return loss, {
+            "kd_ctc_loss": kd_ctc.detach().cpu().item(),
+            "kd_frames": float(counted.sum()),
+        }

@@ -1,10 +1,13 @@
 """Rebuilds a recipe's model from its checkpoints, with the recipe's own code."""
 
 import importlib
+import logging
+import pickle
 import sys
-from pathlib import Path
+from contextlib import nullcontext
+from pathlib import Path, PosixPath
 from types import ModuleType
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -108,10 +111,25 @@ def checkpoint_files(
     return files
 
 
+def _load_data(path: Path) -> Optional[Dict[str, Any]]:
+    """Load without running pickled code; None where torch can't do so."""
+    safe = getattr(torch.serialization, "safe_globals", None)  # from torch 2.5 on
+    try:
+        with safe([type(path), PosixPath]) if safe else nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return None
+
+
 def load_checkpoint(path: Path) -> Dict[str, Any]:
     try:
-        # torch 1.13 and later know weights_only; params hold more than weights.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        checkpoint = _load_data(path)
+        if checkpoint is None:
+            logging.warning(
+                f"{path} holds more than data, so loading it runs what was pickled "
+                "into it: use checkpoints of people you trust only"
+            )
+            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as e:  # torch raises many kinds for a damaged file
         raise KDError(
             f"the checkpoint {path} can't be read ({type(e).__name__}): copy or train "

@@ -17,8 +17,9 @@ With ``--kd-ctc-weight 0``, the default, all of them leave everything as it is.
 
 import argparse
 import logging
+import sys
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from icefall_kd.errors import KDError, install_excepthook
 
@@ -49,6 +50,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="Temperature of the CTC frame KL.",
     )
+    group.add_argument(
+        "--kd-missing",
+        type=str,
+        choices=("refuse", "hard"),
+        default="refuse",
+        help="What becomes of training cuts without targets: refuse, or train on "
+        "them by the recipe's own loss alone; kd_frames in the log is the share of "
+        "frames that have targets.",
+    )
+    group.add_argument(
+        "--kd-teacher-exp-dir",
+        type=str,
+        default="",
+        help="Ask the teacher of this experiment folder in the training process, in "
+        "place of reading stored targets; several, with commas, are averaged.",
+    )
+    group.add_argument(
+        "--kd-teacher-epoch", type=int, default=30, help="The teacher's epoch-N.pt."
+    )
+    group.add_argument(
+        "--kd-teacher-avg", type=int, default=1, help="How many epochs are averaged."
+    )
+    group.add_argument(
+        "--kd-teacher-recipe",
+        type=str,
+        default="",
+        help="Folder of the teacher's train.py; default: that of this script.",
+    )
+    group.add_argument(
+        "--kd-cache-dir",
+        type=str,
+        default="",
+        help="With --kd-teacher-exp-dir: store what the teacher says on each cut as it "
+        "is, and read that from the second epoch on.",
+    )
 
 
 class Session:
@@ -63,26 +99,144 @@ class Session:
             hard_weight=params["kd_hard_weight"],
             temperature=params["kd_temperature"],
         )
+        self.settings = dict(params)
         self.vocab_size = params["vocab_size"]
         self.blank_id = params["blank_id"]
         self.bpe_model = params.get("bpe_model")
-        _refuse_time_warp(params)
-        self.hook = TeacherHook(getattr(model, "module", model))
+        self.missing = params["kd_missing"]
+        self.teacher = _online_teacher(params)
+        self.cache_dir = params["kd_cache_dir"]
+        if self.cache_dir and self.teacher is None:
+            raise KDError(
+                f"--kd-cache-dir is {self.cache_dir} and there is no teacher to ask: "
+                "give --kd-teacher-exp-dir"
+            )
+        _refuse_time_warp(params, stored=self.teacher is None or bool(self.cache_dir))
+        self.hook = TeacherHook(model)
+        self.cache = None
 
-    def check_store(self, cuts) -> None:
-        from icefall_kd.targets.dataset import store_fingerprint
-        from icefall_kd.targets.fingerprint import hash_tokens
+    def _pieces(self) -> Optional[List[str]]:
+        from icefall_kd.targets.fingerprint import load_bpe_model, pieces
 
-        tokens = None
         if self.bpe_model and Path(self.bpe_model).is_file():
-            tokens = hash_tokens(self.bpe_model)
-        store_fingerprint(cuts).check_student(self.vocab_size, self.blank_id, tokens)
+            return pieces(load_bpe_model(self.bpe_model))
+        return None
+
+    def read_store(self, cuts) -> Dict[str, Any]:
+        """Check the store of ``cuts``; say how :class:`KDDataset` is to read it."""
+        from icefall_kd.targets.dataset import store_fingerprint
+        from icefall_kd.targets.fingerprint import hash_tokens, symbol_map
+
+        found, store = store_fingerprint(cuts, self.missing)
+        ctc, _ = found.codecs()
+        ctc.check_temperature(self.joint.temperature)
+        how: Dict[str, Any] = {"missing": self.missing}
+        names = self._pieces()
+        tokens = names and hash_tokens(names)
+        if tokens and found.tokens and tokens != found.tokens:
+            how["symbols"] = symbol_map(store, names)
+        if how.get("symbols") is None:
+            found.check_student(self.vocab_size, self.blank_id, tokens)
+        else:
+            logging.warning(
+                f"The teacher's symbols in {store} stand in another order than the "
+                "student's: targets are reordered"
+            )
+        factor = int(self.settings.get("subsampling_factor", 4))
+        shift = factor * found.feature_shift
+        if abs(shift - found.frame_shift) > 1e-6:
+            logging.warning(
+                f"The teacher gives a frame every {found.frame_shift} s and the "
+                f"student every {shift} s: targets are resampled in time"
+            )
+            how["frame_shift"] = shift
+        return how
+
+    def ask(self, batch, device):
+        """What the online teacher says on a batch."""
+        supervisions = batch["supervisions"]
+        self.teacher.to(device)
+        if not self.cache_dir:
+            x = batch["inputs"].to(device)
+            return self.teacher.targets(x, supervisions["num_frames"].to(device))
+        from icefall_kd.targets.dataset import cuts_of_rows
+
+        cuts = cuts_of_rows(batch)
+        if self.cache is None:
+            self.cache = self._open_cache(cuts[0])
+        return self.cache.targets(cuts, device)
+
+    def _open_cache(self, cut):
+        import atexit
+
+        from icefall_kd.targets.fingerprint import (
+            Fingerprint,
+            hash_state_dict,
+            hash_tokens,
+        )
+        from icefall_kd.targets.writer import LogitWriter
+        from icefall_kd.teacher import CachingTeacher
+        from icefall_kd.teacher.online import speech_of
+
+        names = self._pieces()
+        tokens = names and hash_tokens(names)
+        models = [hook.model for hook in self.teacher.hooks]
+        hashes = ",".join(hash_state_dict(m.state_dict()) for m in models)
+        fingerprint = Fingerprint.of(
+            hashes, self.settings, speech_of(cut).features, tokens
+        )
+        rank, ranks = process_of()
+        writer = LogitWriter(
+            Path(self.cache_dir) / "cuts.jsonl.gz",
+            self.cache_dir,
+            fingerprint,
+            job=rank,
+            num_jobs=ranks,
+        )
+        atexit.register(writer.close)
+        return CachingTeacher(self.teacher, writer)
 
 
-def _refuse_time_warp(params: Dict[str, Any]) -> None:
+def process_of():
+    """This process's rank, and how many there are."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _online_teacher(params: Dict[str, Any]):
+    """The teachers that ``--kd-teacher-exp-dir`` names, or None."""
+    if not params["kd_teacher_exp_dir"]:
+        return None
+    from icefall_kd.recipe.loader import load_recipe_model
+    from icefall_kd.teacher import OnlineTeacher
+
+    models = []
+    for folder in params["kd_teacher_exp_dir"].split(","):
+        model, settings = load_recipe_model(
+            params["kd_teacher_recipe"] or Path(sys.argv[0]).resolve().parent,
+            folder,
+            params["kd_teacher_epoch"],
+            avg=params["kd_teacher_avg"],
+            use_averaged_model=params.get("use_averaged_model", True),
+        )
+        for name in ("vocab_size", "blank_id"):
+            if settings[name] != params[name]:
+                raise KDError(
+                    f"the student's {name} is {params[name]} and that of the teacher "
+                    f"in {folder} is {settings[name]}: train the student with the "
+                    "teacher's --bpe-model"
+                )
+        models.append(model)
+    return OnlineTeacher(models)
+
+
+def _refuse_time_warp(params: Dict[str, Any], stored: bool) -> None:
     warp = int(params.get("spec_aug_time_warp_factor", 0) or 0)
     on = params.get("enable_spec_aug", False) or params.get("use_cr_ctc", False)
-    if on and warp >= 1:
+    if stored and on and warp >= 1:
         raise KDError(
             f"SpecAugment's time warp (--spec-aug-time-warp-factor {warp}) moves "
             "frames away from the teacher's stored targets: add "
@@ -90,8 +244,9 @@ def _refuse_time_warp(params: Dict[str, Any]) -> None:
         )
     if params.get("use_cr_ctc", False):
         raise KDError(
-            "--use-cr-ctc 1 doubles each batch, and stored targets are of the batch "
-            "as it is: add --use-cr-ctc 0, or switch KD off with --kd-ctc-weight 0"
+            "--use-cr-ctc 1 doubles each batch, and the teacher's targets are of the "
+            "batch as it is: add --use-cr-ctc 0, or switch KD off with "
+            "--kd-ctc-weight 0"
         )
 
 
@@ -127,8 +282,10 @@ def wrap_dataset(dataset, cuts):
         return dataset
     from icefall_kd.targets.dataset import KDDataset
 
-    _session.check_store(cuts)
-    return KDDataset(dataset)
+    if _session.teacher is not None:
+        dataset.return_cuts = True
+        return dataset
+    return KDDataset(dataset, **_session.read_store(cuts))
 
 
 def joint_loss(loss, info, model, batch):
@@ -141,11 +298,15 @@ def joint_loss(loss, info, model, batch):
     student = _session.hook.take()
     if not model.training:
         return loss
-    if "kd_targets" not in batch:
+    if _session.teacher is not None:
+        targets = _session.ask(batch, next(model.parameters()).device)
+    elif "kd_targets" in batch:
+        targets = batch["kd_targets"]
+    else:
         raise KDError(
             "a training batch has no kd_targets: let the data module call "
             "wrap_dataset(train, cuts_train) after session.attach() ran"
         )
-    loss, terms = _session.joint(loss, student, batch["kd_targets"])
+    loss, terms = _session.joint(loss, student, targets)
     info.update(terms)
     return loss

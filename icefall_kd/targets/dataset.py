@@ -1,92 +1,241 @@
 """Reads targets in the dataset's workers, and lines them up with the batch."""
 
-import logging
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
 from lhotse import CutSet
-from lhotse.cut import Cut, MixedCut, MixTrack, MonoCut
+from lhotse.cut import Cut, MonoCut
+from lhotse.utils import compute_num_frames
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets.fingerprint import Fingerprint
-from icefall_kd.targets.writer import FIELD
-from icefall_kd.types import Targets
+from icefall_kd.targets.store import (
+    FIELD,
+    REMEDY,
+    Pointer,
+    check_unmoved,
+    read_fingerprint,
+    tracks_with_targets,
+)
+from icefall_kd.types import (
+    Distribution,
+    LatticeTargets,
+    SparseDistribution,
+    Targets,
+    select,
+)
 
-REMEDY = "run `icefall-kd dump` on the cuts that are trained on"
+MISSING = ("refuse", "hard")
 
 
-def _carriers(cut: Cut) -> List[Tuple[float, MonoCut]]:
-    """The MonoCuts in ``cut`` that carry targets, with their offsets in seconds.
+@dataclass
+class _Piece:
+    """Frames first to last of a record, and the frame of the cut where they begin."""
 
-    Lhotse leaves None as the target of a cut that was extended beyond its data.
+    at: int
+    first: int
+    last: int
+    pointer: Pointer
+    whole: bool  # the cut as the teacher heard it, at the start of the row's cut
+
+    @property
+    def end(self) -> int:
+        return self.at + self.last - self.first
+
+
+def _frames(seconds: float, frame_shift: float) -> int:
+    """Lhotse's rounding of its temporal arrays: half up."""
+    if seconds < frame_shift / 4:
+        return 0
+    return compute_num_frames(seconds, frame_shift, sampling_rate=100_000)
+
+
+def _piece(offset: float, cut: MonoCut, pointer: Pointer) -> _Piece:
+    """What ``cut`` has kept of its record.
+
+    Frames are counted from the start of the cut that the teacher heard, and rounded
+    to the nearest, as Lhotse rounds its temporal arrays.
     """
-    tracks = cut.tracks if isinstance(cut, MixedCut) else [MixTrack(cut)]
-    return [
-        (t.offset, t.cut)
-        for t in tracks
-        if isinstance(t.cut, MonoCut) and (t.cut.custom or {}).get(FIELD) is not None
-    ]
+    check_unmoved(cut, pointer)
+    shift = read_fingerprint(pointer.store).frame_shift
+    at = _frames(offset, shift)
+    if cut.start == pointer.start and cut.duration == pointer.duration:
+        return _Piece(at, 0, pointer.frames, pointer, offset == 0)
+    first = _frames(cut.start - pointer.start, shift)
+    last = first + max(1, _frames(cut.duration, shift))
+    first = min(first, pointer.frames)
+    return _Piece(at, first, min(last, pointer.frames), pointer, False)
 
 
-def _carrier(cut: Cut) -> MonoCut:
-    """The one MonoCut of ``cut`` that carries targets, at the cut's own start."""
-    carriers = _carriers(cut)
-    if not carriers:
-        raise KDError(f"the cut {cut.id} has no targets ({FIELD}): {REMEDY}")
-    if len(carriers) == 1 and carriers[0][0] == 0:
-        return carriers[0][1]
-    raise KDError(
-        f"the cut {cut.id} is a {type(cut).__name__} whose targets don't stand at its "
-        "start: train without --concatenate-cuts, and " + REMEDY
-    )
-
-
-def _read(cut: Cut) -> torch.Tensor:
-    cut = _carrier(cut)
-    try:
-        array = cut.load_custom(FIELD)
-    except (OSError, ValueError, EOFError) as e:
-        stored = cut.custom[FIELD].array
+def _pieces(cut: Cut, missing: str) -> List[_Piece]:
+    """What the tracks of ``cut`` carry, in time's order."""
+    pieces = [_piece(*track) for track in tracks_with_targets(cut)]
+    if not pieces and missing == "refuse":
         raise KDError(
-            f"the targets of cut {cut.id} can't be read from "
-            f"{stored.storage_path}/{stored.storage_key} ({type(e).__name__}): run "
-            "`icefall-kd dump --overwrite`"
+            f"the cut {cut.id} has no targets ({FIELD}): {REMEDY}, or let such cuts "
+            "have the hard loss alone with --kd-missing hard"
+        )
+    pieces.sort(key=lambda p: p.at)
+    for a, b in zip(pieces, pieces[1:]):
+        if a.end > b.at + 1:
+            raise KDError(
+                f"the cut {cut.id} mixes two cuts with targets, and both speak at "
+                f"frames {b.at} to {min(a.end, b.end) - 1}: mix with cuts that carry "
+                "none, such as noise"
+            )
+        a.last = min(a.last, a.first + b.at - a.at)
+    return pieces
+
+
+def _decode(pieces: List[_Piece], records: List[Dict[str, bytes]]) -> Distribution:
+    """All frames of all records, one record's behind the other's."""
+    found = read_fingerprint(pieces[0].pointer.store)
+    codec, _ = found.codecs()
+    frames = [p.pointer.frames for p in pieces]
+    try:
+        return codec.decode([r["ctc"] for r in records], frames, found.vocab_size)
+    except ValueError as e:
+        raise KDError(
+            f"the targets of cuts {pieces[0].pointer.cut} to {pieces[-1].pointer.cut} "
+            f"can't be read as {codec} ({e}): make them again with `icefall-kd dump "
+            "--overwrite`"
         ) from None
-    return torch.from_numpy(np.asarray(array, dtype=np.float32))
 
 
-def collate_targets(cuts: List[Cut]) -> Targets:
-    """Read and pad the targets of ``cuts``, one row a cut.
-
-    Padding frames hold the uniform distribution; losses don't read them.
-    """
-    rows = [_read(c) for c in cuts]
-    lens = torch.tensor([len(r) for r in rows])
-    logits = torch.zeros(len(rows), int(lens.max()), rows[0].size(1))
-    for i, row in enumerate(rows):
-        logits[i, : len(row)] = row
-    return Targets(ctc_logits=logits, lens=lens)
+def _lattice(piece: _Piece, record: Dict[str, bytes]) -> LatticeTargets:
+    found = read_fingerprint(piece.pointer.store)
+    _, codec = found.codecs()
+    if codec is None:
+        raise KDError(
+            f"the store {piece.pointer.store} keeps no lattices: dump with "
+            "--keep-lattice collapsed"
+        )
+    return codec.decode(record["lattice"], found.vocab_size)
 
 
-def store_fingerprint(cuts: Iterable[Cut]) -> Fingerprint:
-    """The fingerprint of the one store that carries the targets of ``cuts``.
+def read_ctc(cut: MonoCut, pointer: Pointer) -> Distribution:
+    """The CTC targets of the frames that ``cut`` has kept.
 
     Raises:
-      KDError: if any cut has no targets, or if there is more than one store.
+      KDError: a cut whose time has moved, or a record that is damaged.
     """
-    missing, total, first, stores = 0, 0, "", set()
+    piece = _piece(0.0, cut, pointer)
+    rows = _decode([piece], [pointer.read()])
+    return select(rows, slice(piece.first, piece.last))
+
+
+def collate_targets(
+    cuts: List[Cut], missing: str = "refuse", lattice: bool = False
+) -> Targets:
+    """Read and pad the targets of ``cuts``, one row a cut.
+
+    A mixed cut has the targets of each of its tracks, at that track's place; where none
+    of them speaks, in noise and padding, ``mask`` is False.
+
+    Args:
+      cuts: MonoCuts or MixedCuts.
+      missing: What becomes of a cut without targets: "refuse", or "hard", a row whose
+        mask is False throughout.
+      lattice: Read lattices too; of whole cuts only.
+    """
+    batch = [_pieces(cut, missing) for cut in cuts]
+    lens = [max((p.end for p in pieces), default=0) for pieces in batch]
+    pieces = [p for row in batch for p in row]
+    index = np.full((len(cuts), max(lens, default=0)), -1)
+    begin = 0
+    for i, row in enumerate(batch):
+        for p in row:
+            index[i, p.at : p.end] = np.arange(begin + p.first, begin + p.last)
+            begin += p.pointer.frames
+    whole = [len(row) == 1 and row[0].whole for row in batch]
+    index = torch.from_numpy(index)
+    ctc = torch.zeros(*index.shape, 0)
+    records = [p.pointer.read() for p in pieces]
+    if pieces:
+        ctc = select(_decode(pieces, records), index.clamp(min=0))
+    lattices = None
+    if lattice:
+        read = iter(records)
+        lattices = []
+        for row, complete in zip(batch, whole):
+            of_row = [(p, next(read)) for p in row]
+            lattices.append(_lattice(*of_row[0]) if complete else None)
+    lens, whole = torch.tensor(lens), torch.tensor(whole)
+    return Targets(ctc, lens, index >= 0, whole, lattices)
+
+
+def resample_frames(
+    targets: Targets, frame_shift: float, wanted_shift: float
+) -> Targets:
+    """Targets of one frame rate for a student of another.
+
+    The student's frame j takes the teacher's frame that is spoken at its middle,
+    floor((j + 1/2) wanted_shift / frame_shift); the mask goes with it.
+    """
+    if frame_shift == wanted_shift:
+        return targets
+    ratio = wanted_shift / frame_shift
+    n = int(targets.mask.size(1) / ratio)
+    index = ((torch.arange(n) + 0.5) * ratio).long()
+    at = (slice(None), index)
+    lens = (targets.lens / ratio).long()
+    whole = torch.zeros_like(targets.whole)  # front ends differ at the edges
+    return Targets(select(targets.ctc, at), lens, targets.mask[at], whole)
+
+
+def map_symbols(targets: Targets, symbols: torch.Tensor) -> Targets:
+    """Targets over the student's symbols.
+
+    Args:
+      targets: Over the teacher's V symbols.
+      symbols: (V,), the student's index of each. Where two of the teacher's become
+        one, their probabilities add up. All the student's symbols must occur.
+    """
+    size = int(symbols.max()) + 1
+    ctc = targets.ctc
+    if isinstance(ctc, SparseDistribution):
+        ctc = SparseDistribution(symbols[ctc.indices], ctc.log_probs, ctc.log_tail)
+        if len(symbols) != size:
+            raise KDError(
+                f"{len(symbols)} symbols of the teacher become {size} of the student, "
+                "and sparse targets can only be reordered: dump with --keep dense"
+            )
+    elif len(symbols) == size:
+        out = torch.empty_like(ctc)
+        out[..., symbols] = ctc
+        ctc = out
+    else:
+        out = ctc.new_zeros((*ctc.shape[:-1], size))
+        index = symbols.expand(ctc.shape)
+        ctc = out.scatter_add_(-1, index, ctc.softmax(-1)).log()
+    return Targets(ctc, targets.lens, targets.mask, targets.whole)
+
+
+def store_fingerprint(
+    cuts: Iterable[Cut], missing: str = "refuse"
+) -> Tuple[Fingerprint, str]:
+    """The fingerprint of the stores that carry the targets of ``cuts``, and the first
+    store's folder.
+
+    Raises:
+      KDError: if any cut has no targets (with ``missing="hard"``: if none has), or if
+        the stores are of different teachers.
+    """
+    bare, total, first, stores = 0, 0, "", Counter()
     for cut in cuts:
         total += 1
-        carriers = _carriers(cut)
-        stores.update(c.custom[FIELD].array.storage_path for _, c in carriers)
-        if not carriers:
-            missing += 1
+        found = {pointer.store for _, _, pointer in tracks_with_targets(cut)}
+        stores.update(found)
+        if not found:
+            bare += 1
             first = first or cut.id
-    if missing:
+    if bare and (missing == "refuse" or bare == total):
         raise KDError(
-            f"{missing} of {total} training cuts have no targets ({FIELD}), {first} "
+            f"{bare} of {total} training cuts have no targets ({FIELD}), {first} "
             f"the first: {REMEDY}, or switch distillation off with --kd-ctc-weight 0"
         )
     if not stores:
@@ -95,13 +244,17 @@ def store_fingerprint(cuts: Iterable[Cut]) -> Fingerprint:
     path, found = next(iter(prints.items()))
     for other, value in prints.items():
         value.check_same(found, other)
-    return found
+    return found, path
 
 
-def _keep(record: logging.LogRecord) -> bool:
-    # Targets end a little before their cut; lhotse would say so of each cut read.
-    message = str(record.msg)
-    return not ("possibly mismatched" in message and FIELD in message)
+def cuts_of_rows(batch: Dict[str, Any]) -> List[Cut]:
+    """The cut of each row of a batch's features."""
+    supervisions = batch["supervisions"]
+    # The dataset sorts cuts; only these two say which row is whose.
+    rows: List[Any] = [None] * len(batch["inputs"])
+    for cut, row in zip(supervisions["cut"], supervisions["sequence_idx"]):
+        rows[int(row)] = cut
+    return rows
 
 
 class KDDataset(torch.utils.data.Dataset):
@@ -110,24 +263,50 @@ class KDDataset(torch.utils.data.Dataset):
     Args:
       dataset: The recipe's dataset. It must give the cuts back; ``return_cuts`` is
         switched on.
+      missing: What becomes of a cut without targets: "refuse" or "hard".
+      frame_shift: Seconds between two frames of the student's encoder; by default the
+        teacher's. See :func:`resample_frames`.
+      symbols: The student's index of each of the teacher's symbols, where they differ.
+        See :func:`map_symbols`. Lattices are not mapped, and go without.
+      lattice: Read lattices too, ``Targets.lattices``.
     """
 
-    def __init__(self, dataset: torch.utils.data.Dataset) -> None:
+    def __init__(
+        self,
+        dataset: torch.utils.data.Dataset,
+        missing: str = "refuse",
+        frame_shift: Optional[float] = None,
+        symbols: Optional[torch.Tensor] = None,
+        lattice: bool = False,
+    ) -> None:
         if not hasattr(dataset, "return_cuts"):
             raise KDError(
                 f"{type(dataset).__name__} has no return_cuts, and targets need the "
                 "cuts of a batch: use lhotse's K2SpeechRecognitionDataset"
             )
+        if missing not in MISSING:
+            raise KDError(f"missing is {missing!r}, and must be one of {MISSING}")
         dataset.return_cuts = True
         self.dataset = dataset
+        self.missing = missing
+        self.frame_shift = frame_shift
+        self.symbols = symbols
+        self.lattice = lattice
 
     def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
-        logging.getLogger().addFilter(_keep)  # in each worker; twice does no harm
         batch = self.dataset[cuts]
-        supervisions = batch["supervisions"]
-        # The dataset sorts cuts; only these two say which row is whose.
-        rows: List[Any] = [None] * len(batch["inputs"])
-        for cut, row in zip(supervisions["cut"], supervisions["sequence_idx"]):
-            rows[int(row)] = cut
-        batch["kd_targets"] = collate_targets(rows)
+        rows = cuts_of_rows(batch)
+        targets = collate_targets(rows, self.missing, self.lattice)
+        if self.frame_shift is not None:
+            shift = self._teacher_shift(rows)
+            targets = resample_frames(targets, shift, self.frame_shift)
+        if self.symbols is not None:
+            targets = map_symbols(targets, self.symbols)
+        batch["kd_targets"] = targets
         return batch
+
+    def _teacher_shift(self, cuts: List[Cut]) -> float:
+        for cut in cuts:
+            for _, _, pointer in tracks_with_targets(cut):
+                return read_fingerprint(pointer.store).frame_shift
+        return self.frame_shift

@@ -3,15 +3,18 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
+from lhotse import Features
 
+from icefall_kd.codec import Codec, LatticeCodec
 from icefall_kd.errors import KDError
 
 FILENAME = "fingerprint.json"
+TOKENS = "tokens.txt"  # the teacher's symbols, one a line, in their order
 
 
 def hash_state_dict(state_dict: dict) -> str:
@@ -25,8 +28,8 @@ def hash_state_dict(state_dict: dict) -> str:
     return digest.hexdigest()
 
 
-def hash_tokens(bpe_model: Union[str, Path]) -> str:
-    """SHA-256 over the pieces of a sentencepiece model, in their order."""
+def load_bpe_model(bpe_model: Union[str, Path]) -> Any:
+    """The sentencepiece processor of a recipe's ``bpe.model``."""
     import sentencepiece as spm
 
     sp = spm.SentencePieceProcessor()
@@ -37,8 +40,61 @@ def hash_tokens(bpe_model: Union[str, Path]) -> str:
             f"the BPE model {bpe_model} can't be read: give --bpe-model the bpe.model "
             "that the recipe trains with"
         ) from None
-    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-    return hashlib.sha256("\n".join(pieces).encode()).hexdigest()
+    return sp
+
+
+def pieces(sp: Any) -> List[str]:
+    """The symbols of a sentencepiece model, in their order."""
+    return [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+
+
+def hash_tokens(names: List[str]) -> str:
+    """SHA-256 over symbols in their order."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def symbol_map(store: Union[str, Path], student: List[str]) -> Optional[torch.Tensor]:
+    """The student's index of each of the teacher's symbols.
+
+    Args:
+      store: A store of targets, with the teacher's symbols in ``tokens.txt``.
+      student: The student's symbols in their order.
+
+    Returns:
+      (V,), or None where the store does not tell its symbols.
+
+    Raises:
+      KDError: if one of them has a symbol that the other lacks.
+    """
+    path = Path(store) / TOKENS
+    if not path.is_file():
+        return None
+    teacher = path.read_text("utf8").split("\n")[:-1]
+    for names, lacking, of in (
+        (teacher, student, "student"),
+        (student, teacher, "teacher"),
+    ):
+        extra = sorted(set(names) - set(lacking))
+        if extra:
+            raise KDError(
+                f"the teacher has {len(teacher)} symbols and the student "
+                f"{len(student)}, and the {of} lacks {extra[0]!r}: train the student "
+                "with the teacher's --bpe-model, or map the symbols yourself with "
+                "KDDataset(symbols=...)"
+            )
+    index = {piece: i for i, piece in enumerate(student)}
+    return torch.tensor([index[piece] for piece in teacher])
+
+
+def check_vocabulary(bpe_model: Union[str, Path], settings: Dict[str, Any]) -> Any:
+    """The processor of ``bpe_model``, refused where its size is not the teacher's."""
+    sp = load_bpe_model(bpe_model)
+    if sp.get_piece_size() != settings["vocab_size"]:
+        raise KDError(
+            f"the BPE model {bpe_model} has {sp.get_piece_size()} symbols and the "
+            f"teacher {settings['vocab_size']}: give the teacher's bpe.model"
+        )
+    return sp
 
 
 @dataclass(frozen=True)
@@ -54,7 +110,52 @@ class Fingerprint:
     sampling_rate: int  # Hz
     num_features: int
     feature_type: str  # Lhotse's name of the extractor
-    kind: str = "ctc-logprobs-fp16"
+    feature_shift: float = 0.01  # seconds between two feature frames
+    ctc: str = "dense"  # how CTC targets are kept; see icefall_kd.codec
+    lattice: str = ""  # how lattices are kept; "" for none
+    s_range: int = 0  # label positions of a lattice at a frame; 0 for none
+    version: int = 2  # of the store's bytes
+
+    @staticmethod
+    def of(
+        teacher: str,
+        settings: Dict[str, Any],
+        features: Features,
+        tokens: Optional[str] = None,
+        **kept: Any,
+    ) -> "Fingerprint":
+        """The fingerprint of a store to be made.
+
+        Args:
+          teacher: See :func:`hash_state_dict`.
+          settings: The recipe's params.
+          features: Of any of the cuts.
+          tokens: See :func:`hash_tokens`.
+          kept: ``ctc``, ``lattice`` and ``s_range``.
+        """
+        factor = int(settings.get("subsampling_factor", 4))
+        found = Fingerprint(
+            teacher=teacher,
+            tokens=tokens or "",
+            vocab_size=int(settings["vocab_size"]),
+            blank_id=int(settings["blank_id"]),
+            subsampling_factor=factor,
+            frame_shift=factor * features.frame_shift,
+            sampling_rate=features.sampling_rate,
+            num_features=features.num_features,
+            feature_type=features.type,
+            feature_shift=features.frame_shift,
+            **kept,
+        )
+        ctc, lattice = found.codecs()  # refuses what they can't read
+        return replace(found, ctc=str(ctc), lattice=str(lattice or ""))
+
+    def codecs(self) -> Tuple[Codec, Optional[LatticeCodec]]:
+        """How CTC targets and lattices are kept."""
+        lattice = None
+        if self.lattice:
+            lattice = LatticeCodec.parse(self.lattice, self.blank_id)
+        return Codec.parse(self.ctc), lattice
 
     @staticmethod
     def read(folder: Union[str, Path]) -> "Fingerprint":
@@ -62,13 +163,21 @@ class Fingerprint:
         path = Path(folder) / FILENAME
         try:
             values = json.loads(path.read_text("utf8"))
+            if values["version"] != Fingerprint.version:
+                raise KDError(
+                    f"the target store {folder} is of version {values['version']} and "
+                    f"this icefall_kd reads version {Fingerprint.version}: make the "
+                    "targets again with `icefall-kd dump --overwrite`"
+                )
             return Fingerprint(**values)
         except FileNotFoundError:
             raise KDError(
                 f"the target store {folder} has no {FILENAME}: make the targets again "
                 "with `icefall-kd dump`"
             ) from None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError) as e:
+            if isinstance(e, KDError):
+                raise
             raise KDError(
                 f"{path} is damaged or of another version: make the targets again with "
                 "`icefall-kd dump --overwrite`"
@@ -94,7 +203,7 @@ class Fingerprint:
     def check_student(
         self, vocab_size: int, blank_id: int, tokens: Optional[str] = None
     ) -> None:
-        """Refuse a student whose symbols are not the teacher's."""
+        """Refuse a student whose symbols are not the teacher's, in their order."""
         if vocab_size != self.vocab_size:
             raise KDError(
                 f"the student's BPE model has {vocab_size} symbols and the teacher's "

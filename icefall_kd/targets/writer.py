@@ -4,19 +4,19 @@ import gzip
 import json
 import os
 import shutil
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Set, Union
+from typing import BinaryIO, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
 
 import numpy as np
 import torch
-from lhotse.array import TemporalArray
 from lhotse.cut import MonoCut
-from lhotse.features.io import NumpyFilesWriter
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
-
-FIELD = "kd_ctc_logits"
+from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint, source_duration
+from icefall_kd.types import PrunedLattice
 
 
 def _beside(path: Path) -> Path:
@@ -27,23 +27,43 @@ def _open(path: Path, mode: str) -> BinaryIO:
     return (gzip.open if path.suffix == ".gz" else open)(path, mode)
 
 
+def job_manifest(manifest: Union[str, Path], job: int, num_jobs: int) -> Path:
+    """The manifest that one of several jobs writes, beside that of all."""
+    path = Path(manifest)
+    if num_jobs == 1:
+        return path
+    stem, dot, suffix = path.name.partition(".jsonl")
+    return path.with_name(f"{stem}.job-{job}-of-{num_jobs}{dot}{suffix}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A cut's targets as bytes."""
+
+    frames: int  # of the teacher's encoder
+    parts: Dict[str, bytes]
+
+
 class LogitWriter:
-    """Writes CTC targets beside cuts, and the manifest that carries them.
+    """Writes targets beside cuts, and the manifest that carries them.
 
-    Each cut gets a ``TemporalArray`` named ``kd_ctc_logits``: (T, V) log-probabilities
-    in float16. They are logits up to a constant per frame, so any temperature can be
-    applied later, and float16 is finest near 0, where the mass is (a symbol of
-    probability p is kept to a relative error of at most 2^-11 |log p|).
+    Each cut gets a field ``kd_targets``, a dictionary that says where its record lies
+    (:class:`icefall_kd.targets.store.Pointer`). What a record holds, and how, stands in
+    the fingerprint: ``ctc`` and ``lattice`` name a representation each
+    (:mod:`icefall_kd.codec`).
 
-    The array is written first, its manifest line second. A run that was cut short
+    The record is written first, its manifest line second. A run that was cut short
     leaves ``<manifest>.partial``, which the next one continues; the manifest itself
     appears whole, on :meth:`finish`. It is an ordinary Lhotse manifest.
 
     Args:
       manifest: The manifest to write, ``.jsonl.gz`` or ``.jsonl``.
-      storage_dir: Folder for arrays and fingerprint.
-      fingerprint: Of the teacher and the cuts.
+      storage_dir: Folder for records and fingerprint.
+      fingerprint: Of the teacher, the cuts, and what is kept.
       overwrite: Forget what is there already.
+      job: Which of ``num_jobs`` writers this is, from 0 on. Each writes files of its
+        own; :func:`combine` joins their manifests.
+      num_jobs: How many writers share the folder.
 
     Raises:
       KDError: if the folder holds targets of another teacher, or the manifest is
@@ -56,37 +76,69 @@ class LogitWriter:
         storage_dir: Union[str, Path],
         fingerprint: Fingerprint,
         overwrite: bool = False,
+        job: int = 0,
+        num_jobs: int = 1,
     ) -> None:
-        self.manifest = Path(manifest)
+        if not 0 <= job < num_jobs:
+            raise KDError(
+                f"the job is {job} of {num_jobs}, and must be 0 to {num_jobs - 1}"
+            )
+        self.manifest = job_manifest(manifest, job, num_jobs)
         self.partial = self.manifest.with_name(self.manifest.name + ".partial")
         self.storage_dir = Path(storage_dir)
         self.fingerprint = fingerprint
+        self.ctc, self.lattice = fingerprint.codecs()
         self.bytes_written = 0
         if not overwrite and (self.storage_dir / FILENAME).exists():
             Fingerprint.read(self.storage_dir).check_same(fingerprint, storage_dir)
-        self.manifest.parent.mkdir(parents=True, exist_ok=True)
-        fingerprint.write(self.storage_dir)
+        name = "targets.bin" if num_jobs == 1 else f"targets.{job}-of-{num_jobs}.bin"
+        self._path = self.storage_dir / name
         self._done: Set[str] = set()
-        if overwrite:  # its arrays are about to be replaced
-            self.manifest.unlink(missing_ok=True)
-            self.partial.unlink(missing_ok=True)
-        self._start_partial()
-        self._file = open(self.partial, "a", encoding="utf8")
-        self._arrays = NumpyFilesWriter(self.storage_dir)
+        with self._told():
+            self.manifest.parent.mkdir(parents=True, exist_ok=True)
+            fingerprint.write(self.storage_dir)
+            if overwrite:  # its records are about to be replaced
+                self.manifest.unlink(missing_ok=True)
+                self.partial.unlink(missing_ok=True)
+                read_fingerprint.cache_clear()
+            end = self._start_partial()
+            self._records = open(self._path, "ab")
+            self._records.truncate(end)
+            self._records.seek(end)
+            self._lines = open(self.partial, "ab")
 
-    def _start_partial(self) -> None:
-        """Begin the partial manifest with the whole lines of earlier runs."""
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say what a failed disk leaves."""
+        try:
+            yield
+        except OSError as e:
+            raise KDError(
+                f"{self.storage_dir} or {self.manifest.parent} can't be written to "
+                f"({e.strerror or e}) after {len(self._done)} cuts, which are kept: "
+                "free space or mend the path, and give the same command again"
+            ) from None
+
+    def _start_partial(self) -> int:
+        """Begin the partial manifest with the whole lines of earlier runs.
+
+        Returns the end of the last record that they point at.
+        """
+        size = self._path.stat().st_size if self._path.exists() else 0
         temporary = _beside(self.partial)
+        end = 0
         try:
             with open(temporary, "wb") as out:
                 for path in (self.manifest, self.partial):
                     if path.exists():
-                        self._take_over(path, out)
+                        end = max(end, self._take_over(path, out, size))
             temporary.replace(self.partial)
         finally:
             temporary.unlink(missing_ok=True)
+        return end
 
-    def _take_over(self, path: Path, out: BinaryIO) -> None:
+    def _take_over(self, path: Path, out: BinaryIO, size: int) -> int:
+        end = 0
         with _open(path, "rb") as f:
             for line in f:
                 try:
@@ -94,16 +146,23 @@ class LogitWriter:
                 except ValueError:
                     continue  # where an earlier run was cut short
                 stored = (cut.get("custom") or {}).get(FIELD) or {}
-                folder = (stored.get("array") or {}).get("storage_path")
+                folder = stored.get("store")
                 if folder is None or Path(folder) != self.storage_dir:
                     raise KDError(
                         f"{path} is there, and its cut {cut.get('id')} has targets in "
                         f"{folder} and not in {self.storage_dir}: name another "
                         "manifest, or give --overwrite"
                     )
-                if cut["id"] not in self._done:
-                    self._done.add(cut["id"])
-                    out.write(line.rstrip(b"\n") + b"\n")
+                pointer = Pointer(**stored)
+                if cut["id"] in self._done:
+                    continue
+                if pointer.file == self._path.name:
+                    if pointer.offset + pointer.size > size:
+                        continue  # a record that a crash of the machine lost
+                    end = max(end, pointer.offset + pointer.size)
+                self._done.add(cut["id"])
+                out.write(line.rstrip(b"\n") + b"\n")
+        return end
 
     def __enter__(self) -> "LogitWriter":
         return self
@@ -112,25 +171,56 @@ class LogitWriter:
         if kind is None:
             self.finish()
         else:
-            self._file.close()
+            self.close()
 
     def __contains__(self, cut_id: str) -> bool:
         return cut_id in self._done
 
+    def pointers(self) -> Iterator[Tuple[str, Pointer]]:
+        """Cut ids and pointers of all that was written, in earlier runs too."""
+        with open(self.partial, "rb") as f:
+            for line in f:
+                cut = json.loads(line)
+                yield cut["id"], Pointer(**cut["custom"][FIELD])
+
     def __len__(self) -> int:
         return len(self._done)
 
-    def write(self, cut: MonoCut, logits: Union[torch.Tensor, np.ndarray]) -> None:
+    def write(
+        self,
+        cut: MonoCut,
+        logits: Union[torch.Tensor, np.ndarray],
+        lattice: Optional[PrunedLattice] = None,
+    ) -> Pointer:
         """Store one cut's targets.
 
         Args:
           cut: A MonoCut, as it will be trained on.
           logits: (T, V), the teacher's raw CTC logits on that cut, without padding.
+          lattice: Of that cut alone (N = 1), where the fingerprint names a
+            representation for it.
 
         Raises:
-          KDError: not a MonoCut, a wrong shape, numbers that are not finite, or a
-            cut id that was written before.
+          KDError: not a MonoCut, a wrong shape, numbers that are not finite or beyond
+            float16, a cut id that was written before, or a disk that is full.
         """
+        return self.append(cut, self.encode(cut, logits, lattice))
+
+    def encode(
+        self,
+        cut: MonoCut,
+        logits: Union[torch.Tensor, np.ndarray],
+        lattice: Optional[PrunedLattice] = None,
+    ) -> "Record":
+        """What :meth:`write` stores, made and checked and not yet stored."""
+        logits = torch.as_tensor(logits).detach().float().cpu()
+        parts = {"ctc": self._ctc_part(cut, logits)}
+        if self.lattice is not None:
+            parts["lattice"] = self._lattice_part(cut, lattice)
+        return Record(len(logits), parts)
+
+    def append(self, cut: MonoCut, encoded: "Record") -> Pointer:
+        """Store what :meth:`encode` made of ``cut``."""
         if not isinstance(cut, MonoCut):
             raise KDError(
                 f"the cut {cut.id} is a {type(cut).__name__}, and targets are stored "
@@ -138,40 +228,134 @@ class LogitWriter:
             )
         if cut.id in self._done:
             raise KDError(f"the cut id {cut.id} occurs twice: make cut ids unique")
-        logits = torch.as_tensor(logits).detach().float().cpu()
-        if logits.ndim != 2 or logits.size(1) != self.fingerprint.vocab_size:
+        record = b"".join(encoded.parts.values())
+        pointer = Pointer(
+            store=str(self.storage_dir),
+            file=self._path.name,
+            offset=self._records.tell(),
+            sizes={name: len(part) for name, part in encoded.parts.items()},
+            crc32=0,
+            cut=cut.id,
+            frames=encoded.frames,
+            start=cut.start,
+            duration=cut.duration,
+            source=source_duration(cut),
+        )
+        pointer = replace(pointer, crc32=pointer.checksum(record))
+        cut = cut.with_id(cut.id)  # a copy: the caller's cut stays as it is
+        cut.custom = {**(cut.custom or {}), FIELD: pointer.to_dict()}
+        line = json.dumps(cut.to_dict(), ensure_ascii=False) + "\n"
+        with self._told():
+            self._records.write(record)
+            self._records.flush()
+            self._lines.write(line.encode())
+            self._lines.flush()
+        self.bytes_written += len(record)
+        self._done.add(cut.id)
+        return pointer
+
+    def _ctc_part(self, cut: MonoCut, logits: torch.Tensor) -> bytes:
+        v = self.fingerprint.vocab_size
+        if logits.ndim != 2 or logits.size(1) != v or not len(logits):
             raise KDError(
                 f"the logits of cut {cut.id} have shape {tuple(logits.shape)} and must "
-                f"be (frames, {self.fingerprint.vocab_size})"
+                f"be (frames, {v}) with at least one frame"
             )
-        if not torch.isfinite(logits).all():
-            raise KDError(
-                f"the teacher's logits on cut {cut.id} are not finite: check the "
-                "teacher's checkpoint and the cut's features"
-            )
-        array = torch.log_softmax(logits, dim=-1).to(torch.float16).numpy()
-        self.bytes_written += array.nbytes
-        cut = cut.with_id(cut.id)  # a copy: the caller's cut stays as it is
-        cut.custom = dict(cut.custom or {})
-        cut.custom[FIELD] = self._store(cut, array)
-        self._file.write(json.dumps(cut.to_dict(), ensure_ascii=False) + "\n")
-        self._file.flush()
-        self._done.add(cut.id)
+        check_finite(logits, f"logits on cut {cut.id}")
+        return self.ctc.encode(self.ctc.keep(logits, cut.id), v)
 
-    def _store(self, cut: MonoCut, array: np.ndarray) -> TemporalArray:
-        return self._arrays.store_array(
-            key=cut.id,
-            value=array,
-            frame_shift=self.fingerprint.frame_shift,
-            temporal_dim=0,
-            start=cut.start,
-        )
+    def _lattice_part(self, cut: MonoCut, lattice: Optional[PrunedLattice]) -> bytes:
+        if lattice is None:
+            raise KDError(
+                f"the cut {cut.id} comes without a lattice, and the store keeps "
+                f"lattices as {self.lattice}: give write() the teacher's lattice"
+            )
+        check_finite(lattice.logits, f"lattice on cut {cut.id}")
+        return self.lattice.encode(lattice, cut.id)
+
+    def close(self) -> None:
+        """Leave what was written for another run to continue."""
+        for file in (self._records, self._lines):
+            try:
+                file.close()
+            except OSError:
+                pass  # of a full disk; what counts was flushed
 
     def finish(self) -> None:
         """Make the manifest of all that was written, and drop the partial one."""
-        self._file.close()
         temporary = _beside(self.manifest)
-        with open(self.partial, "rb") as f, _open(temporary, "wb") as out:
-            shutil.copyfileobj(f, out)
-        temporary.replace(self.manifest)
-        self.partial.unlink()
+        with self._told():
+            self._records.close()
+            self._lines.close()
+            try:
+                with open(self.partial, "rb") as f, _open(temporary, "wb") as out:
+                    shutil.copyfileobj(f, out)
+                temporary.replace(self.manifest)
+            finally:
+                temporary.unlink(missing_ok=True)
+            self.partial.unlink()
+
+
+def check_finite(logits: torch.Tensor, name: str) -> None:
+    """Refuse what float16 can't hold."""
+    if not torch.isfinite(logits).all():
+        raise KDError(
+            f"the teacher's {name} are not finite: check the teacher's checkpoint and "
+            "the cut's features"
+        )
+    spread = float((logits.amax(-1) - logits.amin(-1)).max()) if logits.numel() else 0
+    if spread > 6e4:
+        raise KDError(
+            f"the teacher's {name} span {spread:.3g} in a frame, and float16 holds "
+            "60000: check the teacher's checkpoint and the cut's features"
+        )
+
+
+def combine(
+    manifest: Union[str, Path], num_jobs: int, order: Iterable[str]
+) -> Dict[str, int]:
+    """Join the manifests of all jobs into one, in the order of the cut ids ``order``.
+
+    Memory does not grow with the corpus: each job's manifest is in that order already.
+
+    Returns:
+      How many cuts there are of each job.
+
+    Raises:
+      KDError: a job's manifest that is not there, or cuts of no job.
+    """
+    paths = [job_manifest(manifest, job, num_jobs) for job in range(num_jobs)]
+    for job, path in enumerate(paths):
+        if not path.is_file():
+            raise KDError(
+                f"the manifest {path} of job {job} does not exist: let "
+                f"`icefall-kd dump --num-jobs {num_jobs} --job {job}` finish first"
+            )
+    target = Path(manifest)
+    temporary = _beside(target)
+    counts = {str(path): 0 for path in paths}
+    with ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
+        lines = [iter(stack.enter_context(_open(path, "rb"))) for path in paths]
+        heads = [next(it, None) for it in lines]
+        ids = [head and json.loads(head)["id"] for head in heads]
+        with _open(temporary, "wb") as out:
+            for cut_id in order:
+                if cut_id not in ids:
+                    raise KDError(
+                        f"the cut {cut_id} has targets of none of the {num_jobs} jobs: "
+                        "let all jobs run on the same manifest, then combine again"
+                    )
+                job = ids.index(cut_id)
+                out.write(heads[job])
+                counts[str(paths[job])] += 1
+                heads[job] = next(lines[job], None)
+                ids[job] = heads[job] and json.loads(heads[job])["id"]
+        left = [i for i in ids if i]
+        if left:
+            raise KDError(
+                f"the cut {left[0]} has targets and is not in the manifest that was "
+                "dumped: combine with the manifest that all jobs ran on"
+            )
+        temporary.replace(target)
+    return counts

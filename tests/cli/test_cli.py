@@ -5,9 +5,14 @@ as itself; one refusal runs as a user would run it.
 """
 
 import gzip
+import os
+import random
+import signal
+import sys
+import threading
+import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from lhotse import CutSet, load_manifest
@@ -15,13 +20,19 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd import TeacherHook, build_student
 from icefall_kd.cli import cli
+from icefall_kd.cli.dump import job_of
 from icefall_kd.cli.student import flags, model_names, parse_changes
 from icefall_kd.errors import KDError
 from icefall_kd.recipe import session
 from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets import Fingerprint
-from icefall_kd.targets.fingerprint import hash_state_dict, hash_tokens
-from icefall_kd.targets.writer import FIELD
+from icefall_kd.targets.fingerprint import (
+    hash_state_dict,
+    hash_tokens,
+    load_bpe_model,
+    pieces,
+)
+from icefall_kd.targets.store import FIELD, Pointer
 
 LENGTHS = {"c1": 47, "c2": 90, "c3": 61, "c4": 33}
 MAIN = "from icefall_kd.cli import main\nmain()"
@@ -98,7 +109,12 @@ def teacher(teacher_exp):
     return load_recipe_model(teacher_exp.recipe, teacher_exp.folder, epoch=2)[0]
 
 
-def check_dump(out, in_cuts, teacher):
+@pytest.fixture
+def check_dump(read_targets):
+    return lambda *args: _check_dump(read_targets, *args)
+
+
+def _check_dump(read_targets, out, in_cuts, teacher):
     """Each cut of ``in_cuts``, with what the teacher says on it alone."""
     found, given = list(load_manifest(out)), list(load_manifest(in_cuts))
     assert [c.id for c in found] == [c.id for c in given]
@@ -106,8 +122,8 @@ def check_dump(out, in_cuts, teacher):
         for cut, plain in zip(found, given, strict=True):
             x = torch.from_numpy(plain.load_features()).unsqueeze(0)
             logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
-            expected = logits.log_softmax(-1).half().numpy()
-            np.testing.assert_array_equal(cut.load_custom(FIELD), expected)
+            expected = logits.log_softmax(-1).half().float().log_softmax(-1)
+            assert torch.equal(read_targets(cut), expected)
             cut.custom = None
             assert cut.to_dict() == plain.to_dict()
 
@@ -116,7 +132,7 @@ def check_dump(out, in_cuts, teacher):
 
 
 def test_dump_end_to_end(
-    invoke, dump_words, in_cuts, tmp_path, teacher, bpe_models, make_model
+    invoke, dump_words, in_cuts, tmp_path, teacher, bpe_models, make_model, check_dump
 ):
     out = tmp_path / "out.jsonl.gz"
     done = invoke(*dump_words("--bpe-model", bpe_models.a))
@@ -124,7 +140,7 @@ def test_dump_end_to_end(
     check_dump(out, in_cuts, teacher)
     assert Fingerprint.read(tmp_path / "out_kd") == Fingerprint(
         teacher=hash_state_dict(teacher.state_dict()),
-        tokens=hash_tokens(bpe_models.a),
+        tokens=hash_tokens(pieces(load_bpe_model(bpe_models.a))),
         vocab_size=25,
         blank_id=0,
         subsampling_factor=4,
@@ -138,6 +154,9 @@ def test_dump_end_to_end(
         "kd_ctc_weight": 0.8,
         "kd_hard_weight": 0.2,
         "kd_temperature": 2.0,
+        "kd_missing": "refuse",
+        "kd_teacher_exp_dir": "",
+        "kd_cache_dir": "",
         "vocab_size": 25,
         "blank_id": 0,
         "bpe_model": str(bpe_models.a),
@@ -148,47 +167,61 @@ def test_dump_end_to_end(
     assert batch["kd_targets"].lens.tolist() == [21, 14, 10, 7]
 
 
-def test_dump_in_batches_keeps_each_cuts_frames(
-    invoke, dump_words, tmp_path, encoder_frames
+def targets_of(out):
+    """All parts of each cut's record, by id."""
+    return {c.id: Pointer.of(c).read() for c in load_manifest(out)}
+
+
+def test_dump_in_batches_gives_each_cut_its_own_targets(
+    invoke, dump_words, tmp_path, encoder_frames, read_targets
 ):
+    """The same as alone, but for rounding, which float16 may widen to its last bit."""
     assert invoke(*dump_words("--max-duration", 2.0)).code == 0
+    assert invoke(*dump_words(out=tmp_path / "alone.jsonl.gz")).code == 0
+    alone = load_manifest(tmp_path / "alone.jsonl.gz").to_eager()
     for cut in load_manifest(tmp_path / "out.jsonl.gz"):
-        array = cut.load_custom(FIELD)
-        assert array.shape == (encoder_frames(LENGTHS[cut.id]), 25)
-        np.testing.assert_allclose(
-            np.exp(array.astype(np.float64)).sum(-1), 1, atol=1e-2
+        rows = read_targets(cut)
+        assert rows.shape == (encoder_frames(LENGTHS[cut.id]), 25)
+        torch.testing.assert_close(
+            rows, read_targets(alone[cut.id]), rtol=2**-9, atol=1e-3
         )
 
 
-def test_dump_again_changes_nothing(invoke, dump_words, in_cuts, tmp_path, teacher):
+def test_dump_again_changes_nothing(
+    invoke, dump_words, in_cuts, tmp_path, teacher, check_dump
+):
     assert invoke(*dump_words()).code == 0
-    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out_kd/**/*.npy")}
+    before = (tmp_path / "out_kd" / "targets.bin").read_bytes()
+    lines = gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes())
     done = invoke(*dump_words())
-    assert done.code == 0 and len(stamps) == 4
-    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    assert done.code == 0 and len(before) > 0
+    assert (tmp_path / "out_kd" / "targets.bin").read_bytes() == before
+    assert gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes()) == lines
     check_dump(tmp_path / "out.jsonl.gz", in_cuts, teacher)
 
 
 def test_dump_goes_on_where_it_was_cut_short(
-    invoke, dump_words, in_cuts, tmp_path, teacher, make_cut
+    invoke, dump_words, in_cuts, tmp_path, teacher, make_cut, check_dump
 ):
     """A cut without features ends the first run; the second has them."""
     broken = tmp_path / "broken.jsonl.gz"
     cuts = list(load_manifest(in_cuts))
     bare = make_cut("c3", LENGTHS["c3"]).drop_features()
     CutSet.from_cuts([*cuts[:2], bare, cuts[3]]).to_file(broken)
-    done = invoke(*dump_words(cuts=broken))
+    done = invoke(*dump_words("--num-workers", 0, cuts=broken))
     assert done.code == 1 and "c3" in done.err[-1]
     assert not (tmp_path / "out.jsonl.gz").exists()
-    arrays = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out_kd/**/*.npy")}
-    assert 0 < len(arrays) < 3
+    records = tmp_path / "out_kd" / "targets.bin"
+    before = records.read_bytes()
+    lines = (tmp_path / "out.jsonl.gz.partial").read_text("utf8").splitlines()
+    assert 0 < len(lines) < 3 and len(before) > 0
     assert invoke(*dump_words()).code == 0
-    assert {p: p.stat().st_mtime_ns for p in arrays} == arrays
+    assert records.read_bytes().startswith(before)
     check_dump(tmp_path / "out.jsonl.gz", in_cuts, teacher)
 
 
 def test_dump_overwrites_on_demand(
-    invoke, dump_words, in_cuts, tmp_path, teacher_exp, teacher
+    invoke, dump_words, in_cuts, tmp_path, teacher_exp, teacher, check_dump
 ):
     assert invoke(*dump_words("--epoch", 1)).code == 0
     assert invoke(*dump_words("--overwrite")).code == 0
@@ -202,7 +235,7 @@ def test_dump_of_another_teacher_leaves_the_store(invoke, refused, dump_words):
 
 
 def test_dump_takes_the_averaged_model_unless_told(
-    invoke, dump_words, in_cuts, tmp_path, teacher_exp
+    invoke, dump_words, in_cuts, tmp_path, teacher_exp, check_dump
 ):
     words = [w for w in dump_words() if w != "--no-use-averaged-model"]
     assert invoke(*words).code == 0
@@ -222,8 +255,15 @@ def test_dump_takes_the_averaged_model_unless_told(
         (("--max-duration", 0), "--max-duration is 0.0"),
         (("--bpe-model", "nowhere.model"), "nowhere.model can't be read"),
         (("--avg", 0), "--avg"),
+        (("--keep", "topp:3"), "representation is 'topp:3'"),
+        (("--keep", "adaptive:2:9"), "mass must be above 0"),
+        (("--keep-lattice", "collapsed"), "give --bpe-model"),
+        (("--num-jobs", 2, "--job", 2), "give --job 0 to 1"),
+        (("--job", 1), "--job is 1 and --num-jobs 1"),
+        (("--num-jobs", 0), "--num-jobs"),
     ],
-    ids="epoch iter recipe exp-dir duration bpe avg".split(),
+    ids="epoch iter recipe exp-dir duration bpe avg keep mass lattice job one-job "
+    "no-jobs".split(),
 )
 def test_dump_refuses_options(refused, dump_words, more, words):
     assert words in refused(*dump_words(*more))
@@ -337,6 +377,230 @@ def test_dump_does_not_take_its_input_for_its_output(
         assert in_cuts.read_bytes() == before
     else:
         assert all(c.has_custom(FIELD) for c in load_manifest(in_cuts))
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("keep", ["top:3", "adaptive:.9:5@2", "sampled:7"])
+def test_dump_keeps_what_it_is_told(
+    invoke, dump_words, in_cuts, tmp_path, teacher, keep
+):
+    assert invoke(*dump_words("--keep", keep)).code == 0
+    codec, _ = Fingerprint.read(tmp_path / "out_kd").codecs()
+    with TeacherHook(teacher) as hook:
+        for cut in load_manifest(tmp_path / "out.jsonl.gz"):
+            x = torch.from_numpy(cut.load_features()).unsqueeze(0)
+            logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
+            kept = codec.encode(codec.keep(logits, cut.id), 25)
+            assert Pointer.of(cut).read() == {"ctc": kept}
+
+
+@pytest.mark.parametrize("form", ["collapsed", "top:4"])
+def test_dump_keeps_lattices(
+    invoke, dump_words, in_cuts, tmp_path, teacher, bpe_models, form
+):
+    sp = load_bpe_model(bpe_models.a)
+    words = ("--keep-lattice", form, "--bpe-model", bpe_models.a, "--s-range", 4)
+    assert invoke(*dump_words(*words)).code == 0
+    found = Fingerprint.read(tmp_path / "out_kd")
+    assert (found.ctc, found.lattice, found.s_range) == ("dense", form, 4)
+    _, codec = found.codecs()
+    with TeacherHook(teacher) as hook:
+        for cut in load_manifest(tmp_path / "out.jsonl.gz"):
+            x = torch.from_numpy(cut.load_features()).unsqueeze(0)
+            y = [sp.encode(cut.supervisions[0].text, out_type=int)]
+            out = hook.encode(x, torch.tensor([x.size(1)]))
+            part = Pointer.of(cut).read()["lattice"]
+            assert part == codec.encode(hook.lattice(out, y, 4), cut.id)
+            assert codec.decode(part, 25).symbols.tolist() == y[0]
+
+
+def test_dump_of_lattices_in_batches_is_as_alone(
+    invoke, dump_words, tmp_path, bpe_models, in_cuts
+):
+    """Occupancies are kept in steps of 1/255."""
+    words = ("--keep-lattice", "collapsed", "--bpe-model", bpe_models.a)
+    alone = tmp_path / "alone.jsonl.gz"
+    assert invoke(*dump_words(*words, "--s-range", 99, out=alone)).code == 0
+    assert invoke(*dump_words(*words, "--s-range", 99, "--max-duration", 9)).code == 0
+    _, codec = Fingerprint.read(tmp_path / "out_kd").codecs()
+    other = targets_of(alone)
+    for name, parts in targets_of(tmp_path / "out.jsonl.gz").items():
+        a = codec.decode(parts["lattice"], 25)
+        b = codec.decode(other[name]["lattice"], 25)
+        assert torch.equal(a.symbols, b.symbols)
+        width = b.occupancy.size(1)
+        difference = a.occupancy[:, :width] - b.occupancy
+        assert difference.abs().max() <= 1.01 / 255
+
+
+@pytest.mark.parametrize("text", ["", "  ", None])
+def test_dump_of_lattices_refuses_a_cut_without_transcript(
+    invoke, dump_words, tmp_path, make_cut, bpe_models, text
+):
+    path = tmp_path / "other.jsonl"
+    CutSet.from_cuts([make_cut("c1", 47), make_cut("bare", 61, text=text)]).to_file(
+        path
+    )
+    words = ("--keep-lattice", "collapsed", "--bpe-model", bpe_models.a)
+    done = invoke(*dump_words(*words, cuts=path))
+    assert done.code == 1 and "cut bare has no transcript" in done.err[-1]
+    assert not (tmp_path / "out.jsonl.gz").exists()
+    assert invoke(*dump_words(cuts=path, out=tmp_path / "ctc.jsonl")).code == 0
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--keep", "top:4"), "made with ctc 'top:3' and this teacher has 'top:4'"),
+        ((), "made with ctc 'top:3' and this teacher has 'dense'"),
+    ],
+)
+def test_dump_in_another_form_leaves_the_store(
+    invoke, refused, dump_words, more, words
+):
+    assert invoke(*dump_words("--keep", "top:3")).code == 0
+    assert words in refused(*dump_words(*more))
+
+
+def test_dump_prints_statistics(invoke, dump_words):
+    done = invoke(*dump_words("--keep", "top:3", "--stats"))
+    assert done.code == 0
+    rows = {li[:30].strip(): li.split()[-1] for li in done.out.splitlines()}
+    assert rows["cuts"] == "4" and rows["frames"] == "52"
+    assert rows["kept as"] == "top:3" and rows["bytes a frame, ctc"] == "15.00"
+    again = invoke(*dump_words("--keep", "top:3", "--stats"))
+    assert again.out == done.out
+
+
+def test_dump_overwrites_in_another_form_and_prints_its_statistics(invoke, dump_words):
+    assert invoke(*dump_words("--stats")).code == 0
+    done = invoke(*dump_words("--overwrite", "--keep", "top:3", "--stats"))
+    assert done.code == 0 and "top:3" in done.out
+
+
+# Several jobs
+
+
+@pytest.fixture
+def many(make_cut, tmp_path, monkeypatch):
+    """24 cuts of odd lengths, in stretches of two batches."""
+    monkeypatch.setattr(sys.modules["icefall_kd.cli.dump"], "WINDOW", 2)
+    path = tmp_path / "many.jsonl"
+    lengths = [9 + (37 * i) % 83 for i in range(24)]
+    cuts = CutSet.from_cuts(make_cut(f"m{i}", n) for i, n in enumerate(lengths))
+    cuts.to_file(path)
+    return path
+
+
+@pytest.mark.parametrize("num_jobs", [2, 5])
+def test_dump_with_several_jobs_equals_one_bit_for_bit(
+    invoke, dump_words, many, tmp_path, num_jobs, read_targets
+):
+    batches = ("--max-duration", 1.5)
+    one = tmp_path / "one.jsonl.gz"
+    assert invoke(*dump_words(*batches, cuts=many, out=one)).code == 0
+    for job in range(num_jobs):
+        words = ("--num-jobs", num_jobs, "--job", job, "--num-workers", job % 2)
+        done = invoke(*dump_words(*batches, *words, cuts=many))
+        assert done.code == 0
+        assert (tmp_path / "out.jsonl.gz").exists() == (job == num_jobs - 1)
+        if job < num_jobs - 1:
+            assert f"icefall-kd combine --num-jobs {num_jobs}" in done.out
+    assert f"24 cuts with targets of {num_jobs} jobs" in done.out
+    found = load_manifest(tmp_path / "out.jsonl.gz").to_eager()
+    plain = load_manifest(one).to_eager()
+    assert [c.id for c in found] == [c.id for c in plain]
+    # Four stretches: the fifth job has nothing to do.
+    assert len({Pointer.of(c).file for c in found}) == min(num_jobs, 4)
+    for a, b in zip(found, plain, strict=True):
+        assert torch.equal(read_targets(a), read_targets(b))
+
+
+def test_jobs_are_combined_by_hand(invoke, dump_words, many, tmp_path):
+    out = tmp_path / "out.jsonl.gz"
+    jobs = ("--num-jobs", 2)
+    for job in (1, 0):
+        assert invoke(*dump_words(*jobs, "--job", job, cuts=many)).code == 0
+    expected = targets_of(out)
+    out.unlink()
+    done = invoke("combine", many, out, *jobs)
+    assert done.code == 0 and "24 cuts with targets of 2 jobs" in done.out
+    assert targets_of(out) == expected and len(expected) == 24
+    assert list(expected) == [c.id for c in load_manifest(many)]
+
+
+def test_combine_before_all_jobs_are_done_is_refused(
+    invoke, refused, dump_words, many, tmp_path, in_cuts
+):
+    words = ("--num-jobs", 2, "--job", 0)
+    assert invoke(*dump_words(*words, cuts=many)).code == 0
+    out = tmp_path / "out.jsonl.gz"
+    error = refused("combine", many, out, "--num-jobs", 2)
+    assert "of job 1 does not exist" in error and "--num-jobs 2 --job 1" in error
+    assert invoke(*dump_words("--num-jobs", 2, "--job", 1, cuts=many)).code == 0
+    assert "of none of the 2 jobs" in refused("combine", in_cuts, out, "--num-jobs", 2)
+    assert "does not exist" in refused("combine", "nowhere", out, "--num-jobs", 2)
+
+
+def test_under_torchrun_each_process_is_a_job(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert job_of(1, 0) == (3, 4)
+    assert job_of(2, 1) == (1, 2)  # as told
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert job_of(1, 0) == (0, 1)
+
+
+def test_dump_killed_at_any_time_goes_on_to_the_same_targets(
+    invoke, dump_words, many, tmp_path, in_child
+):
+    """SIGKILL at random moments, several times in one dump."""
+    words = ("--max-duration", 1.5)
+    done = tmp_path / "done.jsonl.gz"
+
+    def run(out, after=None):
+        if after is not None:
+            kill = (os.getpid(), signal.SIGKILL)
+            threading.Timer(after, os.kill, kill).start()
+        cli([str(w) for w in dump_words(*words, cuts=many, out=out)], "icefall-kd")
+
+    def child(*args):
+        def quietly():
+            try:
+                run(*args)
+            except SystemExit as e:
+                os._exit(e.code)
+
+        return in_child(quietly)
+
+    begun = time.perf_counter()
+    assert child(done) == 0
+    whole = time.perf_counter() - begun
+    expected = targets_of(done)
+    rng = random.Random(0)
+    killed = 0
+    for i in range(3):
+        out = tmp_path / f"killed-{i}.jsonl.gz"
+        for _ in range(3):
+            killed += child(out, rng.uniform(0.2, 1.0) * whole) == -signal.SIGKILL
+        assert invoke(*dump_words(*words, cuts=many, out=out)).code == 0
+        assert targets_of(out) == expected
+        assert [c.id for c in load_manifest(out)] == [c.id for c in load_manifest(many)]
+    assert killed > 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_number_of_workers_does_not_matter(
+    invoke, dump_words, many, tmp_path, num_workers
+):
+    words = ("--max-duration", 1.5)
+    other = tmp_path / "other.jsonl.gz"
+    assert invoke(*dump_words(*words, cuts=many)).code == 0
+    words = (*words, "--num-workers", num_workers)
+    assert invoke(*dump_words(*words, cuts=many, out=other)).code == 0
+    assert targets_of(other) == targets_of(tmp_path / "out.jsonl.gz")
 
 
 def test_a_refusal_as_a_user_sees_it(run_python, dump_words, tmp_path, tree_of):
@@ -549,7 +813,7 @@ def test_the_version(invoke):
     assert done.code == 0 and __version__ in done.out
 
 
-@pytest.mark.parametrize("command", ["dump", "student", "doctor"])
+@pytest.mark.parametrize("command", ["dump", "combine", "student", "doctor"])
 def test_help(invoke, command):
     done = invoke(command, "--help")
     assert done.code == 0 and done.out.startswith(f"Usage: icefall-kd {command}")

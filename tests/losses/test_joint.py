@@ -7,7 +7,7 @@ import torch
 
 from icefall_kd import JointKDLoss, ctc_kd_loss
 from icefall_kd.errors import KDError
-from icefall_kd.types import EncoderOut, Targets
+from icefall_kd.types import EncoderOut, SparseDistribution, Targets
 
 
 def pair(lens=(5, 3), t_student=5, t_teacher=5, v_student=4, v_teacher=4):
@@ -21,7 +21,7 @@ def pair(lens=(5, 3), t_student=5, t_teacher=5, v_student=4, v_teacher=4):
         encoder_out_lens=lens,
         ctc_logits=logits.requires_grad_(),
     )
-    return student, Targets(ctc_logits=targets, lens=lens.clone())
+    return student, Targets(ctc=targets, lens=lens.clone())
 
 
 def hard(value=37.0):
@@ -36,7 +36,7 @@ def test_the_loss_is_the_weighted_sum(ctc_weight, hard_weight):
     joint = JointKDLoss(ctc_weight, hard_weight, temperature=3.0)
     hard_loss = hard()
     loss, _ = joint(hard_loss, student, targets)
-    kd = ctc_kd_loss(student.ctc_logits, targets.ctc_logits, targets.lens, 3.0)
+    kd = ctc_kd_loss(student.ctc_logits, targets.ctc, targets.lens, 3.0)
     # The terms differ, so swapped weights and a dropped term both give another sum.
     assert kd > 1 and abs(kd - hard_loss) > 1
     assert torch.equal(loss, hard_weight * hard_loss + ctc_weight * kd)
@@ -48,7 +48,7 @@ def test_the_weights_reach_the_gradients():
     loss, _ = JointKDLoss(0.75, 0.5, temperature=2.0)(hard_loss, student, targets)
     loss.backward()
     logits = student.ctc_logits.detach().clone().requires_grad_()
-    ctc_kd_loss(logits, targets.ctc_logits, targets.lens, 2.0).backward()
+    ctc_kd_loss(logits, targets.ctc, targets.lens, 2.0).backward()
     assert hard_loss.grad == 0.5
     torch.testing.assert_close(student.ctc_logits.grad, 0.75 * logits.grad)
     assert logits.grad.abs().max() > 0.1
@@ -62,24 +62,96 @@ def test_defaults():
 def test_info_is_the_unweighted_term():
     student, targets = pair()
     _, info = JointKDLoss(0.1, 0.9, 2.0)(hard(), student, targets)
-    kd = ctc_kd_loss(student.ctc_logits, targets.ctc_logits, targets.lens, 2.0)
-    assert info == {"kd_ctc_loss": kd.item()}
-    assert type(info["kd_ctc_loss"]) is float
+    kd = ctc_kd_loss(student.ctc_logits, targets.ctc, targets.lens, 2.0)
+    assert info == {"kd_ctc_loss": kd.item(), "kd_frames": 8.0}
+    assert type(info["kd_ctc_loss"]) is float and type(info["kd_frames"]) is float
 
 
 def test_frames_beyond_the_longest_utterance_may_differ():
     student, targets = pair(t_student=7, t_teacher=6)
     loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
-    kd = ctc_kd_loss(
-        student.ctc_logits[:, :5], targets.ctc_logits[:, :5], targets.lens, 2.0
-    )
+    kd = ctc_kd_loss(student.ctc_logits[:, :5], targets.ctc[:, :5], targets.lens, 2.0)
     assert info["kd_ctc_loss"] == kd.item()
 
 
 def test_no_frames_leave_the_weighted_hard_loss():
     student, targets = pair(lens=(0, 0))
     loss, info = JointKDLoss(0.8, 0.25, 2.0)(hard(8.0), student, targets)
-    assert loss == 2.0 and info == {"kd_ctc_loss": 0.0}
+    assert loss == 2.0 and info == {"kd_ctc_loss": 0.0, "kd_frames": 0.0}
+
+
+# Masks and parts of cuts
+
+
+def test_frames_outside_the_mask_do_not_count():
+    student, targets = pair()
+    targets.mask[0, 1:3] = False
+    targets.ctc[0, 1:3] = math.nan
+    loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
+    kept = [0, 3, 4]
+    kd = ctc_kd_loss(
+        torch.stack([student.ctc_logits[0, kept], student.ctc_logits[1, :3]]),
+        torch.stack([targets.ctc[0, kept], targets.ctc[1, :3]]),
+        torch.tensor([3, 3]),
+        2.0,
+    )
+    assert info["kd_ctc_loss"] == pytest.approx(kd.item(), rel=1e-6)
+    assert info["kd_frames"] == 6.0
+    loss.backward()
+    assert torch.isfinite(student.ctc_logits.grad).all()
+    assert student.ctc_logits.grad[0, 1:3].abs().max() == 0
+
+
+@pytest.mark.parametrize("lens", [(4, 3), (5, 2), (7, 3), (5, 6)])
+def test_a_part_of_a_cut_may_have_other_frames(lens):
+    """The student's front end has edges where the whole cut has none."""
+    student, targets = pair(lens, t_student=max(lens), t_teacher=5)
+    targets = Targets(
+        targets.ctc, torch.tensor([5, 3]), whole=torch.tensor([False, False])
+    )
+    common = [min(a, b) for a, b in zip(lens, [5, 3], strict=True)]
+    loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
+    t = min(max(lens), 5)
+    kd = ctc_kd_loss(
+        student.ctc_logits[:, :t], targets.ctc[:, :t], torch.tensor(common), 2.0
+    )
+    assert info["kd_ctc_loss"] == pytest.approx(kd.item(), rel=1e-6)
+    assert info["kd_frames"] == sum(common)
+
+
+def test_one_whole_cut_that_moved_is_refused_among_parts():
+    student, targets = pair()
+    targets = Targets(
+        targets.ctc, torch.tensor([4, 4]), whole=torch.tensor([False, True])
+    )
+    with pytest.raises(KDError, match="changed after the targets were made"):
+        JointKDLoss()(hard(), student, targets)
+
+
+def test_a_batch_without_any_targets_has_the_hard_loss_alone():
+    student, _ = pair()
+    bare = Targets(
+        torch.zeros(2, 0, 4), torch.tensor([0, 0]), whole=torch.tensor([False, False])
+    )
+    loss, info = JointKDLoss(0.8, 0.25, 2.0)(hard(8.0), student, bare)
+    assert loss == 2.0 and info == {"kd_ctc_loss": 0.0, "kd_frames": 0.0}
+    loss.backward()
+    assert student.ctc_logits.grad.abs().max() == 0
+
+
+def test_sparse_targets_of_all_symbols_are_as_dense_ones():
+    student, targets = pair()
+    dense, _ = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
+    log_probs, indices = (targets.ctc / 2).log_softmax(-1).sort(-1, descending=True)
+    sparse = SparseDistribution(indices, log_probs, torch.full((2, 5), -math.inf))
+    found, info = JointKDLoss(0.5, 0.5, 2.0)(
+        hard(), student, Targets(sparse, targets.lens)
+    )
+    torch.testing.assert_close(found, dense)
+    assert info["kd_frames"] == 8.0
+
+
+# Refusals
 
 
 @pytest.mark.parametrize("name", ["ctc", "hard"])

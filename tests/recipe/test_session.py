@@ -1,10 +1,12 @@
 """What a plugged recipe calls: nothing happens when KD is off, the formula when on."""
 
 import argparse
+import copy
 import random
 
 import pytest
 import torch
+from lhotse import CutSet
 from lhotse.dataset import K2SpeechRecognitionDataset
 from zipformer.bin import train as zipformer_train
 from zipformer.utils import MetricsTracker
@@ -13,8 +15,7 @@ from icefall_kd.errors import KDError
 from icefall_kd.hook import ctc_linear
 from icefall_kd.recipe import session
 from icefall_kd.targets import KDDataset
-from icefall_kd.targets.fingerprint import hash_tokens
-from icefall_kd.targets.writer import FIELD
+from icefall_kd.targets.fingerprint import hash_tokens, load_bpe_model, pieces
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def make_params(make_settings):
             "enable_spec_aug": False,
             "spec_aug_time_warp_factor": 80,
         }
-        return make_settings(**{**kd, **changes})
+        return make_settings(**{**DEFAULTS, **kd, **changes})
 
     return make
 
@@ -64,7 +65,17 @@ def kd_options(parser):
     return {a.dest: a.default for a in parser._actions if a.dest.startswith("kd_")}
 
 
-DEFAULTS = {"kd_ctc_weight": 0.0, "kd_hard_weight": 1.0, "kd_temperature": 1.0}
+DEFAULTS = {
+    "kd_ctc_weight": 0.0,
+    "kd_hard_weight": 1.0,
+    "kd_temperature": 1.0,
+    "kd_missing": "refuse",
+    "kd_teacher_exp_dir": "",
+    "kd_teacher_epoch": 30,
+    "kd_teacher_avg": 1,
+    "kd_teacher_recipe": "",
+    "kd_cache_dir": "",
+}
 
 
 def test_options_are_off_by_default():
@@ -143,13 +154,13 @@ def test_without_attach_nothing_happens():
 # KD on
 
 
-def kd_by_hand(naive_kd, logits, batch, temperature):
-    """T^2 KL in float64, row by row, from the arrays of the rows' cuts."""
+def kd_by_hand(naive_kd, read_targets, logits, batch, temperature):
+    """T^2 KL in float64, row by row, from the targets of the rows' cuts."""
     total = 0.0
     for row, cut in zip(
         logits.detach().double(), batch["supervisions"]["cut"], strict=True
     ):
-        teacher = torch.from_numpy(cut.load_custom(FIELD)).double()
+        teacher = read_targets(cut).double()
         n = len(teacher)
         total += naive_kd(row[None, :n], teacher[None], torch.tensor([n]), temperature)
     return float(total)
@@ -157,7 +168,7 @@ def kd_by_hand(naive_kd, logits, batch, temperature):
 
 @pytest.mark.parametrize("ctc, hard, temperature", [(0.7, 0.3, 2.0), (2.0, 0.0, 1.0)])
 def test_the_loss_equals_the_formula_by_hand(
-    make_model, make_params, cuts, naive_kd, ctc, hard, temperature
+    make_model, make_params, cuts, naive_kd, read_targets, ctc, hard, temperature
 ):
     model = make_model().train()
     session.attach(make_params(ctc, hard, temperature), model)
@@ -168,11 +179,12 @@ def test_the_loss_equals_the_formula_by_hand(
     loss = recipe_loss(model, batch)
     joint = session.joint_loss(loss, info, model, batch)
     assert len(seen) == 1
-    kd = kd_by_hand(naive_kd, seen[0], batch, temperature)
+    kd = kd_by_hand(naive_kd, read_targets, seen[0], batch, temperature)
     assert kd > 1 and abs(kd - loss.item()) > 1
     assert joint.item() == pytest.approx(hard * loss.item() + ctc * kd, rel=1e-5)
     assert info["kd_ctc_loss"] == pytest.approx(kd, rel=1e-5)
-    assert set(info) == {"kd_ctc_loss"}
+    assert set(info) == {"kd_ctc_loss", "kd_frames"}
+    assert info["kd_frames"] == int(batch["kd_targets"].lens.sum())
     joint.backward()
     assert model.encoder_embed.out.weight.grad.abs().max() > 0
 
@@ -220,7 +232,7 @@ def test_validation_keeps_the_recipes_loss(make_model, make_params, cuts):
     model.train()  # and training goes on
     batch = kd_batch(cuts)
     joint = session.joint_loss(recipe_loss(model, batch), info, model, batch)
-    assert joint.requires_grad and set(info) == {"kd_ctc_loss"}
+    assert joint.requires_grad and set(info) == {"kd_ctc_loss", "kd_frames"}
 
 
 def test_no_key_is_added_to_the_checkpoint(make_model, make_params, cuts):
@@ -344,7 +356,9 @@ def test_a_teacher_of_other_symbols_is_refused(
 def test_a_teacher_of_other_tokens_is_refused(
     make_model, make_params, make_cut, make_store, bpe_models
 ):
-    cuts = make_store([make_cut("c1", 47)], tokens=hash_tokens(bpe_models.a))
+    cuts = make_store(
+        [make_cut("c1", 47)], tokens=hash_tokens(pieces(load_bpe_model(bpe_models.a)))
+    )
     fits = make_params(bpe_model=str(bpe_models.a))
     session.attach(fits, make_model())
     assert isinstance(
@@ -353,7 +367,7 @@ def test_a_teacher_of_other_tokens_is_refused(
     session.attach(make_params(bpe_model=str(bpe_models.b)), make_model())
     with pytest.raises(KDError, match="tokens .* are not the teacher's") as e:
         session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
-    assert hash_tokens(bpe_models.b)[:8] in str(e.value)
+    assert hash_tokens(pieces(load_bpe_model(bpe_models.b)))[:8] in str(e.value)
 
 
 # Lhotse warns of each cut that a batch holds; see test_dataset.py.
@@ -375,10 +389,162 @@ for batch in DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=1
 
 
 def test_a_workers_refusal_ends_training_with_one_sentence(cuts, run_python, tmp_path):
-    (array,) = tmp_path.glob("kd/**/c2.npy")
-    array.unlink()
+    (tmp_path / "kd" / "targets.bin").unlink()
     done = run_python(WORKER, tmp_path / "kd.jsonl.gz")
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("icefall_kd: error: the targets of cut c2 can't be read")
-    assert str(array) in line and "Traceback" not in done.stderr
+    assert line.startswith("icefall_kd: error: the targets of cut c")
+    assert str(tmp_path / "kd" / "targets.bin") in line and "can't be read" in line
+
+
+def test_damage_that_a_worker_finds_ends_training_with_one_sentence(
+    cuts, run_python, tmp_path
+):
+    records = tmp_path / "kd" / "targets.bin"
+    data = bytearray(records.read_bytes())
+    data[cuts["c2"].custom["kd_targets"]["offset"] + 7] ^= 1
+    records.write_bytes(data)
+    done = run_python(WORKER, tmp_path / "kd.jsonl.gz")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("icefall_kd: error: the targets of cut c2 in ")
+    assert str(records) in line and "damaged" in line
+    assert "Traceback" not in done.stderr
+
+
+# Sparse stores, and cuts without targets
+
+
+def test_a_sparse_store_of_the_losss_temperature_is_taken(
+    make_model, make_params, make_cut, make_store
+):
+    cuts = make_store([make_cut("c1", 47), make_cut("c2", 61)], ctc="top:4@2")
+    model = make_model().train()
+    session.attach(make_params(), model)
+    dataset = session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
+    batch, info = dataset[cuts], MetricsTracker()
+    x, lens = batch["inputs"], batch["supervisions"]["num_frames"]
+    simple, pruned, ctc, *_ = model(x=x, x_lens=lens, y=[[3, 4], [5]], prune_range=2)
+    loss = session.joint_loss(simple + pruned + ctc, info, model, batch)
+    loss.backward()
+    assert info["kd_ctc_loss"] > 0 and info["kd_frames"] == 14 + 10
+
+
+@pytest.mark.parametrize("ctc, own", [("top:4", "1"), ("adaptive:.9:5@3", "3")])
+def test_a_sparse_store_of_another_temperature_is_refused(
+    make_model, make_params, make_cut, make_store, ctc, own
+):
+    cuts = make_store([make_cut("c1", 47)], ctc=ctc)
+    session.attach(make_params(), make_model())
+    with pytest.raises(KDError, match=f"--kd-temperature {own}") as e:
+        session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
+    assert "loss asks for 2" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_cuts_without_targets_train_by_the_hard_loss_where_told(
+    make_model, make_params, make_cut, cuts
+):
+    model = make_model().train()
+    session.attach(make_params(kd_missing="hard"), model)
+    some = [cuts["c1"], make_cut("b1", 61), cuts["c3"]]
+    dataset = session.wrap_dataset(K2SpeechRecognitionDataset(), some)
+    batch, info = dataset[CutSet.from_cuts(some)], MetricsTracker()
+    session.joint_loss(recipe_loss(model, batch), info, model, batch).backward()
+    assert info["kd_frames"] == 10 + 7 and info["kd_ctc_loss"] > 0
+
+    bare = CutSet.from_cuts([make_cut(f"b{i}", 61) for i in range(3)])
+    batch, info = dataset[bare], MetricsTracker()
+    loss = recipe_loss(model, batch)
+    joint = session.joint_loss(loss, info, model, batch)
+    assert joint.item() == pytest.approx(0.3 * loss.item(), rel=1e-6)
+    assert dict(info) == {"kd_ctc_loss": 0.0, "kd_frames": 0.0}
+
+
+def test_no_targets_at_all_are_refused_even_so(make_model, make_params, make_cut):
+    session.attach(make_params(kd_missing="hard"), make_model())
+    with pytest.raises(KDError, match="2 of 2 training cuts have no targets"):
+        session.wrap_dataset(
+            K2SpeechRecognitionDataset(), [make_cut("b1", 33), make_cut("b2", 33)]
+        )
+
+
+# A teacher in the training process
+
+
+@pytest.fixture
+def online(make_params, teacher_exp):
+    """Params of a student of the teacher in ``teacher_exp``, taught online."""
+
+    def make(**changes):
+        settings = {
+            "vocab_size": 25,
+            "kd_teacher_exp_dir": str(teacher_exp.folder),
+            "kd_teacher_epoch": 2,
+            "kd_teacher_recipe": str(teacher_exp.recipe),
+            "use_averaged_model": False,
+        }
+        return make_params(**{**settings, **changes})
+
+    return make
+
+
+def online_step(model, cuts):
+    """The terms of one training step, and the CTC layer's gradient."""
+    dataset = K2SpeechRecognitionDataset()
+    batch, info = session.wrap_dataset(dataset, Untouchable())[cuts], MetricsTracker()
+    loss = session.joint_loss(recipe_loss(model, batch), info, model, batch)
+    loss.backward()
+    return dict(info), ctc_linear(model).weight.grad
+
+
+def test_an_online_teacher_needs_no_store(make_model, online, make_cut, teacher_exp):
+    cuts = CutSet.from_cuts(
+        [make_cut("c1", 47), make_cut("c2", 61), make_cut("c3", 33)]
+    )
+    model = make_model(vocab_size=25).train()
+    session.attach(online(hard=0.0), model)
+    info, grad = online_step(model, cuts)
+    assert info["kd_ctc_loss"] > 0.1 and grad.abs().max() > 0
+    assert info["kd_frames"] == 10 + 14 + 7
+
+
+def test_an_online_teacher_teaches_itself_nothing(online, make_cut, teacher_exp):
+    """One utterance, so that no padding comes in between."""
+    cuts = CutSet.from_cuts([make_cut("c1", 61)])
+    model = copy.deepcopy(teacher_exp.models["epoch-2"]).eval()
+    session.attach(online(), model)
+    batch = session.wrap_dataset(K2SpeechRecognitionDataset(), Untouchable())[cuts]
+    with torch.no_grad():
+        model(
+            x=batch["inputs"],
+            x_lens=batch["supervisions"]["num_frames"],
+            y=[[3]],
+            prune_range=3,
+        )
+        model.training = True  # joint_loss asks; its modules stay in eval mode
+        info = MetricsTracker()
+        session.joint_loss(torch.zeros(()), info, model, batch)
+    assert abs(info["kd_ctc_loss"]) < 1e-4
+
+
+def test_a_cache_is_filled_and_read(make_model, online, make_cut, tmp_path):
+    cuts = CutSet.from_cuts(
+        [make_cut("c1", 47), make_cut("c2", 61), make_cut("c3", 33)]
+    )
+    model = make_model(vocab_size=25).train()
+    session.attach(online(hard=0.0, kd_cache_dir=str(tmp_path / "cache")), model)
+    first, _ = online_step(model, cuts)
+    written = (tmp_path / "cache" / "targets.bin").stat().st_size
+    online_step(model, cuts)
+    assert (tmp_path / "cache" / "targets.bin").stat().st_size == written > 0
+    assert first["kd_frames"] == 31
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(make_model, online):
+    with pytest.raises(KDError, match="student's vocab_size is 11 and .* is 25"):
+        session.attach(online(vocab_size=11), make_model())
+
+
+def test_a_cache_without_a_teacher_is_refused(make_model, make_params):
+    with pytest.raises(KDError, match="there is no teacher to ask"):
+        session.attach(make_params(kd_cache_dir="x"), make_model())

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets import Fingerprint
-from icefall_kd.targets.fingerprint import FILENAME, hash_state_dict, hash_tokens
+from icefall_kd.targets import Fingerprint, fingerprint
+from icefall_kd.targets.fingerprint import (
+    FILENAME,
+    check_vocabulary,
+    hash_state_dict,
+    load_bpe_model,
+    pieces,
+)
 
 
 def state():
@@ -18,6 +24,10 @@ def state():
         "b.bias": torch.randn(5, generator=g),
         "n": torch.tensor(3),
     }
+
+
+def hash_tokens(path):
+    return fingerprint.hash_tokens(pieces(load_bpe_model(path)))
 
 
 # Hashes
@@ -90,8 +100,14 @@ def test_a_bpe_model_that_is_none_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(KDError, match="--bpe-model") as e:
-        hash_tokens(path)
+        load_bpe_model(path)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_bpe_model_of_another_size_is_refused(bpe_models):
+    check_vocabulary(bpe_models.a, {"vocab_size": 25})
+    with pytest.raises(KDError, match="has 26 symbols and the teacher 25"):
+        check_vocabulary(bpe_models.larger, {"vocab_size": 25})
 
 
 # The file
@@ -108,7 +124,7 @@ def test_the_file_is_plain_json(tmp_path, make_fingerprint):
     make_fingerprint().write(tmp_path)
     values = json.loads((tmp_path / FILENAME).read_text("utf8"))
     assert set(values) == {f.name for f in fields(Fingerprint)}
-    assert values["vocab_size"] == 11 and values["kind"] == "ctc-logprobs-fp16"
+    assert values["vocab_size"] == 11 and values["ctc"] == "dense"
 
 
 def test_writing_again_replaces(tmp_path, make_fingerprint):
@@ -161,7 +177,11 @@ OTHER = {
     "sampling_rate": 16000,
     "num_features": 80,
     "feature_type": "fbank",
-    "kind": "ctc-logprobs-fp32",
+    "feature_shift": 0.0125,
+    "ctc": "top:8",
+    "lattice": "collapsed",
+    "s_range": 7,
+    "version": 3,
 }
 
 
@@ -177,6 +197,17 @@ def test_each_field_that_differs_is_refused_by_name(make_fingerprint, name):
     message = str(e.value)
     assert repr(getattr(mine, name)) in message and repr(OTHER[name]) in message
     assert "data/kd" in message and "--overwrite" in message
+
+
+def test_what_is_kept_is_read_off_the_fingerprint(make_fingerprint):
+    ctc, lattice = make_fingerprint().codecs()
+    assert str(ctc) == "dense" and lattice is None
+    made = make_fingerprint(ctc="adaptive:.99:16@2", lattice="collapsed", blank_id=3)
+    ctc, lattice = made.codecs()
+    assert (ctc.entries, ctc.temperature) == (16, 2.0)
+    assert lattice.nodes is None and lattice.blank_id == 3
+    with pytest.raises(KDError, match="'topp:3'"):
+        make_fingerprint(ctc="topp:3").codecs()
 
 
 def test_a_fitting_student_is_taken(make_fingerprint):

@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""
+What writing targets costs beside the teacher's forward pass, and what reading them
+costs beside the features of the same cuts: ratios of medians, measured in turn in one
+run. And the peak memory of `icefall-kd dump` on so many cuts and on ten times as many.
+
+Usage, when egs/digits/ASR/run.sh has run:
+
+  benchmarks/dump.py --work-dir egs/digits/ASR --json dump.json
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Callable, Dict, List
+
+import torch
+from lhotse import CutSet
+from lhotse.dataset import K2SpeechRecognitionDataset
+from lhotse.features.io import LilcomChunkyWriter
+from tqdm.auto import tqdm
+
+from icefall_kd.cli.dump import _Plan, _Reader, _Sink, _split
+from icefall_kd.hook import TeacherHook
+from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.fingerprint import Fingerprint, load_bpe_model
+from icefall_kd.targets.writer import LogitWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--work-dir", type=Path, default=ROOT / "egs/digits/ASR")
+    add("--recipe", type=Path, default=ROOT / "egs/digits/ASR/zipformer")
+    add("--teacher-epoch", type=int, default=10)
+    add("--num-cuts", type=int, default=400, help="Of the training cuts.")
+    add("--max-duration", type=float, default=60.0, help="Seconds in a batch.")
+    add("--repeats", type=int, default=3)
+    add("--num-threads", type=int, default=1)
+    add("--json", type=Path, help="Write the figures to this file.")
+    return parser.parse_args()
+
+
+def timed(functions: Dict[str, Callable[[], None]], repeats: int) -> Dict[str, float]:
+    """Median seconds of each, measured in turn."""
+    seconds: Dict[str, List[float]] = {name: [] for name in functions}
+    with tqdm(total=repeats * len(functions), desc="Runs") as bar:
+        for _ in range(repeats):
+            for name, function in functions.items():
+                begun = time.perf_counter()
+                function()
+                seconds[name].append(time.perf_counter() - begun)
+                bar.update()
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def memory(args: argparse.Namespace, cuts: CutSet, folder: Path) -> Dict[str, float]:
+    """Peak memory in MB of a dump of ``cuts``, and of ten copies of them."""
+    peaks = {}
+    for n in (1, 10):
+        manifest = folder / f"{n}.jsonl.gz"
+        with CutSet.open_writer(manifest) as writer:
+            for i in range(n):
+                for cut in cuts:
+                    writer.write(cut.with_id(f"{cut.id}-{i}"))
+        command = [sys.executable, "-c", "from icefall_kd.cli import main; main()"]
+        command += ["dump", manifest, folder / f"kd-{n}.jsonl.gz"]
+        command += ["--recipe", args.recipe, "--exp-dir", args.work_dir / "exp/teacher"]
+        command += ["--epoch", args.teacher_epoch, "--num-threads", args.num_threads]
+        command += ["--num-workers", 0, "--max-duration", args.max_duration]
+        subprocess.run([str(c) for c in command], check=True)
+        peaks[f"{n} x {len(cuts)} cuts"] = (
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+        )
+    a, b = peaks.values()
+    print("\n| cuts | peak memory, MB |\n|---|---|")
+    for name, peak in peaks.items():
+        print(f"| {name} | {peak:.0f} |")
+    print(f"| ratio | {b / a:.3f} |")
+    return {**peaks, "ratio": b / a}
+
+
+def each(function: Callable, items: List) -> None:
+    for item in items:
+        function(item)
+
+
+def main() -> None:
+    args = get_args()
+    torch.set_num_threads(args.num_threads)
+    exp, data = args.work_dir / "exp", args.work_dir / "data"
+    model, settings = load_recipe_model(
+        args.recipe, exp / "teacher", args.teacher_epoch, 0, 1, True
+    )
+    cuts = CutSet.from_file(data / "fbank/digits_cuts_train.jsonl.gz")
+    cuts = cuts.subset(first=args.num_cuts).to_eager()
+    sp = load_bpe_model(settings["bpe_model"])
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder, TeacherHook(model) as hook:
+
+        def forward(keep: str, lattice: str, write: bool) -> None:
+            fingerprint = Fingerprint.of(
+                "teacher",
+                settings,
+                cuts[0].features,
+                ctc=keep,
+                lattice=lattice,
+            )
+            with LogitWriter(
+                f"{folder}/{keep}{lattice}.jsonl.gz",
+                f"{folder}/{keep}{lattice}",
+                fingerprint,
+                overwrite=True,
+            ) as writer:
+                sink = _Sink(writer)
+                plan = _Plan(iter(cuts), args.max_duration, 0, 1, set())
+                loader = torch.utils.data.DataLoader(
+                    _Reader(), sampler=plan, batch_size=None
+                )
+                for batch, x, x_lens in loader:
+                    out = hook.encode(x, x_lens)
+                    lattices = None
+                    if lattice:
+                        y = [c.supervisions[0].text for c in batch.cuts]
+                        lattices = hook.lattice(out, sp.encode(y, out_type=int))
+                    if write:
+                        lattices = lattices and _split(lattices)
+                        lens = out.encoder_out_lens.tolist()
+                        sink.put(batch, out.ctc_logits, lens, lattices)
+                sink.close(failed=False)
+
+        forms = [("dense", ""), ("adaptive:0.99:16", "")]
+        forms += [
+            ("adaptive:0.99:16", "collapsed"),
+            ("adaptive:0.99:16", "adaptive:0.99:8"),
+        ]
+        print("| kept | forward, s | forward and writing, s | ratio |")
+        rows = ["|---|---|---|---|"]
+        for keep, lattice in forms:
+            found = timed(
+                {
+                    "forward": partial(forward, keep, lattice, False),
+                    "writing": partial(forward, keep, lattice, True),
+                },
+                args.repeats,
+            )
+            name = f"{keep} {lattice}".strip()
+            ratio = found["writing"] / found["forward"]
+            figures[f"write {name}"] = {**found, "ratio": ratio}
+            rows.append(
+                f"| {name} | {found['forward']:.2f} | {found['writing']:.2f} | "
+                f"{ratio:.3f} |"
+            )
+        print("\n".join(rows))
+
+        print(
+            "\n| kept | features as | features, ms a cut | targets, ms a cut | ratio |"
+        )
+        print("|---|---|---|---|---|")
+        dataset = K2SpeechRecognitionDataset(return_cuts=True)
+        for keep, lattice in forms[:2]:
+            stored = CutSet.from_file(f"{folder}/{keep}{lattice}.jsonl.gz").to_eager()
+            lilcom = stored.copy_feats(LilcomChunkyWriter(f"{folder}/lilcom"))
+            for kind, these in (("numpy_files", stored), ("lilcom_chunky", lilcom)):
+                parts = [
+                    these.subset(cut_ids=list(these.ids)[i : i + 8])
+                    for i in range(0, len(these), 8)
+                ]
+                lists = [list(p) for p in parts]
+                found = timed(
+                    {
+                        "features": partial(each, dataset.__getitem__, parts),
+                        "targets": partial(each, collate_targets, lists),
+                    },
+                    args.repeats,
+                )
+                ratio = found["targets"] / found["features"]
+                figures[f"read {keep}, {kind}"] = {**found, "ratio": ratio}
+                ms = {k: 1e3 * v / len(stored) for k, v in found.items()}
+                print(
+                    f"| {keep} | {kind} | {ms['features']:.3f} | {ms['targets']:.3f} | "
+                    f"{ratio:.2f} |"
+                )
+        figures["memory"] = memory(args, cuts, Path(folder))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What can be told of a pruned lattice: how likely its nodes are, and its best path."""
+
+from typing import Tuple
+
+import torch
+
+from icefall_kd.rnnt import get_engine
+from icefall_kd.types import PrunedLattice
+
+
+def _arcs(
+    logits: torch.Tensor, ranges: torch.Tensor, symbols: torch.Tensor, blank_id: int
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """log P(next label) and log P(blank) at each node, (N, T, S)."""
+    n, t, s, _ = logits.shape
+    log_probs = logits.float().log_softmax(-1)
+    padded = torch.cat((symbols, symbols.new_full((n, 1), blank_id)), 1)
+    position = ranges.clamp(max=symbols.size(1)).reshape(n, -1)
+    label = padded.gather(1, position).reshape(n, t, s)
+    px = log_probs.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+    return px, log_probs[..., blank_id]
+
+
+def node_occupancy(
+    logits: torch.Tensor,
+    ranges: torch.Tensor,
+    symbols: torch.Tensor,
+    boundary: torch.Tensor,
+    blank_id: int,
+) -> torch.Tensor:
+    """The probability that the path of a pruned lattice passes each node.
+
+    From the engine's forward-backward pass over log P(label) and log P(blank), with
+    -inf outside the ranges. Sums to T_n + U_n.
+
+    Args:
+      logits: (N, T, S, V). Of the other arguments see
+        :class:`icefall_kd.types.PrunedLattice`.
+    """
+    n, t, s, _ = logits.shape
+    u = symbols.size(1)
+    px_pruned, py_pruned = _arcs(logits, ranges, symbols, blank_id)
+    # Without this a path could still emit labels behind its last blank.
+    frames = torch.arange(t, device=logits.device).unsqueeze(0)
+    padding = (frames >= boundary[:, 3:]).unsqueeze(-1)
+    px_pruned = px_pruned.masked_fill(padding, -torch.inf)
+
+    def spread(pruned: torch.Tensor) -> torch.Tensor:  # (N, U + 1, T)
+        full = pruned.new_full((n, t, u + s + 1), -torch.inf)
+        return full.scatter(2, ranges, pruned)[..., : u + 1].transpose(1, 2)
+
+    px = torch.nn.functional.pad(spread(px_pruned)[:, :u], (0, 1), value=-torch.inf)
+    _, (px_grad, py_grad) = get_engine().mutual_information_recursion(
+        px, spread(py_pruned).contiguous(), boundary, return_grad=True
+    )
+    passed = py_grad.clone()
+    passed[:, :u] += px_grad[..., :t]
+    passed = torch.nn.functional.pad(passed.transpose(1, 2), (0, s + 1))
+    return passed.gather(2, ranges).masked_fill(padding, 0.0)
+
+
+def best_path(lattice: PrunedLattice, blank_id: int) -> torch.Tensor:
+    """The nodes on each utterance's best alignment (Viterbi), (N, T, S), bool.
+
+    A path has T_n + U_n nodes: from each it goes on by one arc, a label or a blank.
+    """
+    px, py = _arcs(lattice.logits, lattice.ranges, lattice.symbols, blank_id)
+    on_path = torch.zeros_like(lattice.ranges, dtype=torch.bool)
+    for i, (_, _, u, t) in enumerate(lattice.boundary.tolist()):
+        first = lattice.ranges[i, :t, 0].tolist()
+        nodes = _viterbi(px[i, :t].tolist(), py[i, :t].tolist(), first, u)
+        for frame, position in nodes:
+            on_path[i, frame, position - first[frame]] = True
+    return on_path
+
+
+def _viterbi(px, py, first, last_position) -> list:
+    """Nodes (t, u) of the best path, from its end to its start."""
+    lowest = float("-inf")
+    by_label = []  # whether the best way into a node is a label
+    before = {0: 0.0}  # score of each position u at frame t, entered by a blank
+    for frame, (labels, blanks) in enumerate(zip(px, py)):
+        scores, came = {}, {}
+        for s in range(len(labels)):
+            u = first[frame] + s
+            if u > last_position:
+                break
+            by_blank = before.get(u, lowest)
+            label = scores[u - 1] + labels[s - 1] if s else lowest
+            scores[u], came[u] = max((by_blank, False), (label, True))
+        by_label.append(came)
+        before = {u: score + blanks[u - first[frame]] for u, score in scores.items()}
+    nodes, frame, u = [], len(px) - 1, last_position
+    while frame >= 0:
+        nodes.append((frame, u))
+        if by_label[frame][u]:
+            u -= 1
+        else:
+            frame -= 1
+    return nodes

@@ -1,0 +1,62 @@
+"""What a store holds, as a table."""
+
+import math
+from typing import Iterable
+
+import click
+import torch
+from lhotse.cut import Cut
+
+from icefall_kd.targets.dataset import read_ctc
+from icefall_kd.targets.store import read_fingerprint, tracks_with_targets
+from icefall_kd.types import Distribution, SparseDistribution
+
+
+def sparse(rows: Distribution) -> bool:
+    return isinstance(rows, SparseDistribution)
+
+
+def print_stats(cuts: Iterable[Cut]) -> None:
+    """Print bytes a frame, entropy, share of blanks, kept symbols and mean tail."""
+    frames = cut_count = blanks = 0
+    entropy = tail = kept = 0.0
+    sizes = {}
+    found = None
+    for cut in cuts:
+        for _, inner, pointer in tracks_with_targets(cut):
+            found = read_fingerprint(pointer.store)
+            rows = read_ctc(inner, pointer)
+            cut_count += 1
+            n = int((rows.log_tail if sparse(rows) else rows).size(0))
+            frames += n
+            for name, size in pointer.sizes.items():
+                share = size * n / pointer.frames
+                sizes[name] = sizes.get(name, 0) + share
+            if sparse(rows):
+                p, p_tail = rows.log_probs.exp(), rows.log_tail.exp()
+                entropy -= float((p * rows.log_probs.clamp(min=-1e4)).sum())
+                entropy -= float((p_tail * rows.log_tail.clamp(min=-1e4)).sum())
+                tail += float(p_tail.sum())
+                kept += float((rows.log_probs > -math.inf).sum())
+                best = rows.indices.gather(1, rows.log_probs.argmax(1, keepdim=True))
+            else:
+                p = rows.exp()
+                entropy -= float((p * rows.clamp(min=-1e4)).sum())
+                kept += rows.numel()
+                best = rows.argmax(1)
+            blanks += int(torch.sum(best == found.blank_id))
+    if not frames:
+        click.echo("no cut has targets")
+        return
+    rows = [("cuts", f"{cut_count:,}"), ("frames", f"{frames:,}")]
+    rows += [(f"bytes a frame, {n}", f"{s / frames:.2f}") for n, s in sizes.items()]
+    rows += [
+        ("kept as", ", ".join(filter(None, (found.ctc, found.lattice)))),
+        ("symbols kept in a frame, ctc", f"{kept / frames:.2f}"),
+        ("mean tail, ctc", f"{tail / frames:.2e}"),
+        ("entropy, ctc (nats a frame)", f"{entropy / frames:.4f}"),
+        ("frames whose best is blank", f"{100 * blanks / frames:.1f} %"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value:>14}")

@@ -1,0 +1,157 @@
+"""Where a cut's targets lie, and their bytes.
+
+A store is a folder: ``fingerprint.json``, and one append-only file of records for each
+job that wrote to it. A cut points at its record by a plain dictionary in its custom
+fields, so a manifest loads, truncates, mixes and saves with Lhotse alone.
+"""
+
+import os
+import zlib
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Dict, Optional, Tuple
+
+from lhotse.cut import Cut, MonoCut
+
+from icefall_kd.errors import KDError
+from icefall_kd.targets.fingerprint import Fingerprint
+
+FIELD = "kd_targets"
+# Seconds. Resampling moves a recording's end by less; no change of speed does.
+SLACK = 1e-3
+REMEDY = "run `icefall-kd dump` on the cuts that are trained on"
+
+
+def source_duration(cut: MonoCut) -> float:
+    """Seconds of the recording that ``cut`` is a part of, after speed and tempo.
+
+    0 without a recording; Lhotse changes speed and tempo only where there is one.
+    """
+    return round(cut.recording.duration, 6) if cut.has_recording else 0.0
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A cut's record, and what the cut was when the teacher heard it."""
+
+    store: str  # folder
+    file: str  # in the folder
+    offset: int  # bytes
+    sizes: Dict[str, int]  # bytes of each part, in their order in the record
+    crc32: int  # of all other fields but `store`, and of the record
+    cut: str  # id
+    frames: int  # of the teacher's encoder
+    start: float  # seconds in the recording
+    duration: float  # seconds
+    source: float  # seconds of the recording; 0 for none
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes.values())
+
+    @staticmethod
+    def of(cut: MonoCut) -> Optional["Pointer"]:
+        """The pointer that ``cut`` carries, or None."""
+        value = (cut.custom or {}).get(FIELD)
+        if value is None:
+            return None
+        try:
+            return Pointer(**value)
+        except TypeError:
+            raise KDError(
+                f"the field {FIELD} of cut {cut.id} is damaged or of another version: "
+                "make the targets again with `icefall-kd dump --overwrite`"
+            ) from None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def checksum(self, record: bytes) -> int:
+        values = (self.file, self.offset, *self.sizes.items(), self.cut)
+        values += (self.frames, self.start, self.duration, self.source)
+        return zlib.crc32(record, zlib.crc32(repr(values).encode()))
+
+    def read(self) -> Dict[str, bytes]:
+        """The parts of the record.
+
+        Raises:
+          KDError: if the record is not there whole, or a byte of it has changed.
+        """
+        path = os.path.join(self.store, self.file)
+        try:
+            record = os.pread(_descriptor(path, os.getpid()), self.size, self.offset)
+        except OSError as e:
+            raise KDError(
+                f"the targets of cut {self.cut} can't be read from {path} "
+                f"({e.strerror}): mend the path, or {REMEDY}"
+            ) from None
+        found = self.checksum(record)
+        if found != self.crc32:
+            raise KDError(
+                f"the targets of cut {self.cut} in {path} are damaged: checksum "
+                f"{found:08x}, and {self.crc32:08x} was written: make them again with "
+                "`icefall-kd dump --overwrite`"
+            )
+        parts, at = {}, 0
+        for name, size in self.sizes.items():
+            parts[name] = record[at : at + size]
+            at += size
+        return parts
+
+
+# One descriptor a file and process: a forked worker must not share its parent's.
+@lru_cache(maxsize=256)
+def _opened(path: str, pid: int) -> "_File":
+    return _File(path)
+
+
+class _File:
+    descriptor = -1
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _descriptor(path: str, pid: int) -> int:
+    return _opened(path, pid).descriptor
+
+
+@lru_cache(maxsize=64)
+def read_fingerprint(store: str) -> Fingerprint:
+    """The fingerprint of ``store``, read once a process."""
+    return Fingerprint.read(store)
+
+
+def check_unmoved(cut: MonoCut, pointer: Pointer) -> None:
+    """Refuse a cut whose time runs otherwise than when the teacher heard it."""
+    source = source_duration(cut)
+    if source and pointer.source and abs(source - pointer.source) > SLACK:
+        raise KDError(
+            f"the recording of cut {cut.id} lasts {source} s and lasted "
+            f"{pointer.source} s when its targets were made, so its speed or tempo was "
+            f"changed since: {REMEDY}, with the change applied"
+        )
+    early = pointer.start - cut.start
+    late = cut.end - pointer.start - pointer.duration
+    if max(early, late) > SLACK:
+        raise KDError(
+            f"the cut {cut.id} spans {cut.start} to {cut.end} s of its recording and "
+            f"its targets {pointer.start} to "
+            f"{round(pointer.start + pointer.duration, 6)} s: {REMEDY}"
+        )
+
+
+def tracks_with_targets(cut: Cut) -> Tuple[Tuple[float, MonoCut, Pointer], ...]:
+    """The MonoCuts in ``cut`` that carry targets, with their offsets in seconds."""
+    found = []
+    for track in getattr(cut, "tracks", None) or [None]:
+        inner = cut if track is None else track.cut
+        if isinstance(inner, MonoCut):
+            pointer = Pointer.of(inner)
+            if pointer is not None:
+                found.append((0.0 if track is None else track.offset, inner, pointer))
+    return tuple(found)
