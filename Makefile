@@ -1,6 +1,6 @@
 SHELL := /bin/bash
 PYTHON ?= python3
-CODE := setup.py icefall_kd egs tests tools
+CODE := setup.py icefall_kd benchmarks egs tests tools
 
 .PHONY: check format test
 

@@ -79,8 +79,8 @@ def symbol_map(store: Union[str, Path], student: List[str]) -> Optional[torch.Te
             raise KDError(
                 f"the teacher has {len(teacher)} symbols and the student "
                 f"{len(student)} symbols, and the {of} lacks {extra[0]!r}: train the "
-                "student with the teacher's --bpe-model, or map the symbols yourself with "
-                "KDDataset(symbols=...)"
+                "student with the teacher's --bpe-model, or map the symbols yourself "
+                "with KDDataset(symbols=...)"
             )
     index = {piece: i for i, piece in enumerate(student)}
     return torch.tensor([index[piece] for piece in teacher])
