@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
+from uuid import uuid4
 
 import torch
 from lhotse import Features
@@ -186,7 +186,8 @@ class Fingerprint:
     def write(self, folder: Union[str, Path]) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{FILENAME}.{os.getpid()}"
+        # Jobs on several machines may have the same process id.
+        temporary = folder / f".{FILENAME}.{uuid4().hex}"
         temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf8")
         temporary.replace(folder / FILENAME)
 

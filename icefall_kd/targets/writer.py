@@ -2,12 +2,12 @@
 
 import gzip
 import json
-import os
 import shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from icefall_kd.types import PrunedLattice
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{os.getpid()}.{path.name}")
+    return path.with_name(f".{uuid4().hex}.{path.name}")
 
 
 def _open(path: Path, mode: str) -> BinaryIO:
