@@ -188,8 +188,11 @@ class Fingerprint:
         folder.mkdir(parents=True, exist_ok=True)
         # Jobs on several machines may have the same process id.
         temporary = folder / f".{FILENAME}.{uuid4().hex}"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf8")
-        temporary.replace(folder / FILENAME)
+        try:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf8")
+            temporary.replace(folder / FILENAME)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def check_same(self, other: "Fingerprint", folder: Union[str, Path]) -> None:
         """Refuse to add what ``other`` says to a store made by ``self``."""

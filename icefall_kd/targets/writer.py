@@ -1,5 +1,7 @@
 """Stores what a teacher said on Lhotse cuts."""
 
+import errno
+import fcntl
 import gzip
 import json
 import shutil
@@ -7,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from icefall_kd.types import PrunedLattice
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{uuid4().hex}.{path.name}")
+    return path.with_name(f".tmp.{path.name}")
 
 
 def _open(path: Path, mode: str) -> BinaryIO:
@@ -96,16 +97,32 @@ class LogitWriter:
         self._done: Set[str] = set()
         with self._told():
             self.manifest.parent.mkdir(parents=True, exist_ok=True)
+            self.storage_dir.mkdir(parents=True, exist_ok=True)
+            self._records = open(self._path, "ab")
+            self._lock()
             fingerprint.write(self.storage_dir)
             if overwrite:  # its records are about to be replaced
                 self.manifest.unlink(missing_ok=True)
                 self.partial.unlink(missing_ok=True)
                 read_fingerprint.cache_clear()
             end = self._start_partial()
-            self._records = open(self._path, "ab")
             self._records.truncate(end)
             self._records.seek(end)
             self._lines = open(self.partial, "ab")
+
+    def _lock(self) -> None:
+        """Keep out a second run of the same job, where the file system can."""
+        try:
+            # Not flock(): a killed run's data loading workers would hold it on.
+            fcntl.lockf(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # a file system without locks
+            self._records.close()
+            raise KDError(
+                f"{self._path} is being written by another process: wait for it, or "
+                "give each of several jobs its own --job"
+            ) from None
 
     @contextmanager
     def _told(self) -> Iterator[None]:

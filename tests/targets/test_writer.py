@@ -833,3 +833,27 @@ def test_the_manifest_is_json_lines(cuts, opened, make_logits, tmp_path):
         write_all(writer, cuts, make_logits)
     lines = (tmp_path / "kd.jsonl").read_text("utf8").splitlines()
     assert [json.loads(line)["id"] for line in lines] == list(LENGTHS)
+
+
+def test_a_job_that_another_process_writes_is_refused_and_left_alone(
+    cuts, opened, check, make_logits, tmp_path
+):
+    writer = opened()
+    writer.write(cuts[0], make_logits(cuts[0], 0))
+    code, read = 1, os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            opened()
+        except KDError as e:
+            os.write(read[1], str(e).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    message = os.read(read[0], 4096).decode()
+    assert "targets.bin is being written by another process" in message
+    assert "--job" in message
+    for cut in cuts[1:]:
+        writer.write(cut, make_logits(cut, 0))
+    writer.finish()
+    check(cuts)
