@@ -8,7 +8,7 @@ random logits that change from frame to frame.
 
 Columns: bytes a frame of the encoder; |KL(stored) - KL(dense)| against the student, in
 nats a frame (a lattice: summed over its nodes, weighted by their occupancy), mean and
-99th percentile; and the bias of the gradient, the norm of its mean error over the mean
+99th percentile, at temperature T where the name ends in @T; and the bias of the gradient, the norm of its mean error over the mean
 norm of the dense gradient.
 
 Usage, when egs/digits/ASR/run.sh has run:
@@ -18,6 +18,7 @@ Usage, when egs/digits/ASR/run.sh has run:
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -33,9 +34,11 @@ from icefall_kd.targets.fingerprint import load_bpe_model
 from icefall_kd.types import Distribution, PrunedLattice, SparseDistribution
 
 ROOT = Path(__file__).resolve().parents[1]
-CTC = "dense top:4 top:8 adaptive:0.99:16 adaptive:0.999:16 adaptive:0.9995:32"
-CTC += " adaptive:0.9999:64 sampled:12 sampled:50"
-LATTICE = "dense collapsed top:4 adaptive:0.99:8 adaptive:0.999:8 adaptive:0.9995:16"
+CTC = "dense top:4 top:8 adaptive:0.99:16 adaptive:0.998:16 adaptive:0.999:16"
+CTC += " adaptive:0.9995:32 adaptive:0.9999:64 adaptive:0.999:16@2 adaptive:0.999:64@2"
+CTC += " adaptive:0.999:64@4 sampled:12 sampled:50"
+LATTICE = "dense collapsed top:4 adaptive:0.99:8 adaptive:0.999:8 adaptive:0.999:16"
+LATTICE += " adaptive:0.9995:16 adaptive:0.9999:32 path:adaptive:0.999:16"
 Pair = Tuple[torch.Tensor, torch.Tensor]  # logits of teacher and student, (M, V)
 
 
@@ -135,15 +138,16 @@ class Row:
 
 def measure_ctc(rows: Dict[str, Row], teacher, student, key: str) -> None:
     v = teacher.size(1)
-    dense = kl_and_grad(teacher, student)
     for text, row in rows.items():
+        t = float(text.partition("@")[2] or 1)
+        dense = kl_and_grad(teacher / t, student / t)
         if text == "lilcom":
             kept, size = lilcom_round_trip(teacher)
         else:
             codec = Codec.parse(text)
             data = codec.encode(codec.keep(teacher, key), v)
             kept, size = codec.decode(data, len(teacher), v), len(data)
-        kl, grad = kl_and_grad(kept, student)
+        kl, grad = kl_and_grad(kept, student / t)
         row.add(size, kl - dense[0], (grad, dense[1]))
 
 
@@ -213,7 +217,10 @@ def measure_mvq(outs: List[torch.Tensor], head: Callable, cases, row, iters) -> 
 def main() -> None:
     args = get_args()
     torch.manual_seed(args.seed)
-    exp, data = args.work_dir / "exp", args.work_dir / "data"
+    args.recipe = args.recipe.resolve()
+    args.json = args.json and args.json.resolve()
+    os.chdir(args.work_dir)  # what a recipe's paths are relative to
+    exp, data = Path("exp"), Path("data")
     teacher, settings = load_recipe_model(
         args.recipe, exp / "teacher", args.teacher_epoch, 0, 1, True
     )

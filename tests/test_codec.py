@@ -1,6 +1,7 @@
 """Codecs: their names, what they keep, their bytes, and lattices."""
 
 import math
+import zlib
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_adaptive_reaches_its_mass_or_its_cap_with_no_entry_too_many(mass, most)
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_sparse_forms_come_back_within_float16(name):
+def test_sparse_forms_come_back_within_a_step_of_the_root(name):
     logits = logits_of(rows=41, vocab_size=29)
     kept, found, _ = there_and_back(name, logits)
     assert isinstance(found, SparseDistribution)
@@ -143,9 +144,13 @@ def test_sparse_forms_come_back_within_float16(name):
     assert width == int(chosen.sum(-1).max())
     assert torch.equal(found.log_probs > -INF, chosen[:, :width])
     assert torch.equal(found.indices, kept.indices[:, :width])
+    # Rounding moves a root by half a step, and the mass that is normalised by
+    # sum of sqrt(p) / 255 <= sqrt(width + 1) / 255.
+    step = 0 if name.startswith("sampled") else (1 + (width + 1) ** 0.5) / 2 / 255
     a, b = found.log_probs[chosen[:, :width]], kept.log_probs[chosen]
-    torch.testing.assert_close(a, b, rtol=2**-10, atol=2**-8)
-    torch.testing.assert_close(found.log_tail, kept.log_tail, rtol=2**-10, atol=2**-8)
+    assert ((a / 2).exp() - (b / 2).exp()).abs().max() <= step + 1e-6
+    a, b = found.log_tail, kept.log_tail
+    assert ((a / 2).exp() - (b / 2).exp()).abs().max() <= step + 1e-6
     torch.testing.assert_close(mass_of(found), torch.ones(41), rtol=0, atol=1e-5)
 
 
@@ -171,7 +176,7 @@ def test_indices_fit_the_vocabulary(vocab_size, width):
     logits[0, -1] = logits[1, 0] = 9.0
     _, found, data = there_and_back("top:1", logits)
     assert found.indices.tolist() == [[vocab_size - 1], [0]]
-    assert len(data) == 2 * (1 + 2 + width + 2)
+    assert len(zlib.decompress(data)) == 2 * (1 + 1 + width + 1)
 
 
 @pytest.mark.parametrize("name", ["top:40", "adaptive:1:40", "top:11"])
@@ -183,9 +188,8 @@ def test_more_entries_than_symbols_keep_all(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_rows_are_no_bytes(name):
-    _, found, data = there_and_back(name, torch.zeros(0, 11))
-    assert data == b""
+def test_no_rows_come_back_as_none(name):
+    _, found, _ = there_and_back(name, torch.zeros(0, 11))
     rows = found if isinstance(found, torch.Tensor) else found.indices
     assert len(rows) == 0
 

@@ -114,7 +114,7 @@ class Fingerprint:
     ctc: str = "dense"  # how CTC targets are kept; see icefall_kd.codec
     lattice: str = ""  # how lattices are kept; "" for none
     s_range: int = 0  # label positions of a lattice at a frame; 0 for none
-    version: int = 2  # of the store's bytes
+    version: int = 3  # of the store's bytes
 
     @staticmethod
     def of(

@@ -446,12 +446,15 @@ def test_a_chain_of_operations_moves_targets_as_it_moves_time(sources, data):
         assert cut.duration == pytest.approx(clock.duration / 1000, abs=1e-6)
     expected, n = clock.targets(rows)
     found = collate_targets([cut], missing="hard")
+    sparse = isinstance(found.ctc, SparseDistribution)
+    within = dict(rtol=0, atol=0.009 if sparse else 1e-3)
     assert found.lens.tolist() == [n]
     spoken = [t in expected for t in range(n)]
     assert found.mask[0].tolist() == spoken
     ctc = dense_rows(found.ctc)
     for t, row in expected.items():
-        torch.testing.assert_close(ctc[0, t], row, rtol=2**-9, atol=2**-7)
+        # A sparse form keeps roots in steps of 1 / 255.
+        torch.testing.assert_close((ctc[0, t] / 2).exp(), (row / 2).exp(), **within)
     assert found.whole.tolist() == [clock.is_whole()]
 
 

@@ -181,7 +181,7 @@ OTHER = {
     "ctc": "top:8",
     "lattice": "collapsed",
     "s_range": 7,
-    "version": 3,
+    "version": 4,
 }
 
 
