@@ -8,8 +8,8 @@ random logits that change from frame to frame.
 
 Columns: bytes a frame of the encoder; |KL(stored) - KL(dense)| against the student, in
 nats a frame (a lattice: summed over its nodes, weighted by their occupancy), mean and
-99th percentile, at temperature T where the name ends in @T; and the bias of the gradient, the norm of its mean error over the mean
-norm of the dense gradient.
+99th percentile, at temperature T where the name ends in @T; and the bias of the
+gradient, the norm of its mean error over the mean norm of the dense gradient.
 
 Usage, when egs/digits/ASR/run.sh has run:
 
@@ -146,7 +146,7 @@ def measure_ctc(rows: Dict[str, Row], teacher, student, key: str) -> None:
         else:
             codec = Codec.parse(text)
             data = codec.encode(codec.keep(teacher, key), v)
-            kept, size = codec.decode(data, len(teacher), v), len(data)
+            kept, size = codec.decode([data], [len(teacher)], v), len(data)
         kl, grad = kl_and_grad(kept, student / t)
         row.add(size, kl - dense[0], (grad, dense[1]))
 
