@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from icefall_kd.errors import KDError
+from icefall_kd.hidden import OUT, Layer
 from icefall_kd.lattice import node_occupancy
 from icefall_kd.rnnt import get_engine
 from icefall_kd.types import EncoderOut, PrunedLattice
@@ -41,6 +42,7 @@ def _tap_encoder(store: Dict[str, Any], owner: nn.Module) -> Callable:
             return
         store["encoder_out"] = output[0].permute(1, 0, 2)
         store["encoder_out_lens"] = output[1]
+        store["hidden_lens"] = args[1] if len(args) > 1 else None
         store.pop("ctc_logits", None)
 
     return hook
@@ -149,7 +151,8 @@ class TeacherHook:
     Args:
       model: An icefall ``AsrModel`` (or that of the package zipformer), or DDP around
         it. Tap it after the last ``copy.deepcopy`` of it.
-      hidden: Indices of the encoder's stacks whose output is taken too.
+      hidden: Indices of the encoder's stacks whose output is taken too. The
+        encoder's output, "out", is taken anyway.
       ctc: Whether to take the CTC head's logits; False for a model without that head.
 
     Raises:
@@ -157,7 +160,7 @@ class TeacherHook:
     """
 
     def __init__(
-        self, model: nn.Module, hidden: Sequence[int] = (), ctc: bool = True
+        self, model: nn.Module, hidden: Sequence[Layer] = (), ctc: bool = True
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -176,6 +179,8 @@ class TeacherHook:
         self._ctc = ctc
         stacks = getattr(model.encoder, "encoders", [])
         for i in hidden:
+            if i == OUT:
+                continue
             if not 0 <= i < len(stacks):
                 raise KDError(
                     f"the hidden layer is stack {i}, and the encoder has "

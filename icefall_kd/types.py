@@ -31,6 +31,10 @@ class SparseDistribution:
 Distribution = Union[torch.Tensor, SparseDistribution]
 
 
+def sparse(rows: Optional[Distribution]) -> bool:
+    return isinstance(rows, SparseDistribution)
+
+
 def select(rows: Distribution, index: Any) -> Distribution:
     """``rows[index]``, for a tensor and for a sparse distribution."""
     if isinstance(rows, SparseDistribution):
@@ -49,6 +53,7 @@ class EncoderOut:
     ctc_logits: Optional[torch.Tensor] = None  # (N, T, V), before LogSoftmax
     # By index of the stack, (N, T50, C): at the encoder's inner 50 Hz.
     hidden: Dict[int, torch.Tensor] = field(default_factory=dict)
+    hidden_lens: Optional[torch.Tensor] = None  # (N,), valid frames of those
 
 
 @dataclass
@@ -92,7 +97,7 @@ class Targets:
     Frames where ``mask`` is False hold nothing that a loss may read.
     """
 
-    ctc: Distribution  # (N, T, V) log-probabilities, or sparse
+    ctc: Optional[Distribution]  # (N, T, V) log-probabilities, or sparse; None: none
     lens: torch.Tensor  # (N,), frames
     mask: Optional[torch.Tensor] = None  # (N, T), bool; None: all frames below lens
     # (N,), bool: rows whose cut is as the teacher heard it, so that the student must
@@ -100,11 +105,13 @@ class Targets:
     whole: Optional[torch.Tensor] = None
     # A row's lattice; None for a row that is not whole, whose labels are unknown.
     lattices: Optional[List[Optional[LatticeTargets]]] = None
+    # By layer, (N, T, R, C) in float or codes in int64; see icefall_kd.hidden.
+    hidden: Dict[Union[int, str], torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ctc = self.ctc
-        t = (ctc.indices if isinstance(ctc, SparseDistribution) else ctc).size(1)
         if self.mask is None:
+            ctc = self.ctc.indices if sparse(self.ctc) else self.ctc
+            t = int(self.lens.max()) if ctc is None else ctc.size(1)
             frames = torch.arange(t, device=self.lens.device)
             self.mask = frames < self.lens.unsqueeze(1)
         if self.whole is None:
@@ -113,4 +120,6 @@ class Targets:
     def to(self, device: torch.device) -> "Targets":
         tensors = (self.ctc, self.lens, self.mask, self.whole)
         lattices = self.lattices and [x and x.to(device) for x in self.lattices]
-        return Targets(*(x.to(device) for x in tensors), lattices)
+        hidden = {layer: x.to(device) for layer, x in self.hidden.items()}
+        tensors = [x if x is None else x.to(device) for x in tensors]
+        return Targets(*tensors, lattices, hidden)

@@ -60,13 +60,27 @@ def teacher_options(command):
     "--keep",
     default="dense",
     help="How CTC targets are kept: dense, top:K, adaptive:MASS:MAX or sampled:N; a "
-    "sparse form is for one temperature, 1 or that behind @.",
+    "sparse form is for one temperature, 1 or that behind @. none: not at all.",
 )
 @click.option(
     "--keep-lattice",
     default="",
     help="Keep the transducer's pruned lattice too: collapsed, or a form of "
     "--keep; with path: before it, its best alignment alone.",
+)
+@click.option(
+    "--keep-hidden",
+    default="",
+    help="Keep hidden layers too: LAYER:half, or LAYER:FILE of `icefall-kd quantizer`; "
+    "LAYER is a stack's index, or out for the encoder's output; several with commas.",
+)
+@click.option(
+    "--weights", default="", help="Of several teachers: their shares, with commas."
+)
+@click.option(
+    "--teacher-field",
+    default="",
+    help="Of several teachers: the field of a cut that holds the number of its own.",
 )
 @click.option("--s-range", default=5, help="Label positions of a lattice at a frame.")
 @click.option("--max-duration", default=200.0, help="Seconds of audio in a batch.")
@@ -80,7 +94,8 @@ def dump(**options) -> None:
     """Store what the teacher says on IN_CUTS; write OUT_CUTS.
 
     IN_CUTS carry features. OUT_CUTS is the same manifest with the targets on its
-    cuts. A run that was cut short goes on where it stopped. Under torchrun each process
+    cuts. Several teachers of one recipe, --exp-dir A,B, are averaged or chosen for
+    each cut. A run that was cut short goes on where it stopped. Under torchrun each process
     is a job; on a cluster give each its --job. The last one joins their manifests.
     """
     from icefall_kd.cli.dump import dump as run

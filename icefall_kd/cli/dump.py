@@ -3,13 +3,25 @@
 import dataclasses
 import logging
 import os
+import shutil
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Deque, Dict, Iterator, List, Optional, Set, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
 
 import click
 import torch
@@ -19,7 +31,8 @@ from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
 from icefall_kd.errors import KDError
-from icefall_kd.hook import MIN_FRAMES, TeacherHook
+from icefall_kd.hidden import Layer, from_command_line, hidden_rows
+from icefall_kd.hook import MIN_FRAMES
 from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets.fingerprint import (
     TOKENS,
@@ -30,6 +43,7 @@ from icefall_kd.targets.fingerprint import (
     pieces,
 )
 from icefall_kd.targets.writer import LogitWriter, Record, combine, job_manifest
+from icefall_kd.teacher import OnlineTeacher
 from icefall_kd.types import PrunedLattice
 
 # A stretch of the manifest, in batches: what is done again after an interruption.
@@ -145,6 +159,25 @@ class _Reader(torch.utils.data.Dataset):
         return batch, x, x_lens
 
 
+@dataclass
+class Said:
+    """What the teacher said on a batch, on the CPU and without gradient."""
+
+    lens: List[int]
+    ctc: Optional[torch.Tensor] = None  # (N, T, V)
+    lattices: Optional[List[PrunedLattice]] = None  # of each utterance
+    hidden: Dict[Layer, torch.Tensor] = field(default_factory=dict)  # (N, T, R, C)
+
+    def of(self, i: int) -> Tuple:
+        """What :meth:`LogitWriter.encode` takes of utterance ``i``."""
+        n = self.lens[i]
+        return (
+            None if self.ctc is None else self.ctc[i, :n],
+            self.lattices and self.lattices[i],
+            {layer: x[i, :n] for layer, x in self.hidden.items()},
+        )
+
+
 class _Sink:
     """Encodes and writes behind the teacher's back, in the order of the manifest."""
 
@@ -154,16 +187,15 @@ class _Sink:
         self.pool = ThreadPoolExecutor(1)
         self.pending: Deque[Future] = deque()
 
-    def put(self, batch: _Batch, logits, lens, lattices) -> None:
+    def put(self, batch: _Batch, said: Said) -> None:
         while len(self.pending) > 2:
             self.pending.popleft().result()
-        self.pending.append(self.pool.submit(self._do, batch, logits, lens, lattices))
+        self.pending.append(self.pool.submit(self._do, batch, said))
 
-    def _do(self, batch: _Batch, logits, lens, lattices) -> None:
-        for i, (cut, n) in enumerate(zip(batch.cuts, lens)):
+    def _do(self, batch: _Batch, said: Said) -> None:
+        for i, cut in enumerate(batch.cuts):
             if cut.id not in self.writer:
-                lattice = lattices[i] if lattices else None
-                self.records[cut.id] = self.writer.encode(cut, logits[i, :n], lattice)
+                self.records[cut.id] = self.writer.encode(cut, *said.of(i))
         for cut in batch.window or []:
             if cut.id in self.records:
                 self.writer.append(cut, self.records.pop(cut.id))
@@ -185,6 +217,93 @@ def _labels(cuts: List[Cut], sp) -> List[List[int]]:
                 "it out, label it first, or dump without --keep-lattice"
             )
     return sp.encode([c.supervisions[0].text for c in cuts], out_type=int)
+
+
+class Teacher:
+    """The teacher or teachers of a dump, and what is to be taken of them."""
+
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        models: List[torch.nn.Module],
+        weights: Optional[List[float]],
+        choose: Optional[Callable[[Cut], int]],
+        sp: Optional[Any],
+    ) -> None:
+        self.layers = [codec.layer for codec in fingerprint.hidden_codecs()]
+        self.with_ctc = bool(fingerprint.ctc)
+        self.s_range = fingerprint.s_range
+        self.sp = sp
+        self.group = OnlineTeacher(models, weights, choose, self.layers, self.with_ctc)
+
+    def __call__(self, x: torch.Tensor, x_lens: torch.Tensor, cuts: List[Cut]) -> Said:
+        outs = self.group.encode(x, x_lens)
+        said = Said(outs[0].encoder_out_lens.tolist())
+        if self.with_ctc:
+            said.ctc = self.group.ctc(outs, cuts).cpu()
+        if self.s_range:
+            y = _labels(cuts, self.sp)
+            said.lattices = _split(self.group.lattice(outs, y, self.s_range, cuts))
+        for layer in self.layers:
+            said.hidden[layer] = hidden_rows(outs[0], layer).cpu()
+        return said
+
+
+def chooser(name: str) -> Callable[[Cut], int]:
+    """Reads the number of a cut's teacher from its field, or its supervision's."""
+
+    def choose(cut: Cut) -> int:
+        for owner in (cut, *cut.supervisions):
+            value = (owner.custom or {}).get(name)
+            if value is not None:
+                break
+        if not isinstance(value, int):
+            raise KDError(
+                f"the field {name!r} of cut {cut.id} is {value!r}, and must be the "
+                "number of its teacher among --exp-dir, from 0 on: write it into the "
+                "cut's custom fields"
+            )
+        return value
+
+    return choose
+
+
+def _load(
+    recipe: str, folders: List[str], *options: Any
+) -> Tuple[List[torch.nn.Module], Dict[str, Any]]:
+    """The teachers' models, and the settings that they share."""
+    models, settings = [], None
+    for folder in folders:
+        model, found = load_recipe_model(recipe, folder, *options)
+        settings = settings or found
+        for name in ("vocab_size", "blank_id", "feature_dim", "subsampling_factor"):
+            if found.get(name) != settings.get(name):
+                raise KDError(
+                    f"the teacher in {folders[0]} has {name} {settings.get(name)} and "
+                    f"that in {folder} has {found.get(name)}: teachers of one student "
+                    "must agree"
+                )
+        models.append(model)
+    return models, settings
+
+
+def _numbers(text: str) -> Optional[List[float]]:
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise KDError(
+            f"--weights is {text!r}: give a number for each teacher, with commas"
+        ) from None
+
+
+def _named(models, weights: Optional[List[float]], teacher_field: str) -> str:
+    """What the fingerprint calls the teachers."""
+    hashes = [hash_state_dict(model.state_dict()) for model in models]
+    if len(hashes) == 1:
+        return hashes[0]
+    if teacher_field:
+        return ",".join(hashes) + f" by {teacher_field}"
+    return ",".join(f"{h}*{w:g}" for h, w in zip(hashes, weights or [1] * len(hashes)))
 
 
 def _split(lattice: PrunedLattice) -> List[PrunedLattice]:
@@ -224,7 +343,10 @@ def dump(
     storage_dir: str,
     keep: str,
     keep_lattice: str,
+    keep_hidden: str,
     s_range: int,
+    weights: str,
+    teacher_field: str,
     max_duration: float,
     num_jobs: int,
     job: int,
@@ -243,8 +365,10 @@ def dump(
         )
     job, num_jobs = job_of(num_jobs, job)
     cuts = open_cuts(in_cuts)
-    model, settings = load_recipe_model(
-        recipe, exp_dir, epoch, iteration, avg, use_averaged_model
+    shares = _numbers(weights)
+    codecs, quantizers = from_command_line(keep_hidden)
+    models, settings = _load(
+        recipe, exp_dir.split(","), epoch, iteration, avg, use_averaged_model
     )
     sp = check_vocabulary(bpe_model, settings) if bpe_model else None
     num_features = int(settings["feature_dim"])
@@ -253,26 +377,34 @@ def dump(
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    model.to(device)
     fingerprint = Fingerprint.of(
-        hash_state_dict(model.state_dict()),
+        _named(models, shares, teacher_field),
         settings,
         first.features,
         hash_tokens(pieces(sp)) if sp is not None else None,
-        ctc=keep,
+        ctc="" if keep == "none" else keep,
         lattice=keep_lattice,
         s_range=s_range if keep_lattice else 0,
+        hidden=",".join(map(str, codecs)),
     )
+    choose = chooser(teacher_field) if teacher_field else None
+    teacher = Teacher(fingerprint, models, shares, choose, sp)
+    teacher.group.to(device)
     out = Path(out_cuts)
     storage_dir = storage_dir or str(out.with_name(out.name.split(".jsonl")[0] + "_kd"))
     with ExitStack() as stack:
-        hook = stack.enter_context(TeacherHook(model))
+        stack.callback(teacher.group.close)
         writer = stack.enter_context(
             LogitWriter(out, storage_dir, fingerprint, overwrite, job, num_jobs)
         )
         if sp is not None:
             names = "".join(piece + "\n" for piece in pieces(sp))
             (Path(storage_dir) / TOKENS).write_text(names, "utf8")
+        for codec in codecs:
+            if codec.layer in quantizers:
+                shutil.copyfile(
+                    quantizers[codec.layer], codec.quantizer_file(storage_dir)
+                )
         if len(writer):
             logging.warning("%d cuts have their targets already", len(writer))
         total = _count(cuts)
@@ -290,15 +422,10 @@ def dump(
         )
         bar.update(len(writer))
         for batch, x, x_lens in loader:
-            encoded = hook.encode(x.to(device), x_lens.to(device))
-            lattices = None
-            if sp is not None and keep_lattice:
-                y = _labels(batch.cuts, sp)
-                lattices = _split(hook.lattice(encoded, y, s_range))
-            lens = encoded.encoder_out_lens.tolist()
-            sink.put(batch, encoded.ctc_logits.cpu(), lens, lattices)
-            frames += sum(lens)
-            bar.update(len(lens))
+            said = teacher(x.to(device), x_lens.to(device), batch.cuts)
+            sink.put(batch, said)
+            frames += sum(said.lens)
+            bar.update(len(said.lens))
             rate = frames / (time.perf_counter() - begun)
             bar.set_postfix_str(
                 f"{rate:.0f} frames/s, {writer.bytes_written / 1e6:.1f} MB"

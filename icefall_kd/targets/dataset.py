@@ -1,9 +1,10 @@
 """Reads targets in the dataset's workers, and lines them up with the batch."""
 
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from lhotse.cut import Cut, MonoCut
 from lhotse.utils import compute_num_frames
 
 from icefall_kd.errors import KDError
+from icefall_kd.hidden import Layer
 from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.store import (
     FIELD,
@@ -91,19 +93,47 @@ def _pieces(cut: Cut, missing: str) -> List[_Piece]:
     return pieces
 
 
-def _decode(pieces: List[_Piece], records: List[Dict[str, bytes]]) -> Distribution:
+@contextmanager
+def _told(pieces: List[_Piece]) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError) as e:
+        if isinstance(e, KDError):
+            raise
+        raise KDError(
+            f"the targets of cuts {pieces[0].pointer.cut} to {pieces[-1].pointer.cut} "
+            f"can't be read ({type(e).__name__}: {e}): make them again with "
+            "`icefall-kd dump --overwrite`"
+        ) from None
+
+
+def _decode(
+    pieces: List[_Piece], records: List[Dict[str, bytes]]
+) -> Optional[Distribution]:
     """All frames of all records, one record's behind the other's."""
     found = read_fingerprint(pieces[0].pointer.store)
     codec, _ = found.codecs()
+    if codec is None:
+        return None
     frames = [p.pointer.frames for p in pieces]
-    try:
+    with _told(pieces):
         return codec.decode([r["ctc"] for r in records], frames, found.vocab_size)
-    except ValueError as e:
-        raise KDError(
-            f"the targets of cuts {pieces[0].pointer.cut} to {pieces[-1].pointer.cut} "
-            f"can't be read as {codec} ({e}): make them again with `icefall-kd dump "
-            "--overwrite`"
-        ) from None
+
+
+def _decode_hidden(
+    pieces: List[_Piece], records: List[Dict[str, bytes]]
+) -> Dict[Layer, torch.Tensor]:
+    found = read_fingerprint(pieces[0].pointer.store)
+    layers = {}
+    for codec in found.hidden_codecs():
+        with _told(pieces):
+            layers[codec.layer] = torch.cat(
+                [
+                    codec.decode(r[codec.part], p.pointer.frames)
+                    for p, r in zip(pieces, records)
+                ]
+            )
+    return layers
 
 
 def _lattice(piece: _Piece, record: Dict[str, bytes]) -> LatticeTargets:
@@ -114,22 +144,26 @@ def _lattice(piece: _Piece, record: Dict[str, bytes]) -> LatticeTargets:
             f"the store {piece.pointer.store} keeps no lattices: dump with "
             "--keep-lattice collapsed"
         )
-    return codec.decode(record["lattice"], found.vocab_size)
+    with _told([piece]):
+        return codec.decode(record["lattice"], found.vocab_size)
 
 
-def read_ctc(cut: MonoCut, pointer: Pointer) -> Distribution:
-    """The CTC targets of the frames that ``cut`` has kept.
+def read_ctc(cut: MonoCut, pointer: Pointer) -> Optional[Distribution]:
+    """The CTC targets of the frames that ``cut`` has kept; None where there are none.
 
     Raises:
       KDError: a cut whose time has moved, or a record that is damaged.
     """
     piece = _piece(0.0, cut, pointer)
     rows = _decode([piece], [pointer.read()])
-    return select(rows, slice(piece.first, piece.last))
+    return None if rows is None else select(rows, slice(piece.first, piece.last))
 
 
 def collate_targets(
-    cuts: List[Cut], missing: str = "refuse", lattice: bool = False
+    cuts: List[Cut],
+    missing: str = "refuse",
+    lattice: bool = False,
+    hidden: bool = False,
 ) -> Targets:
     """Read and pad the targets of ``cuts``, one row a cut.
 
@@ -141,6 +175,7 @@ def collate_targets(
       missing: What becomes of a cut without targets: "refuse", or "hard", a row whose
         mask is False throughout.
       lattice: Read lattices too; of whole cuts only.
+      hidden: Read hidden layers too.
     """
     batch = [_pieces(cut, missing) for cut in cuts]
     lens = [max((p.end for p in pieces), default=0) for pieces in batch]
@@ -153,10 +188,14 @@ def collate_targets(
             begin += p.pointer.frames
     whole = [len(row) == 1 and row[0].whole for row in batch]
     index = torch.from_numpy(index)
-    ctc = torch.zeros(*index.shape, 0)
+    ctc, layers = None, {}
     records = [p.pointer.read() for p in pieces]
     if pieces:
-        ctc = select(_decode(pieces, records), index.clamp(min=0))
+        flat, at = _decode(pieces, records), index.clamp(min=0)
+        ctc = None if flat is None else select(flat, at)
+        if hidden:
+            rows = _decode_hidden(pieces, records)
+            layers = {layer: x[at] for layer, x in rows.items()}
     lattices = None
     if lattice:
         read = iter(records)
@@ -165,7 +204,7 @@ def collate_targets(
             of_row = [(p, next(read)) for p in row]
             lattices.append(_lattice(*of_row[0]) if complete else None)
     lens, whole = torch.tensor(lens), torch.tensor(whole)
-    return Targets(ctc, lens, index >= 0, whole, lattices)
+    return Targets(ctc, lens, index >= 0, whole, lattices, layers)
 
 
 def resample_frames(
@@ -184,7 +223,9 @@ def resample_frames(
     at = (slice(None), index)
     lens = (targets.lens / ratio).long()
     whole = torch.zeros_like(targets.whole)  # front ends differ at the edges
-    return Targets(select(targets.ctc, at), lens, targets.mask[at], whole)
+    ctc = None if targets.ctc is None else select(targets.ctc, at)
+    hidden = {layer: x[at] for layer, x in targets.hidden.items()}
+    return Targets(ctc, lens, targets.mask[at], whole, hidden=hidden)
 
 
 def map_symbols(targets: Targets, symbols: torch.Tensor) -> Targets:
@@ -197,7 +238,9 @@ def map_symbols(targets: Targets, symbols: torch.Tensor) -> Targets:
     """
     size = int(symbols.max()) + 1
     ctc = targets.ctc
-    if isinstance(ctc, SparseDistribution):
+    if ctc is None:
+        pass
+    elif isinstance(ctc, SparseDistribution):
         ctc = SparseDistribution(symbols[ctc.indices], ctc.log_probs, ctc.log_tail)
         if len(symbols) != size:
             raise KDError(
@@ -212,7 +255,7 @@ def map_symbols(targets: Targets, symbols: torch.Tensor) -> Targets:
         out = ctc.new_zeros((*ctc.shape[:-1], size))
         index = symbols.expand(ctc.shape)
         ctc = out.scatter_add_(-1, index, ctc.softmax(-1)).log()
-    return Targets(ctc, targets.lens, targets.mask, targets.whole)
+    return replace(targets, ctc=ctc, lattices=None)
 
 
 def store_fingerprint(
@@ -269,6 +312,7 @@ class KDDataset(torch.utils.data.Dataset):
       symbols: The student's index of each of the teacher's symbols, where they differ.
         See :func:`map_symbols`. Lattices are not mapped, and go without.
       lattice: Read lattices too, ``Targets.lattices``.
+      hidden: Read hidden layers too, ``Targets.hidden``.
     """
 
     def __init__(
@@ -278,6 +322,7 @@ class KDDataset(torch.utils.data.Dataset):
         frame_shift: Optional[float] = None,
         symbols: Optional[torch.Tensor] = None,
         lattice: bool = False,
+        hidden: bool = False,
     ) -> None:
         if not hasattr(dataset, "return_cuts"):
             raise KDError(
@@ -292,11 +337,12 @@ class KDDataset(torch.utils.data.Dataset):
         self.frame_shift = frame_shift
         self.symbols = symbols
         self.lattice = lattice
+        self.hidden = hidden
 
     def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
         batch = self.dataset[cuts]
         rows = cuts_of_rows(batch)
-        targets = collate_targets(rows, self.missing, self.lattice)
+        targets = collate_targets(rows, self.missing, self.lattice, self.hidden)
         if self.frame_shift is not None:
             shift = self._teacher_shift(rows)
             targets = resample_frames(targets, shift, self.frame_shift)

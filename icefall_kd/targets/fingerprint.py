@@ -12,6 +12,7 @@ from lhotse import Features
 
 from icefall_kd.codec import Codec, LatticeCodec
 from icefall_kd.errors import KDError
+from icefall_kd.hidden import HiddenCodec, parse_hidden
 
 FILENAME = "fingerprint.json"
 TOKENS = "tokens.txt"  # the teacher's symbols, one a line, in their order
@@ -111,9 +112,10 @@ class Fingerprint:
     num_features: int
     feature_type: str  # Lhotse's name of the extractor
     feature_shift: float = 0.01  # seconds between two feature frames
-    ctc: str = "dense"  # how CTC targets are kept; see icefall_kd.codec
+    ctc: str = "dense"  # how CTC targets are kept; "" for none; see icefall_kd.codec
     lattice: str = ""  # how lattices are kept; "" for none
     s_range: int = 0  # label positions of a lattice at a frame; 0 for none
+    hidden: str = ""  # which layers are kept, and how; see icefall_kd.hidden
     version: int = 3  # of the store's bytes
 
     @staticmethod
@@ -131,7 +133,7 @@ class Fingerprint:
           settings: The recipe's params.
           features: Of any of the cuts.
           tokens: See :func:`hash_tokens`.
-          kept: ``ctc``, ``lattice`` and ``s_range``.
+          kept: ``ctc``, ``lattice``, ``s_range`` and ``hidden``.
         """
         factor = int(settings.get("subsampling_factor", 4))
         found = Fingerprint(
@@ -148,14 +150,18 @@ class Fingerprint:
             **kept,
         )
         ctc, lattice = found.codecs()  # refuses what they can't read
-        return replace(found, ctc=str(ctc), lattice=str(lattice or ""))
+        return replace(found, ctc=str(ctc or ""), lattice=str(lattice or ""))
 
-    def codecs(self) -> Tuple[Codec, Optional[LatticeCodec]]:
+    def codecs(self) -> Tuple[Optional[Codec], Optional[LatticeCodec]]:
         """How CTC targets and lattices are kept."""
         lattice = None
         if self.lattice:
             lattice = LatticeCodec.parse(self.lattice, self.blank_id)
-        return Codec.parse(self.ctc), lattice
+        return Codec.parse(self.ctc) if self.ctc else None, lattice
+
+    def hidden_codecs(self) -> Tuple[HiddenCodec, ...]:
+        """How hidden layers are kept."""
+        return parse_hidden(self.hidden)
 
     @staticmethod
     def read(folder: Union[str, Path]) -> "Fingerprint":

@@ -1,7 +1,7 @@
 """What a store holds, as a table."""
 
 import math
-from typing import Iterable
+from typing import Iterable, List, Tuple
 
 import click
 import torch
@@ -9,11 +9,7 @@ from lhotse.cut import Cut
 
 from icefall_kd.targets.dataset import read_ctc
 from icefall_kd.targets.store import read_fingerprint, tracks_with_targets
-from icefall_kd.types import Distribution, SparseDistribution
-
-
-def sparse(rows: Distribution) -> bool:
-    return isinstance(rows, SparseDistribution)
+from icefall_kd.types import sparse
 
 
 def print_stats(cuts: Iterable[Cut]) -> None:
@@ -27,11 +23,15 @@ def print_stats(cuts: Iterable[Cut]) -> None:
             found = read_fingerprint(pointer.store)
             rows = read_ctc(inner, pointer)
             cut_count += 1
-            n = int((rows.log_tail if sparse(rows) else rows).size(0))
+            n = pointer.frames
+            if rows is not None:
+                n = int((rows.log_tail if sparse(rows) else rows).size(0))
             frames += n
             for name, size in pointer.sizes.items():
                 share = size * n / pointer.frames
                 sizes[name] = sizes.get(name, 0) + share
+            if rows is None:
+                continue
             if sparse(rows):
                 p, p_tail = rows.log_probs.exp(), rows.log_tail.exp()
                 entropy -= float((p * rows.log_probs.clamp(min=-1e4)).sum())
@@ -50,13 +50,21 @@ def print_stats(cuts: Iterable[Cut]) -> None:
         return
     rows = [("cuts", f"{cut_count:,}"), ("frames", f"{frames:,}")]
     rows += [(f"bytes a frame, {n}", f"{s / frames:.2f}") for n, s in sizes.items()]
+    kept_as = filter(None, (found.ctc, found.lattice, found.hidden))
+    rows.append(("kept as", ", ".join(kept_as)))
+    if not found.ctc:
+        _print_table(rows)
+        return
     rows += [
-        ("kept as", ", ".join(filter(None, (found.ctc, found.lattice)))),
         ("symbols kept in a frame, ctc", f"{kept / frames:.2f}"),
         ("mean tail, ctc", f"{tail / frames:.2e}"),
         ("entropy, ctc (nats a frame)", f"{entropy / frames:.4f}"),
         ("frames whose best is blank", f"{100 * blanks / frames:.1f} %"),
     ]
+    _print_table(rows)
+
+
+def _print_table(rows: List[Tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value:>14}")

@@ -8,13 +8,14 @@ import shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
 
 import numpy as np
 import torch
 from lhotse.cut import MonoCut
 
 from icefall_kd.errors import KDError
+from icefall_kd.hidden import HiddenCodec, Layer, load_quantizer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint, source_duration
 from icefall_kd.types import PrunedLattice
@@ -50,8 +51,8 @@ class LogitWriter:
 
     Each cut gets a field ``kd_targets``, a dictionary that says where its record lies
     (:class:`icefall_kd.targets.store.Pointer`). What a record holds, and how, stands in
-    the fingerprint: ``ctc`` and ``lattice`` name a representation each
-    (:mod:`icefall_kd.codec`).
+    the fingerprint: ``ctc``, ``lattice`` and ``hidden`` name a representation each
+    (:mod:`icefall_kd.codec`, :mod:`icefall_kd.hidden`).
 
     The record is written first, its manifest line second. A run that was cut short
     leaves ``<manifest>.partial``, which the next one continues; the manifest itself
@@ -89,6 +90,13 @@ class LogitWriter:
         self.storage_dir = Path(storage_dir)
         self.fingerprint = fingerprint
         self.ctc, self.lattice = fingerprint.codecs()
+        self.hidden = fingerprint.hidden_codecs()
+        self._quantizers: Dict[Layer, Any] = {}
+        if not (self.ctc or self.lattice or self.hidden):
+            raise KDError(
+                f"the store {storage_dir} would keep nothing: name a form for CTC "
+                "targets, lattices or hidden layers"
+            )
         self.bytes_written = 0
         if not overwrite and (self.storage_dir / FILENAME).exists():
             Fingerprint.read(self.storage_dir).check_same(fingerprint, storage_dir)
@@ -206,37 +214,67 @@ class LogitWriter:
     def write(
         self,
         cut: MonoCut,
-        logits: Union[torch.Tensor, np.ndarray],
+        logits: Union[torch.Tensor, np.ndarray, None] = None,
         lattice: Optional[PrunedLattice] = None,
+        hidden: Optional[Dict[Layer, torch.Tensor]] = None,
     ) -> Pointer:
         """Store one cut's targets.
 
         Args:
           cut: A MonoCut, as it will be trained on.
           logits: (T, V), the teacher's raw CTC logits on that cut, without padding.
-          lattice: Of that cut alone (N = 1), where the fingerprint names a
-            representation for it.
+          lattice: Of that cut alone (N = 1).
+          hidden: By layer, its rows (T, R, C), :func:`icefall_kd.hidden.hidden_rows`.
+            Of these three, what the fingerprint names must be there.
 
         Raises:
           KDError: not a MonoCut, a wrong shape, numbers that are not finite or beyond
             float16, a cut id that was written before, or a disk that is full.
         """
-        return self.append(cut, self.encode(cut, logits, lattice))
+        return self.append(cut, self.encode(cut, logits, lattice, hidden))
 
     def encode(
         self,
         cut: MonoCut,
-        logits: Union[torch.Tensor, np.ndarray],
+        logits: Union[torch.Tensor, np.ndarray, None] = None,
         lattice: Optional[PrunedLattice] = None,
-    ) -> "Record":
+        hidden: Optional[Dict[Layer, torch.Tensor]] = None,
+    ) -> Record:
         """What :meth:`write` stores, made and checked and not yet stored."""
-        logits = torch.as_tensor(logits).detach().float().cpu()
-        parts = {"ctc": self._ctc_part(cut, logits)}
+        parts, frames = {}, []
+        if self.ctc is not None:
+            if logits is None:
+                raise _missing(cut, "CTC logits", self.ctc)
+            logits = torch.as_tensor(logits).detach().float().cpu()
+            parts["ctc"] = self._ctc_part(cut, logits)
+            frames.append(len(logits))
         if self.lattice is not None:
-            parts["lattice"] = self._lattice_part(cut, lattice)
-        return Record(len(logits), parts)
+            if lattice is None:
+                raise _missing(cut, "a lattice", self.lattice)
+            check_finite(lattice.logits, f"lattice on cut {cut.id}")
+            parts["lattice"] = self.lattice.encode(lattice, cut.id)
+            frames.append(int(lattice.boundary[0, 3]))
+        for codec in self.hidden:
+            rows = (hidden or {}).get(codec.layer)
+            if rows is None:
+                raise _missing(cut, f"layer {codec.layer}", codec)
+            check_finite(rows, f"layer {codec.layer} on cut {cut.id}")
+            parts[codec.part] = codec.encode(rows.detach(), self._quantizer(codec))
+            frames.append(len(rows))
+        if len(set(frames)) > 1 or not frames[0]:
+            raise KDError(
+                f"the cut {cut.id} comes with {frames} frames of {list(parts)}: give "
+                "each the same number, one or more"
+            )
+        return Record(frames[0], parts)
 
-    def append(self, cut: MonoCut, encoded: "Record") -> Pointer:
+    def _quantizer(self, codec: HiddenCodec) -> Any:
+        if codec.codes and codec.layer not in self._quantizers:
+            path = codec.quantizer_file(self.storage_dir)
+            self._quantizers[codec.layer] = load_quantizer(path)
+        return self._quantizers.get(codec.layer)
+
+    def append(self, cut: MonoCut, encoded: Record) -> Pointer:
         """Store what :meth:`encode` made of ``cut``."""
         if not isinstance(cut, MonoCut):
             raise KDError(
@@ -281,15 +319,6 @@ class LogitWriter:
         check_finite(logits, f"logits on cut {cut.id}")
         return self.ctc.encode(self.ctc.keep(logits, cut.id), v)
 
-    def _lattice_part(self, cut: MonoCut, lattice: Optional[PrunedLattice]) -> bytes:
-        if lattice is None:
-            raise KDError(
-                f"the cut {cut.id} comes without a lattice, and the store keeps "
-                f"lattices as {self.lattice}: give write() the teacher's lattice"
-            )
-        check_finite(lattice.logits, f"lattice on cut {cut.id}")
-        return self.lattice.encode(lattice, cut.id)
-
     def close(self) -> None:
         """Leave what was written for another run to continue."""
         for file in (self._records, self._lines):
@@ -311,6 +340,13 @@ class LogitWriter:
             finally:
                 temporary.unlink(missing_ok=True)
             self.partial.unlink()
+
+
+def _missing(cut: MonoCut, name: str, kept: Any) -> KDError:
+    return KDError(
+        f"the cut {cut.id} comes without {name}, and the store keeps that as {kept}: "
+        "give it to write()"
+    )
 
 
 def check_finite(logits: torch.Tensor, name: str) -> None:

@@ -11,11 +11,12 @@ from lhotse.dataset.collation import collate_features
 from torch import nn
 
 from icefall_kd.errors import KDError
+from icefall_kd.hidden import Layer
 from icefall_kd.hook import TeacherHook
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.targets.writer import LogitWriter
-from icefall_kd.types import Targets
+from icefall_kd.types import EncoderOut, PrunedLattice, Targets
 
 
 class OnlineTeacher:
@@ -31,9 +32,11 @@ class OnlineTeacher:
         default.
       choose: Given a cut, the index of the model that it is taught by; instead of
         ``weights``.
+      hidden: Layers to be taken too (:mod:`icefall_kd.hidden`), of a single model.
+      ctc: Whether CTC logits are taken.
 
     Raises:
-      KDError: no models, or weights that don't fit them.
+      KDError: no models, weights that don't fit them, or hidden layers of several.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class OnlineTeacher:
         models: Sequence[nn.Module],
         weights: Optional[Sequence[float]] = None,
         choose: Optional[Callable[[Cut], int]] = None,
+        hidden: Sequence[Layer] = (),
+        ctc: bool = True,
     ) -> None:
         if not models:
             raise KDError("there is no teacher: give one model or more")
@@ -52,16 +57,27 @@ class OnlineTeacher:
                 f"the weights are {weights} for {len(models)} teachers: give a number "
                 "above 0 for each"
             )
+        if hidden and len(models) > 1:
+            raise KDError(
+                f"there are {len(models)} teachers, and hidden layers of several can't "
+                "be averaged: keep those of one teacher"
+            )
         for model in models:
             model.eval().requires_grad_(False)
-        self.hooks = [TeacherHook(model) for model in models]
-        self.log_weights = [math.log(w / sum(weights)) for w in weights]
+        self.hooks = [TeacherHook(model, hidden, ctc) for model in models]
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.weights /= self.weights.sum()
         self.choose = choose
 
     def to(self, device: torch.device) -> "OnlineTeacher":
         for hook in self.hooks:
             hook.model.to(device)
         return self
+
+    def close(self) -> None:
+        """Take the taps off the models."""
+        for hook in self.hooks:
+            hook.close()
 
     def targets(
         self,
@@ -76,26 +92,68 @@ class OnlineTeacher:
           x_lens: (N,), valid frames.
           cuts: The cut of each row, where a teacher is chosen for each.
         """
-        outs = [hook.encode(x, x_lens) for hook in self.hooks]
-        log_probs = [out.ctc_logits.float().log_softmax(-1) for out in outs]
-        if len({lp.size(-1) for lp in log_probs}) > 1:
+        outs = self.encode(x, x_lens)
+        log_probs = self.ctc(outs, cuts).float().log_softmax(-1)
+        return Targets(log_probs, outs[0].encoder_out_lens)
+
+    def encode(self, x: torch.Tensor, x_lens: torch.Tensor) -> List[EncoderOut]:
+        """Each model's forward pass."""
+        return [hook.encode(x, x_lens) for hook in self.hooks]
+
+    def ctc(
+        self, outs: List[EncoderOut], cuts: Optional[Sequence[Cut]] = None
+    ) -> torch.Tensor:
+        """CTC logits, (N, T, V), those of all models averaged."""
+        logits = [out.ctc_logits for out in outs]
+        if len({x.size(-1) for x in logits}) > 1:
             raise KDError(
-                f"the teachers have {[lp.size(-1) for lp in log_probs]} symbols: "
-                "teachers of one student need the same BPE model"
+                f"the teachers have {[x.size(-1) for x in logits]} symbols: teachers "
+                "of one student need the same BPE model"
             )
-        stacked = torch.stack(log_probs)  # (M, N, T, V)
-        if self.choose is not None:
-            index = torch.tensor([self._chosen(cut) for cut in cuts or []])
-            if len(index) != len(x):
-                raise KDError(
-                    f"there are {len(index)} cuts for {len(x)} rows, and each row's "
-                    "teacher is chosen by its cut: give one cut for each"
-                )
-            ctc = stacked[index.to(x.device), torch.arange(len(x), device=x.device)]
-        else:
-            weights = stacked.new_tensor(self.log_weights)[:, None, None, None]
-            ctc = (stacked + weights).logsumexp(0) if len(outs) > 1 else stacked[0]
-        return Targets(ctc, outs[0].encoder_out_lens)
+        if len(logits) == 1 and self.choose is None:
+            return logits[0]
+        return _mixed(logits, self._weights(outs, cuts))
+
+    def lattice(
+        self,
+        outs: List[EncoderOut],
+        y: Sequence[Sequence[int]],
+        s_range: int = 5,
+        cuts: Optional[Sequence[Cut]] = None,
+    ) -> PrunedLattice:
+        """The transducers' outputs, averaged on the nodes of the first of each row."""
+        found = [h.lattice(o, y, s_range) for h, o in zip(self.hooks, outs)]
+        if len(found) == 1:
+            return found[0]
+        weights = self._weights(outs, cuts)  # (M, N)
+        first = (weights > 0).int().argmax(0)
+        rows = torch.arange(len(first), device=first.device)
+        ranges = torch.stack([x.ranges for x in found])[first, rows]
+        found = [h.lattice(o, y, s_range, ranges) for h, o in zip(self.hooks, outs)]
+        return replace(
+            found[0],
+            logits=_mixed([x.logits for x in found], weights),
+            occupancy=sum(
+                w[:, None, None] * x.occupancy for w, x in zip(weights, found)
+            ),
+        )
+
+    def _weights(
+        self, outs: List[EncoderOut], cuts: Optional[Sequence[Cut]]
+    ) -> torch.Tensor:
+        """(M, N): each model's share in each row."""
+        lens = outs[0].encoder_out_lens
+        if self.choose is None:
+            weights = self.weights[:, None].expand(-1, len(lens))
+            return weights.to(device=lens.device, dtype=torch.float32)
+        index = torch.tensor([self._chosen(cut) for cut in cuts or []])
+        if len(index) != len(lens):
+            raise KDError(
+                f"there are {len(index)} cuts for {len(lens)} rows, and each row's "
+                "teacher is chosen by its cut: give one cut for each"
+            )
+        chosen = torch.arange(len(outs))[:, None] == index
+        return chosen.float().to(lens.device)
 
     def _chosen(self, cut: Cut) -> int:
         index = self.choose(cut)
@@ -105,6 +163,16 @@ class OnlineTeacher:
                 f"{len(self.hooks)}: give 0 to {len(self.hooks) - 1}"
             )
         return index
+
+
+def _mixed(logits: List[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """log sum_m w_m softmax(logits_m)."""
+    total = None
+    for x, w in zip(logits, weights):
+        w = w.log().view(-1, *[1] * (x.ndim - 1))
+        term = x.float().log_softmax(-1) + w
+        total = term if total is None else torch.logaddexp(total, term)
+    return total
 
 
 class CachingTeacher:

@@ -428,6 +428,8 @@ def sources(request, tmp_path_factory, make_fingerprint, encoder_frames):
 
 
 def dense_rows(ctc):
+    if ctc is None:  # nobody speaks
+        return None
     if isinstance(ctc, torch.Tensor):
         return ctc
     out = torch.zeros(*ctc.indices.shape[:2], 11)

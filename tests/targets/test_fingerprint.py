@@ -181,6 +181,7 @@ OTHER = {
     "ctc": "top:8",
     "lattice": "collapsed",
     "s_range": 7,
+    "hidden": "out:half",
     "version": 4,
 }
 

@@ -256,6 +256,7 @@ CHANGED = {
     "ctc": "top:8",
     "lattice": "collapsed",
     "s_range": 7,
+    "hidden": "out:half",
     "version": 4,
 }
 NAMES = [f.name for f in dataclasses.fields(Fingerprint)]
