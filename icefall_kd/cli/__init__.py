@@ -94,9 +94,10 @@ def dump(**options) -> None:
     """Store what the teacher says on IN_CUTS; write OUT_CUTS.
 
     IN_CUTS carry features. OUT_CUTS is the same manifest with the targets on its
-    cuts. Several teachers of one recipe, --exp-dir A,B, are averaged or chosen for
-    each cut. A run that was cut short goes on where it stopped. Under torchrun each process
-    is a job; on a cluster give each its --job. The last one joins their manifests.
+    cuts. IN_CUTS may be the folder of a Shar; see `icefall-kd shar`. Several teachers
+    of one recipe, --exp-dir A,B, are averaged or chosen for each cut. A run that was
+    cut short goes on where it stopped. Under torchrun each process is a job; on a
+    cluster give each its --job. The last one joins their manifests.
     """
     from icefall_kd.cli.dump import dump as run
 
@@ -114,6 +115,47 @@ def combine(in_cuts: str, out_cuts: str, num_jobs: int) -> None:
 
     with one_sentence():
         combine_jobs(in_cuts, out_cuts, num_jobs)
+
+
+@cli.command()
+@click.argument("cuts_path", metavar="CUTS")
+@click.argument("shar_dir")
+@click.option(
+    "--store",
+    default="",
+    help="Where fingerprint.json, tokens.txt and quantizers will be found; default: "
+    "the store that CUTS name.",
+)
+def shar(**options) -> None:
+    """Put the targets of CUTS into SHAR_DIR, the Lhotse Shar of the same cuts.
+
+    CUTS is what `icefall-kd dump SHAR_DIR CUTS` wrote. The targets become one more
+    field of the Shar, kd_targets.NNNNNN.jsonl.gz, and come along when it is read.
+    """
+    from icefall_kd.cli.shar import shar as run
+
+    with one_sentence():
+        run(**options)
+
+
+@cli.command()
+@click.argument("in_cuts")
+@click.argument("out")
+@teacher_options
+@click.option("--layer", required=True, help="A stack's index, or out.")
+@click.option("--codes", default=8, help="Codes of one byte for each vector.")
+@click.option("--num-vectors", default=100_000, help="To train on.")
+@click.option("--iters", default=10_000, help="Steps in each of its two phases.")
+@click.option("--seed", default=42)
+def quantizer(**options) -> None:
+    """Train the vector quantizer of a teacher's hidden layer on IN_CUTS; write OUT.
+
+    `icefall-kd dump --keep-hidden LAYER:OUT` stores that layer as its codes.
+    """
+    from icefall_kd.cli.quantizer import quantizer as run
+
+    with one_sentence():
+        run(**options)
 
 
 @cli.command()

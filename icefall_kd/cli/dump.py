@@ -51,10 +51,12 @@ WINDOW = 5
 
 
 def open_cuts(path: str) -> CutSet:
-    if not Path(path).is_file():
+    """The cuts of a manifest, or of a Shar's folder."""
+    if not Path(path).exists():
         raise KDError(f"the manifest {path} does not exist: make the features first")
     try:
-        cuts = CutSet.from_file(path)
+        is_shar = Path(path).is_dir()
+        cuts = CutSet.from_shar(in_dir=path) if is_shar else CutSet.from_file(path)
     except Exception as e:  # json, gzip and lhotse raise many kinds
         raise KDError(
             f"the manifest {path} can't be read ({type(e).__name__}): make it again"
@@ -64,7 +66,7 @@ def open_cuts(path: str) -> CutSet:
     return cuts
 
 
-def _checked(cuts: CutSet, path: str, num_features: int) -> Iterator[Cut]:
+def checked(cuts: CutSet, path: str, num_features: int) -> Iterator[Cut]:
     """The cuts of ``path`` one by one, refused where the teacher can't hear them."""
     seen: Set[str] = set()
     for cut in cuts:
@@ -372,7 +374,7 @@ def dump(
     )
     sp = check_vocabulary(bpe_model, settings) if bpe_model else None
     num_features = int(settings["feature_dim"])
-    first = next(_checked(cuts, in_cuts, num_features))
+    first = next(checked(cuts, in_cuts, num_features))
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -402,14 +404,15 @@ def dump(
             (Path(storage_dir) / TOKENS).write_text(names, "utf8")
         for codec in codecs:
             if codec.layer in quantizers:
-                shutil.copyfile(
-                    quantizers[codec.layer], codec.quantizer_file(storage_dir)
-                )
+                target = codec.quantizer_file(storage_dir)
+                temporary = target.with_name(f".tmp.{job}.{target.name}")
+                shutil.copyfile(quantizers[codec.layer], temporary)
+                temporary.replace(target)
         if len(writer):
             logging.warning("%d cuts have their targets already", len(writer))
         total = _count(cuts)
         plan = _Plan(
-            _checked(cuts, in_cuts, num_features), max_duration, job, num_jobs, writer
+            checked(cuts, in_cuts, num_features), max_duration, job, num_jobs, writer
         )
         loader = torch.utils.data.DataLoader(
             _Reader(), sampler=plan, batch_size=None, num_workers=num_workers
@@ -430,18 +433,20 @@ def dump(
             bar.set_postfix_str(
                 f"{rate:.0f} frames/s, {writer.bytes_written / 1e6:.1f} MB"
             )
-    _tell(in_cuts, out, storage_dir, len(writer), num_jobs, overwrite)
+    size = f"{writer.bytes_written / 1e6:.1f} MB"
+    told = f"{len(writer)} cuts with targets, {size} written, records in {storage_dir}"
+    _tell(in_cuts, out, told, num_jobs, overwrite)
     if stats and out.is_file():
         from icefall_kd.targets.stats import print_stats
 
         print_stats(CutSet.from_file(out))
 
 
-def _tell(in_cuts, out, storage_dir, n, num_jobs, overwrite) -> None:
+def _tell(in_cuts, out, told: str, num_jobs: int, overwrite: bool) -> None:
     if num_jobs == 1:
-        click.echo(f"{out}: {n} cuts with targets, records in {storage_dir}")
+        click.echo(f"{out}: {told}")
         return
-    click.echo(f"this job: {n} cuts with targets, records in {storage_dir}")
+    click.echo(f"this job: {told}")
     jobs = [job_manifest(out, j, num_jobs) for j in range(num_jobs)]
     if not overwrite and all(path.is_file() for path in jobs):
         combine_jobs(in_cuts, out, num_jobs)
@@ -474,4 +479,7 @@ def _name_unreadable(batch: List[Cut]) -> None:
 
 
 def _count(cuts: CutSet) -> int:
-    return sum(1 for _ in cuts)
+    try:
+        return len(cuts)  # counts lines, where Lhotse can
+    except (TypeError, NotImplementedError):
+        return sum(1 for _ in cuts)

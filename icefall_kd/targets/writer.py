@@ -20,6 +20,8 @@ from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint, source_duration
 from icefall_kd.types import PrunedLattice
 
+SHAR_NOTES = ("shard_origin", "shar_epoch", "dataloading_info")
+
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".tmp.{path.name}")
@@ -297,8 +299,10 @@ class LogitWriter:
             source=source_duration(cut),
         )
         pointer = replace(pointer, crc32=pointer.checksum(record))
-        cut = cut.with_id(cut.id)  # a copy: the caller's cut stays as it is
-        cut.custom = {**(cut.custom or {}), FIELD: pointer.to_dict()}
+        # A copy, the caller's cut stays as it is, and without what a Shar put there.
+        cut = cut.drop_in_memory_data().with_id(cut.id)
+        custom = {k: v for k, v in (cut.custom or {}).items() if k not in SHAR_NOTES}
+        cut.custom = {**custom, FIELD: pointer.to_dict()}
         line = json.dumps(cut.to_dict(), ensure_ascii=False) + "\n"
         with self._told():
             self._records.write(record)

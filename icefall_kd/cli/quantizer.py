@@ -1,0 +1,100 @@
+"""Trains the quantizer of a hidden layer."""
+
+from pathlib import Path
+from typing import Iterator, List
+
+import click
+import torch
+from lhotse import CutSet
+from lhotse.dataset.collation import collate_features
+from tqdm.auto import tqdm
+
+from icefall_kd.cli.dump import checked, open_cuts
+from icefall_kd.errors import KDError
+from icefall_kd.hidden import (
+    HiddenCodec,
+    hidden_rows,
+    import_quantization,
+    load_quantizer,
+    save_quantizer,
+)
+from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.teacher import OnlineTeacher
+
+BATCH = 600  # vectors in a step of training
+
+
+def vectors(teacher: OnlineTeacher, cuts, layer, device) -> Iterator[torch.Tensor]:
+    """A layer's vectors, (M, C), cut by cut."""
+    for cut in cuts:
+        x, x_lens = collate_features(CutSet.from_cuts([cut]))
+        (out,) = teacher.encode(x.to(device), x_lens.to(device))
+        yield hidden_rows(out, layer)[0].flatten(0, 1)
+
+
+def gather(found: Iterator[torch.Tensor], wanted: int) -> torch.Tensor:
+    parts: List[torch.Tensor] = []
+    with tqdm(desc="Teacher's vectors", unit=" vectors", total=wanted) as bar:
+        for part in found:
+            parts.append(part)
+            bar.update(len(part))
+            if sum(map(len, parts)) >= wanted:
+                break
+    return torch.cat(parts)
+
+
+def quantizer(
+    in_cuts: str,
+    out: str,
+    recipe: str,
+    exp_dir: str,
+    epoch: int,
+    iteration: int,
+    avg: int,
+    use_averaged_model: bool,
+    layer: str,
+    codes: int,
+    num_vectors: int,
+    iters: int,
+    seed: int,
+) -> None:
+    layer = HiddenCodec.parse(f"{layer}:half").layer
+    if codes not in (1, 2, 4, 8, 16, 32):
+        raise KDError(f"--codes is {codes}: give 1, 2, 4, 8, 16 or 32")
+    if iters < 1 or num_vectors < BATCH:
+        raise KDError(
+            f"--iters is {iters} and --num-vectors {num_vectors}: give 1 or more, and "
+            f"{BATCH} or more"
+        )
+    package = import_quantization()
+    cuts = open_cuts(in_cuts)
+    model, settings = load_recipe_model(
+        recipe, exp_dir, epoch, iteration, avg, use_averaged_model
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = OnlineTeacher([model], hidden=[layer], ctc=False).to(device)
+    heard = checked(cuts, in_cuts, int(settings["feature_dim"]))
+    data = gather(vectors(teacher, heard, layer, device), num_vectors)
+    torch.manual_seed(seed)
+    trainer = package.QuantizerTrainer(
+        dim=data.size(1),
+        bytes_per_frame=codes,
+        device=device,
+        phase_one_iters=iters,
+        phase_two_iters=iters,
+    )
+    with tqdm(desc="Quantizer", unit=" steps", total=2 * iters) as bar:
+        while not trainer.done():
+            trainer.step(data[torch.randint(len(data), (BATCH,), device=device)])
+            bar.update()
+    trained = trainer.get_quantizer()
+    save_quantizer(trained.cpu(), Path(out))
+    read = load_quantizer(out)
+    x = data[:5000].cpu()
+    with torch.no_grad():
+        error = (read.decode(read.encode(x, as_bytes=False)) - x).square().sum()
+    share = error / (x - x.mean(0)).square().sum()
+    click.echo(
+        f"{out}: {codes} codes a vector of {data.size(1)}, from {len(data)} vectors of "
+        f"layer {layer}; {100 * share:.1f} % of their variance is lost"
+    )
