@@ -11,6 +11,7 @@ Usage, when egs/digits/ASR/run.sh has run:
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -27,8 +28,7 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 from lhotse.features.io import LilcomChunkyWriter
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.dump import _Plan, _Reader, _Sink, _split
-from icefall_kd.hook import TeacherHook
+from icefall_kd.cli.dump import Teacher, _batches, _Plan, _Reader, _Sink
 from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.fingerprint import Fingerprint, load_bpe_model
@@ -78,7 +78,7 @@ def memory(args: argparse.Namespace, cuts: CutSet, folder: Path) -> Dict[str, fl
                     writer.write(cut.with_id(f"{cut.id}-{i}"))
         command = [sys.executable, "-c", "from icefall_kd.cli import main; main()"]
         command += ["dump", manifest, folder / f"kd-{n}.jsonl.gz"]
-        command += ["--recipe", args.recipe, "--exp-dir", args.work_dir / "exp/teacher"]
+        command += ["--recipe", args.recipe, "--exp-dir", "exp/teacher"]
         command += ["--epoch", args.teacher_epoch, "--num-threads", args.num_threads]
         command += ["--num-workers", 0, "--max-duration", args.max_duration]
         subprocess.run([str(c) for c in command], check=True)
@@ -101,7 +101,10 @@ def each(function: Callable, items: List) -> None:
 def main() -> None:
     args = get_args()
     torch.set_num_threads(args.num_threads)
-    exp, data = args.work_dir / "exp", args.work_dir / "data"
+    args.recipe = args.recipe.resolve()
+    args.json = args.json and args.json.resolve()
+    os.chdir(args.work_dir)  # what a recipe's paths are relative to
+    exp, data = Path("exp"), Path("data")
     model, settings = load_recipe_model(
         args.recipe, exp / "teacher", args.teacher_epoch, 0, 1, True
     )
@@ -109,7 +112,7 @@ def main() -> None:
     cuts = cuts.subset(first=args.num_cuts).to_eager()
     sp = load_bpe_model(settings["bpe_model"])
     figures = {}
-    with tempfile.TemporaryDirectory() as folder, TeacherHook(model) as hook:
+    with tempfile.TemporaryDirectory() as folder:
 
         def forward(keep: str, lattice: str, write: bool) -> None:
             fingerprint = Fingerprint.of(
@@ -118,7 +121,9 @@ def main() -> None:
                 cuts[0].features,
                 ctc=keep,
                 lattice=lattice,
+                s_range=5 if lattice else 0,
             )
+            teacher = Teacher(fingerprint, [model], None, None, sp)
             with LogitWriter(
                 f"{folder}/{keep}{lattice}.jsonl.gz",
                 f"{folder}/{keep}{lattice}",
@@ -131,22 +136,14 @@ def main() -> None:
                     _Reader(), sampler=plan, batch_size=None
                 )
                 for batch, x, x_lens in loader:
-                    out = hook.encode(x, x_lens)
-                    lattices = None
-                    if lattice:
-                        y = [c.supervisions[0].text for c in batch.cuts]
-                        lattices = hook.lattice(out, sp.encode(y, out_type=int))
+                    said = teacher(x, x_lens, batch.cuts)
                     if write:
-                        lattices = lattices and _split(lattices)
-                        lens = out.encoder_out_lens.tolist()
-                        sink.put(batch, out.ctc_logits, lens, lattices)
+                        sink.put(batch, said)
                 sink.close(failed=False)
+            teacher.group.close()
 
-        forms = [("dense", ""), ("adaptive:0.99:16", "")]
-        forms += [
-            ("adaptive:0.99:16", "collapsed"),
-            ("adaptive:0.99:16", "adaptive:0.99:8"),
-        ]
+        sparse = "adaptive:0.999:16"
+        forms = [("dense", ""), (sparse, ""), (sparse, "collapsed"), (sparse, sparse)]
         print("| kept | forward, s | forward and writing, s | ratio |")
         rows = ["|---|---|---|---|"]
         for keep, lattice in forms:
@@ -175,11 +172,8 @@ def main() -> None:
             stored = CutSet.from_file(f"{folder}/{keep}{lattice}.jsonl.gz").to_eager()
             lilcom = stored.copy_feats(LilcomChunkyWriter(f"{folder}/lilcom"))
             for kind, these in (("numpy_files", stored), ("lilcom_chunky", lilcom)):
-                parts = [
-                    these.subset(cut_ids=list(these.ids)[i : i + 8])
-                    for i in range(0, len(these), 8)
-                ]
-                lists = [list(p) for p in parts]
+                lists = list(_batches(list(these), args.max_duration))
+                parts = [CutSet.from_cuts(cuts) for cuts in lists]
                 found = timed(
                     {
                         "features": partial(each, dataset.__getitem__, parts),

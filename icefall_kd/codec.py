@@ -29,6 +29,7 @@ import hashlib
 import re
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Optional, Sequence, Tuple
 
 import numpy as np
@@ -68,6 +69,7 @@ class Codec:
     temperature: float = 1.0
 
     @staticmethod
+    @lru_cache(maxsize=64)
     def parse(text: str) -> "Codec":
         """The codec that ``text`` names."""
         match = re.fullmatch(r"([a-z]+)((?::[0-9.]+)*)(?:@([0-9.]+))?", text)
@@ -164,26 +166,17 @@ class Codec:
         Raises:
           ValueError: bytes that :meth:`encode` did not make.
         """
-        sparse = self.kind != "dense"
-        readers = [_Reader(_inflate_all(d) if sparse else d) for d in data]
-
-        def take(kind, sizes) -> np.ndarray:
-            return np.concatenate([r.take(kind, n) for r, n in zip(readers, sizes)])
-
-        if not sparse:
-            flat = take(np.float16, [n * vocab_size for n in rows])
-            for reader in readers:
-                reader.finish()
+        if self.kind == "dense":
+            flat = np.concatenate([np.frombuffer(d, np.float16) for d in data])
             values = torch.from_numpy(flat.reshape(-1, vocab_size).astype(np.float32))
+            if len(values) != sum(rows):
+                raise ValueError(f"{len(values)} rows, and not {sum(rows)}")
             return values.log_softmax(-1)
-        counts = take(np.uint8, rows)
-        so_far = np.concatenate(([0], counts.cumsum(dtype=np.int64)))
-        sums = np.diff(so_far[np.cumsum([0, *rows])])
-        tail = take(np.uint8, rows)
-        flat_indices = take(_index_type(vocab_size), sums).astype(np.int64)
-        flat = take(np.uint8, sums)
-        for reader in readers:
-            reader.finish()
+        kind = _index_type(vocab_size)
+        parts = [_sections(_inflate_all(d), n, kind) for d, n in zip(data, rows)]
+        counts, tail, flat_indices, flat = map(np.concatenate, zip(*parts))
+        if counts.sum(dtype=np.int64) != len(flat):
+            raise ValueError(f"{len(flat)} entries, and not {counts.sum()}")
         if len(flat_indices) and int(flat_indices.max()) >= vocab_size:
             raise ValueError("an index beyond the vocabulary")
         width = max(1, int(counts.max(initial=0)))
@@ -198,6 +191,16 @@ class Codec:
         return SparseDistribution(
             torch.from_numpy(indices), (p / mass[:, None]).log(), (tail / mass).log()
         )
+
+
+def _sections(data: bytes, rows: int, kind: np.dtype) -> Tuple[np.ndarray, ...]:
+    """Counts, tails, indices and values of one encoding."""
+    a = np.frombuffer(data, np.uint8)
+    entries, rest = divmod(len(a) - 2 * rows, kind.itemsize + 1)
+    if rest or entries < 0:
+        raise ValueError(f"{len(a)} bytes for {rows} rows")
+    indices = a[2 * rows : len(a) - entries]
+    return a[:rows], a[rows : 2 * rows], indices.view(kind), a[len(a) - entries :]
 
 
 def _bytes(

@@ -32,7 +32,7 @@ def source_duration(cut: MonoCut) -> float:
     return round(cut.recording.duration, 6) if cut.has_recording else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pointer:
     """A cut's record, and what the cut was when the teacher heard it."""
 
@@ -93,7 +93,7 @@ class Pointer:
         Raises:
           KDError: if the record is not there whole, or a byte of it has changed.
         """
-        path = os.path.join(self.store, self.file)
+        path = f"{self.store}/{self.file}"
         record = self._record(path)
         found = self.checksum(record)
         if found != self.crc32:
@@ -146,7 +146,7 @@ def check_unmoved(cut: MonoCut, pointer: Pointer) -> None:
             f"changed since: {REMEDY}, with the change applied"
         )
     early = pointer.start - cut.start
-    late = cut.end - pointer.start - pointer.duration
+    late = cut.duration - early - pointer.duration
     if max(early, late) > SLACK:
         raise KDError(
             f"the cut {cut.id} spans {cut.start} to {cut.end} s of its recording and "
