@@ -4,10 +4,10 @@ import importlib
 import logging
 import pickle
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path, PosixPath
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
             f"the recipe folder {recipe_dir} holds no train.py: give --recipe the "
             "folder of the recipe's train.py, such as ./zipformer"
         )
+    main = sys.modules.get("__main__")
+    if Path(getattr(main, "__file__", None) or "").resolve() == folder / "train.py":
+        return main  # the recipe that is running
     loaded = sys.modules.get("train")
     if loaded is not None and Path(loaded.__file__).resolve().parent != folder:
         for name in ("train", "asr_datamodule", "model"):
@@ -41,7 +44,8 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
         sys.path.remove(str(folder))
     sys.path.insert(0, str(folder))
     try:
-        train = importlib.import_module("train")
+        with _threads_as_they_are():
+            train = importlib.import_module("train")
     except Exception as e:  # whatever the recipe's code raises
         where = getattr(e, "lineno", None)
         raise KDError(
@@ -57,6 +61,20 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
                 "recipes have: give --recipe such a recipe's folder"
             )
     return train
+
+
+@contextmanager
+def _threads_as_they_are() -> Iterator[None]:
+    """Recipes set torch's threads on import, and torch aborts where they run already."""
+    names = ("set_num_threads", "set_num_interop_threads")
+    saved = {name: getattr(torch, name) for name in names}
+    for name in names:
+        setattr(torch, name, lambda n: None)
+    try:
+        yield
+    finally:
+        for name, function in saved.items():
+            setattr(torch, name, function)
 
 
 def _checkpoint_module() -> ModuleType:

@@ -1,5 +1,8 @@
 """Models rebuilt from the digits recipe's own checkpoints."""
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -285,3 +288,22 @@ def test_settings_need_a_model(tmp_path):
 def test_an_odd_checkpoint_says_what_went_wrong(tmp_path):
     with pytest.raises(KDError, match=r"can't be read \(\w+\)"):
         load_checkpoint(tmp_path)
+
+
+def test_the_recipe_that_is_running_is_not_imported_again(monkeypatch, tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('imported again')\n")
+    running = types.ModuleType("__main__")
+    running.__file__ = str(tmp_path / "train.py")
+    monkeypatch.setitem(sys.modules, "__main__", running)
+    assert import_train(tmp_path) is running
+
+
+def test_a_recipe_that_sets_threads_on_import_leaves_them_as_they_are(tmp_path):
+    """As icefall's do; torch aborts where its threads run already."""
+    code = "import torch\ntorch.set_num_threads(3)\ntorch.set_num_interop_threads(1)\n"
+    code += "get_params = get_model = lambda *args: None\n"
+    (tmp_path / "train.py").write_text(code)
+    before = torch.get_num_threads()
+    torch.ones(300, 300).matmul(torch.ones(300, 300))
+    import_train(tmp_path)
+    assert torch.get_num_threads() == before != 3
