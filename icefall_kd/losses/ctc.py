@@ -1,82 +1,12 @@
 """Distillation of the CTC head, frame by frame."""
 
-import math
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.types import Distribution, SparseDistribution
-
-
-def check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise KDError(
-            f"the temperature is {temperature!r}, and must be a finite number above 0: "
-            "2.0 is a good start"
-        )
-
-
-def _floor(log_probs: torch.Tensor) -> torch.Tensor:
-    """A symbol of probability 0 adds 0, not 0 * inf."""
-    return log_probs.clamp(min=torch.finfo(log_probs.dtype).min / 4)
-
-
-class _FrameKL(torch.autograd.Function):
-    """T^2 KL(p || q) summed over rows, its gradient formed in the forward pass.
-
-    With q = softmax(z / T) the gradient towards z is T (q - p): exactly 0 where
-    student and teacher are equal.
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, temperature):
-        log_q = torch.log_softmax(student / temperature, dim=-1)
-        log_p = torch.log_softmax(teacher / temperature, dim=-1)
-        p = log_p.exp()
-        kl = p * (_floor(log_p) - _floor(log_q))
-        ctx.save_for_backward((log_q.exp() - p).mul_(temperature))
-        return kl.sum() * temperature**2
-
-    @staticmethod
-    def backward(ctx, grad_output) -> Tuple[torch.Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_output, None, None
-
-
-class _SparseKL(torch.autograd.Function):
-    """T^2 KL(p || q) of the K kept symbols and, as one more class, all others.
-
-    With q = softmax(z / T) and q_tail the mass outside the kept symbols, the gradient
-    towards z is T (q_i - p_i) at a kept symbol and T (q_i - p_tail q_i / q_tail) at any
-    other.
-    """
-
-    @staticmethod
-    def forward(ctx, student, indices, log_p, log_p_tail, temperature):
-        log_q = torch.log_softmax(student / temperature, dim=-1)
-        kept = log_p > -torch.inf
-        # Padding entries share index 0 with a symbol that may be kept: only kept
-        # entries may write.
-        inside = torch.zeros_like(log_q, dtype=torch.int8)
-        inside.scatter_add_(1, indices, kept.to(torch.int8))
-        log_q_tail = log_q.masked_fill(inside > 0, -torch.inf).logsumexp(-1)
-        log_q_top = log_q.gather(1, indices)
-        p, p_tail = log_p.exp(), log_p_tail.exp()
-        kl = p * (_floor(log_p) - _floor(log_q_top))
-        kl_tail = p_tail * (_floor(log_p_tail) - _floor(log_q_tail))
-        # q_i / q_tail as one exponential: q_tail alone may be too small to divide by.
-        share = (log_q - _floor(log_q_tail)[:, None]).exp_()
-        share.masked_fill_(inside > 0, 0.0).mul_(p_tail[:, None])
-        grad = log_q.exp().sub_(share)
-        grad.scatter_add_(1, indices, -p)
-        ctx.save_for_backward(grad.mul_(temperature))
-        return (kl.sum() + kl_tail.sum()) * temperature**2
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        (grad,) = ctx.saved_tensors
-        return grad * grad_output, None, None, None, None
+from icefall_kd.losses.kl import check_temperature, row_kl
+from icefall_kd.types import Distribution, SparseDistribution, sparse
 
 
 def ctc_kd_loss(
@@ -112,9 +42,8 @@ def ctc_kd_loss(
       KDError: shapes that differ, lengths beyond T, or a bad temperature.
     """
     check_temperature(temperature)
-    sparse = isinstance(teacher, SparseDistribution)
-    shape = (teacher.indices if sparse else teacher).shape
-    n_equal = 2 if sparse else 3
+    shape = (teacher.indices if sparse(teacher) else teacher).shape
+    n_equal = 2 if sparse(teacher) else 3
     if (
         student_logits.ndim != 3
         or len(shape) != 3
@@ -123,7 +52,7 @@ def ctc_kd_loss(
         raise KDError(
             f"student logits have shape {tuple(student_logits.shape)} and teacher "
             f"logits {tuple(shape)}, and both must be the same "
-            f"{'(N, T)' if sparse else '(N, T, V)'}: check vocabulary and frame rate "
+            f"{'(N, T)' if sparse(teacher) else '(N, T, V)'}: check vocabulary and frame rate "
             "of both models"
         )
     n, t, v = student_logits.shape
@@ -136,7 +65,6 @@ def ctc_kd_loss(
             f"lengths go up to {int(lengths.max())}, and the logits have {t} frames"
         )
     device = student_logits.device
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
     valid = torch.arange(t, device=device) < lengths.to(device).unsqueeze(1)
     if mask is not None:
         if mask.shape != valid.shape:
@@ -144,26 +72,32 @@ def ctc_kd_loss(
                 f"the mask has shape {tuple(mask.shape)} and must be {(n, t)}"
             )
         valid &= mask.to(device)
+    rows = valid.flatten().nonzero().squeeze(1)
+    if sparse(teacher):
+        teacher = teacher.to(device)
+        _check_symbols(teacher.indices.flatten(0, 1)[rows], v)
+    else:
+        teacher = teacher.detach().to(device)
+    return row_kl(
+        student_logits.flatten(0, 1),
+        _flat(teacher),
+        temperature,
+        student_rows=rows,
+        teacher_rows=rows,
+    )
 
-    def rows(x: torch.Tensor) -> torch.Tensor:
-        x = x.detach().to(device)[valid]
-        return x.to(dtype) if x.is_floating_point() else x
 
-    with torch.autocast(device.type, enabled=False):
-        student = student_logits[valid].to(dtype)
-        if not sparse:
-            return _FrameKL.apply(student, rows(teacher), float(temperature))
-        indices = rows(teacher.indices)
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < v:
-            raise KDError(
-                f"the sparse target has symbols {int(indices.min())} to "
-                f"{int(indices.max())}, and the student's logits {v} symbols: both "
-                "need the same BPE model"
-            )
-        return _SparseKL.apply(
-            student,
-            indices,
-            rows(teacher.log_probs),
-            rows(teacher.log_tail),
-            float(temperature),
+def _flat(rows: Distribution) -> Distribution:
+    if sparse(rows):
+        parts = (rows.indices, rows.log_probs, rows.log_tail)
+        return SparseDistribution(*(x.detach().flatten(0, 1) for x in parts))
+    return rows.flatten(0, 1)
+
+
+def _check_symbols(indices: torch.Tensor, v: int) -> None:
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < v:
+        raise KDError(
+            f"the sparse target has symbols {int(indices.min())} to "
+            f"{int(indices.max())}, and the student's logits {v} symbols: both need "
+            "the same BPE model"
         )

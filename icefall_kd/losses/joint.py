@@ -6,7 +6,8 @@ from typing import Dict, Tuple
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.losses.ctc import check_temperature, ctc_kd_loss
+from icefall_kd.losses.ctc import ctc_kd_loss
+from icefall_kd.losses.kl import check_temperature
 from icefall_kd.types import EncoderOut, Targets, select
 
 

@@ -563,7 +563,8 @@ def test_sparse_half_inputs_are_computed_in_float32(dtype):
     expected = value_and_grad(ctc_kd_loss, student.float(), sparse, lengths, 2.0)
     assert value.dtype == torch.float32 and grad.dtype == dtype
     assert torch.equal(value, expected[0])
-    assert torch.equal(grad, expected[1].to(dtype))
+    # Float16's gradient is scaled on its way, and so rounded twice.
+    torch.testing.assert_close(grad, expected[1].to(dtype), rtol=2**-10, atol=1e-7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(ctc_kd_loss(student, sparse, lengths, 2.0), expected[0])
 
