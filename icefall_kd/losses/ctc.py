@@ -52,8 +52,8 @@ def ctc_kd_loss(
         raise KDError(
             f"student logits have shape {tuple(student_logits.shape)} and teacher "
             f"logits {tuple(shape)}, and both must be the same "
-            f"{'(N, T)' if sparse(teacher) else '(N, T, V)'}: check vocabulary and frame rate "
-            "of both models"
+            f"{'(N, T)' if sparse(teacher) else '(N, T, V)'}: check vocabulary and "
+            "frame rate of both models"
         )
     n, t, v = student_logits.shape
     if lengths.shape != (n,) or (n and not 0 <= int(lengths.min())):

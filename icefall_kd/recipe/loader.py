@@ -65,7 +65,7 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
 
 @contextmanager
 def _threads_as_they_are() -> Iterator[None]:
-    """Recipes set torch's threads on import, and torch aborts where they run already."""
+    """Recipes set threads on import, and torch aborts where they run already."""
     names = ("set_num_threads", "set_num_interop_threads")
     saved = {name: getattr(torch, name) for name in names}
     for name in names:
