@@ -307,6 +307,17 @@ class LatticeCodec:
         form = "collapsed" if self.nodes is None else str(self.nodes)
         return f"path:{form}" if self.path else form
 
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse to read it at another temperature than its own."""
+        if self.nodes is not None:
+            self.nodes.check_temperature(temperature)
+        elif temperature != 1:
+            raise KDError(
+                f"the lattices are kept as {self}, for temperature 1, and the loss "
+                f"asks for {temperature:g}: give --kd-temperature 1, or dump with "
+                "--keep-lattice dense"
+            )
+
     def encode(self, lattice: PrunedLattice, key: str = "") -> bytes:
         """The bytes of one utterance's lattice (N = 1)."""
         if lattice.ranges.size(0) != 1:

@@ -56,6 +56,14 @@ def _tap_ctc(store: Dict[str, Any], owner: nn.Module) -> Callable:
     return hook
 
 
+def _tap_decoder(store: Dict[str, Any], owner: nn.Module) -> Callable:
+    def hook(module, args, output):
+        if module is owner:
+            store["decoder_out"], store["symbols"] = output, args[0]
+
+    return hook
+
+
 def _tap_stack(store: Dict[str, Any], owner: nn.Module, index: int) -> Callable:
     def hook(module, args, output):
         if module is owner:
@@ -132,6 +140,15 @@ def _alone(model: nn.Module, lens: torch.Tensor) -> Iterator[None]:
             handle.remove()
 
 
+def _need_transducer(model: nn.Module) -> None:
+    for name in ("decoder", "joiner", "simple_am_proj", "simple_lm_proj"):
+        if getattr(model, name, None) is None:
+            raise KDError(
+                f"the model {type(model).__name__} has no {name}, and a lattice "
+                "needs a transducer head: distil the CTC head alone"
+            )
+
+
 class TeacherHook:
     """Reads encoder output and raw CTC logits off a recipe's Zipformer model.
 
@@ -154,13 +171,18 @@ class TeacherHook:
       hidden: Indices of the encoder's stacks whose output is taken too. The
         encoder's output, "out", is taken anyway.
       ctc: Whether to take the CTC head's logits; False for a model without that head.
+      decoder: Whether to take the transducer's decoder output.
 
     Raises:
       KDError: if the model lacks an encoder, a CTC head or a stack.
     """
 
     def __init__(
-        self, model: nn.Module, hidden: Sequence[Layer] = (), ctc: bool = True
+        self,
+        model: nn.Module,
+        hidden: Sequence[Layer] = (),
+        ctc: bool = True,
+        decoder: bool = False,
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -176,7 +198,10 @@ class TeacherHook:
         if ctc:
             head = ctc_linear(model)
             taps.append((head, _tap_ctc(self._store, head)))
-        self._ctc = ctc
+        self.ctc = ctc
+        if decoder:
+            _need_transducer(model)
+            taps.append((model.decoder, _tap_decoder(self._store, model.decoder)))
         stacks = getattr(model.encoder, "encoders", [])
         for i in hidden:
             if i == OUT:
@@ -244,7 +269,7 @@ class TeacherHook:
                 frames = torch.arange(x.size(1), device=x.device)
                 mask = frames.unsqueeze(0) >= x_lens.unsqueeze(1)
                 out, _ = model.encoder(x.permute(1, 0, 2), x_lens, mask)
-            if self._ctc:
+            if self.ctc:
                 ctc_linear(model)(out.permute(1, 0, 2))
         return self.take()
 
@@ -273,12 +298,7 @@ class TeacherHook:
           KDError: a model without transducer head, or labels that do not fit.
         """
         model = self.model
-        for name in ("decoder", "joiner", "simple_am_proj", "simple_lm_proj"):
-            if getattr(model, name, None) is None:
-                raise KDError(
-                    f"the model {type(model).__name__} has no {name}, and a lattice "
-                    "needs a transducer head: dump CTC targets alone"
-                )
+        _need_transducer(model)
         blank = int(model.decoder.blank_id)
         encoder_out, lens = out.encoder_out, out.encoder_out_lens
         symbols, boundary = _padded(y, lens, blank)

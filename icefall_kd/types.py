@@ -54,6 +54,8 @@ class EncoderOut:
     # By index of the stack, (N, T50, C): at the encoder's inner 50 Hz.
     hidden: Dict[int, torch.Tensor] = field(default_factory=dict)
     hidden_lens: Optional[torch.Tensor] = None  # (N,), valid frames of those
+    decoder_out: Optional[torch.Tensor] = None  # (N, U + 1, D)
+    symbols: Optional[torch.Tensor] = None  # (N, U + 1), what the decoder got
 
 
 @dataclass
@@ -91,6 +93,30 @@ class LatticeTargets:
 
 
 @dataclass
+class Nodes:
+    """Nodes (t, u) of a batch's lattices, and what the teacher says at each.
+
+    R of them, of all utterances.
+    """
+
+    row: torch.Tensor  # (R,), int64, the utterance
+    frame: torch.Tensor  # (R,), int64, t
+    position: torch.Tensor  # (R,), int64, u: labels emitted before
+    label: torch.Tensor  # (R,), int64, the one that comes next; -1 behind the last
+    occupancy: torch.Tensor  # (R,)
+    teacher: Distribution  # (R, V), or sparse
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def to(self, device: torch.device) -> "Nodes":
+        return Nodes(**{k: v.to(device) for k, v in vars(self).items()})
+
+    def select(self, index: torch.Tensor) -> "Nodes":
+        return Nodes(**{k: select(v, index) for k, v in vars(self).items()})
+
+
+@dataclass
 class Targets:
     """What a teacher said on one batch, row by row as the batch's features.
 
@@ -105,6 +131,8 @@ class Targets:
     whole: Optional[torch.Tensor] = None
     # A row's lattice; None for a row that is not whole, whose labels are unknown.
     lattices: Optional[List[Optional[LatticeTargets]]] = None
+    # Nodes of all rows, where the teacher was asked online.
+    nodes: Optional[Nodes] = None
     # By layer, (N, T, R, C) in float or codes in int64; see icefall_kd.hidden.
     hidden: Dict[Union[int, str], torch.Tensor] = field(default_factory=dict)
 
@@ -122,4 +150,5 @@ class Targets:
         lattices = self.lattices and [x and x.to(device) for x in self.lattices]
         hidden = {layer: x.to(device) for layer, x in self.hidden.items()}
         tensors = [x if x is None else x.to(device) for x in tensors]
-        return Targets(*tensors, lattices, hidden)
+        nodes = self.nodes and self.nodes.to(device)
+        return Targets(*tensors, lattices, nodes, hidden)

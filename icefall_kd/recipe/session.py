@@ -12,7 +12,8 @@ and in its data module, once the training dataset exists::
 
     train = kd.wrap_dataset(train, cuts_train)
 
-With ``--kd-ctc-weight 0``, the default, all of them leave everything as it is.
+With ``--kd-ctc-weight 0 --kd-rnnt-weight 0``, the default, all of them leave everything
+as it is.
 """
 
 import argparse
@@ -34,8 +35,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kd-ctc-weight",
         type=float,
         default=0.0,
-        help="Weight of the CTC frame KL against the teacher's stored targets; "
-        "0 switches distillation off.",
+        help="Weight of the CTC frame KL against the teacher's targets.",
+    )
+    group.add_argument(
+        "--kd-rnnt-weight",
+        type=float,
+        default=0.0,
+        help="Weight of the transducer's KL on the nodes of the teacher's pruned "
+        "lattice. With this and --kd-ctc-weight at 0 distillation is off.",
+    )
+    group.add_argument(
+        "--kd-rnnt-form",
+        type=str,
+        default="nodes",
+        help="nodes: over all symbols that the teacher's lattice tells; collapsed: "
+        "over {next label, blank, rest}.",
+    )
+    group.add_argument(
+        "--kd-rnnt-shift",
+        type=int,
+        default=0,
+        help="Frames by which a streaming student may lag behind its teacher.",
+    )
+    group.add_argument(
+        "--kd-s-range",
+        type=int,
+        default=5,
+        help="With --kd-teacher-exp-dir: label positions of its lattice at a frame.",
     )
     group.add_argument(
         "--kd-hard-weight",
@@ -48,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kd-temperature",
         type=float,
         default=1.0,
-        help="Temperature of the CTC frame KL.",
+        help="Temperature of the KD terms.",
     )
     group.add_argument(
         "--kd-missing",
@@ -98,6 +124,9 @@ class Session:
             ctc_weight=params["kd_ctc_weight"],
             hard_weight=params["kd_hard_weight"],
             temperature=params["kd_temperature"],
+            rnnt_weight=params["kd_rnnt_weight"],
+            rnnt_form=params["kd_rnnt_form"],
+            rnnt_shift=params["kd_rnnt_shift"],
         )
         self.settings = dict(params)
         self.vocab_size = params["vocab_size"]
@@ -112,8 +141,17 @@ class Session:
                 "give --kd-teacher-exp-dir"
             )
         _refuse_time_warp(params, stored=self.teacher is None or bool(self.cache_dir))
-        self.hook = TeacherHook(model)
+        ctc, rnnt = self.joint.ctc_weight > 0, self.joint.rnnt_weight > 0
+        if rnnt and self.cache_dir:
+            raise KDError(
+                "--kd-cache-dir keeps CTC targets, and --kd-rnnt-weight needs lattices: "
+                "dump them with `icefall-kd dump --keep-lattice`, or ask the teacher "
+                "without a cache"
+            )
+        self.hook = TeacherHook(model, ctc=ctc, decoder=rnnt)
+        self.joiner = getattr(self.hook.model, "joiner", None)
         self.cache = None
+        self.bpe = None
 
     def _pieces(self) -> Optional[List[str]]:
         from icefall_kd.targets.fingerprint import load_bpe_model, pieces
@@ -128,9 +166,9 @@ class Session:
         from icefall_kd.targets.fingerprint import hash_tokens, symbol_map
 
         found, store = store_fingerprint(cuts, self.missing)
-        ctc, _ = found.codecs()
-        ctc.check_temperature(self.joint.temperature)
         how: Dict[str, Any] = {"missing": self.missing}
+        self._check_kept(found, store)
+        how["lattice"] = self.joint.rnnt_weight > 0
         names = self._pieces()
         tokens = names and hash_tokens(names)
         if tokens and found.tokens and tokens != found.tokens:
@@ -152,19 +190,47 @@ class Session:
             how["frame_shift"] = shift
         return how
 
+    def _check_kept(self, found, store: str) -> None:
+        """Refuse a store that lacks what the loss asks for."""
+        joint, (ctc, lattice) = self.joint, found.codecs()
+        for name, weight, codec, remedy in (
+            ("CTC targets", joint.ctc_weight, ctc, "--keep dense"),
+            ("lattices", joint.rnnt_weight, lattice, "--keep-lattice collapsed"),
+        ):
+            if weight and codec is None:
+                raise KDError(
+                    f"the store {store} keeps no {name}, and their weight is {weight}: "
+                    f"dump with {remedy}, or set that weight to 0"
+                )
+        if joint.ctc_weight:
+            ctc.check_temperature(joint.temperature)
+        if joint.rnnt_weight:
+            lattice.check_temperature(joint.temperature)
+
     def ask(self, batch, device):
         """What the online teacher says on a batch."""
         supervisions = batch["supervisions"]
         self.teacher.to(device)
         if not self.cache_dir:
             x = batch["inputs"].to(device)
-            return self.teacher.targets(x, supervisions["num_frames"].to(device))
+            lens = supervisions["num_frames"].to(device)
+            y = self._labels(supervisions["text"]) if self.joint.rnnt_weight else None
+            return self.teacher.targets(
+                x, lens, y=y, s_range=self.settings["kd_s_range"]
+            )
         from icefall_kd.targets.dataset import cuts_of_rows
 
         cuts = cuts_of_rows(batch)
         if self.cache is None:
             self.cache = self._open_cache(cuts[0])
         return self.cache.targets(cuts, device)
+
+    def _labels(self, texts: List[str]) -> List[List[int]]:
+        from icefall_kd.targets.fingerprint import load_bpe_model
+
+        if self.bpe is None:
+            self.bpe = load_bpe_model(self.bpe_model or "--bpe-model")
+        return self.bpe.encode(texts, out_type=int)
 
     def _open_cache(self, cut):
         import atexit
@@ -262,14 +328,10 @@ def attach(params: Dict[str, Any], model) -> None:
         _session.hook.close()
         _session = None
     install_excepthook()
-    if params["kd_ctc_weight"] == 0:
+    if params["kd_ctc_weight"] == 0 and params["kd_rnnt_weight"] == 0:
         return
     _session = Session(params, model)
-    joint = _session.joint
-    logging.info(
-        f"Distillation is on: loss = {joint.hard_weight} * loss + "
-        f"{joint.ctc_weight} * kd_ctc_loss, temperature {joint.temperature}"
-    )
+    logging.info(f"Distillation is on: loss = {_session.joint}")
 
 
 def wrap_dataset(dataset, cuts):
@@ -307,6 +369,8 @@ def joint_loss(loss, info, model, batch):
             "a training batch has no kd_targets: let the data module call "
             "wrap_dataset(train, cuts_train) after session.attach() ran"
         )
-    loss, terms = _session.joint(loss, student, targets)
+    loss, terms = _session.joint(
+        loss, student, targets, _session.joiner, _session.blank_id
+    )
     info.update(terms)
     return loss

@@ -208,7 +208,7 @@ def collate_targets(
             of_row = [(p, next(read)) for p in row]
             lattices.append(_lattice(*of_row[0]) if complete else None)
     lens, whole = torch.tensor(lens), torch.tensor(whole)
-    return Targets(ctc, lens, index >= 0, whole, lattices, layers)
+    return Targets(ctc, lens, index >= 0, whole, lattices, hidden=layers)
 
 
 def resample_frames(

@@ -13,6 +13,7 @@ from torch import nn
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer
 from icefall_kd.hook import TeacherHook
+from icefall_kd.losses.transducer import nodes_of
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.targets.writer import LogitWriter
@@ -84,6 +85,8 @@ class OnlineTeacher:
         x: torch.Tensor,
         x_lens: torch.Tensor,
         cuts: Optional[Sequence[Cut]] = None,
+        y: Optional[Sequence[Sequence[int]]] = None,
+        s_range: int = 5,
     ) -> Targets:
         """What the teachers say on a batch.
 
@@ -91,10 +94,16 @@ class OnlineTeacher:
           x: (N, T, F), features.
           x_lens: (N,), valid frames.
           cuts: The cut of each row, where a teacher is chosen for each.
+          y: The labels of each row, for lattices.
+          s_range: Label positions of a lattice at a frame.
         """
         outs = self.encode(x, x_lens)
-        log_probs = self.ctc(outs, cuts).float().log_softmax(-1)
-        return Targets(log_probs, outs[0].encoder_out_lens)
+        found = Targets(None, outs[0].encoder_out_lens)
+        if self.hooks[0].ctc:
+            found.ctc = self.ctc(outs, cuts).float().log_softmax(-1)
+        if y is not None:
+            found.nodes = nodes_of(self.lattice(outs, y, s_range, cuts))
+        return found
 
     def encode(self, x: torch.Tensor, x_lens: torch.Tensor) -> List[EncoderOut]:
         """Each model's forward pass."""
@@ -105,11 +114,6 @@ class OnlineTeacher:
     ) -> torch.Tensor:
         """CTC logits, (N, T, V), those of all models averaged."""
         logits = [out.ctc_logits for out in outs]
-        if len({x.size(-1) for x in logits}) > 1:
-            raise KDError(
-                f"the teachers have {[x.size(-1) for x in logits]} symbols: teachers "
-                "of one student need the same BPE model"
-            )
         if len(logits) == 1 and self.choose is None:
             return logits[0]
         return _mixed(logits, self._weights(outs, cuts))
@@ -167,6 +171,12 @@ class OnlineTeacher:
 
 def _mixed(logits: List[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """log sum_m w_m softmax(logits_m)."""
+    sizes = [x.size(-1) for x in logits]
+    if len(set(sizes)) > 1:
+        raise KDError(
+            f"the teachers have {sizes} symbols: teachers of one student need the same "
+            "BPE model"
+        )
     total = None
     for x, w in zip(logits, weights):
         w = w.log().view(-1, *[1] * (x.ndim - 1))

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,74 +38,11 @@ MAIN = "from icefall_kd.cli import main\nmain()"
 
 
 @pytest.fixture
-def invoke(capsys):
-    """Run ``icefall-kd WORD ...``: its status, and the lines of both streams."""
-
-    def run(*words):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as e:
-            cli([str(w) for w in words], prog_name="icefall-kd")
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=e.value.code, out=out, err=err.splitlines())
-
-    return run
-
-
-@pytest.fixture
-def refused(invoke, tmp_path, tree_of):
-    """The command ends with status 1 and one sentence, and writes nothing."""
-
-    def run(*words):
-        before = tree_of(tmp_path)
-        done = invoke(*words)
-        assert done.code == 1, done
-        assert len(done.err) == 1 and done.err[0].startswith("icefall_kd: error: ")
-        assert done.out == ""
-        assert tree_of(tmp_path) == before
-        return done.err[0]
-
-    return run
-
-
-@pytest.fixture
-def in_cuts(make_cut, tmp_path):
-    path = tmp_path / "in.jsonl.gz"
-    CutSet.from_cuts(make_cut(i, n) for i, n in LENGTHS.items()).to_file(path)
-    return path
-
-
-@pytest.fixture
-def teacher_words(teacher_exp):
-    return [
-        *("--recipe", teacher_exp.recipe),
-        *("--exp-dir", teacher_exp.folder),
-        *("--epoch", 2),
-        "--no-use-averaged-model",
-    ]
-
-
-@pytest.fixture
-def dump_words(in_cuts, tmp_path, teacher_words):
-    """``dump`` of each cut by itself; a word given twice counts the second time."""
-
-    def words(*more, cuts=in_cuts, out=tmp_path / "out.jsonl.gz"):
-        options = ["--max-duration", 0.01, "--num-threads", 1]
-        return ["dump", cuts, out, *teacher_words, *options, *more]
-
-    return words
-
-
-@pytest.fixture
 def student_words(tmp_path, teacher_words):
     def words(*more):
         return ["student", *teacher_words, "--student-dir", tmp_path / "student", *more]
 
     return words
-
-
-@pytest.fixture
-def teacher(teacher_exp):
-    return load_recipe_model(teacher_exp.recipe, teacher_exp.folder, epoch=2)[0]
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from icefall_kd import JointKDLoss, ctc_kd_loss
+from icefall_kd import JointKDLoss, TeacherHook, ctc_kd_loss
 from icefall_kd.errors import KDError
+from icefall_kd.losses.transducer import nodes_of, transducer_kd_loss
 from icefall_kd.types import EncoderOut, SparseDistribution, Targets
 
 
@@ -154,7 +155,7 @@ def test_sparse_targets_of_all_symbols_are_as_dense_ones():
 # Refusals
 
 
-@pytest.mark.parametrize("name", ["ctc", "hard"])
+@pytest.mark.parametrize("name", ["ctc", "hard", "rnnt"])
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, "0.5", None])
 def test_a_weight_out_of_range_is_refused(name, value):
     with pytest.raises(KDError, match=f"KD {name} weight") as e:
@@ -162,8 +163,8 @@ def test_a_weight_out_of_range_is_refused(name, value):
     assert repr(value) in str(e.value) and f"--kd-{name}-weight" in str(e.value)
 
 
-def test_two_weights_of_0_are_refused():
-    with pytest.raises(KDError, match="both 0"):
+def test_no_weight_above_0_are_refused():
+    with pytest.raises(KDError, match="all 0"):
         JointKDLoss(0, 0)
 
 
@@ -188,3 +189,91 @@ def test_other_symbols_are_refused():
     with pytest.raises(KDError, match="BPE model") as e:
         JointKDLoss()(hard(), student, targets)
     assert "4 symbols" in str(e.value) and "have 9" in str(e.value)
+
+
+# The transducer's term
+
+
+@pytest.fixture
+def transducer(make_model, features):
+    """A student's forward pass with its graph, and a teacher's nodes on the batch."""
+    y = [[3, 4, 3], [5, 6], [7]]
+    with TeacherHook(make_model(seed=1)) as hook:
+        said = hook.encode(*features)
+        nodes = nodes_of(hook.lattice(said, y, 3))
+    model = make_model(seed=2).eval()
+    hook = TeacherHook(model, decoder=True)
+    x, x_lens = features
+    model(x=x, x_lens=x_lens, y=y, prune_range=3)
+    student = hook.take()
+    targets = Targets(said.ctc_logits, said.encoder_out_lens, nodes=nodes)
+    return model, student, targets
+
+
+def test_the_transducers_term_is_weighed_and_named(transducer):
+    model, student, targets = transducer
+    assert student.symbols.shape == (3, 4) and student.symbols[:, 0].eq(0).all()
+    joint = JointKDLoss(0.75, 0.5, 2.0, rnnt_weight=0.3, rnnt_form="collapsed")
+    loss, info = joint(hard(), student, targets, model.joiner)
+    args = (student.encoder_out, student.encoder_out_lens, student.decoder_out)
+    kd_rnnt = transducer_kd_loss(
+        model.joiner, *args, targets.nodes, 2.0, form="collapsed"
+    )
+    kd_ctc = ctc_kd_loss(student.ctc_logits, targets.ctc, targets.lens, 2.0)
+    torch.testing.assert_close(loss, 0.5 * 37.0 + 0.75 * kd_ctc + 0.3 * kd_rnnt)
+    assert kd_rnnt > 0.1 and info["kd_rnnt_loss"] == pytest.approx(float(kd_rnnt))
+    loss.backward()
+    for name in ("encoder_embed", "decoder", "joiner", "ctc_output"):
+        grads = [p.grad for p in getattr(model, name).parameters()]
+        assert any(g is not None and g.abs().max() > 0 for g in grads), name
+    assert "rnnt" in str(joint) and "collapsed" in str(joint)
+
+
+def test_the_transducers_term_alone_needs_no_ctc_targets(transducer):
+    model, student, targets = transducer
+    targets.ctc = student.ctc_logits = None
+    joint = JointKDLoss(0, 1.0, rnnt_weight=1.0, rnnt_shift=1)
+    _, info = joint(hard(), student, targets, model.joiner)
+    assert set(info) == {"kd_rnnt_loss"} and info["kd_rnnt_loss"] > 0
+
+
+def test_a_batch_without_lattices_has_a_zero_term_for_every_parameter(transducer):
+    model, student, targets = transducer
+    targets.nodes, targets.lattices = None, [None, None, None]
+    loss, info = JointKDLoss(0, 1.0, rnnt_weight=1.0)(
+        hard(), student, targets, model.joiner
+    )
+    assert info["kd_rnnt_loss"] == 0
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.eq(0).all() for p in model.joiner.parameters()
+    )
+
+
+def test_lattices_of_other_transcripts_are_refused(transducer):
+    model, student, targets = transducer
+    student.symbols = student.symbols.clone()
+    student.symbols[1, 2] = 9
+    with pytest.raises(KDError, match="label 2 of row 1 .* is 9 for the student and 6"):
+        JointKDLoss(rnnt_weight=1.0)(hard(), student, targets, model.joiner)
+
+
+def test_a_student_that_is_not_finite_is_refused():
+    student, targets = pair()
+    student.ctc_logits = student.ctc_logits.detach().clone()
+    student.ctc_logits[1, 2, 3] = math.nan
+    with pytest.raises(KDError, match="kd_ctc_loss is nan"):
+        JointKDLoss()(hard(), student, targets)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"rnnt_form": "full"}, "--kd-rnnt-form"),
+        ({"rnnt_shift": -1}, "--kd-rnnt-shift"),
+        ({"rnnt_shift": 1.5}, "--kd-rnnt-shift"),
+    ],
+)
+def test_bad_options_of_the_transducers_term_are_refused(options, match):
+    with pytest.raises(KDError, match=match):
+        JointKDLoss(rnnt_weight=1.0, **options)

@@ -12,9 +12,9 @@ from zipformer.bin import train as zipformer_train
 from zipformer.utils import MetricsTracker
 
 from icefall_kd.errors import KDError
-from icefall_kd.hook import ctc_linear
+from icefall_kd.hook import TeacherHook, ctc_linear
 from icefall_kd.recipe import session
-from icefall_kd.targets import KDDataset
+from icefall_kd.targets import KDDataset, LogitWriter
 from icefall_kd.targets.fingerprint import hash_tokens, load_bpe_model, pieces
 
 
@@ -67,6 +67,10 @@ def kd_options(parser):
 
 DEFAULTS = {
     "kd_ctc_weight": 0.0,
+    "kd_rnnt_weight": 0.0,
+    "kd_rnnt_form": "nodes",
+    "kd_rnnt_shift": 0,
+    "kd_s_range": 5,
     "kd_hard_weight": 1.0,
     "kd_temperature": 1.0,
     "kd_missing": "refuse",
@@ -378,9 +382,9 @@ from lhotse import load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from torch.utils.data import DataLoader
 from icefall_kd.recipe import session
-from icefall_kd.targets import KDDataset
+from icefall_kd.targets import KDDataset, LogitWriter
 
-session.attach({"kd_ctc_weight": 0}, None)
+session.attach({"kd_ctc_weight": 0, "kd_rnnt_weight": 0}, None)
 sampler = SimpleCutSampler(load_manifest(sys.argv[1]), max_duration=100)
 dataset = KDDataset(K2SpeechRecognitionDataset())
 for batch in DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=1):
@@ -548,3 +552,106 @@ def test_a_teacher_of_another_vocabulary_is_refused(make_model, online):
 def test_a_cache_without_a_teacher_is_refused(make_model, make_params):
     with pytest.raises(KDError, match="there is no teacher to ask"):
         session.attach(make_params(kd_cache_dir="x"), make_model())
+
+
+# The transducer's term
+
+
+def rnnt_step(model, make_params, cuts, **changes):
+    """One training step with stored lattices; the labels are those of recipe_loss."""
+    session.attach(make_params(ctc=0.0, kd_rnnt_weight=0.5, **changes), model)
+    dataset = session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
+    batch, info = dataset[cuts], MetricsTracker()
+    loss = session.joint_loss(recipe_loss(model, batch), info, model, batch)
+    loss.backward()
+    return dict(info)
+
+
+@pytest.fixture
+def with_lattices(make_model, make_cut, make_fingerprint, tmp_path):
+    """Cuts with a teacher's lattices and no CTC targets."""
+
+    def make(lattice):
+        fingerprint = make_fingerprint(ctc="", lattice=lattice, s_range=3)
+        cuts = [make_cut(name, n) for name, n in zip("abc", (61, 47, 33))]
+        manifest = tmp_path / "kd.jsonl.gz"
+        with LogitWriter(manifest, tmp_path / "kd", fingerprint) as writer:
+            with TeacherHook(make_model(seed=5)) as hook:
+                for cut, y in zip(cuts, ([3, 4, 3], [5, 6], [7])):
+                    x = torch.from_numpy(cut.load_features())[None]
+                    out = hook.encode(x, torch.tensor([x.size(1)]))
+                    writer.write(cut, lattice=hook.lattice(out, [y], 3))
+        return CutSet.from_file(manifest).to_eager()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "lattice, changes",
+    [
+        ("dense", {}),
+        ("adaptive:0.99:9@2", {}),
+        ("collapsed", {"temperature": 1.0}),
+        ("path:dense", {"kd_rnnt_shift": 1}),
+    ],
+)
+def test_stored_lattices_teach_the_transducer(
+    make_model, make_params, with_lattices, lattice, changes
+):
+    model = make_model().train()
+    info = rnnt_step(model, make_params, with_lattices(lattice), **changes)
+    assert info["kd_rnnt_loss"] > 0.1 and "kd_ctc_loss" not in info
+    assert model.joiner.output_linear.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "lattice, changes, match",
+    [
+        ("collapsed", {}, "--kd-temperature 1, or .* --keep-lattice dense"),
+        ("top:3", {}, "--kd-temperature 1"),
+        ("dense", {"kd_ctc_weight": 1.0}, "keeps no CTC targets.*--keep dense"),
+    ],
+)
+def test_lattices_that_do_not_fit_the_loss_are_refused(
+    make_model, make_params, with_lattices, lattice, changes, match
+):
+    cuts = with_lattices(lattice)
+    with pytest.raises(KDError, match=match):
+        rnnt_step(make_model().train(), make_params, cuts, **changes)
+
+
+def test_a_store_without_lattices_is_refused(make_model, make_params, cuts):
+    with pytest.raises(KDError, match="keeps no lattices.*--keep-lattice collapsed"):
+        rnnt_step(make_model().train(), make_params, cuts)
+
+
+def test_an_online_teacher_teaches_the_transducer(
+    make_model, online, make_cut, teacher_exp
+):
+    """The labels of its lattice are those of the batch's texts."""
+    sp = load_bpe_model(teacher_exp.bpe_model)
+    texts = ["ab ba", "b", "a"]
+    cuts = []
+    for name, n, text in zip("abc", (61, 47, 33), texts):
+        cut = make_cut(name, n)
+        (supervision,) = cut.supervisions
+        supervision.text = text
+        cuts.append(cut)
+    model = make_model(vocab_size=25).train()
+    params = online(
+        ctc=0.0, kd_rnnt_weight=0.5, bpe_model=str(teacher_exp.bpe_model), kd_s_range=3
+    )
+    session.attach(params, model)
+    dataset = session.wrap_dataset(K2SpeechRecognitionDataset(), Untouchable())
+    batch, info = dataset[CutSet.from_cuts(cuts)], MetricsTracker()
+    supervisions = batch["supervisions"]
+    simple, pruned, ctc, *_ = model(
+        x=batch["inputs"],
+        x_lens=supervisions["num_frames"],
+        y=sp.encode(supervisions["text"], out_type=int),
+        prune_range=3,
+    )
+    loss = session.joint_loss(simple + pruned + ctc, info, model, batch)
+    loss.backward()
+    assert info["kd_rnnt_loss"] > 0.1
+    assert model.decoder.embedding.weight.grad.abs().max() > 0

@@ -84,6 +84,109 @@ def test_a_choice_of_no_teacher_is_refused(make_model, features, make_cut, choos
         OnlineTeacher([make_model()], choose=choose).targets(*features, cuts)
 
 
+# Lattices
+
+
+Y = [[3, 4, 3], [5, 6], [7]]
+
+
+def lattices_of(model, features, **options):
+    with TeacherHook(model) as hook:
+        return hook.lattice(hook.encode(*features), Y, **options)
+
+
+def on_nodes(model, features, ranges):
+    """A model's logits and occupancy on given nodes, the logits of its full lattice."""
+    full = lattices_of(model, features, s_range=99)
+    assert full.logits.size(2) == 4  # of three labels, all positions
+    index = ranges[..., None].expand(*ranges.shape, full.logits.size(3))
+    occupancy = lattices_of(model, features, ranges=ranges).occupancy
+    return full.logits.gather(2, index), occupancy
+
+
+def say_lattice(teacher, features, cuts=None, s_range=2):
+    return teacher.lattice(teacher.encode(*features), Y, s_range, cuts)
+
+
+def test_a_lattice_of_one_teacher_is_its_hooks(make_model, features):
+    model = make_model(seed=1)
+    found = say_lattice(OnlineTeacher([model]), features)
+    expected = lattices_of(model, features, s_range=2)
+    for name in ("ranges", "boundary", "symbols", "logits", "occupancy"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
+def test_lattices_are_averaged_on_the_first_teachers_nodes(
+    make_model, features, weights
+):
+    """log sum_m w_m softmax(logits_m), w_m of sum 1, at each node."""
+    models = [make_model(seed=i) for i in range(1, 1 + len(weights or "ab"))]
+    found = say_lattice(OnlineTeacher(models, weights), features)
+    first = lattices_of(models[0], features, s_range=2)
+    assert torch.equal(found.ranges, first.ranges)
+    assert not all(
+        torch.equal(lattices_of(m, features, s_range=2).ranges, first.ranges)
+        for m in models[1:]
+    )  # others would look elsewhere
+    assert torch.equal(found.boundary, first.boundary)
+    assert torch.equal(found.symbols, first.symbols)
+    each = [on_nodes(m, features, first.ranges) for m in models]
+    w = torch.tensor(weights or [1.0, 1.0], dtype=torch.float64)
+    w /= w.sum()
+    p = sum(a * logits.double().softmax(-1) for a, (logits, _) in zip(w, each))
+    torch.testing.assert_close(found.logits.double(), p.log(), rtol=1e-5, atol=1e-5)
+    occupancy = sum(a * o.double() for a, (_, o) in zip(w, each))
+    torch.testing.assert_close(
+        found.occupancy.double(), occupancy, rtol=1e-5, atol=1e-5
+    )
+    passed = torch.tensor([14.0 + 3, 9 + 2, 4 + 1])
+    torch.testing.assert_close(
+        found.occupancy.sum((1, 2)), passed, rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("choice", [(2, 0, 1), (1, 1, 1)])
+def test_each_cuts_lattice_is_its_own_teachers(make_model, features, make_cut, choice):
+    models = [make_model(seed=i) for i in (1, 2, 3)]
+    of = dict(zip("abc", choice))
+    teacher = OnlineTeacher(models, choose=lambda cut: of[cut.id])
+    cuts = [make_cut(name, 33) for name in "abc"]
+    found = say_lattice(teacher, features, cuts)
+    each = [lattices_of(m, features, s_range=2) for m in models]
+    for row, own in enumerate(choice):
+        expected = each[own]
+        assert torch.equal(found.ranges[row], expected.ranges[row])
+        torch.testing.assert_close(
+            found.logits[row], expected.logits[row].log_softmax(-1)
+        )
+        torch.testing.assert_close(found.occupancy[row], expected.occupancy[row])
+
+
+def test_a_choice_needs_the_cut_of_each_row(make_model, features, make_cut):
+    teacher = OnlineTeacher([make_model(seed=i) for i in (1, 2)], choose=lambda cut: 0)
+    for cuts in (None, [make_cut("a", 33)]):
+        with pytest.raises(KDError, match="[01] cuts for 3 rows.*one cut for each"):
+            say_lattice(teacher, features, cuts)
+
+
+def test_lattices_of_different_vocabularies_are_refused(make_model, features):
+    models = [make_model(use_ctc=False), make_model(use_ctc=False, vocab_size=13)]
+    with pytest.raises(KDError, match=r"\[11, 13\] symbols"):
+        say_lattice(OnlineTeacher(models, ctc=False), features)
+
+
+def test_hidden_layers_are_those_of_one_teacher(make_model, features):
+    model = make_model(seed=1)
+    (out,) = OnlineTeacher([model], hidden=[1, "out"]).encode(*features)
+    with TeacherHook(model, [1]) as hook:
+        expected = hook.encode(*features)
+    assert set(out.hidden) == {1}
+    assert torch.equal(out.hidden[1], expected.hidden[1])
+    with pytest.raises(KDError, match="2 teachers, and hidden layers of several"):
+        OnlineTeacher([make_model(), make_model()], hidden=[1])
+
+
 # With a cache
 
 

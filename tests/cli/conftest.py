@@ -1,0 +1,142 @@
+"""The commands, run in this process, and small manifests for them."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lhotse import CutSet
+
+from icefall_kd import TeacherHook
+from icefall_kd.cli import cli
+from icefall_kd.recipe.loader import load_recipe_model
+
+LENGTHS = {"c1": 47, "c2": 90, "c3": 61, "c4": 33}
+
+
+@pytest.fixture
+def invoke(capsys):
+    """Run ``icefall-kd WORD ...``: its status, and the lines of both streams."""
+
+    def run(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            cli([str(w) for w in words], prog_name="icefall-kd")
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=e.value.code, out=out, err=err.splitlines())
+
+    return run
+
+
+@pytest.fixture
+def refused(invoke, tmp_path, tree_of):
+    """The command ends with status 1 and one sentence, and writes nothing."""
+
+    def run(*words):
+        before = tree_of(tmp_path)
+        done = invoke(*words)
+        assert done.code == 1, done
+        assert len(done.err) == 1 and done.err[0].startswith("icefall_kd: error: ")
+        assert done.out == ""
+        assert tree_of(tmp_path) == before
+        return done.err[0]
+
+    return run
+
+
+@pytest.fixture
+def in_cuts(make_cut, tmp_path):
+    path = tmp_path / "in.jsonl.gz"
+    CutSet.from_cuts(make_cut(i, n) for i, n in LENGTHS.items()).to_file(path)
+    return path
+
+
+@pytest.fixture
+def teacher_words(teacher_exp):
+    return [
+        *("--recipe", teacher_exp.recipe),
+        *("--exp-dir", teacher_exp.folder),
+        *("--epoch", 2),
+        "--no-use-averaged-model",
+    ]
+
+
+@pytest.fixture
+def dump_words(in_cuts, tmp_path, teacher_words):
+    """``dump`` of each cut by itself; a word given twice counts the second time."""
+
+    def words(*more, cuts=in_cuts, out=tmp_path / "out.jsonl.gz"):
+        options = ["--max-duration", 0.01, "--num-threads", 1]
+        return ["dump", cuts, out, *teacher_words, *options, *more]
+
+    return words
+
+
+@pytest.fixture
+def teacher(teacher_exp):
+    return load_recipe_model(teacher_exp.recipe, teacher_exp.folder, epoch=2)[0]
+
+
+# Where models are many and their loading is not what is tested
+
+
+@pytest.fixture(scope="session")
+def _loaded():
+    return {}
+
+
+@pytest.fixture
+def loaded_once(monkeypatch, _loaded):
+    """Build each model once, which takes longer than a command with it."""
+
+    def load(*args):
+        key = tuple(map(str, args))
+        if key not in _loaded:
+            _loaded[key] = load_recipe_model(*args)
+        model, settings = _loaded[key]
+        return model, dict(settings)
+
+    for name in ("dump", "quantizer"):
+        module = importlib.import_module(f"icefall_kd.cli.{name}")
+        monkeypatch.setattr(module, "load_recipe_model", load)
+
+
+@pytest.fixture(scope="session")
+def another_exp(teacher_exp, make_model, tmp_path_factory):
+    """An experiment folder with epoch 2 of another model, and that model."""
+    made = {}
+
+    def make(seed=5, **changes):
+        key = (seed, *changes.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp("another")
+            changes = {"vocab_size": 25, **changes}
+            model = make_model(seed=seed, **changes).eval()
+            path = teacher_exp.folder / "epoch-2.pt"
+            checkpoint = torch.load(path, weights_only=False)
+            checkpoint.update(changes, model=model.state_dict())
+            torch.save(checkpoint, folder / path.name)
+            made[key] = folder, model
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hear():
+    """What a model says on one cut alone; with labels ``y``, its lattice."""
+
+    def ask(model, cut, hidden=(), ctc=True, y=None, **options):
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        # Zipformer takes other kernels for frozen parameters, another last bit.
+        model.requires_grad_(False)
+        try:
+            with TeacherHook(model, hidden, ctc) as hook:
+                x = torch.from_numpy(cut.load_features()).unsqueeze(0)
+                out = hook.encode(x, torch.tensor([x.size(1)]))
+                return out if y is None else hook.lattice(out, [y], **options)
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+    return ask

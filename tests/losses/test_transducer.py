@@ -1,0 +1,325 @@
+"""Transducer KD: naive twins, lattices of a real model, stored nodes, refusals."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from icefall_kd.codec import LatticeCodec
+from icefall_kd.errors import KDError
+from icefall_kd.hook import TeacherHook
+from icefall_kd.losses.transducer import (
+    collapse,
+    lattice_kd_loss,
+    nodes_of,
+    shift,
+    stored_nodes,
+    transducer_kd_loss,
+)
+from icefall_kd.types import Nodes, PrunedLattice, SparseDistribution
+
+BLANKS = [0, 4]
+
+
+class Joiner(torch.nn.Module):
+    def __init__(self, c=5, d=4, j=6, v=7):
+        super().__init__()
+        self.encoder_proj = torch.nn.Linear(c, j)
+        self.decoder_proj = torch.nn.Linear(d, j)
+        self.output_linear = torch.nn.Linear(j, v)
+
+
+@pytest.fixture
+def joiner():
+    torch.manual_seed(0)
+    return Joiner().double()
+
+
+@pytest.fixture
+def states():
+    """Encoder output of 5 frames, 5 and 4 valid; decoder output of 3 labels."""
+    g = torch.Generator().manual_seed(1)
+    shapes = ((2, 5, 5), (2, 4, 4))
+    encoder_out, decoder_out = (
+        torch.randn(s, generator=g, dtype=torch.float64).requires_grad_()
+        for s in shapes
+    )
+    return encoder_out, torch.tensor([5, 4]), decoder_out
+
+
+@pytest.fixture
+def nodes():
+    g = torch.Generator().manual_seed(2)
+    return Nodes(
+        row=torch.tensor([0, 0, 1, 1, 1]),
+        frame=torch.tensor([0, 4, 3, 2, 0]),
+        position=torch.tensor([0, 1, 2, 3, 1]),
+        label=torch.tensor([3, 2, 1, -1, 6]),
+        occupancy=torch.rand(5, generator=g, dtype=torch.float64),
+        teacher=2 * torch.randn(5, 7, generator=g, dtype=torch.float64),
+    )
+
+
+def sparse_of(nodes, k, temperature):
+    log_probs = (nodes.teacher / temperature).log_softmax(-1)
+    top, indices = log_probs.topk(k, -1)
+    tail = log_probs.scatter(1, indices, -torch.inf).logsumexp(-1)
+    return dataclasses.replace(nodes, teacher=SparseDistribution(indices, top, tail))
+
+
+def naive(joiner, states, nodes, temperature, form, blank_id=0, occupancy=True):
+    """Node by node, class by class."""
+    encoder_out, _, decoder_out = states
+    total = 0.0
+    for r in range(len(nodes)):
+        n, t, u = int(nodes.row[r]), int(nodes.frame[r]), int(nodes.position[r])
+        h = joiner.encoder_proj(encoder_out[n, t]) + joiner.decoder_proj(
+            decoder_out[n, u]
+        )
+        q = (joiner.output_linear(h.tanh()) / temperature).softmax(-1)
+        p = (nodes.teacher[r] / temperature).softmax(-1)
+        if form == "collapsed":
+            alone = [blank_id] + [int(nodes.label[r])] * bool(nodes.label[r] >= 0)
+            rest = [i for i in range(7) if i not in alone]
+            p, q = (
+                torch.stack([*(x[i] for i in alone), x[rest].sum()]) for x in (p, q)
+            )
+        weight = nodes.occupancy[r] if occupancy else 1.0
+        total = total + weight * temperature**2 * (p * (p / q).log()).sum()
+    return total
+
+
+def value_and_grads(value, inputs):
+    return value.detach(), torch.autograd.grad(value, inputs)
+
+
+@pytest.mark.parametrize("blank_id", BLANKS)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("occupancy", [True, False])
+@pytest.mark.parametrize("form", ["nodes", "collapsed"])
+def test_equals_the_naive_twin(
+    joiner, states, nodes, form, temperature, occupancy, blank_id
+):
+    inputs = (states[0], states[2], *joiner.parameters())
+    options = dict(form=form, occupancy=occupancy, blank_id=blank_id)
+    found = transducer_kd_loss(joiner, *states, nodes, temperature, **options)
+    expected = naive(joiner, states, nodes, temperature, **options)
+    torch.testing.assert_close(
+        value_and_grads(found, inputs), value_and_grads(expected, inputs)
+    )
+
+
+@pytest.mark.parametrize("blank_id", BLANKS)
+@pytest.mark.parametrize("form", ["nodes", "collapsed"])
+def test_a_sparse_teacher_of_all_symbols_gives_the_dense_loss(
+    joiner, states, nodes, form, blank_id
+):
+    inputs = (states[0], states[2], *joiner.parameters())
+    results = [
+        value_and_grads(
+            transducer_kd_loss(
+                joiner, *states, given, 2.0, form=form, blank_id=blank_id
+            ),
+            inputs,
+        )
+        for given in (nodes, sparse_of(nodes, 7, 2.0))
+    ]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("blank_id", BLANKS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_collapsed_sparse_rows_are_distributions_and_coarser_than_dense(
+    joiner, states, nodes, k, blank_id
+):
+    given = sparse_of(nodes, k, 1.0)
+    found = collapse(given, blank_id).teacher
+    mass = found.log_probs.exp().sum(-1) + found.log_tail.exp()
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+    values = [
+        transducer_kd_loss(joiner, *states, x, 1.0, form="collapsed", blank_id=blank_id)
+        for x in (given, nodes)
+    ]
+    assert 0 <= values[0] <= values[1] + 1e-9
+
+
+def test_gradcheck(joiner, states, nodes):
+    encoder_out, lens, decoder_out = states
+    assert torch.autograd.gradcheck(
+        lambda e, d: transducer_kd_loss(joiner, e, lens, d, nodes, 2.0),
+        (encoder_out, decoder_out),
+    )
+
+
+@pytest.mark.parametrize("form", ["nodes", "collapsed"])
+def test_an_equal_pair_gives_0_with_zero_gradient(joiner, states, nodes, form):
+    encoder_out, lens, decoder_out = states
+    h = joiner.encoder_proj(encoder_out)[nodes.row, nodes.frame]
+    h = (h + joiner.decoder_proj(decoder_out)[nodes.row, nodes.position]).tanh()
+    equal = dataclasses.replace(nodes, teacher=joiner.output_linear(h).detach())
+    value = transducer_kd_loss(joiner, *states, equal, form=form)
+    grads = torch.autograd.grad(value, (encoder_out, decoder_out, *joiner.parameters()))
+    assert abs(float(value.detach())) < 1e-12
+    assert all(g.abs().max() < 1e-12 for g in grads)
+
+
+def test_more_padding_changes_nothing(joiner, states, nodes):
+    encoder_out, lens, decoder_out = states
+    expected = transducer_kd_loss(joiner, *states, nodes)
+    encoder_out = torch.nn.functional.pad(encoder_out, (0, 0, 0, 3), value=torch.nan)
+    decoder_out = torch.nn.functional.pad(decoder_out, (0, 0, 0, 2), value=torch.nan)
+    encoder_out = encoder_out.detach().requires_grad_()
+    found = transducer_kd_loss(joiner, encoder_out, lens, decoder_out, nodes)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert encoder_out.grad[:, 5:].eq(0).all()
+
+
+def test_no_nodes_give_0_with_zero_gradient(joiner, states, nodes):
+    none = nodes.select(torch.zeros(0, dtype=torch.int64))
+    value = transducer_kd_loss(joiner, *states, none)
+    value.backward()
+    assert value == 0 and states[0].grad.eq(0).all()
+    assert joiner.output_linear.weight.grad.eq(0).all()
+
+
+def test_a_shift_moves_nodes_and_drops_those_beyond_the_end(joiner, states, nodes):
+    moved = shift(nodes, 1, states[1])
+    assert moved.row.tolist() == [0, 1, 1] and moved.frame.tolist() == [1, 3, 1]
+    assert torch.equal(moved.teacher, nodes.teacher[[0, 3, 4]])
+    with pytest.raises(KDError, match="shift is -1"):
+        shift(nodes, -1, states[1])
+
+
+# Lattices of a real model
+
+
+@pytest.fixture
+def pair(make_model, features):
+    """A student and the lattices of a teacher, on the same batch."""
+    y = [[3, 4, 3], [5, 6], [7]]
+    with TeacherHook(make_model(seed=1)) as hook:
+        teacher = hook.lattice(hook.encode(*features), y, 3)
+    model = make_model(seed=2)
+    with TeacherHook(model) as hook:
+        out = hook.encode(*features)
+        student = hook.lattice(out, y, ranges=teacher.ranges)
+    sos = torch.nn.functional.pad(teacher.symbols, (1, 0))
+    decoder_out = model.decoder(sos).detach()
+    return model, (out.encoder_out, out.encoder_out_lens, decoder_out), student, teacher
+
+
+@pytest.mark.parametrize("occupancy", [True, False])
+def test_nodes_give_the_loss_of_the_whole_lattice(pair, occupancy):
+    model, states, student, teacher = pair
+    nodes = nodes_of(teacher)
+    found = transducer_kd_loss(
+        model.joiner, *states, nodes, 2.0, occupancy=occupancy
+    ).detach()
+    expected = lattice_kd_loss(student, teacher, 2.0, occupancy)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_range_over_all_labels_gives_the_full_lattice(make_model, features):
+    """Pruned equals full where s_range covers U: every (t, u) is there once."""
+    y = [[3, 4, 3], [5, 6], [7]]
+    with TeacherHook(make_model(seed=1)) as hook:
+        out = hook.encode(*features)
+        lattice = hook.lattice(out, y, 4)
+    nodes = nodes_of(lattice)
+    for row, labels in enumerate(y):
+        mine = nodes.row == row
+        t, u = int(out.encoder_out_lens[row]), len(labels) + 1
+        found = set(zip(nodes.frame[mine].tolist(), nodes.position[mine].tolist()))
+        # Of the last frame only the last label's node has an arc that ends a path,
+        # yet all of them may be passed.
+        assert found == {(i, j) for i in range(t) for j in range(u)}
+        total = float(nodes.occupancy[mine].sum())
+        assert total == pytest.approx(t + len(labels), rel=1e-4)
+
+
+def test_stored_nodes_are_the_lattices_nodes(pair):
+    _, _, _, teacher = pair
+    codec = LatticeCodec.parse("dense", 0)
+    stored = []
+    for i in range(3):
+        one = PrunedLattice(
+            *(getattr(teacher, f.name)[i : i + 1] for f in dataclasses.fields(teacher))
+        )
+        stored.append(codec.decode(codec.encode(one), teacher.logits.size(-1)))
+    found, nodes = stored_nodes(stored), nodes_of(teacher)
+    likely = (nodes.occupancy * 255).round() > 0
+    expected = nodes.select(likely.nonzero().squeeze(1))
+    for name in ("row", "frame", "position", "label"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert (found.occupancy - expected.occupancy).abs().max() < 0.51 / 255
+    log_probs = expected.teacher.log_softmax(-1)
+    torch.testing.assert_close(found.teacher, log_probs, rtol=2**-9, atol=2**-7)
+    some = stored_nodes([None, stored[1], None])
+    assert some.row.unique().tolist() == [1]
+    assert stored_nodes([None, None]) is None
+
+
+def test_sparse_lattices_of_several_widths_are_joined(pair):
+    _, _, _, teacher = pair
+    stored = []
+    for i, k in enumerate((2, 5)):
+        codec = LatticeCodec.parse(f"top:{k}", 0)
+        one = PrunedLattice(
+            *(getattr(teacher, f.name)[i : i + 1] for f in dataclasses.fields(teacher))
+        )
+        stored.append(codec.decode(codec.encode(one), teacher.logits.size(-1)))
+    found = stored_nodes(stored).teacher
+    begin = 0
+    for one in stored:
+        rows = slice(begin, begin + len(one.nodes.indices))
+        begin, width = rows.stop, one.nodes.indices.size(1)
+        assert torch.equal(found.indices[rows, :width], one.nodes.indices)
+        assert torch.equal(found.log_probs[rows, :width], one.nodes.log_probs)
+        assert torch.equal(found.log_tail[rows], one.nodes.log_tail)
+        assert found.log_probs[rows, width:].eq(-torch.inf).all()
+    assert begin == len(found.indices) and found.indices.size(1) == 5
+
+
+# Refusals
+
+
+def refused(joiner, states, nodes, match, **options):
+    with pytest.raises(KDError, match=match) as e:
+        transducer_kd_loss(joiner, *states, nodes, **options)
+    assert "\n" not in str(e.value)
+
+
+def test_nodes_outside_the_student_are_refused(joiner, states, nodes):
+    def changed(**changes):
+        return dataclasses.replace(nodes, **changes)
+
+    far = torch.tensor([0, 5, 3, 2, 0])
+    refused(joiner, states, changed(frame=far), "frame 5, and the student has 5")
+    padded = torch.tensor([0, 4, 4, 2, 0])
+    refused(joiner, states, changed(frame=padded), "beyond the student's .5, 4.")
+    high = torch.tensor([0, 1, 2, 4, 1])
+    refused(joiner, states, changed(position=high), "label position 4")
+    row = torch.tensor([0, 0, 1, 1, 2])
+    refused(joiner, states, changed(row=row), "utterance 2")
+
+
+def test_another_vocabulary_is_refused(joiner, states, nodes):
+    other = dataclasses.replace(nodes, teacher=torch.zeros(5, 8))
+    refused(joiner, states, other, "joiner has 7 symbols and the teacher's lattice 8")
+    kept = SparseDistribution(
+        torch.full((5, 1), 7), torch.zeros(5, 1), torch.full((5,), -torch.inf)
+    )
+    refused(joiner, states, dataclasses.replace(nodes, teacher=kept), "7 symbols.* 8")
+
+
+def test_bad_options_are_refused(joiner, states, nodes):
+    refused(joiner, states, nodes, "form is 'full'", form="full")
+    refused(joiner, states, nodes, "temperature is 0", temperature=0)
+
+
+def test_lattices_on_other_ranges_are_refused(pair):
+    _, _, student, teacher = pair
+    moved = dataclasses.replace(student, ranges=student.ranges + 1)
+    with pytest.raises(KDError, match="same ranges"):
+        lattice_kd_loss(moved, teacher)
