@@ -13,7 +13,7 @@ vector stands twice. The row of layer ``out``, the encoder's output, holds R = 1
 """
 
 import hashlib
-import pickle
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class HiddenCodec:
     @staticmethod
     def parse(text: str) -> "HiddenCodec":
         """The codec that ``text`` names, in the form that a fingerprint has."""
-        match = re.fullmatch(r"(\d+|out):(?:half|mvq:(\d+):([0-9a-f]+))", text)
+        match = re.fullmatch(r"(\d+|out):(?:half|mvq:([1-9]\d*):([0-9a-f]+))", text)
         if not match:
             raise KDError(f"the hidden layer is {text!r}: give {FORMS}")
         layer, codes, quantizer = match.groups()
@@ -69,6 +69,38 @@ class HiddenCodec:
     def __str__(self) -> str:
         form = f"mvq:{self.codes}:{self.quantizer}" if self.codes else "half"
         return f"{self.layer}:{form}"
+
+    @property
+    def vectors(self) -> int:
+        """R, how many a row holds."""
+        return 1 if self.layer == OUT else 2
+
+    def check(self, rows: torch.Tensor, quantizer: Any, cut_id: str) -> None:
+        """Refuse rows that :meth:`encode` can't keep."""
+        shape = tuple(rows.shape)
+        if len(shape) != 3 or shape[1] != self.vectors:
+            raise KDError(
+                f"layer {self.layer} on cut {cut_id} has shape {shape} and must be "
+                f"(frames, {self.vectors}, C)"
+            )
+        if quantizer is not None and shape[2] != quantizer.dim:
+            raise KDError(
+                f"layer {self.layer} on cut {cut_id} has vectors of {shape[2]} and its "
+                f"quantizer takes {quantizer.dim}: train one for this layer with "
+                "`icefall-kd quantizer`"
+            )
+        largest = float(rows.abs().max()) if rows.numel() else 0.0
+        if not math.isfinite(largest):
+            raise KDError(
+                f"the teacher's layer {self.layer} on cut {cut_id} has numbers that "
+                "are not finite: check the teacher's checkpoint and the cut's features"
+            )
+        if largest > torch.finfo(torch.float16).max:
+            raise KDError(
+                f"the teacher's layer {self.layer} on cut {cut_id} reaches {largest}, "
+                "and float16 holds 65504: check the teacher's checkpoint and the "
+                "cut's features"
+            )
 
     @property
     def part(self) -> str:
@@ -94,7 +126,7 @@ class HiddenCodec:
         """
         kind = np.uint8 if self.codes else np.float16
         values = np.frombuffer(data, kind)
-        r = 1 if self.layer == OUT else 2
+        r = self.vectors
         if values.size % (frames * r) or not values.size:
             raise ValueError(f"{len(data)} bytes for {frames} rows of {r} vectors")
         values = values.reshape(frames, r, -1)
@@ -149,7 +181,7 @@ def load_quantizer(path: Union[str, Path]) -> Any:
         values: Dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         quantizer = kind(values["dim"], 256, values["codes"])
         quantizer.load_state_dict(values["state"])
-    except (OSError, RuntimeError, LookupError, TypeError, pickle.PickleError) as e:
+    except Exception as e:  # torch raises many kinds for what is none
         raise KDError(
             f"the quantizer {path} can't be read ({type(e).__name__}): make it with "
             "`icefall-kd quantizer`"

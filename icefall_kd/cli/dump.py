@@ -259,7 +259,7 @@ def chooser(name: str) -> Callable[[Cut], int]:
             value = (owner.custom or {}).get(name)
             if value is not None:
                 break
-        if not isinstance(value, int):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise KDError(
                 f"the field {name!r} of cut {cut.id} is {value!r}, and must be the "
                 "number of its teacher among --exp-dir, from 0 on: write it into the "

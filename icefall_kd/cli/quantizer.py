@@ -1,5 +1,6 @@
 """Trains the quantizer of a hidden layer."""
 
+import random
 from pathlib import Path
 from typing import Iterator, List
 
@@ -66,6 +67,8 @@ def quantizer(
             f"--iters is {iters} and --num-vectors {num_vectors}: give 1 or more, and "
             f"{BATCH} or more"
         )
+    if Path(in_cuts).resolve() == Path(out).resolve():
+        raise KDError(f"{in_cuts} is both read and written: give OUT another name")
     package = import_quantization()
     cuts = open_cuts(in_cuts)
     model, settings = load_recipe_model(
@@ -76,6 +79,7 @@ def quantizer(
     heard = checked(cuts, in_cuts, int(settings["feature_dim"]))
     data = gather(vectors(teacher, heard, layer, device), num_vectors)
     torch.manual_seed(seed)
+    random.seed(seed)  # the trainer draws from both
     trainer = package.QuantizerTrainer(
         dim=data.size(1),
         bytes_per_frame=codes,

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+import zlib
 from base64 import b64encode
 from pathlib import Path
 from typing import Iterator
@@ -48,7 +50,7 @@ def _write_shard(shard: Path, path: Path, cuts: Iterator[Cut], store: str) -> in
 
 def shar(cuts_path: str, shar_dir: str, store: str) -> None:
     cuts = iter(open_cuts(cuts_path))
-    folder = Path(shar_dir)
+    folder = Path(shar_dir).resolve()
     shards = sorted(folder.glob("cuts.*"))
     if not shards:
         raise KDError(
@@ -57,7 +59,8 @@ def shar(cuts_path: str, shar_dir: str, store: str) -> None:
         )
     # Hidden folders would be fields to Lhotse: so the new shards wait outside.
     waiting = folder.with_name(f".tmp.{folder.name}.{FIELD}")
-    waiting.mkdir(exist_ok=True)
+    shutil.rmtree(waiting, ignore_errors=True)  # of a run that was killed
+    waiting.mkdir()
     written, n = [], 0
     try:
         for shard in tqdm(shards, desc="Shards", unit=" shards"):
@@ -72,13 +75,17 @@ def shar(cuts_path: str, shar_dir: str, store: str) -> None:
             )
         for path in written:
             path.replace(folder / path.name)
+    except (EOFError, zlib.error, ValueError) as e:
+        if isinstance(e, KDError):
+            raise
+        raise KDError(
+            f"{shard} or {cuts_path} is damaged ({type(e).__name__}): make it again"
+        ) from None
     except OSError as e:
         raise KDError(
             f"{folder} can't be written to ({e.strerror or e}): free space or mend the "
             "path, and give the same command again"
         ) from None
     finally:
-        for path in written:
-            path.unlink(missing_ok=True)
-        waiting.rmdir()
+        shutil.rmtree(waiting, ignore_errors=True)
     click.echo(f"{folder}: targets of {n} cuts in {len(written)} shards of {FIELD}")

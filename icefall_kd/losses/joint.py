@@ -8,12 +8,7 @@ import torch
 from icefall_kd.errors import KDError
 from icefall_kd.losses.ctc import ctc_kd_loss
 from icefall_kd.losses.kl import check_temperature
-from icefall_kd.losses.transducer import (
-    FORMS,
-    shift,
-    stored_nodes,
-    transducer_kd_loss,
-)
+from icefall_kd.losses.transducer import FORMS, shift, stored_nodes, transducer_kd_loss
 from icefall_kd.types import EncoderOut, Nodes, Targets, select
 
 
@@ -61,8 +56,8 @@ class JointKDLoss:
         check_temperature(temperature)
         if rnnt_form not in FORMS:
             raise KDError(
-                f"the form of the transducer's KD is {rnnt_form!r}: give --kd-rnnt-form "
-                f"one of {', '.join(FORMS)}"
+                f"the form of the transducer's KD is {rnnt_form!r}: give "
+                f"--kd-rnnt-form one of {', '.join(FORMS)}"
             )
         if not (isinstance(rnnt_shift, int) and rnnt_shift >= 0):
             raise KDError(f"--kd-rnnt-shift is {rnnt_shift!r}: give 0 or more frames")

@@ -14,7 +14,6 @@ from icefall_kd.types import (
     Nodes,
     PrunedLattice,
     SparseDistribution,
-    select,
     sparse,
 )
 

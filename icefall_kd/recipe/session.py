@@ -144,9 +144,9 @@ class Session:
         ctc, rnnt = self.joint.ctc_weight > 0, self.joint.rnnt_weight > 0
         if rnnt and self.cache_dir:
             raise KDError(
-                "--kd-cache-dir keeps CTC targets, and --kd-rnnt-weight needs lattices: "
-                "dump them with `icefall-kd dump --keep-lattice`, or ask the teacher "
-                "without a cache"
+                "--kd-cache-dir keeps CTC targets, and --kd-rnnt-weight needs "
+                "lattices: dump them with `icefall-kd dump --keep-lattice`, or ask the "
+                "teacher without a cache"
             )
         self.hook = TeacherHook(model, ctc=ctc, decoder=rnnt)
         self.joiner = getattr(self.hook.model, "joiner", None)

@@ -98,7 +98,7 @@ def _pieces(cut: Cut, missing: str) -> List[_Piece]:
 def _told(pieces: List[_Piece]) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError) as e:
+    except (ValueError, KeyError, RuntimeError) as e:
         if isinstance(e, KDError):
             raise
         raise KDError(
@@ -125,6 +125,11 @@ def _decode_hidden(
     pieces: List[_Piece], records: List[Dict[str, bytes]]
 ) -> Dict[Layer, torch.Tensor]:
     found = read_fingerprint(pieces[0].pointer.store)
+    if not found.hidden:
+        raise KDError(
+            f"the store {pieces[0].pointer.store} keeps no hidden layers: dump with "
+            "--keep-hidden out:half"
+        )
     layers = {}
     for codec in found.hidden_codecs():
         with _told(pieces):
@@ -147,6 +152,12 @@ def _lattice(piece: _Piece, record: Dict[str, bytes]) -> LatticeTargets:
         )
     with _told([piece]):
         return codec.decode(record["lattice"], found.vocab_size)
+
+
+def kept_frames(cut: MonoCut, pointer: Pointer) -> int:
+    """How many frames of its record ``cut`` has kept."""
+    piece = _piece(0.0, cut, pointer)
+    return piece.last - piece.first
 
 
 def read_ctc(cut: MonoCut, pointer: Pointer) -> Optional[Distribution]:

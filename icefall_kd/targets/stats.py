@@ -7,7 +7,7 @@ import click
 import torch
 from lhotse.cut import Cut
 
-from icefall_kd.targets.dataset import read_ctc
+from icefall_kd.targets.dataset import kept_frames, read_ctc
 from icefall_kd.targets.store import read_fingerprint, tracks_with_targets
 from icefall_kd.types import sparse
 
@@ -23,9 +23,7 @@ def print_stats(cuts: Iterable[Cut]) -> None:
             found = read_fingerprint(pointer.store)
             rows = read_ctc(inner, pointer)
             cut_count += 1
-            n = pointer.frames
-            if rows is not None:
-                n = int((rows.log_tail if sparse(rows) else rows).size(0))
+            n = kept_frames(inner, pointer)
             frames += n
             for name, size in pointer.sizes.items():
                 share = size * n / pointer.frames

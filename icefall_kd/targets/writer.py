@@ -260,8 +260,9 @@ class LogitWriter:
             rows = (hidden or {}).get(codec.layer)
             if rows is None:
                 raise _missing(cut, f"layer {codec.layer}", codec)
-            check_finite(rows, f"layer {codec.layer} on cut {cut.id}")
-            parts[codec.part] = codec.encode(rows.detach(), self._quantizer(codec))
+            quantizer = self._quantizer(codec)
+            codec.check(rows, quantizer, cut.id)
+            parts[codec.part] = codec.encode(rows.detach(), quantizer)
             frames.append(len(rows))
         if len(set(frames)) > 1 or not frames[0]:
             raise KDError(

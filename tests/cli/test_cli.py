@@ -89,6 +89,9 @@ def test_dump_end_to_end(
     # What was dumped can be trained on.
     params = {
         "kd_ctc_weight": 0.8,
+        "kd_rnnt_weight": 0.0,
+        "kd_rnnt_form": "nodes",
+        "kd_rnnt_shift": 0,
         "kd_hard_weight": 0.2,
         "kd_temperature": 2.0,
         "kd_missing": "refuse",

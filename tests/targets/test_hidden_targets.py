@@ -135,7 +135,7 @@ def test_a_cuts_frames_and_time_are_those_of_its_parts(cuts, store, kept):
     for cut in store(cuts, **kept):
         pointer = Pointer.of(cut)
         assert pointer.frames == FRAMES[cut.id] and pointer.cut == cut.id
-        targets = collate_targets([cut], hidden=True)
+        targets = collate_targets([cut], hidden=kept.get("hidden") != "")
         assert targets.lens.tolist() == [FRAMES[cut.id]]
         assert targets.mask.all() and targets.whole.all()
         assert (targets.ctc is None) == (not kept.get("ctc"))
@@ -398,7 +398,11 @@ def test_lattices_are_read_with_and_without_other_parts(cuts, store, noise, kept
     stored = store(cuts, **kept)
     part = stored["c2"].truncate(duration=0.5)
     given = [stored["c1"], part, stored["c3"].mix(noise, snr=10)]
-    targets = collate_targets(given, lattice=True, hidden=True)
+    layers = kept.get("hidden") != ""
+    targets = collate_targets(given, lattice=True, hidden=layers)
+    if not layers:
+        with pytest.raises(KDError, match="keeps no hidden layers.*--keep-hidden"):
+            collate_targets(given, hidden=True)
     assert targets.whole.tolist() == [True, False, True]
     assert targets.lattices[1] is None  # its labels are unknown
     _, codec = read_fingerprint(Pointer.of(part).store).codecs()
@@ -408,7 +412,7 @@ def test_lattices_are_read_with_and_without_other_parts(cuts, store, noise, kept
         assert torch.equal(found.occupancy, expected.occupancy)
         assert torch.equal(found.nodes.log_probs, expected.nodes.log_probs)
         assert found.symbols.tolist() == [3, 4]
-    assert set(targets.hidden) == (set() if kept.get("hidden") == "" else {1, OUT})
+    assert set(targets.hidden) == ({1, OUT} if layers else set())
     assert (targets.ctc is None) == (not kept.get("ctc"))
 
 
