@@ -30,6 +30,7 @@ from lhotse.cut import Cut, MonoCut
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
+from icefall_kd.cli.heap import Heap
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer, from_command_line, hidden_rows
 from icefall_kd.hook import MIN_FRAMES
@@ -417,7 +418,7 @@ def dump(
         loader = torch.utils.data.DataLoader(
             _Reader(), sampler=plan, batch_size=None, num_workers=num_workers
         )
-        sink = _Sink(writer)
+        sink, heap = _Sink(writer), Heap(WINDOW)
         stack.push(lambda kind, *exc: sink.close(failed=kind is not None))
         frames, begun = 0, time.perf_counter()
         bar = stack.enter_context(
@@ -427,6 +428,7 @@ def dump(
         for batch, x, x_lens in loader:
             said = teacher(x.to(device), x_lens.to(device), batch.cuts)
             sink.put(batch, said)
+            heap.after_batch()
             frames += sum(said.lens)
             bar.update(len(said.lens))
             rate = frames / (time.perf_counter() - begun)
