@@ -8,7 +8,7 @@ from icefall_kd.cli.heap import Heap
 
 @pytest.fixture
 def trims(tmp_path, monkeypatch):
-    """Feed page counts, one a batch; learn after which of them memory was given back."""
+    """Feed page counts, one a batch; learn after which memory was given back."""
     monkeypatch.setattr(heap, "STATUS", tmp_path / "statm")
 
     def run(pages):
