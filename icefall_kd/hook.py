@@ -355,6 +355,12 @@ def _padded(
                 f"utterance {i} of the batch has no labels, and a lattice needs one or "
                 "more: leave it out"
             )
+        if len(labels) > int(lens[i]):  # k2 refuses it too
+            raise KDError(
+                f"utterance {i} of the batch has {len(labels)} labels and "
+                f"{int(lens[i])} frames, and a lattice needs as many frames: leave it "
+                "out, as icefall's training does"
+            )
     longest = max((len(labels) for labels in y), default=0)
     symbols = torch.full((len(y), max(1, longest)), blank_id, dtype=torch.int64)
     boundary = torch.zeros(len(y), 4, dtype=torch.int64)

@@ -613,3 +613,14 @@ def test_a_model_under_ddp_is_tapped_within(make_model, features, process_group)
 def test_ctc_linear_is_the_layer_before_log_softmax(make_model):
     model = make_model()
     assert ctc_linear(model) is model.ctc_output[1]
+
+
+def test_a_lattice_of_more_labels_than_frames_is_refused(make_model, features):
+    with TeacherHook(make_model()) as hook:
+        out = hook.encode(*features)
+        t = int(out.encoder_out_lens[1])
+        y = [[3], [5] * (t + 1), [7]]
+        with pytest.raises(KDError, match=f"utterance 1 .* {t + 1} labels and {t} fr"):
+            hook.lattice(out, y)
+        y[1] = [5] * t
+        assert hook.lattice(out, y).symbols.size(1) == t

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from icefall_kd.cli.heap import Heap
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer, from_command_line, hidden_rows
-from icefall_kd.hook import MIN_FRAMES
+from icefall_kd.hook import MIN_FRAMES, encoder_frames
 from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets.fingerprint import (
     TOKENS,
@@ -219,7 +219,16 @@ def _labels(cuts: List[Cut], sp) -> List[List[int]]:
                 f"the cut {cut.id} has no transcript, and a lattice needs one: leave "
                 "it out, label it first, or dump without --keep-lattice"
             )
-    return sp.encode([c.supervisions[0].text for c in cuts], out_type=int)
+    y = sp.encode([c.supervisions[0].text for c in cuts], out_type=int)
+    for cut, labels in zip(cuts, y):
+        frames = encoder_frames(cut.num_frames)
+        if len(labels) > frames:
+            raise KDError(
+                f"the cut {cut.id} has {len(labels)} labels and the teacher gives "
+                f"{frames} frames, and a lattice needs as many frames: leave it out, "
+                "as icefall's training does"
+            )
+    return y
 
 
 class Teacher:

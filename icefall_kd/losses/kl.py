@@ -193,9 +193,12 @@ class _LinearKL(torch.autograd.Function):
             torch.zeros_like(i, dtype=dtype) if i is not None and n else None
             for i, n in zip(inputs, needed)
         ]
-        # A matrix product in the input's type, as the layer itself would make it.
-        w = weight.to(x.dtype)
-        b = None if bias is None else bias.to(x.dtype)
+        # A matrix product in the input's type, as the layer itself would make it; older
+        # torch has none in float16 on a CPU.
+        on_cpu = x.device.type == "cpu" and x.dtype == torch.float16
+        kind = dtype if on_cpu else x.dtype
+        w = weight.to(kind)
+        b = None if bias is None else bias.to(kind)
 
         def logits(part) -> Tuple[torch.Tensor, None, Callable]:
             h = x[part]
@@ -208,7 +211,7 @@ class _LinearKL(torch.autograd.Function):
                 if grads[2] is not None:
                     grads[2] += g.sum(0)
 
-            return torch.nn.functional.linear(h, w, b), None, take
+            return torch.nn.functional.linear(h.to(kind), w, b), None, take
 
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             value = rows.sum(len(x), len(weight), x.device, dtype, logits)

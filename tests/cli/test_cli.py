@@ -390,6 +390,19 @@ def test_dump_of_lattices_refuses_a_cut_without_transcript(
     assert invoke(*dump_words(cuts=path, out=tmp_path / "ctc.jsonl")).code == 0
 
 
+def test_dump_of_lattices_refuses_a_cut_of_more_labels_than_frames(
+    invoke, dump_words, tmp_path, make_cut, bpe_models
+):
+    path = tmp_path / "other.jsonl"
+    cuts = [make_cut("c1", 47), make_cut("short", 33, text="ein zwei ein zwei ein")]
+    CutSet.from_cuts(cuts).to_file(path)
+    words = ("--keep-lattice", "collapsed", "--bpe-model", bpe_models.a)
+    done = invoke(*dump_words(*words, cuts=path))
+    assert done.code == 1 and "the cut short has " in done.err[-1]
+    assert "labels and the teacher gives 7 frames" in done.err[-1]
+    assert not (tmp_path / "out.jsonl.gz").exists()
+
+
 @pytest.mark.parametrize(
     "more, words",
     [

@@ -223,12 +223,17 @@ def test_another_form_leaves_the_store(invoke, refused, dump_words, parts):
         (("--keep-hidden", "1"), "the hidden layer is '1'"),
         (("--keep-hidden", "x:half"), "the hidden layer is 'x:half'"),
         (("--keep-hidden", "1:half,1:half"), "hidden layer 1 occurs twice"),
-        (("--keep-hidden", "1:nowhere.pt"), "nowhere.pt can't be read"),
     ],
-    ids="nothing lattice stack form layer twice file".split(),
+    ids="nothing lattice stack form layer twice".split(),
 )
 def test_dump_refuses_what_it_cannot_keep(refused, dump_words, more, words):
     assert words in refused(*dump_words(*more))
+
+
+def test_dump_refuses_a_quantizer_that_is_not_there(refused, dump_words):
+    pytest.importorskip("multi_quantization")
+    words = dump_words("--keep-hidden", "1:nowhere.pt")
+    assert "nowhere.pt can't be read" in refused(*words)
 
 
 # Codes
