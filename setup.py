@@ -33,8 +33,15 @@ setup(
     ],
     extras_require={
         "digits": digits,
+        "mvq": ["multi_quantization"],
         "test": digits
-        + ["pytest>=7", "hypothesis>=6", "black==25.1.0", "isort==5.13.2"]
+        + [
+            "multi_quantization",
+            "pytest>=7",
+            "hypothesis>=6",
+            "black==25.1.0",
+            "isort==5.13.2",
+        ]
         + ["ruff==0.8.6"],
     },
     entry_points={"console_scripts": ["icefall-kd=icefall_kd.cli:main"]},

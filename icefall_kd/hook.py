@@ -300,7 +300,9 @@ class TeacherHook:
         model = self.model
         _need_transducer(model)
         blank = int(model.decoder.blank_id)
-        encoder_out, lens = out.encoder_out, out.encoder_out_lens
+        # Of another type where encode() ran within autocast.
+        kind = next(model.joiner.parameters()).dtype
+        encoder_out, lens = out.encoder_out.to(kind), out.encoder_out_lens
         symbols, boundary = _padded(y, lens, blank)
         with _as_found(model):
             model.eval()
@@ -325,7 +327,7 @@ class TeacherHook:
         """Where the recipe's pruned loss would look."""
         with torch.autocast(encoder_out.device.type, enabled=False):
             _, (px_grad, py_grad) = get_engine().rnnt_loss_smoothed(
-                lm=self.model.simple_lm_proj(decoder_out).float(),
+                lm=self.model.simple_lm_proj(decoder_out.to(encoder_out.dtype)).float(),
                 am=self.model.simple_am_proj(encoder_out).float(),
                 symbols=symbols,
                 termination_symbol=blank_id,

@@ -624,3 +624,51 @@ def test_a_lattice_of_more_labels_than_frames_is_refused(make_model, features):
             hook.lattice(out, y)
         y[1] = [5] * t
         assert hook.lattice(out, y).symbols.size(1) == t
+
+
+def test_a_batch_that_cr_ctc_doubles_is_taken_doubled(make_model, features):
+    """Each utterance twice, with other dropout each time; encode() hears it once."""
+    model = make_model().train()
+    x, x_lens = features
+    hook = TeacherHook(model, hidden=[1], decoder=True)
+    torch.manual_seed(0)
+    model(
+        x=x,
+        x_lens=x_lens,
+        y=[[3, 4, 3], [5, 6], [7]],
+        prune_range=3,
+        use_cr_ctc=True,
+    )
+    out = hook.take()
+    for rows in (out.ctc_logits, out.hidden[1], out.decoder_out, out.symbols):
+        assert len(rows) == 6
+    assert torch.equal(out.encoder_out_lens[:3], out.encoder_out_lens[3:])
+    assert torch.equal(out.symbols[:3], out.symbols[3:])
+    assert not torch.equal(out.ctc_logits[:3], out.ctc_logits[3:])
+    assert len(hook.encode(x, x_lens).ctc_logits) == 3 and model.training
+
+
+def test_autocast_gives_the_same_within_its_precision(make_model, features):
+    with TeacherHook(make_model()) as hook:
+        expected = hook.encode(*features)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = hook.encode(*features)
+            lattice = hook.lattice(found, [[3, 4, 3], [5, 6], [7]], 3)
+    assert torch.equal(found.encoder_out_lens, expected.encoder_out_lens)
+    a, b = (x.ctc_logits.float().softmax(-1) for x in (found, expected))
+    for row, n in enumerate(found.encoder_out_lens):
+        torch.testing.assert_close(a[row, :n], b[row, :n], rtol=0, atol=0.05)
+    total = lattice.occupancy.sum((1, 2))
+    labels = torch.tensor([3, 2, 1])
+    torch.testing.assert_close(total, (found.encoder_out_lens + labels).float())
+
+
+def test_the_decoders_output_is_that_of_the_models_own_pass(make_model, features):
+    model = make_model().eval()
+    hook = TeacherHook(model, decoder=True)
+    y = [[3, 4, 3], [5, 6], [7]]
+    model(x=features[0], x_lens=features[1], y=y, prune_range=3)
+    out = hook.take()
+    assert out.symbols.tolist() == [[0, 3, 4, 3], [0, 5, 6, 0], [0, 7, 0, 0]]
+    assert torch.equal(out.decoder_out, model.decoder(out.symbols))
+    assert out.decoder_out.requires_grad
