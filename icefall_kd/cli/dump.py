@@ -1,10 +1,12 @@
 """Stores what a teacher says on cuts."""
 
 import dataclasses
+import gzip
 import logging
 import os
 import shutil
 import time
+import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -67,10 +69,23 @@ def open_cuts(path: str) -> CutSet:
     return cuts
 
 
+def readable(cuts: CutSet, path: str) -> Iterator[Cut]:
+    """The cuts, with a sentence for a manifest that is damaged beyond its first."""
+    try:
+        yield from cuts
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as e:
+        if isinstance(e, KDError):
+            raise
+        raise KDError(
+            f"the manifest {path} can't be read to its end ({type(e).__name__}): make "
+            "it again"
+        ) from None
+
+
 def checked(cuts: CutSet, path: str, num_features: int) -> Iterator[Cut]:
     """The cuts of ``path`` one by one, refused where the teacher can't hear them."""
     seen: Set[str] = set()
-    for cut in cuts:
+    for cut in readable(cuts, path):
         problem = ""
         if not isinstance(cut, MonoCut):
             problem = (
@@ -420,7 +435,7 @@ def dump(
                 temporary.replace(target)
         if len(writer):
             logging.warning("%d cuts have their targets already", len(writer))
-        total = _count(cuts)
+        total = _count(cuts, in_cuts)
         plan = _Plan(
             checked(cuts, in_cuts, num_features), max_duration, job, num_jobs, writer
         )
@@ -470,7 +485,9 @@ def _tell(in_cuts, out, told: str, num_jobs: int, overwrite: bool) -> None:
 
 def combine_jobs(in_cuts: str, out_cuts: Union[str, Path], num_jobs: int) -> None:
     """Join the manifests of all jobs, in the order of ``in_cuts``."""
-    counts = combine(out_cuts, num_jobs, (c.id for c in open_cuts(in_cuts)))
+    counts = combine(
+        out_cuts, num_jobs, (c.id for c in readable(open_cuts(in_cuts), in_cuts))
+    )
     click.echo(
         f"{out_cuts}: {sum(counts.values())} cuts with targets of {num_jobs} jobs"
     )
@@ -489,8 +506,8 @@ def _name_unreadable(batch: List[Cut]) -> None:
             ) from None
 
 
-def _count(cuts: CutSet) -> int:
+def _count(cuts: CutSet, path: str) -> int:
     try:
         return len(cuts)  # counts lines, where Lhotse can
-    except (TypeError, NotImplementedError):
-        return sum(1 for _ in cuts)
+    except (TypeError, NotImplementedError, EOFError, zlib.error):
+        return sum(1 for _ in readable(cuts, path))

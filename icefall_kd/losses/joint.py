@@ -103,9 +103,10 @@ class JointKDLoss:
         _check_frames(student, targets)
         targets = targets.to(student.encoder_out.device)
         if self.ctc_weight:
-            kd_ctc, info["kd_frames"] = self._ctc(student, targets)
+            kd_ctc, frames = self._ctc(student, targets)
             loss = loss + self.ctc_weight * kd_ctc
             info["kd_ctc_loss"] = _number(kd_ctc, "kd_ctc_loss")
+            info["kd_frames"] = frames
         if self.rnnt_weight:
             kd_rnnt = self._rnnt(student, targets, joiner, blank_id)
             loss = loss + self.rnnt_weight * kd_rnnt

@@ -252,6 +252,11 @@ def map_symbols(targets: Targets, symbols: torch.Tensor) -> Targets:
         one, their probabilities add up. All the student's symbols must occur.
     """
     size = int(symbols.max()) + 1
+    if len(torch.unique(symbols)) != size or int(symbols.min()) < 0:
+        raise KDError(
+            f"the symbols map to {len(torch.unique(symbols))} of the student's {size}: "
+            "all of them must occur"
+        )
     ctc = targets.ctc
     if ctc is None:
         pass

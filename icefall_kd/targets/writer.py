@@ -5,10 +5,12 @@ import fcntl
 import gzip
 import json
 import shutil
+import zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,6 +31,16 @@ def _beside(path: Path) -> Path:
 
 def _open(path: Path, mode: str) -> BinaryIO:
     return (gzip.open if path.suffix == ".gz" else open)(path, mode)
+
+
+def _lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise KDError(
+            f"the manifest {path} is damaged ({type(e).__name__}): delete it and give "
+            "the same command again with --overwrite"
+        ) from None
 
 
 def job_manifest(manifest: Union[str, Path], job: int, num_jobs: int) -> Path:
@@ -105,20 +117,38 @@ class LogitWriter:
         name = "targets.bin" if num_jobs == 1 else f"targets.{job}-of-{num_jobs}.bin"
         self._path = self.storage_dir / name
         self._done: Set[str] = set()
+        if not overwrite:
+            self._refuse_strangers()
         with self._told():
             self.manifest.parent.mkdir(parents=True, exist_ok=True)
             self.storage_dir.mkdir(parents=True, exist_ok=True)
             self._records = open(self._path, "ab")
             self._lock()
-            fingerprint.write(self.storage_dir)
-            if overwrite:  # its records are about to be replaced
+            if overwrite:  # first, lest another teacher's cuts be taken for these
                 self.manifest.unlink(missing_ok=True)
                 self.partial.unlink(missing_ok=True)
                 read_fingerprint.cache_clear()
+            fingerprint.write(self.storage_dir)
             end = self._start_partial()
             self._records.truncate(end)
             self._records.seek(end)
             self._lines = open(self.partial, "ab")
+
+    def _refuse_strangers(self) -> None:
+        """Refuse records that no manifest or fingerprint here knows of."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size and not (self.storage_dir / FILENAME).exists():
+            raise KDError(
+                f"{self._path} has {size} bytes of records and no {FILENAME} beside "
+                "it, so that their teacher is not known: name another folder, or give "
+                "--overwrite"
+            )
+        if size and not (self.manifest.exists() or self.partial.exists()):
+            raise KDError(
+                f"{self._path} has {size} bytes of another manifest's targets, and "
+                f"{self.manifest} is not there: name another folder for the targets of "
+                "this manifest, or give --overwrite to lose those"
+            )
 
     def _lock(self) -> None:
         """Keep out a second run of the same job, where the file system can."""
@@ -167,7 +197,7 @@ class LogitWriter:
     def _take_over(self, path: Path, out: BinaryIO, size: int) -> int:
         end = 0
         with _open(path, "rb") as f:
-            for line in f:
+            for line in _lines_of(f, path):
                 try:
                     cut = json.loads(line)
                 except ValueError:
@@ -390,11 +420,12 @@ def combine(
                 f"`icefall-kd dump --num-jobs {num_jobs} --job {job}` finish first"
             )
     target = Path(manifest)
-    temporary = _beside(target)
+    # Jobs that end together may all come here.
+    temporary = target.with_name(f".tmp.{uuid4().hex}.{target.name}")
     counts = {str(path): 0 for path in paths}
     with ExitStack() as stack:
         stack.callback(temporary.unlink, missing_ok=True)
-        lines = [iter(stack.enter_context(_open(path, "rb"))) for path in paths]
+        lines = [_lines_of(stack.enter_context(_open(p, "rb")), p) for p in paths]
         heads = [next(it, None) for it in lines]
         ids = [head and json.loads(head)["id"] for head in heads]
         with _open(temporary, "wb") as out:

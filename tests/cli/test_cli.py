@@ -774,3 +774,14 @@ def test_the_version(invoke):
 def test_help(invoke, command):
     done = invoke(command, "--help")
     assert done.code == 0 and done.out.startswith(f"Usage: icefall-kd {command}")
+
+
+def test_dump_refuses_a_manifest_torn_beyond_its_first_lines(
+    invoke, dump_words, tmp_path, make_cut
+):
+    path = tmp_path / "long.jsonl.gz"
+    cut = make_cut("c", 47)
+    CutSet.from_cuts(cut.with_id(f"c{i}") for i in range(3000)).to_file(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = invoke(*dump_words(cuts=path))
+    assert done.code == 1 and "long.jsonl.gz can't be read to its end" in done.err[-1]

@@ -810,3 +810,10 @@ def test_the_store_is_read_lazily(cuts, tmp_path, make_fingerprint):
     lazy = CutSet.from_jsonl_lazy(tmp_path / "kd.jsonl.gz")
     assert store_fingerprint(lazy)[0] == make_fingerprint()
     assert len(load_manifest(tmp_path / "kd.jsonl.gz")) == len(LENGTHS)
+
+
+@pytest.mark.parametrize("symbols", [[0, 2, 2], [0, 3, 1], [0, -1, 1]])
+def test_a_map_that_leaves_symbols_out_is_refused(symbols):
+    targets = Targets(torch.zeros(1, 2, 3), torch.tensor([2]))
+    with pytest.raises(KDError, match="all of them must occur"):
+        map_symbols(targets, torch.tensor(symbols))

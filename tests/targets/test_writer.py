@@ -857,3 +857,76 @@ def test_a_job_that_another_process_writes_is_refused_and_left_alone(
         writer.write(cut, make_logits(cut, 0))
     writer.finish()
     check(cuts)
+
+
+def test_records_of_another_manifest_are_not_cut_off(
+    cuts, opened, check, make_logits, make_fingerprint, tmp_path
+):
+    with opened() as writer:
+        write_all(writer, cuts, make_logits)
+    before = (tmp_path / "kd/targets.bin").read_bytes()
+    other = tmp_path / "other.jsonl.gz"
+    with pytest.raises(KDError, match="another manifest's targets.*--overwrite"):
+        LogitWriter(other, tmp_path / "kd", make_fingerprint())
+    assert (tmp_path / "kd/targets.bin").read_bytes() == before and not other.exists()
+    check(cuts)
+
+
+def test_records_without_a_fingerprint_are_not_taken_over(
+    cuts, opened, make_logits, tmp_path
+):
+    cut_short(opened(), cuts, make_logits)
+    (tmp_path / "kd/fingerprint.json").unlink()
+    with pytest.raises(KDError, match="no fingerprint.json beside"):
+        opened(teacher="b" * 64)
+    opened(overwrite=True).close()
+
+
+def test_a_killed_overwrite_leaves_no_cut_of_the_old_teacher(
+    cuts, opened, make_logits, tmp_path, monkeypatch
+):
+    with opened() as writer:
+        write_all(writer, cuts, make_logits)
+
+    def killed(*args):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module.Fingerprint, "write", killed)
+        with pytest.raises(Stop):
+            opened(overwrite=True, teacher="b" * 64)
+    with pytest.raises(KDError, match="--overwrite"):
+        opened(teacher="b" * 64)
+    assert len(opened(overwrite=True, teacher="b" * 64)) == 0
+
+
+def test_a_manifest_that_is_torn_is_refused(cuts, opened, make_logits, tmp_path):
+    with opened() as writer:
+        write_all(writer, cuts, make_logits)
+    path = tmp_path / "kd.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(KDError, match="kd.jsonl.gz is damaged .EOFError"):
+        opened()
+
+
+def test_jobs_that_combine_at_once_all_succeed(cuts, opened, make_logits, tmp_path):
+    for job in range(2):
+        with opened(job=job, num_jobs=2) as writer:
+            write_all(writer, cuts[job::2], make_logits)
+    errors = []
+
+    def run():
+        try:
+            combine(tmp_path / "kd.jsonl.gz", 2, [c.id for c in cuts])
+        except Exception as e:
+            errors.append(e)
+
+    for _ in range(20):
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    found = [c.id for c in load_manifest(tmp_path / "kd.jsonl.gz")]
+    assert found == [c.id for c in cuts] and not list(tmp_path.glob(".tmp*"))
