@@ -20,6 +20,7 @@ from icefall_kd.targets.store import (
     REMEDY,
     Pointer,
     check_unmoved,
+    fingerprint_of,
     read_fingerprint,
     tracks_with_targets,
 )
@@ -64,7 +65,7 @@ def _piece(offset: float, cut: MonoCut, pointer: Pointer) -> _Piece:
     to the nearest, as Lhotse rounds its temporal arrays.
     """
     check_unmoved(cut, pointer)
-    shift = read_fingerprint(pointer.store).frame_shift
+    shift = fingerprint_of(pointer).frame_shift
     at = _frames(offset, shift)
     if cut.start == pointer.start and cut.duration == pointer.duration:
         return _Piece(at, 0, pointer.frames, pointer, offset == 0)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 from uuid import uuid4
@@ -163,6 +164,11 @@ class Fingerprint:
         """How hidden layers are kept."""
         return parse_hidden(self.hidden)
 
+    @property
+    def digest(self) -> str:
+        """Start of the SHA-256 of all fields; every record carries it."""
+        return _digest(self)
+
     @staticmethod
     def read(folder: Union[str, Path]) -> "Fingerprint":
         """Read the fingerprint of the store in ``folder``."""
@@ -230,3 +236,9 @@ class Fingerprint:
                 f"{self.tokens[:8]}), though both are {vocab_size}: train the student "
                 "with the teacher's --bpe-model"
             )
+
+
+@lru_cache(maxsize=64)
+def _digest(fingerprint: Fingerprint) -> str:
+    text = json.dumps(asdict(fingerprint), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -46,6 +46,7 @@ class Pointer:
     start: float  # seconds in the recording
     duration: float  # seconds
     source: float  # seconds of the recording; 0 for none
+    fingerprint: str = ""  # digest of the store's fingerprint
     record: Optional[str] = None  # in a Shar: the record itself, in base 64
 
     @property
@@ -72,6 +73,7 @@ class Pointer:
     def checksum(self, record: bytes) -> int:
         values = (self.file, self.offset, *self.sizes.items(), self.cut)
         values += (self.frames, self.start, self.duration, self.source)
+        values += (self.fingerprint,)
         return zlib.crc32(record, zlib.crc32(repr(values).encode()))
 
     def _record(self, path: str) -> bytes:
@@ -128,6 +130,19 @@ class _File:
 
 def _descriptor(path: str, pid: int) -> int:
     return _opened(path, pid).descriptor
+
+
+def fingerprint_of(pointer: Pointer) -> Fingerprint:
+    """The fingerprint of a record's store, refused where the record has another."""
+    found = read_fingerprint(pointer.store)
+    if pointer.fingerprint != found.digest:
+        raise KDError(
+            f"the targets of cut {pointer.cut} were made under the fingerprint "
+            f"{pointer.fingerprint or 'of no name'} and {pointer.store} has "
+            f"{found.digest} now: another teacher or another form was dumped there; "
+            f"{REMEDY} again"
+        )
+    return found
 
 
 @lru_cache(maxsize=64)

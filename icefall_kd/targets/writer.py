@@ -211,6 +211,13 @@ class LogitWriter:
                         "manifest, or give --overwrite"
                     )
                 pointer = Pointer(**stored)
+                if pointer.fingerprint != self.fingerprint.digest:
+                    raise KDError(
+                        f"{path} has targets of another teacher or form (fingerprint "
+                        f"{pointer.fingerprint}, and this one is "
+                        f"{self.fingerprint.digest}), cut {cut['id']} the first: name "
+                        "another manifest, or give --overwrite"
+                    )
                 if cut["id"] in self._done:
                     continue
                 if pointer.file == self._path.name:
@@ -328,6 +335,7 @@ class LogitWriter:
             start=cut.start,
             duration=cut.duration,
             source=source_duration(cut),
+            fingerprint=self.fingerprint.digest,
         )
         pointer = replace(pointer, crc32=pointer.checksum(record))
         # A copy, the caller's cut stays as it is, and without what a Shar put there.

@@ -366,3 +366,12 @@ def test_statistics_of_parts_count_what_the_parts_hold(cuts, capsys, stored_form
 def test_statistics_of_nothing(make_cut, capsys):
     print_stats([make_cut("b1", 33)])
     assert "no cut has targets" in capsys.readouterr().out
+
+
+def test_records_of_another_fingerprint_are_refused(cuts, make_fingerprint, tmp_path):
+    """As of a Shar, whose records stay when its store is made anew."""
+    make_fingerprint(teacher="b" * 64).write(tmp_path / "kd")
+    read_fingerprint.cache_clear()
+    with pytest.raises(KDError, match="targets of cut c1 were made under .* has") as e:
+        collate_targets([cuts["c1"]])
+    assert "\n" not in str(e.value) and make_fingerprint().digest in str(e.value)

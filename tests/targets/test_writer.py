@@ -930,3 +930,15 @@ def test_jobs_that_combine_at_once_all_succeed(cuts, opened, make_logits, tmp_pa
     assert not errors
     found = [c.id for c in load_manifest(tmp_path / "kd.jsonl.gz")]
     assert found == [c.id for c in cuts] and not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_job_does_not_go_on_with_the_cuts_of_another_teacher(
+    cuts, opened, make_logits
+):
+    """Job 0 was made anew for another teacher, and job 1 is told nothing of it."""
+    for job in range(2):
+        with opened(job=job, num_jobs=2) as writer:
+            write_all(writer, cuts[job::2], make_logits)
+    opened(job=0, num_jobs=2, overwrite=True, teacher="b" * 64).close()
+    with pytest.raises(KDError, match="targets of another teacher or form"):
+        opened(job=1, num_jobs=2, teacher="b" * 64)
