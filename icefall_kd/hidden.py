@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from icefall_kd.errors import KDError
+from icefall_kd.files import replacing
 from icefall_kd.types import EncoderOut
 
 OUT = "out"  # the encoder's output among the layers; the stacks go by their index
@@ -162,12 +163,8 @@ def import_quantization():
 def save_quantizer(quantizer: Any, path: Path) -> None:
     values = {"dim": quantizer.dim, "codes": quantizer.num_codebooks}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp.{path.name}")
-    try:
+    with replacing(path) as temporary:
         torch.save({**values, "state": quantizer.state_dict()}, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_quantizer(path: Union[str, Path]) -> Any:

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from icefall_kd.cli.heap import Heap
 from icefall_kd.errors import KDError
+from icefall_kd.files import replacing
 from icefall_kd.hidden import Layer, from_command_line, hidden_rows
 from icefall_kd.hook import MIN_FRAMES, encoder_frames
 from icefall_kd.recipe.loader import load_recipe_model
@@ -430,9 +431,8 @@ def dump(
         for codec in codecs:
             if codec.layer in quantizers:
                 target = codec.quantizer_file(storage_dir)
-                temporary = target.with_name(f".tmp.{job}.{target.name}")
-                shutil.copyfile(quantizers[codec.layer], temporary)
-                temporary.replace(target)
+                with replacing(target, shared=True) as temporary:
+                    shutil.copyfile(quantizers[codec.layer], temporary)
         if len(writer):
             logging.warning("%d cuts have their targets already", len(writer))
         total = _count(cuts, in_cuts)

@@ -1,7 +1,6 @@
 """Builds a student from a teacher, as a checkpoint that train.py starts from."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -9,6 +8,7 @@ import click
 import torch
 
 from icefall_kd.errors import KDError
+from icefall_kd.files import replacing
 from icefall_kd.recipe.loader import import_train, load_recipe_model
 from icefall_kd.student.build import build_student, check_settings
 from icefall_kd.targets.fingerprint import check_vocabulary
@@ -70,9 +70,8 @@ def save_start(path: Path, model, params: Dict[str, Any]) -> None:
     """Write a checkpoint of zero steps: no optimizer, scheduler or sampler."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    torch.save({"model": state, "model_avg": state, **params}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save({"model": state, "model_avg": state, **params}, temporary)
 
 
 def student(

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
-from uuid import uuid4
 
 import torch
 from lhotse import Features
 
 from icefall_kd.codec import Codec, LatticeCodec
 from icefall_kd.errors import KDError
+from icefall_kd.files import replacing
 from icefall_kd.hidden import HiddenCodec, parse_hidden
 
 FILENAME = "fingerprint.json"
@@ -198,13 +198,8 @@ class Fingerprint:
     def write(self, folder: Union[str, Path]) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Jobs on several machines may have the same process id.
-        temporary = folder / f".{FILENAME}.{uuid4().hex}"
-        try:
+        with replacing(folder / FILENAME, shared=True) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf8")
-            temporary.replace(folder / FILENAME)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def check_same(self, other: "Fingerprint", folder: Union[str, Path]) -> None:
         """Refuse to add what ``other`` says to a store made by ``self``."""

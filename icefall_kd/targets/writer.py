@@ -10,23 +10,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
-from uuid import uuid4
 
 import numpy as np
 import torch
 from lhotse.cut import MonoCut
 
 from icefall_kd.errors import KDError
+from icefall_kd.files import replacing
 from icefall_kd.hidden import HiddenCodec, Layer, load_quantizer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint, source_duration
 from icefall_kd.types import PrunedLattice
 
 SHAR_NOTES = ("shard_origin", "shar_epoch", "dataloading_info")
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".tmp.{path.name}")
 
 
 def _open(path: Path, mode: str) -> BinaryIO:
@@ -182,16 +178,11 @@ class LogitWriter:
         Returns the end of the last record that they point at.
         """
         size = self._path.stat().st_size if self._path.exists() else 0
-        temporary = _beside(self.partial)
         end = 0
-        try:
-            with open(temporary, "wb") as out:
-                for path in (self.manifest, self.partial):
-                    if path.exists():
-                        end = max(end, self._take_over(path, out, size))
-            temporary.replace(self.partial)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self.partial) as temporary, open(temporary, "wb") as out:
+            for path in (self.manifest, self.partial):
+                if path.exists():
+                    end = max(end, self._take_over(path, out, size))
         return end
 
     def _take_over(self, path: Path, out: BinaryIO, size: int) -> int:
@@ -372,16 +363,12 @@ class LogitWriter:
 
     def finish(self) -> None:
         """Make the manifest of all that was written, and drop the partial one."""
-        temporary = _beside(self.manifest)
         with self._told():
             self._records.close()
             self._lines.close()
-            try:
+            with replacing(self.manifest) as temporary:
                 with open(self.partial, "rb") as f, _open(temporary, "wb") as out:
                     shutil.copyfileobj(f, out)
-                temporary.replace(self.manifest)
-            finally:
-                temporary.unlink(missing_ok=True)
             self.partial.unlink()
 
 
@@ -428,11 +415,10 @@ def combine(
                 f"`icefall-kd dump --num-jobs {num_jobs} --job {job}` finish first"
             )
     target = Path(manifest)
-    # Jobs that end together may all come here.
-    temporary = target.with_name(f".tmp.{uuid4().hex}.{target.name}")
     counts = {str(path): 0 for path in paths}
     with ExitStack() as stack:
-        stack.callback(temporary.unlink, missing_ok=True)
+        # Jobs that end together may all come here.
+        temporary = stack.enter_context(replacing(target, shared=True))
         lines = [_lines_of(stack.enter_context(_open(p, "rb")), p) for p in paths]
         heads = [next(it, None) for it in lines]
         ids = [head and json.loads(head)["id"] for head in heads]
@@ -454,5 +440,4 @@ def combine(
                 f"the cut {left[0]} has targets and is not in the manifest that was "
                 "dumped: combine with the manifest that all jobs ran on"
             )
-        temporary.replace(target)
     return counts
