@@ -28,7 +28,8 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 from lhotse.features.io import LilcomChunkyWriter
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.dump import Teacher, _batches, _Plan, _Reader, _Sink
+from icefall_kd.cli.dump import _batches, _Plan, _Reader, _Sink
+from icefall_kd.cli.teachers import Teacher
 from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.fingerprint import Fingerprint, load_bpe_model

@@ -111,6 +111,24 @@ class HiddenCodec:
     def quantizer_file(self, store: Union[str, Path]) -> Path:
         return Path(store) / f"quantizer.{self.layer}.pt"
 
+    def stored_quantizer(self, store: Union[str, Path]) -> Any:
+        """The quantizer that a store's codes were made with; None for float16.
+
+        Raises:
+          KDError: no such file, or another one.
+        """
+        if not self.codes:
+            return None
+        path = self.quantizer_file(store)
+        found = hash_file(path) if path.is_file() else "missing"
+        if found != self.quantizer:
+            raise KDError(
+                f"the quantizer {path} is {found} and the store's codes are of "
+                f"{self.quantizer}: copy it there again, or make the targets again "
+                "with `icefall-kd dump --overwrite`"
+            )
+        return load_quantizer(path)
+
     def encode(self, rows: torch.Tensor, quantizer: Any = None) -> bytes:
         """The bytes of one utterance's rows, (T, R, C)."""
         if self.codes:

@@ -5,6 +5,9 @@ import click
 from icefall_kd import __version__
 from icefall_kd.errors import one_sentence
 
+# What train.py knows and a command does not.
+MODEL_FLAGS = {"ignore_unknown_options": True}
+
 
 @click.group(context_settings={"show_default": True})
 @click.version_option(__version__)
@@ -23,8 +26,13 @@ def doctor() -> None:
 def teacher_options(command):
     """The options by which icefall's scripts name a model."""
     for option in (
+        click.argument(
+            "flags", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL FLAGS]..."
+        ),
+        click.option("--bpe-model", default="", help="The teacher's bpe.model."),
         click.option(
-            "--use-averaged-model/--no-use-averaged-model",
+            "--use-averaged-model",
+            type=bool,
             default=True,
             help="Average over the steps between two checkpoints, as icefall does.",
         ),
@@ -46,11 +54,10 @@ def teacher_options(command):
     return command
 
 
-@cli.command()
+@cli.command(context_settings=MODEL_FLAGS)
 @click.argument("in_cuts")
 @click.argument("out_cuts")
 @teacher_options
-@click.option("--bpe-model", default="", help="The teacher's bpe.model.")
 @click.option(
     "--storage-dir",
     default="",
@@ -98,6 +105,11 @@ def dump(**options) -> None:
     of one recipe, --exp-dir A,B, are averaged or chosen for each cut. A run that was
     cut short goes on where it stopped. Under torchrun each process is a job; on a
     cluster give each its --job. The last one joins their manifests.
+
+    MODEL FLAGS are those of the recipe's decode.py, as --num-encoder-layers: for a
+    checkpoint that holds parameters alone, such as a released pretrained.pt, which
+    needs --bpe-model too; and --chunk-size and --left-context-frames for a causal
+    teacher.
     """
     from icefall_kd.cli.dump import dump as run
 
@@ -138,7 +150,7 @@ def shar(**options) -> None:
         run(**options)
 
 
-@cli.command()
+@cli.command(context_settings=MODEL_FLAGS)
 @click.argument("in_cuts")
 @click.argument("out")
 @teacher_options
@@ -158,7 +170,7 @@ def quantizer(**options) -> None:
         run(**options)
 
 
-@cli.command()
+@cli.command(context_settings=MODEL_FLAGS)
 @teacher_options
 @click.option("--student-dir", required=True, help="The student's experiment folder.")
 @click.option(
@@ -169,7 +181,6 @@ def quantizer(**options) -> None:
     help="A setting that differs from the teacher's, such as encoder-dim=32,32,32.",
 )
 @click.option("--init", default="teacher", help="teacher (its slices), or random.")
-@click.option("--bpe-model", default="", help="The student's bpe.model, to be checked.")
 @click.option("--seed", default=42, help="For --init random.")
 def student(**options) -> None:
     """Build a student from a teacher, as a checkpoint that train.py starts from.

@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Tuple
 
 import click
 import torch
@@ -10,7 +10,7 @@ from lhotse import CutSet
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.dump import checked, open_cuts
+from icefall_kd.cli.cuts import open_cuts, readable, survey
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import (
     HiddenCodec,
@@ -53,6 +53,8 @@ def quantizer(
     iteration: int,
     avg: int,
     use_averaged_model: bool,
+    flags: Tuple[str, ...],
+    bpe_model: str,
     layer: str,
     codes: int,
     num_vectors: int,
@@ -72,12 +74,13 @@ def quantizer(
     package = import_quantization()
     cuts = open_cuts(in_cuts)
     model, settings = load_recipe_model(
-        recipe, exp_dir, epoch, iteration, avg, use_averaged_model
+        recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model
     )
+    survey(in_cuts, int(settings["feature_dim"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = OnlineTeacher([model], hidden=[layer], ctc=False).to(device)
-    heard = checked(cuts, in_cuts, int(settings["feature_dim"]))
-    data = gather(vectors(teacher, heard, layer, device), num_vectors)
+    heard = vectors(teacher, readable(cuts, in_cuts), layer, device)
+    data = gather(heard, num_vectors)
     torch.manual_seed(seed)
     random.seed(seed)  # the trainer draws from both
     trainer = package.QuantizerTrainer(

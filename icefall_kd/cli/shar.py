@@ -13,7 +13,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import load_jsonl
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.dump import open_cuts
+from icefall_kd.cli.cuts import open_cuts
 from icefall_kd.errors import KDError
 from icefall_kd.targets.store import FIELD, Pointer
 

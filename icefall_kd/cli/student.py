@@ -56,7 +56,7 @@ def model_names(train) -> Dict[str, Any]:
     return {name: defaults[name] for name in names if name in defaults}
 
 
-def flags(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:
+def flags_of(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:
     """The options that make the recipe's parser give ``settings``."""
     words = []
     for name, default in defaults.items():
@@ -81,14 +81,15 @@ def student(
     iteration: int,
     avg: int,
     use_averaged_model: bool,
+    flags: Tuple[str, ...],
+    bpe_model: str,
     student_dir: str,
     changes: Tuple[str, ...],
     init: str,
-    bpe_model: str,
     seed: int,
 ) -> None:
     teacher, settings = load_recipe_model(
-        recipe, exp_dir, epoch, iteration, avg, use_averaged_model
+        recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model
     )
     if bpe_model:
         check_vocabulary(bpe_model, settings)
@@ -105,7 +106,7 @@ def student(
     params["average_period"] = settings.get("average_period", 200)
     path = Path(student_dir) / "epoch-1.pt"
     save_start(path, model, params)
-    line = flags(params, defaults)
+    line = flags_of(params, defaults)
     path.with_name("student_flags").write_text(line + "\n")
     _account(teacher, model)
     click.echo(f"\nThe student stands in {path}. Train it with\n")

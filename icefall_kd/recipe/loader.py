@@ -1,5 +1,6 @@
 """Rebuilds a recipe's model from its checkpoints, with the recipe's own code."""
 
+import argparse
 import importlib
 import logging
 import pickle
@@ -7,13 +8,15 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PosixPath
 from types import ModuleType
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
 
 from icefall_kd.errors import KDError
+from icefall_kd.targets.fingerprint import STREAMING, load_bpe_model
 
+BLANK = "<blk>"
 # What a checkpoint holds beside the recipe's params.
 _STATE = (
     "model",
@@ -161,15 +164,87 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
     return checkpoint
 
 
-def settings_of(checkpoint: Dict[str, Any], path: Path) -> Dict[str, Any]:
-    """The recipe's params that a checkpoint holds beside its states."""
+def given_flags(train: ModuleType, flags: Sequence[str]) -> Dict[str, Any]:
+    """What ``flags`` set among the options of the recipe's own parser.
+
+    Raises:
+      KDError: an option that the parser does not know, or a value that it refuses.
+    """
+    if not flags:
+        return {}
+    parser = _parser_of(train)
+    unset = object()
+
+    def refuse(message: str) -> None:
+        raise KDError(f"{train.__file__} refuses the model's flags: {message}")
+
+    parser.error = refuse
+    known = vars(parser.parse_args([]))
+    found, extra = parser.parse_known_args(
+        list(flags), argparse.Namespace(**dict.fromkeys(known, unset))
+    )
+    if extra:
+        raise KDError(
+            f"{extra[0]} is an option neither of this command nor of {train.__file__}: "
+            "see --help of both, and give the files before the model's flags"
+        )
+    return {k: v for k, v in vars(found).items() if v is not unset}
+
+
+def _parser_of(train: ModuleType) -> argparse.ArgumentParser:
+    if not callable(getattr(train, "get_parser", None)):
+        raise KDError(
+            f"{train.__file__} has no function get_parser, which icefall's recipes "
+            "have: give an epoch-N.pt or checkpoint-N.pt, and no model flags"
+        )
+    return train.get_parser()
+
+
+def settings_of(
+    checkpoint: Dict[str, Any],
+    path: Path,
+    train: ModuleType,
+    flags: Sequence[str] = (),
+    bpe_model: str = "",
+) -> Dict[str, Any]:
+    """The recipe's params that a checkpoint holds beside its states.
+
+    Where it holds none, they come from ``flags`` and the recipe's defaults.
+
+    Raises:
+      KDError: flags that contradict the checkpoint, or none where they are needed.
+    """
     settings = {k: v for k, v in checkpoint.items() if k not in _STATE}
-    if "encoder_dim" not in settings or "vocab_size" not in settings:
+    given = given_flags(train, flags)
+    if "encoder_dim" in settings and "vocab_size" in settings:
+        for name, value in given.items():
+            same = name not in settings or settings[name] == value
+            if not same and name not in STREAMING:
+                raise KDError(
+                    f"--{name.replace('_', '-')} is {value} and the checkpoint {path} "
+                    f"was trained with {settings[name]}: leave the flag out"
+                )
+        return {**settings, **given}
+    if not bpe_model:
         raise KDError(
             f"the checkpoint {path} holds no model settings (encoder_dim, vocab_size): "
-            "use an epoch-N.pt or checkpoint-N.pt of the recipe's own training"
+            "give --bpe-model and the model's flags, or an epoch-N.pt or "
+            "checkpoint-N.pt of the recipe's own training"
         )
-    return settings
+    sp = load_bpe_model(bpe_model)
+    blank_id = sp.piece_to_id(BLANK)
+    if sp.id_to_piece(blank_id) != BLANK:
+        raise KDError(
+            f"the BPE model {bpe_model} has no symbol {BLANK}, and icefall's blank is "
+            "that: give the bpe.model that the checkpoint was trained with"
+        )
+    return {
+        **vars(_parser_of(train).parse_args([])),
+        **train.get_params(),
+        **given,
+        "blank_id": blank_id,
+        "vocab_size": sp.get_piece_size(),
+    }
 
 
 def load_recipe_model(
@@ -179,8 +254,15 @@ def load_recipe_model(
     iteration: int = 0,
     avg: int = 1,
     use_averaged_model: bool = False,
+    flags: Sequence[str] = (),
+    bpe_model: str = "",
 ) -> Tuple[nn.Module, Dict[str, Any]]:
     """Build a recipe's model as it was trained, and load its parameters strictly.
+
+    Args:
+      flags: The model's options, words of the recipe's own command line, where the
+        checkpoint holds parameters alone.
+      bpe_model: The recipe's ``bpe.model``, there too.
 
     Returns:
       The model, in eval mode, and the settings found in its checkpoint.
@@ -192,12 +274,12 @@ def load_recipe_model(
     for path in files:
         checkpoint = load_checkpoint(path)
         averages.add(_averages(checkpoint))
-        settings = settings_of(checkpoint, path)
+        settings = settings_of(checkpoint, path, train, flags, bpe_model)
         if needed not in checkpoint:
             raise KDError(
                 f"the checkpoint {path} holds no {needed}: "
                 + (
-                    "give --no-use-averaged-model"
+                    "give --use-averaged-model 0"
                     if use_averaged_model
                     else "give one that the recipe's own training wrote"
                 )
@@ -206,7 +288,7 @@ def load_recipe_model(
         raise KDError(
             f"the model was not averaged between {files[0]} and {files[1]} "
             f"(every {settings.get('average_period')} steps): raise --avg, or give "
-            "--no-use-averaged-model"
+            "--use-averaged-model 0"
         )
     params = train.get_params()
     params.update(settings)
@@ -225,7 +307,8 @@ def load_recipe_model(
         difference = " ".join(str(e).split())[:200]
         raise KDError(
             f"the parameters in {files[-1]} are not those of the model that its "
-            f"settings describe ({difference}...): give the recipe it was trained with"
+            f"settings describe ({difference}...): give the recipe, and for parameters "
+            "alone the model's flags, that it was trained with"
         ) from None
     return model.eval(), settings
 

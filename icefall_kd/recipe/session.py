@@ -109,7 +109,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=str,
         default="",
         help="With --kd-teacher-exp-dir: store what the teacher says on each cut as it "
-        "is, and read that from the second epoch on.",
+        "is, and read that from the second epoch on. At the end each process leaves "
+        "the manifest of the cuts it heard there, such as cuts.jsonl.gz.",
+    )
+    group.add_argument(
+        "--kd-keep",
+        type=str,
+        default="dense",
+        help="With --kd-cache-dir: how targets are kept, as `icefall-kd dump --keep` "
+        "has it.",
     )
 
 
@@ -117,6 +125,7 @@ class Session:
     """One process's distillation: taps on the student, and the joint loss."""
 
     def __init__(self, params: Dict[str, Any], model) -> None:
+        from icefall_kd.codec import Codec
         from icefall_kd.hook import TeacherHook
         from icefall_kd.losses.joint import JointKDLoss
 
@@ -133,7 +142,7 @@ class Session:
         self.blank_id = params["blank_id"]
         self.bpe_model = params.get("bpe_model")
         self.missing = params["kd_missing"]
-        self.teacher = _online_teacher(params)
+        self.teacher, self.teacher_name = _online_teacher(params)
         self.cache_dir = params["kd_cache_dir"]
         if self.cache_dir and self.teacher is None:
             raise KDError(
@@ -148,6 +157,8 @@ class Session:
                 "lattices: dump them with `icefall-kd dump --keep-lattice`, or ask the "
                 "teacher without a cache"
             )
+        if self.cache_dir:
+            Codec.parse(params["kd_keep"]).check_temperature(self.joint.temperature)
         self.hook = TeacherHook(model, ctc=ctc, decoder=rnnt)
         self.joiner = getattr(self.hook.model, "joiner", None)
         self.cache = None
@@ -172,7 +183,7 @@ class Session:
         names = self._pieces()
         tokens = names and hash_tokens(names)
         if tokens and found.tokens and tokens != found.tokens:
-            how["symbols"] = symbol_map(store, names)
+            how["symbols"] = symbol_map(store, names, found.tokens)
         if how.get("symbols") is None:
             found.check_student(self.vocab_size, self.blank_id, tokens)
         else:
@@ -235,21 +246,19 @@ class Session:
     def _open_cache(self, cut):
         import atexit
 
-        from icefall_kd.targets.fingerprint import (
-            Fingerprint,
-            hash_state_dict,
-            hash_tokens,
-        )
+        from icefall_kd.targets.fingerprint import Fingerprint, hash_tokens
         from icefall_kd.targets.writer import LogitWriter
         from icefall_kd.teacher import CachingTeacher
         from icefall_kd.teacher.online import speech_of
 
         names = self._pieces()
         tokens = names and hash_tokens(names)
-        models = [hook.model for hook in self.teacher.hooks]
-        hashes = ",".join(hash_state_dict(m.state_dict()) for m in models)
         fingerprint = Fingerprint.of(
-            hashes, self.settings, speech_of(cut).features, tokens
+            self.teacher_name,
+            self.settings,
+            speech_of(cut).features,
+            tokens,
+            ctc=self.settings["kd_keep"],
         )
         rank, ranks = process_of()
         writer = LogitWriter(
@@ -259,8 +268,19 @@ class Session:
             job=rank,
             num_jobs=ranks,
         )
-        atexit.register(writer.close)
+        atexit.register(_finish, writer)
         return CachingTeacher(self.teacher, writer)
+
+
+def _finish(writer) -> None:
+    """Leave a whole manifest of what the teacher was asked."""
+    try:
+        writer.finish()
+        logging.info(
+            f"{writer.manifest}: {len(writer)} cuts with the teacher's targets"
+        )
+    except KDError as e:
+        logging.error(e.sentence)
 
 
 def process_of():
@@ -273,13 +293,14 @@ def process_of():
 
 
 def _online_teacher(params: Dict[str, Any]):
-    """The teachers that ``--kd-teacher-exp-dir`` names, or None."""
+    """The teachers that ``--kd-teacher-exp-dir`` names, or None, and their name."""
     if not params["kd_teacher_exp_dir"]:
-        return None
+        return None, ""
     from icefall_kd.recipe.loader import load_recipe_model
+    from icefall_kd.targets.fingerprint import name_of
     from icefall_kd.teacher import OnlineTeacher
 
-    models = []
+    models, names = [], []
     for folder in params["kd_teacher_exp_dir"].split(","):
         model, settings = load_recipe_model(
             params["kd_teacher_recipe"] or Path(sys.argv[0]).resolve().parent,
@@ -296,7 +317,8 @@ def _online_teacher(params: Dict[str, Any]):
                     "teacher's --bpe-model"
                 )
         models.append(model)
-    return OnlineTeacher(models)
+        names.append(name_of(model, settings))
+    return OnlineTeacher(models), ",".join(names)
 
 
 def _refuse_time_warp(params: Dict[str, Any], stored: bool) -> None:

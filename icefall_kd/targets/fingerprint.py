@@ -16,6 +16,8 @@ from icefall_kd.files import replacing
 from icefall_kd.hidden import HiddenCodec, parse_hidden
 
 FILENAME = "fingerprint.json"
+# Settings that change what a causal teacher says, and not its parameters.
+STREAMING = ("chunk_size", "left_context_frames")
 TOKENS = "tokens.txt"  # the teacher's symbols, one a line, in their order
 
 
@@ -28,6 +30,19 @@ def hash_state_dict(state_dict: dict) -> str:
         value = value.detach().cpu().contiguous().reshape(-1)
         digest.update(value.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def name_of(model: torch.nn.Module, settings: Dict[str, Any]) -> str:
+    """What a fingerprint calls a teacher: its parameters, and its chunks if causal.
+
+    Args:
+      settings: The recipe's params that the model was built by.
+    """
+    found = hash_state_dict(model.state_dict())
+    if settings.get("causal"):
+        for option in STREAMING:
+            found += f" {option} {settings.get(option)}"
+    return found
 
 
 def load_bpe_model(bpe_model: Union[str, Path]) -> Any:
@@ -55,23 +70,46 @@ def hash_tokens(names: List[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
-def symbol_map(store: Union[str, Path], student: List[str]) -> Optional[torch.Tensor]:
+def write_symbols(store: Union[str, Path], names: List[str]) -> None:
+    with replacing(Path(store) / TOKENS, shared=True) as temporary:
+        temporary.write_text("".join(name + "\n" for name in names), "utf8")
+
+
+def _read_symbols(store: Union[str, Path], tokens: str) -> Optional[List[str]]:
+    path = Path(store) / TOKENS
+    if not path.is_file():
+        return None
+    names = path.read_bytes().decode("utf8", "replace").split("\n")[:-1]
+    if tokens and hash_tokens(names) != tokens:
+        raise KDError(
+            f"{path} is damaged: its symbols have the hash {hash_tokens(names)[:8]}, "
+            f"and {tokens[:8]} was written: copy the teacher's symbols there "
+            "again, one a line, or make the targets again with `icefall-kd dump "
+            "--overwrite`"
+        )
+    return names
+
+
+def symbol_map(
+    store: Union[str, Path], student: List[str], tokens: str = ""
+) -> Optional[torch.Tensor]:
     """The student's index of each of the teacher's symbols.
 
     Args:
       store: A store of targets, with the teacher's symbols in ``tokens.txt``.
       student: The student's symbols in their order.
+      tokens: What :func:`hash_tokens` gave for the teacher's; "" where unknown.
 
     Returns:
       (V,), or None where the store does not tell its symbols.
 
     Raises:
-      KDError: if one of them has a symbol that the other lacks.
+      KDError: if one of them has a symbol that the other lacks, or ``tokens.txt`` is
+        damaged.
     """
-    path = Path(store) / TOKENS
-    if not path.is_file():
+    teacher = _read_symbols(store, tokens)
+    if teacher is None:
         return None
-    teacher = path.read_text("utf8").split("\n")[:-1]
     for names, lacking, of in (
         (teacher, student, "student"),
         (student, teacher, "teacher"),

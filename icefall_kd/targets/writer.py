@@ -9,7 +9,18 @@ import zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
+from typing import (
+    Any,
+    BinaryIO,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 import torch
@@ -17,7 +28,7 @@ from lhotse.cut import MonoCut
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
-from icefall_kd.hidden import HiddenCodec, Layer, load_quantizer
+from icefall_kd.hidden import HiddenCodec, Layer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint, source_duration
 from icefall_kd.types import PrunedLattice
@@ -46,6 +57,30 @@ def job_manifest(manifest: Union[str, Path], job: int, num_jobs: int) -> Path:
         return path
     stem, dot, suffix = path.name.partition(".jsonl")
     return path.with_name(f"{stem}.job-{job}-of-{num_jobs}{dot}{suffix}")
+
+
+def _partial(manifest: Path) -> Path:
+    return manifest.with_name(manifest.name + ".partial")
+
+
+def read_pointers(partial: Path, offset: int) -> Tuple[Dict[str, Pointer], int]:
+    """Cut ids and pointers behind ``offset`` of a manifest that is being written.
+
+    Returns:
+      These, and the offset of the next ones.
+    """
+    found: Dict[str, Pointer] = {}
+    if not partial.exists():
+        return found, offset
+    with open(partial, "rb") as f:
+        f.seek(offset)
+        for line in f:
+            if not line.endswith(b"\n"):
+                break
+            offset += len(line)
+            cut = json.loads(line)
+            found[cut["id"]] = Pointer(**cut["custom"][FIELD])
+    return found, offset
 
 
 @dataclass(frozen=True)
@@ -96,7 +131,8 @@ class LogitWriter:
                 f"the job is {job} of {num_jobs}, and must be 0 to {num_jobs - 1}"
             )
         self.manifest = job_manifest(manifest, job, num_jobs)
-        self.partial = self.manifest.with_name(self.manifest.name + ".partial")
+        self.partial = _partial(self.manifest)
+        self.whole, self.num_jobs = Path(manifest), num_jobs
         self.storage_dir = Path(storage_dir)
         self.fingerprint = fingerprint
         self.ctc, self.lattice = fingerprint.codecs()
@@ -231,12 +267,12 @@ class LogitWriter:
     def __contains__(self, cut_id: str) -> bool:
         return cut_id in self._done
 
-    def pointers(self) -> Iterator[Tuple[str, Pointer]]:
-        """Cut ids and pointers of all that was written, in earlier runs too."""
-        with open(self.partial, "rb") as f:
-            for line in f:
-                cut = json.loads(line)
-                yield cut["id"], Pointer(**cut["custom"][FIELD])
+    def partials(self) -> List[Path]:
+        """The manifests that this and the other jobs are writing."""
+        jobs = (
+            job_manifest(self.whole, j, self.num_jobs) for j in range(self.num_jobs)
+        )
+        return [_partial(path) for path in jobs]
 
     def __len__(self) -> int:
         return len(self._done)
@@ -300,10 +336,10 @@ class LogitWriter:
         return Record(frames[0], parts)
 
     def _quantizer(self, codec: HiddenCodec) -> Any:
-        if codec.codes and codec.layer not in self._quantizers:
-            path = codec.quantizer_file(self.storage_dir)
-            self._quantizers[codec.layer] = load_quantizer(path)
-        return self._quantizers.get(codec.layer)
+        if codec.layer not in self._quantizers:
+            found = codec.stored_quantizer(self.storage_dir)
+            self._quantizers[codec.layer] = found
+        return self._quantizers[codec.layer]
 
     def append(self, cut: MonoCut, encoded: Record) -> Pointer:
         """Store what :meth:`encode` made of ``cut``."""

@@ -16,7 +16,7 @@ from icefall_kd.hook import TeacherHook
 from icefall_kd.losses.transducer import nodes_of
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer
-from icefall_kd.targets.writer import LogitWriter
+from icefall_kd.targets.writer import LogitWriter, read_pointers
 from icefall_kd.types import EncoderOut, PrunedLattice, Targets
 
 
@@ -193,14 +193,16 @@ class CachingTeacher:
 
     Args:
       teacher: Who is asked.
-      writer: Where the answers go. Each process of a DDP training has its own; what
-        another process stored is asked again.
+      writer: Where the answers go. Each process of a DDP training has its own, a job
+        of the same manifest, and reads what the others have stored.
     """
 
     def __init__(self, teacher: OnlineTeacher, writer: LogitWriter) -> None:
         self.teacher = teacher
         self.writer = writer
-        self.pointers: Dict[str, Pointer] = dict(writer.pointers())
+        self.pointers: Dict[str, Pointer] = {}
+        self._offsets = dict.fromkeys(writer.partials(), 0)
+        self._learn()
 
     def targets(self, cuts: Sequence[Cut], device: torch.device) -> Targets:
         """What the teacher says on the cuts of a batch, row by row.
@@ -209,10 +211,18 @@ class CachingTeacher:
           KDError: a cut that is made of two cuts with speech, or has no features.
         """
         carriers = [speech_of(cut) for cut in cuts]
+        if any(c.id not in self.pointers for c in carriers):
+            self._learn()
         new = {c.id: c for c in carriers if c.id not in self.pointers}
         if new:
             self._ask(list(new.values()), device)
         return collate_targets([self._with_pointer(c) for c in carriers])
+
+    def _learn(self) -> None:
+        """Take up what this and the other processes have stored since."""
+        for path, offset in self._offsets.items():
+            found, self._offsets[path] = read_pointers(path, offset)
+            self.pointers.update(found)
 
     def _ask(self, cuts: List[MonoCut], device: torch.device) -> None:
         x, x_lens = collate_features(CutSet.from_cuts(cuts))

@@ -331,7 +331,6 @@ def test_a_quantizer_is_another_for_another_seed(invoke, quantizer_words, tmp_pa
 def test_codes_of_several_jobs_are_those_of_one(
     invoke, dump_words, untrained, parts, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sys.modules["icefall_kd.cli.dump"], "WINDOW", 1)
     words = ("--keep-hidden", f"1:{untrained(24)},0:{untrained(16)}")
     one = tmp_path / "one.jsonl.gz"
     assert invoke(*dump_words(*words, out=one)).code == 0

@@ -144,7 +144,6 @@ def test_other_teachers_or_weights_leave_the_store(
         (word, folders),
         (word, swapped, "--weights", "3,1"),
         (word, teacher_exp.folder),
-        (word, folders, "--teacher-field", "domain"),
     ):
         error = refused(*dump_words(*words))
         assert "made with teacher" in error and "--overwrite" in error

@@ -79,6 +79,7 @@ DEFAULTS = {
     "kd_teacher_avg": 1,
     "kd_teacher_recipe": "",
     "kd_cache_dir": "",
+    "kd_keep": "dense",
 }
 
 

@@ -10,7 +10,7 @@ from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from torch.utils.data import DataLoader
 
 from icefall_kd.errors import KDError
-from icefall_kd.hidden import OUT, HiddenCodec, save_quantizer
+from icefall_kd.hidden import OUT, HiddenCodec, hash_file, save_quantizer
 from icefall_kd.targets import KDDataset, LogitWriter
 from icefall_kd.targets.dataset import (
     collate_targets,
@@ -436,8 +436,9 @@ def test_stores_of_other_layers_do_not_mix_in_a_batch(cuts, store):
 
 @kept("hidden", "ctc-hidden")
 def test_codes_are_stored_and_moved_as_rows_are(cuts, store, quantizer, tmp_path, kept):
-    codec = HiddenCodec(1, 4, "ab")
-    save_quantizer(quantizer, codec.quantizer_file(tmp_path / "kd"))
+    path = HiddenCodec(1).quantizer_file(tmp_path / "kd")
+    save_quantizer(quantizer, path)
+    codec = HiddenCodec(1, 4, hash_file(path))
     stored = store(cuts, **{**kept, "hidden": f"{codec},out:half"})
     part = stored["c2"].truncate(offset=0.4, duration=0.5).pad(1.0, direction="left")
     targets = collate_targets([stored["c3"], part], hidden=True)
@@ -459,7 +460,7 @@ def test_codes_are_stored_and_moved_as_rows_are(cuts, store, quantizer, tmp_path
 def test_a_store_of_codes_without_its_quantizer_takes_no_cut(cuts, opened):
     pytest.importorskip("multi_quantization")
     with opened(hidden="1:mvq:4:ab") as writer:
-        with pytest.raises(KDError, match="quantizer .*quantizer.1.pt can't be read"):
+        with pytest.raises(KDError, match="quantizer .*quantizer.1.pt is missing"):
             writer.write(cuts[2], hidden=hidden_of("c3"))
         assert len(writer) == 0
 
