@@ -28,7 +28,8 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 from lhotse.features.io import LilcomChunkyWriter
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.dump import _batches, _Plan, _Reader, _Sink
+from icefall_kd.cli.dump import WARM_UP, _batches, _Plan, _Reader, _Sink
+from icefall_kd.cli.heap import Heap
 from icefall_kd.cli.teachers import Teacher
 from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets.dataset import collate_targets
@@ -131,7 +132,7 @@ def main() -> None:
                 fingerprint,
                 overwrite=True,
             ) as writer:
-                sink = _Sink(writer)
+                sink, heap = _Sink(writer), Heap(WARM_UP)
                 plan = _Plan(iter(cuts), args.max_duration, 0, 1, set())
                 loader = torch.utils.data.DataLoader(
                     _Reader(), sampler=plan, batch_size=None
@@ -140,6 +141,7 @@ def main() -> None:
                     said = teacher(x, x_lens, batch.cuts)
                     if write:
                         sink.put(batch, said)
+                        heap.after_batch()
                 sink.close(failed=False)
             teacher.group.close()
 
