@@ -15,6 +15,8 @@ _FRONT_DOOR = {
     "JointKDLoss": "icefall_kd.losses.joint",
     "build_student": "icefall_kd.student.build",
     "ctc_kd_loss": "icefall_kd.losses.ctc",
+    "transducer_kd_loss": "icefall_kd.losses.transducer",
+    "hidden_kd_loss": "icefall_kd.losses.hidden",
 }
 
 __all__ = ["__version__", *_FRONT_DOOR]

@@ -1,0 +1,86 @@
+"""Distillation of hidden layers of the encoder."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+from icefall_kd.errors import KDError
+
+KINDS = ("mse", "cosine")
+EPSILON = 1e-6  # of a norm
+
+
+def hidden_kd_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    lengths: torch.Tensor,
+    kind: str = "mse",
+    mask: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Distance of a hidden layer of the student from one of the teacher.
+
+    sum over utterances n and frames t < lengths[n], mean over the R vectors of a frame,
+    of
+
+    - ``mse``: mean over channels of (x - y)^2 (FitNets, arXiv:1412.6550);
+    - ``cosine``: 1 - cos(x, y), computed as |x/|x| - y/|y||^2 / 2, so that equal
+      vectors have the loss and the gradient 0 to the last bit,
+
+    x the student's, y the teacher's vector. Summed over frames as icefall sums its
+    losses. Computed in float32, in float64 for float64 inputs, also inside autocast.
+
+    Args:
+      student: (N, T, R, C), rows of :func:`icefall_kd.hidden.hidden_rows`, behind a
+        projector where the widths differ. Gradients flow here only.
+      teacher: (N, T, R, C). Frames from ``lengths`` on are never read.
+      lengths: (N,), valid frames, 0 to T.
+      kind: ``mse`` or ``cosine``.
+      mask: (N, T), bool: of the valid frames only these count; by default all.
+
+    Returns:
+      A scalar; 0 with a zero gradient if no frame is valid.
+
+    Raises:
+      KDError: shapes that differ, lengths beyond T, an unknown kind, or numbers that
+        are not finite.
+    """
+    if kind not in KINDS:
+        raise KDError(f"the hidden loss is {kind!r}, and must be one of {KINDS}")
+    if student.ndim != 4 or student.shape != teacher.shape:
+        raise KDError(
+            f"the student's layer has shape {tuple(student.shape)} and the teacher's "
+            f"{tuple(teacher.shape)}, and both must be the same (N, T, R, C): give the "
+            "student's a projector to the teacher's width, and check the frame rates"
+        )
+    n, t = student.shape[:2]
+    if lengths.shape != (n,) or (n and not 0 <= int(lengths.min())):
+        raise KDError(
+            f"lengths are {lengths.tolist()} and must be {n} numbers from 0 to {t}"
+        )
+    if n and int(lengths.max()) > t:
+        raise KDError(
+            f"lengths go up to {int(lengths.max())}, and the layers have {t} frames"
+        )
+    valid = torch.arange(t, device=student.device) < lengths.to(student.device)[:, None]
+    if mask is not None:
+        if mask.shape != valid.shape:
+            raise KDError(
+                f"the mask has shape {tuple(mask.shape)} and must be {(n, t)}"
+            )
+        valid &= mask.to(student.device)
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    with torch.autocast(student.device.type, enabled=False):
+        x = student[valid].to(wide)
+        y = teacher.detach().to(student.device)[valid].to(wide)
+        for name, values in (("student", x), ("teacher", y)):
+            if not torch.isfinite(values).all():
+                raise KDError(
+                    f"the {name}'s layer, of shape {tuple(student.shape)}, has numbers "
+                    "that are not finite in its valid frames: check its checkpoint and "
+                    "the features"
+                )
+        if kind == "mse":
+            return (x - y).square().mean((1, 2)).sum() if len(x) else x.sum()
+        x, y = (F.normalize(v, dim=-1, eps=EPSILON) for v in (x, y))
+        return 0.5 * (x - y).square().sum(-1).mean(1).sum() if len(x) else x.sum()
