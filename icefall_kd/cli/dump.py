@@ -38,7 +38,8 @@ from icefall_kd.targets.fingerprint import (
     pieces,
     write_symbols,
 )
-from icefall_kd.targets.writer import LogitWriter, Record, combine, job_manifest
+from icefall_kd.targets.manifest import combine, job_manifest
+from icefall_kd.targets.writer import LogitWriter, Record
 
 # Seconds of a stretch of the manifest, which one job hears as a whole and an
 # interruption does again. No option changes it: jobs that go on under another

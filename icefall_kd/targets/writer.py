@@ -2,25 +2,12 @@
 
 import errno
 import fcntl
-import gzip
 import json
 import shutil
-import zlib
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import (
-    Any,
-    BinaryIO,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Optional,
-    Set,
-    Tuple,
-    Union,
-)
+from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Set, Union
 
 import numpy as np
 import torch
@@ -30,57 +17,16 @@ from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
 from icefall_kd.hidden import HiddenCodec, Layer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
+from icefall_kd.targets.manifest import (
+    job_manifest,
+    lines_of,
+    open_manifest,
+    partial_of,
+)
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint, source_duration
 from icefall_kd.types import PrunedLattice
 
 SHAR_NOTES = ("shard_origin", "shar_epoch", "dataloading_info")
-
-
-def _open(path: Path, mode: str) -> BinaryIO:
-    return (gzip.open if path.suffix == ".gz" else open)(path, mode)
-
-
-def _lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    try:
-        yield from file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise KDError(
-            f"the manifest {path} is damaged ({type(e).__name__}): delete it and give "
-            "the same command again with --overwrite"
-        ) from None
-
-
-def job_manifest(manifest: Union[str, Path], job: int, num_jobs: int) -> Path:
-    """The manifest that one of several jobs writes, beside that of all."""
-    path = Path(manifest)
-    if num_jobs == 1:
-        return path
-    stem, dot, suffix = path.name.partition(".jsonl")
-    return path.with_name(f"{stem}.job-{job}-of-{num_jobs}{dot}{suffix}")
-
-
-def _partial(manifest: Path) -> Path:
-    return manifest.with_name(manifest.name + ".partial")
-
-
-def read_pointers(partial: Path, offset: int) -> Tuple[Dict[str, Pointer], int]:
-    """Cut ids and pointers behind ``offset`` of a manifest that is being written.
-
-    Returns:
-      These, and the offset of the next ones.
-    """
-    found: Dict[str, Pointer] = {}
-    if not partial.exists():
-        return found, offset
-    with open(partial, "rb") as f:
-        f.seek(offset)
-        for line in f:
-            if not line.endswith(b"\n"):
-                break
-            offset += len(line)
-            cut = json.loads(line)
-            found[cut["id"]] = Pointer(**cut["custom"][FIELD])
-    return found, offset
 
 
 @dataclass(frozen=True)
@@ -131,7 +77,7 @@ class LogitWriter:
                 f"the job is {job} of {num_jobs}, and must be 0 to {num_jobs - 1}"
             )
         self.manifest = job_manifest(manifest, job, num_jobs)
-        self.partial = _partial(self.manifest)
+        self.partial = partial_of(self.manifest)
         self.whole, self.num_jobs = Path(manifest), num_jobs
         self.storage_dir = Path(storage_dir)
         self.fingerprint = fingerprint
@@ -223,8 +169,8 @@ class LogitWriter:
 
     def _take_over(self, path: Path, out: BinaryIO, size: int) -> int:
         end = 0
-        with _open(path, "rb") as f:
-            for line in _lines_of(f, path):
+        with open_manifest(path, "rb") as f:
+            for line in lines_of(f, path):
                 try:
                     cut = json.loads(line)
                 except ValueError:
@@ -272,7 +218,7 @@ class LogitWriter:
         jobs = (
             job_manifest(self.whole, j, self.num_jobs) for j in range(self.num_jobs)
         )
-        return [_partial(path) for path in jobs]
+        return [partial_of(path) for path in jobs]
 
     def __len__(self) -> int:
         return len(self._done)
@@ -403,7 +349,10 @@ class LogitWriter:
             self._records.close()
             self._lines.close()
             with replacing(self.manifest) as temporary:
-                with open(self.partial, "rb") as f, _open(temporary, "wb") as out:
+                with (
+                    open(self.partial, "rb") as f,
+                    open_manifest(temporary, "wb") as out,
+                ):
                     shutil.copyfileobj(f, out)
             self.partial.unlink()
 
@@ -428,52 +377,3 @@ def check_finite(logits: torch.Tensor, name: str) -> None:
             f"the teacher's {name} span {spread:.3g} in a frame, and float16 holds "
             "60000: check the teacher's checkpoint and the cut's features"
         )
-
-
-def combine(
-    manifest: Union[str, Path], num_jobs: int, order: Iterable[str]
-) -> Dict[str, int]:
-    """Join the manifests of all jobs into one, in the order of the cut ids ``order``.
-
-    Memory does not grow with the corpus: each job's manifest is in that order already.
-
-    Returns:
-      How many cuts there are of each job.
-
-    Raises:
-      KDError: a job's manifest that is not there, or cuts of no job.
-    """
-    paths = [job_manifest(manifest, job, num_jobs) for job in range(num_jobs)]
-    for job, path in enumerate(paths):
-        if not path.is_file():
-            raise KDError(
-                f"the manifest {path} of job {job} does not exist: let "
-                f"`icefall-kd dump --num-jobs {num_jobs} --job {job}` finish first"
-            )
-    target = Path(manifest)
-    counts = {str(path): 0 for path in paths}
-    with ExitStack() as stack:
-        # Jobs that end together may all come here.
-        temporary = stack.enter_context(replacing(target, shared=True))
-        lines = [_lines_of(stack.enter_context(_open(p, "rb")), p) for p in paths]
-        heads = [next(it, None) for it in lines]
-        ids = [head and json.loads(head)["id"] for head in heads]
-        with _open(temporary, "wb") as out:
-            for cut_id in order:
-                if cut_id not in ids:
-                    raise KDError(
-                        f"the cut {cut_id} has targets of none of the {num_jobs} jobs: "
-                        "let all jobs run on the same manifest, then combine again"
-                    )
-                job = ids.index(cut_id)
-                out.write(heads[job])
-                counts[str(paths[job])] += 1
-                heads[job] = next(lines[job], None)
-                ids[job] = heads[job] and json.loads(heads[job])["id"]
-        left = [i for i in ids if i]
-        if left:
-            raise KDError(
-                f"the cut {left[0]} has targets and is not in the manifest that was "
-                "dumped: combine with the manifest that all jobs ran on"
-            )
-    return counts

@@ -15,8 +15,9 @@ from icefall_kd.hidden import Layer
 from icefall_kd.hook import TeacherHook
 from icefall_kd.losses.transducer import nodes_of
 from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.manifest import read_pointers
 from icefall_kd.targets.store import FIELD, Pointer
-from icefall_kd.targets.writer import LogitWriter, read_pointers
+from icefall_kd.targets.writer import LogitWriter
 from icefall_kd.types import EncoderOut, PrunedLattice, Targets
 
 

@@ -16,8 +16,8 @@ from lhotse import CutSet, load_manifest
 from icefall_kd.errors import KDError
 from icefall_kd.targets import LogitWriter
 from icefall_kd.targets import writer as writer_module
+from icefall_kd.targets.manifest import combine, job_manifest
 from icefall_kd.targets.store import FIELD, Pointer
-from icefall_kd.targets.writer import combine, job_manifest
 from icefall_kd.types import PrunedLattice
 
 LENGTHS = {"c1": 61, "c2": 33, "ç3": 90, "c4": 47, "c5": 12}

@@ -1,0 +1,110 @@
+"""The manifests of a dump: one of each job while it runs, one of all at the end."""
+
+import gzip
+import json
+import zlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, Dict, Iterable, Iterator, Tuple, Union
+
+from icefall_kd.errors import KDError
+from icefall_kd.files import replacing
+from icefall_kd.targets.store import FIELD, Pointer
+
+
+def open_manifest(path: Path, mode: str) -> BinaryIO:
+    return (gzip.open if path.suffix == ".gz" else open)(path, mode)
+
+
+def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise KDError(
+            f"the manifest {path} is damaged ({type(e).__name__}): delete it and give "
+            "the same command again with --overwrite"
+        ) from None
+
+
+def job_manifest(manifest: Union[str, Path], job: int, num_jobs: int) -> Path:
+    """The manifest that one of several jobs writes, beside that of all."""
+    path = Path(manifest)
+    if num_jobs == 1:
+        return path
+    stem, dot, suffix = path.name.partition(".jsonl")
+    return path.with_name(f"{stem}.job-{job}-of-{num_jobs}{dot}{suffix}")
+
+
+def partial_of(manifest: Path) -> Path:
+    return manifest.with_name(manifest.name + ".partial")
+
+
+def read_pointers(partial: Path, offset: int) -> Tuple[Dict[str, Pointer], int]:
+    """Cut ids and pointers behind ``offset`` of a manifest that is being written.
+
+    Returns:
+      These, and the offset of the next ones.
+    """
+    found: Dict[str, Pointer] = {}
+    if not partial.exists():
+        return found, offset
+    with open(partial, "rb") as f:
+        f.seek(offset)
+        for line in f:
+            if not line.endswith(b"\n"):
+                break
+            offset += len(line)
+            cut = json.loads(line)
+            found[cut["id"]] = Pointer(**cut["custom"][FIELD])
+    return found, offset
+
+
+def combine(
+    manifest: Union[str, Path], num_jobs: int, order: Iterable[str]
+) -> Dict[str, int]:
+    """Join the manifests of all jobs into one, in the order of the cut ids ``order``.
+
+    Memory does not grow with the corpus: each job's manifest is in that order already.
+
+    Returns:
+      How many cuts there are of each job.
+
+    Raises:
+      KDError: a job's manifest that is not there, or cuts of no job.
+    """
+    paths = [job_manifest(manifest, job, num_jobs) for job in range(num_jobs)]
+    for job, path in enumerate(paths):
+        if not path.is_file():
+            raise KDError(
+                f"the manifest {path} of job {job} does not exist: let "
+                f"`icefall-kd dump --num-jobs {num_jobs} --job {job}` finish first"
+            )
+    target = Path(manifest)
+    counts = {str(path): 0 for path in paths}
+    with ExitStack() as stack:
+        # Jobs that end together may all come here.
+        temporary = stack.enter_context(replacing(target, shared=True))
+        lines = [
+            lines_of(stack.enter_context(open_manifest(p, "rb")), p) for p in paths
+        ]
+        heads = [next(it, None) for it in lines]
+        ids = [head and json.loads(head)["id"] for head in heads]
+        with open_manifest(temporary, "wb") as out:
+            for cut_id in order:
+                if cut_id not in ids:
+                    raise KDError(
+                        f"the cut {cut_id} has targets of none of the {num_jobs} jobs: "
+                        "let all jobs run on the same manifest, then combine again"
+                    )
+                job = ids.index(cut_id)
+                out.write(heads[job])
+                counts[str(paths[job])] += 1
+                heads[job] = next(lines[job], None)
+                ids[job] = heads[job] and json.loads(heads[job])["id"]
+        left = [i for i in ids if i]
+        if left:
+            raise KDError(
+                f"the cut {left[0]} has targets and is not in the manifest that was "
+                "dumped: combine with the manifest that all jobs ran on"
+            )
+    return counts
