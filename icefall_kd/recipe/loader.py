@@ -179,6 +179,7 @@ def given_flags(train: ModuleType, flags: Sequence[str]) -> Dict[str, Any]:
         raise KDError(f"{train.__file__} refuses the model's flags: {message}")
 
     parser.error = refuse
+    parser.allow_abbrev = False
     known = vars(parser.parse_args([]))
     found, extra = parser.parse_known_args(
         list(flags), argparse.Namespace(**dict.fromkeys(known, unset))
@@ -188,7 +189,14 @@ def given_flags(train: ModuleType, flags: Sequence[str]) -> Dict[str, Any]:
             f"{extra[0]} is an option neither of this command nor of {train.__file__}: "
             "see --help of both, and give the files before the model's flags"
         )
-    return {k: v for k, v in vars(found).items() if v is not unset}
+    given = {k: v for k, v in vars(found).items() if v is not unset}
+    for name in given:
+        if name.startswith("kd_"):
+            raise KDError(
+                f"--{name.replace('_', '-')} is an option of training and no flag of "
+                "the model: see --help of this command"
+            )
+    return given
 
 
 def _parser_of(train: ModuleType) -> argparse.ArgumentParser:
@@ -243,6 +251,8 @@ def settings_of(
         **train.get_params(),
         **given,
         "blank_id": blank_id,
+        "sos_id": sp.piece_to_id("<sos/eos>"),
+        "eos_id": sp.piece_to_id("<sos/eos>"),
         "vocab_size": sp.get_piece_size(),
     }
 

@@ -8,6 +8,7 @@ import gzip
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from icefall_kd.targets.fingerprint import (
     pieces,
 )
 from icefall_kd.targets.store import FIELD, Pointer
+from icefall_kd.targets.writer import LogitWriter
 
 LENGTHS = {"c1": 47, "c2": 90, "c3": 61, "c4": 33}
 MAIN = "from icefall_kd.cli import main\nmain()"
@@ -496,6 +498,129 @@ def test_combine_before_all_jobs_are_done_is_refused(
     assert invoke(*dump_words("--num-jobs", 2, "--job", 1, cuts=many)).code == 0
     assert "of none of the 2 jobs" in refused("combine", in_cuts, out, "--num-jobs", 2)
     assert "does not exist" in refused("combine", "nowhere", out, "--num-jobs", 2)
+
+
+@pytest.fixture
+def cut_short_after(monkeypatch):
+    """Let the store refuse what comes behind so many cuts."""
+
+    def begin(count):
+        left, append = [count], LogitWriter.append
+
+        def some(self, *args):
+            if not left[0]:
+                raise KDError("cut short here")
+            left[0] -= 1
+            return append(self, *args)
+
+        monkeypatch.setattr(LogitWriter, "append", some)
+        return lambda: monkeypatch.setattr(LogitWriter, "append", append)
+
+    return begin
+
+
+def test_jobs_go_on_with_other_batches_and_share_the_cuts_as_before(
+    invoke, dump_words, many, tmp_path, cut_short_after, read_targets
+):
+    """The same cut in the same job; targets within float16 of those of one run."""
+    jobs, out = ("--num-jobs", 3), tmp_path / "out.jsonl.gz"
+    whole = tmp_path / "whole.jsonl.gz"
+    for job in range(3):
+        words = (*jobs, "--job", job, "--max-duration", 1.5)
+        assert invoke(*dump_words(*words, cuts=many, out=whole)).code == 0
+    expected = load_manifest(whole).to_eager()
+    assert len({Pointer.of(c).file for c in expected}) == 3
+    for job, counts in enumerate([(1, 2, 1), (0, 3), (4,)]):
+        words = (*jobs, "--job", job)
+        for count, max_duration in zip(counts, (1.5, 0.01, 7)):
+            go_on = cut_short_after(count)
+            done = invoke(
+                *dump_words(*words, "--max-duration", max_duration, cuts=many)
+            )
+            assert done.code == 1 and "cut short here" in done.err[-1]
+            go_on()
+        partial = tmp_path / f"out.job-{job}-of-3.jsonl.gz.partial"
+        assert len(partial.read_bytes().splitlines()) == sum(counts)
+        done = invoke(*dump_words(*words, "--max-duration", 100, cuts=many))
+        assert done.code == 0
+    assert "24 cuts with targets of 3 jobs" in done.out
+    found = list(load_manifest(out))
+    assert [c.id for c in found] == [c.id for c in load_manifest(many)]
+    for cut in found:
+        other = expected[cut.id]
+        assert Pointer.of(cut).file == Pointer.of(other).file
+        a, b = read_targets(cut), read_targets(other)
+        torch.testing.assert_close(a, b, rtol=2**-9, atol=1e-3)
+
+
+# In processes of their own: what dump_words's fixtures set is set here again.
+DUMP = """
+import importlib
+from icefall_kd.cli import main
+importlib.import_module("icefall_kd.cli.dump").WINDOW = 3.0
+main()
+"""
+
+
+@pytest.fixture
+def one_process(invoke, dump_words, many, tmp_path, bpe_models):
+    """Options of a dump of ``many``, and the targets that one process makes."""
+    words = ("--bpe-model", bpe_models.a, "--max-duration", 1.5, "--keep", "top:4")
+    words = (*words, "--keep-hidden", "1:half")
+    one = tmp_path / "one.jsonl.gz"
+    assert invoke(*dump_words(*words, cuts=many, out=one)).code == 0
+    return words, targets_of(one)
+
+
+@pytest.fixture
+def check_processes(many, tmp_path, one_process, bpe_models):
+    """Two jobs' manifest is there, and of one process's targets to the last bit."""
+
+    def check():
+        out = tmp_path / "out.jsonl.gz"
+        assert list(targets_of(out)) == [c.id for c in load_manifest(many)]
+        assert targets_of(out) == one_process[1]
+        names = {Pointer.of(c).file for c in load_manifest(out)}
+        assert names == {"targets.0-of-2.bin", "targets.1-of-2.bin"}
+        symbols = (tmp_path / "out_kd/tokens.txt").read_text("utf8").splitlines()
+        assert symbols == pieces(load_bpe_model(bpe_models.a))
+        left = [*tmp_path.rglob(".tmp*"), *tmp_path.rglob("*.partial")]
+        assert left == []
+
+    return check
+
+
+def test_two_jobs_at_once_equal_one_bit_for_bit(
+    dump_words, many, one_process, check_processes
+):
+    started = []
+    for job in range(2):
+        jobs = ("--num-jobs", 2, "--job", job)
+        words = dump_words(*one_process[0], *jobs, cuts=many)
+        command = [sys.executable, "-c", DUMP, *map(str, words)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, text=True, **pipes))
+    done = [process.communicate(timeout=100) for process in started]
+    assert [p.returncode for p in started] == [0, 0], done
+    assert any("24 cuts with targets of 2 jobs" in out for out, _ in done)
+    check_processes()
+
+
+def test_two_processes_of_torchrun_equal_one_bit_for_bit(
+    dump_words, many, tmp_path, one_process, check_processes
+):
+    script = tmp_path / "icefall-kd"
+    script.write_text(f"#!{sys.executable}\n{DUMP}")
+    script.chmod(0o755)
+    words = dump_words(*one_process[0], cuts=many)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", 2, "--no-python", script, *words]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "24 cuts with targets of 2 jobs" in done.stdout
+    check_processes()
 
 
 def test_under_torchrun_each_process_is_a_job(monkeypatch):

@@ -1,12 +1,14 @@
 """What a plugged recipe calls: nothing happens when KD is off, the formula when on."""
 
 import argparse
+import atexit
 import copy
 import random
+import shutil
 
 import pytest
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset
 from zipformer.bin import train as zipformer_train
 from zipformer.utils import MetricsTracker
@@ -14,8 +16,10 @@ from zipformer.utils import MetricsTracker
 from icefall_kd.errors import KDError
 from icefall_kd.hook import TeacherHook, ctc_linear
 from icefall_kd.recipe import session
-from icefall_kd.targets import KDDataset, LogitWriter
+from icefall_kd.targets import Fingerprint, KDDataset, LogitWriter
+from icefall_kd.targets.dataset import read_ctc
 from icefall_kd.targets.fingerprint import hash_tokens, load_bpe_model, pieces
+from icefall_kd.targets.store import Pointer
 
 
 @pytest.fixture
@@ -383,7 +387,8 @@ from lhotse import load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from torch.utils.data import DataLoader
 from icefall_kd.recipe import session
-from icefall_kd.targets import KDDataset, LogitWriter
+from icefall_kd.targets import Fingerprint, KDDataset, LogitWriter
+from icefall_kd.targets.dataset import read_ctc
 
 session.attach({"kd_ctc_weight": 0, "kd_rnnt_weight": 0}, None)
 sampler = SimpleCutSampler(load_manifest(sys.argv[1]), max_duration=100)
@@ -543,6 +548,153 @@ def test_a_cache_is_filled_and_read(make_model, online, make_cut, tmp_path):
     online_step(model, cuts)
     assert (tmp_path / "cache" / "targets.bin").stat().st_size == written > 0
     assert first["kd_frames"] == 31
+
+
+@pytest.fixture
+def at_exit(monkeypatch):
+    """What is to be called at the end of the process, and is not."""
+    calls = []
+    monkeypatch.setattr(atexit, "register", lambda *call: calls.append(call))
+    return calls
+
+
+@pytest.fixture
+def cached(make_model, online, make_cut, tmp_path, at_exit):
+    """Train a step with a cache; return what the process would call at its end."""
+
+    def step(**changes):
+        cuts = CutSet.from_cuts(
+            [make_cut("c1", 47), make_cut("c2", 61), make_cut("c3", 33)]
+        )
+        model = make_model(vocab_size=25).train()
+        folder = str(tmp_path / "cache")
+        session.attach(online(hard=0.0, kd_cache_dir=folder, **changes), model)
+        info, _ = online_step(model, cuts)
+        assert info["kd_ctc_loss"] > 0 and info["kd_frames"] == 31
+        (call,) = at_exit
+        return call
+
+    return step
+
+
+def test_a_finished_training_leaves_the_caches_manifest(
+    cached, tmp_path, teacher_exp, caplog
+):
+    finish, *args = cached()
+    path = tmp_path / "cache" / "cuts.jsonl.gz"
+    assert not path.exists()
+    with caplog.at_level("INFO"):
+        finish(*args)
+    assert f"{path}: 3 cuts with the teacher's targets" in caplog.text
+    found = {c.id: c for c in load_manifest(path)}
+    assert sorted(found) == ["c1", "c2", "c3"]
+    with TeacherHook(teacher_exp.models["epoch-2"].requires_grad_(False)) as hook:
+        for cut in found.values():
+            x = torch.from_numpy(cut.load_features())[None]
+            logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
+            targets = read_ctc(cut, Pointer.of(cut))
+            torch.testing.assert_close(
+                targets, logits.log_softmax(-1), rtol=2**-9, atol=1e-3
+            )
+    assert [p.name for p in (tmp_path / "cache").glob("*partial")] == []
+    # And it can be trained on.
+    batch = kd_batch(CutSet.from_cuts(found.values()))
+    assert batch["kd_targets"].lens.tolist() == [14, 10, 7]
+
+
+def test_a_cache_that_was_finished_is_gone_on_with(cached, at_exit, tmp_path):
+    finish, *args = cached()
+    finish(*args)
+    size = (tmp_path / "cache" / "targets.bin").stat().st_size
+    at_exit.clear()
+    finish, *args = cached()
+    finish(*args)
+    assert (tmp_path / "cache" / "targets.bin").stat().st_size == size
+    assert len(list(load_manifest(tmp_path / "cache" / "cuts.jsonl.gz"))) == 3
+
+
+def test_a_cache_whose_disk_failed_says_so_at_the_end(cached, tmp_path, caplog):
+    finish, *args = cached()
+    shutil.rmtree(tmp_path / "cache")
+    finish(*args)
+    (record,) = (r for r in caplog.records if r.levelname == "ERROR")
+    assert "can't be written to" in record.message and "\n" not in record.message
+
+
+def test_each_process_of_ddp_leaves_a_manifest(
+    cached, process_group, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    finish, *args = cached()
+    finish(*args)
+    names = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    assert names == [
+        "cuts.job-1-of-2.jsonl.gz",
+        "fingerprint.json",
+        "targets.1-of-2.bin",
+    ]
+    found = load_manifest(tmp_path / "cache" / "cuts.job-1-of-2.jsonl.gz")
+    assert sorted(c.id for c in found) == ["c1", "c2", "c3"]
+
+
+@pytest.mark.parametrize("keep, temperature", [("top:3", 1.0), ("top:3@2", 2.0)])
+def test_a_cache_keeps_the_form_that_was_told(
+    cached, tmp_path, keep, temperature, teacher_exp
+):
+    finish, *args = cached(kd_keep=keep, temperature=temperature)
+    finish(*args)
+    fingerprint = Fingerprint.read(tmp_path / "cache")
+    assert fingerprint.ctc == keep
+    codec, _ = fingerprint.codecs()
+    assert (codec.entries, codec.temperature) == (3, temperature)
+    teacher = teacher_exp.models["epoch-2"].requires_grad_(False)
+    with TeacherHook(teacher) as hook:
+        for cut in load_manifest(tmp_path / "cache" / "cuts.jsonl.gz"):
+            x = torch.from_numpy(cut.load_features())[None]
+            logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
+            rows = (logits / temperature).log_softmax(-1)
+            data, frames = Pointer.of(cut).read()["ctc"], Pointer.of(cut).frames
+            found = codec.decode([data], [frames], 25)
+            assert found.indices.shape == (len(rows), 3)
+            expected = rows.gather(1, found.indices)
+            torch.testing.assert_close(found.log_probs, expected, rtol=0, atol=0.02)
+            best = rows.topk(3).indices.sort().values
+            assert torch.equal(found.indices.sort().values, best)
+
+
+@pytest.mark.parametrize(
+    "keep, temperature", [("top:3", 2.0), ("adaptive:.9:5", 2.0), ("top:3@2", 1.0)]
+)
+def test_a_sparse_cache_of_another_temperature_is_refused(
+    make_model, online, tmp_path, at_exit, keep, temperature
+):
+    model = make_model(vocab_size=25)
+    changes = {"kd_keep": keep, "temperature": temperature}
+    with pytest.raises(KDError, match="--kd-temperature") as e:
+        session.attach(online(kd_cache_dir=str(tmp_path / "cache"), **changes), model)
+    assert f"loss asks for {temperature:g}" in str(e.value)
+    assert "\n" not in str(e.value)
+    assert hooks_of(model) == [] and at_exit == []
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("keep", ["topp:3", "none", "", "top:0"])
+def test_a_form_that_no_cache_keeps_is_refused(
+    make_model, online, tmp_path, at_exit, keep
+):
+    model = make_model(vocab_size=25)
+    with pytest.raises(KDError):
+        session.attach(
+            online(kd_cache_dir=str(tmp_path / "cache"), kd_keep=keep), model
+        )
+    assert hooks_of(model) == []
+
+
+def test_a_dense_cache_serves_any_temperature(cached, tmp_path):
+    finish, *args = cached(temperature=3.0)
+    finish(*args)
+    assert Fingerprint.read(tmp_path / "cache").ctc == "dense"
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(make_model, online):

@@ -1,6 +1,7 @@
 """Fingerprints: what they are made of, and what they refuse."""
 
 import json
+import random
 from dataclasses import fields
 
 import pytest
@@ -10,10 +11,13 @@ from icefall_kd.errors import KDError
 from icefall_kd.targets import Fingerprint, fingerprint
 from icefall_kd.targets.fingerprint import (
     FILENAME,
+    TOKENS,
     check_vocabulary,
     hash_state_dict,
     load_bpe_model,
     pieces,
+    symbol_map,
+    write_symbols,
 )
 
 
@@ -108,6 +112,67 @@ def test_a_bpe_model_of_another_size_is_refused(bpe_models):
     check_vocabulary(bpe_models.a, {"vocab_size": 25})
     with pytest.raises(KDError, match="has 26 symbols and the teacher 25"):
         check_vocabulary(bpe_models.larger, {"vocab_size": 25})
+
+
+# The store's symbols
+
+
+NAMES = ["<blk>", "<sos/eos>", "<unk>", "▁a", "b", "ß", "▁"]
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """The hash of the symbols that a store has."""
+    write_symbols(tmp_path, NAMES)
+    return fingerprint.hash_tokens(NAMES)
+
+
+def test_symbols_are_found_in_another_order(tmp_path, tokens):
+    student = NAMES[::-1]
+    found = symbol_map(tmp_path, student, tokens)
+    assert [student[i] for i in found] == NAMES
+    assert symbol_map(tmp_path / "none", student, tokens) is None
+    with pytest.raises(KDError, match="student lacks 'ß'"):
+        symbol_map(tmp_path, [n for n in NAMES if n != "ß"], tokens)
+
+
+def test_a_changed_byte_of_the_symbols_is_found(tmp_path, tokens):
+    """Any one, also that of the last line's end; whatever it has become."""
+    path = tmp_path / TOKENS
+    data, rng = path.read_bytes(), random.Random(0)
+    for at in range(len(data)):
+        for flip in (1, 1 << rng.randrange(1, 8), data[at] ^ 0x0A):
+            changed = bytearray(data)
+            changed[at] ^= flip
+            if bytes(changed) == data:
+                continue
+            path.write_bytes(changed)
+            with pytest.raises(KDError, match="is damaged") as e:
+                symbol_map(tmp_path, NAMES, tokens)
+            message = str(e.value)
+            assert message.startswith(str(path)) and "\n" not in message
+            assert tokens[:8] in message and "icefall-kd dump" in message
+    path.write_bytes(data)
+    assert symbol_map(tmp_path, NAMES, tokens).tolist() == [*range(7)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data + b"c\n",
+        lambda data: data[::-1],
+        lambda data: data.replace(b"\n", b"\r\n"),
+    ],
+    ids="empty half short longer reversed dos".split(),
+)
+def test_symbols_of_another_length_or_order_are_found(tmp_path, tokens, damage):
+    path = tmp_path / TOKENS
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(KDError, match="is damaged"):
+        symbol_map(tmp_path, NAMES, tokens)
 
 
 # The file

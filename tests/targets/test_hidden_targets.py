@@ -1,6 +1,7 @@
 """Stores of hidden layers, of lattices, and of both without CTC targets."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -463,6 +464,74 @@ def test_a_store_of_codes_without_its_quantizer_takes_no_cut(cuts, opened):
         with pytest.raises(KDError, match="quantizer .*quantizer.1.pt is missing"):
             writer.write(cuts[2], hidden=hidden_of("c3"))
         assert len(writer) == 0
+
+
+@pytest.fixture
+def codec_of(quantizer, tmp_path):
+    """A codec whose quantizer lies in ``tmp_path``."""
+    path = HiddenCodec(1).quantizer_file(tmp_path)
+    save_quantizer(quantizer, path)
+    return HiddenCodec(1, 4, hash_file(path)), path
+
+
+def refuse_quantizer(codec, path, found):
+    with pytest.raises(KDError) as e:
+        codec.stored_quantizer(path.parent)
+    message = str(e.value)
+    assert f"the quantizer {path} is {found} and the store's codes are" in message
+    assert codec.quantizer in message and "\n" not in message
+
+
+def test_a_stored_quantizer_is_that_of_the_codes(codec_of, quantizer):
+    codec, path = codec_of
+    rows = torch.randn(5, 2, 6)
+    with torch.no_grad():
+        found = codec.stored_quantizer(path.parent).encode(rows)
+        assert torch.equal(found, quantizer.encode(rows))
+    assert HiddenCodec(OUT).stored_quantizer(path.parent / "none") is None
+
+
+def test_a_changed_byte_of_a_quantizer_is_found(codec_of):
+    codec, path = codec_of
+    data, rng = path.read_bytes(), random.Random(0)
+    for at in (0, len(data) - 1, *(rng.randrange(len(data)) for _ in range(30))):
+        changed = bytearray(data)
+        changed[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        refuse_quantizer(codec, path, hash_file(path))
+    path.write_bytes(data)
+    codec.stored_quantizer(path.parent)
+
+
+@pytest.mark.parametrize("kind", ["other", "wide", "torn", "missing", "folder"])
+def test_another_quantizer_or_none_is_refused(codec_of, kind):
+    codec, path = codec_of
+    package = pytest.importorskip("multi_quantization")
+    data = path.read_bytes()
+    path.unlink()
+    if kind in ("other", "wide"):
+        torch.manual_seed(4)
+        dim = 6 if kind == "other" else 7
+        save_quantizer(package.Quantizer(dim, 256, 4).eval(), path)
+    elif kind == "torn":
+        path.write_bytes(data[:-9])
+    elif kind == "folder":
+        path.mkdir()
+    found = hash_file(path) if path.is_file() else "missing"
+    refuse_quantizer(codec, path, found)
+
+
+def test_no_cut_is_stored_with_another_quantizer(codec_of, cuts, opened, tmp_path):
+    codec, path = codec_of
+    (tmp_path / "kd").mkdir()
+    target = codec.quantizer_file(tmp_path / "kd")
+    target.write_bytes(path.read_bytes()[:-1] + b"?")
+    with opened(hidden=str(codec)) as writer:
+        with pytest.raises(KDError, match="the quantizer .*kd/quantizer.1.pt is "):
+            writer.write(cuts[2], hidden=hidden_of("c3"))
+        target.write_bytes(path.read_bytes())  # mended
+        writer.write(cuts[2], hidden=hidden_of("c3"))
+        assert len(writer) == 1
 
 
 # Damage

@@ -205,8 +205,8 @@ def cuts(make_cut):
 
 @pytest.fixture
 def opened(tmp_path, make_fingerprint):
-    return lambda: LogitWriter(
-        tmp_path / "kd.jsonl.gz", tmp_path / "kd", make_fingerprint()
+    return lambda **job: LogitWriter(
+        tmp_path / "kd.jsonl.gz", tmp_path / "kd", make_fingerprint(), **job
     )
 
 
@@ -247,6 +247,128 @@ def test_a_finished_cache_is_a_store_like_any_other(make_model, cuts, opened, tm
     cache.writer.finish()
     stored = load_manifest(tmp_path / "kd.jsonl.gz")
     found = collate_targets([stored[c.id] for c in cuts])
+    assert torch.equal(found.ctc, expected.ctc)
+
+
+# Of several processes
+
+
+@pytest.fixture
+def two_caches(make_model, opened):
+    """A cache for each of two processes, with teachers that count."""
+
+    def make():
+        return [
+            CachingTeacher(Counting([make_model()]), opened(job=job, num_jobs=2))
+            for job in range(2)
+        ]
+
+    return make
+
+
+def heard(caches):
+    return [cache.teacher.heard for cache in caches]
+
+
+def test_what_one_process_stored_the_other_reads(two_caches, cuts):
+    a, b = caches = two_caches()
+    first = a.targets(cuts[:2], CPU)
+    other = b.targets(cuts[2:], CPU)
+    assert heard(caches) == [2, 1]
+    for cache in caches:
+        again = cache.targets(cuts, CPU)
+        assert again.lens.tolist() == [14, 7, 21]
+        for row, (targets, i) in enumerate([(first, 0), (first, 1), (other, 0)]):
+            n = int(again.lens[row])
+            assert torch.equal(again.ctc[row, :n], targets.ctc[i, :n])
+    assert heard(caches) == [2, 1]
+
+
+def test_one_process_follows_the_other_cut_by_cut(two_caches, cuts):
+    a, b = caches = two_caches()
+    for cut in cuts:
+        expected = a.targets([cut], CPU)
+        assert torch.equal(b.targets([cut], CPU).ctc, expected.ctc)
+    assert heard(caches) == [3, 0]
+
+
+def test_processes_go_on_with_what_both_had_stored(two_caches, cuts):
+    caches = two_caches()
+    expected = caches[0].targets(cuts[:2], CPU)
+    caches[1].targets(cuts[2:], CPU)
+    for cache in caches:
+        cache.writer.close()
+    caches = two_caches()
+    found = [cache.targets(cuts, CPU) for cache in reversed(caches)]
+    assert heard(caches) == [0, 0]
+    assert torch.equal(found[0].ctc, found[1].ctc)
+    assert torch.equal(found[0].ctc[1, :7], expected.ctc[1, :7])
+
+
+def test_processes_go_on_with_a_cache_that_was_finished(two_caches, cuts):
+    caches = two_caches()
+    caches[0].targets(cuts[:2], CPU)
+    caches[1].targets(cuts[2:], CPU)
+    for cache in caches:
+        cache.writer.finish()
+    caches = two_caches()
+    for cache in caches:
+        cache.targets(cuts, CPU)
+    assert heard(caches) == [0, 0]
+
+
+def test_a_process_that_is_done_leaves_the_other_what_it_has_read(two_caches, cuts):
+    a, b = caches = two_caches()
+    expected = a.targets(cuts[:2], CPU)
+    b.targets(cuts[:1], CPU)
+    a.writer.finish()
+    assert torch.equal(b.targets(cuts[:2], CPU).ctc, expected.ctc)
+    assert heard(caches) == [2, 0]
+    b.targets(cuts, CPU)
+    assert heard(caches) == [2, 1]
+
+
+def test_a_line_that_is_half_written_is_not_read(two_caches, cuts):
+    """At whichever byte; nor is what stands before it read twice."""
+    a, b = caches = two_caches()
+    a.targets(cuts[:2], CPU)
+    partial = a.writer.partial
+    whole = partial.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    for n in (0, 1, len(second) // 2, len(second) - 1):
+        partial.write_bytes(first + second[:n])
+        b._learn()
+        assert list(b.pointers) == ["c61"]
+    b.targets(cuts[:1], CPU)
+    assert heard(caches) == [2, 0]
+    partial.write_bytes(whole)
+    expected = a.targets(cuts[:2], CPU)
+    assert torch.equal(b.targets(cuts[:2], CPU).ctc, expected.ctc)
+    assert heard(caches) == [2, 0]
+
+
+def test_a_cut_on_a_half_written_line_is_asked_anew(two_caches, cuts):
+    a, b = caches = two_caches()
+    expected = a.targets(cuts[:1], CPU)
+    partial = a.writer.partial
+    partial.write_bytes(partial.read_bytes()[:-1])
+    assert torch.equal(b.targets(cuts[:1], CPU).ctc, expected.ctc)
+    assert heard(caches) == [1, 1]
+
+
+def test_manifests_of_several_processes_hold_each_cut_once(
+    two_caches, cuts, make_model
+):
+    caches = two_caches()
+    caches[0].targets(cuts[:1], CPU)
+    caches[1].targets(cuts[1:], CPU)
+    for cache in caches:
+        expected = cache.targets(cuts, CPU)
+    for cache in caches:
+        cache.writer.finish()
+    stored = [load_manifest(cache.writer.manifest) for cache in caches]
+    assert [[c.id for c in s] for s in stored] == [["c61"], ["c33", "c90"]]
+    found = collate_targets([c for s in stored for c in s])
     assert torch.equal(found.ctc, expected.ctc)
 
 
