@@ -614,7 +614,7 @@ def test_two_processes_of_torchrun_equal_one_bit_for_bit(
     script.chmod(0o755)
     words = dump_words(*one_process[0], cuts=many)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", 2, "--no-python", script, *words]
+    command += ["--nproc_per_node", 2, "--no_python", script, *words]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=100
     )
