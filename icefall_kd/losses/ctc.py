@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.losses.kl import check_temperature, row_kl
+from icefall_kd.losses.kl import check_temperature, row_kl, valid_frames
 from icefall_kd.types import Distribution, SparseDistribution, sparse
 
 
@@ -55,23 +55,8 @@ def ctc_kd_loss(
             f"{'(N, T)' if sparse(teacher) else '(N, T, V)'}: check vocabulary and "
             "frame rate of both models"
         )
-    n, t, v = student_logits.shape
-    if lengths.shape != (n,) or (n and not 0 <= int(lengths.min())):
-        raise KDError(
-            f"lengths are {lengths.tolist()} and must be {n} numbers from 0 to {t}"
-        )
-    if n and int(lengths.max()) > t:
-        raise KDError(
-            f"lengths go up to {int(lengths.max())}, and the logits have {t} frames"
-        )
-    device = student_logits.device
-    valid = torch.arange(t, device=device) < lengths.to(device).unsqueeze(1)
-    if mask is not None:
-        if mask.shape != valid.shape:
-            raise KDError(
-                f"the mask has shape {tuple(mask.shape)} and must be {(n, t)}"
-            )
-        valid &= mask.to(device)
+    device, v = student_logits.device, student_logits.size(2)
+    valid = valid_frames(student_logits, lengths, mask, "logits")
     rows = valid.flatten().nonzero().squeeze(1)
     if sparse(teacher):
         teacher = teacher.to(device)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from icefall_kd.errors import KDError
+from icefall_kd.losses.kl import valid_frames
 
 KINDS = ("mse", "cosine")
 EPSILON = 1e-6  # of a norm
@@ -53,22 +54,7 @@ def hidden_kd_loss(
             f"{tuple(teacher.shape)}, and both must be the same (N, T, R, C): give the "
             "student's a projector to the teacher's width, and check the frame rates"
         )
-    n, t = student.shape[:2]
-    if lengths.shape != (n,) or (n and not 0 <= int(lengths.min())):
-        raise KDError(
-            f"lengths are {lengths.tolist()} and must be {n} numbers from 0 to {t}"
-        )
-    if n and int(lengths.max()) > t:
-        raise KDError(
-            f"lengths go up to {int(lengths.max())}, and the layers have {t} frames"
-        )
-    valid = torch.arange(t, device=student.device) < lengths.to(student.device)[:, None]
-    if mask is not None:
-        if mask.shape != valid.shape:
-            raise KDError(
-                f"the mask has shape {tuple(mask.shape)} and must be {(n, t)}"
-            )
-        valid &= mask.to(student.device)
+    valid = valid_frames(student, lengths, mask, "layers")
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     with torch.autocast(student.device.type, enabled=False):
         x = student[valid].to(wide)

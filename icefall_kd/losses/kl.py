@@ -230,6 +230,41 @@ class _LinearKL(torch.autograd.Function):
         )
 
 
+def valid_frames(
+    rows: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    name: str,
+) -> torch.Tensor:
+    """The frames of a batch that count, (N, T), bool.
+
+    Args:
+      rows: (N, T, ...), called ``name`` in errors.
+      lengths: (N,), valid frames, 0 to T.
+      mask: (N, T), bool: of the valid frames only these; None: all.
+
+    Raises:
+      KDError: lengths or a mask that do not fit ``rows``.
+    """
+    n, t = rows.shape[:2]
+    if lengths.shape != (n,) or (n and not 0 <= int(lengths.min())):
+        raise KDError(
+            f"lengths are {lengths.tolist()} and must be {n} numbers from 0 to {t}"
+        )
+    if n and int(lengths.max()) > t:
+        raise KDError(
+            f"lengths go up to {int(lengths.max())}, and the {name} have {t} frames"
+        )
+    valid = torch.arange(t, device=rows.device) < lengths.to(rows.device).unsqueeze(1)
+    if mask is not None:
+        if mask.shape != valid.shape:
+            raise KDError(
+                f"the mask has shape {tuple(mask.shape)} and must be {(n, t)}"
+            )
+        valid &= mask.to(rows.device)
+    return valid
+
+
 def row_kl(
     student: torch.Tensor,
     teacher: Distribution,

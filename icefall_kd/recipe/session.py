@@ -317,7 +317,8 @@ def _online_teacher(params: Dict[str, Any]):
                     "teacher's --bpe-model"
                 )
         models.append(model)
-        names.append(name_of(model, settings))
+        if params["kd_cache_dir"]:  # a hash of all parameters takes its time
+            names.append(name_of(model, settings))
     return OnlineTeacher(models), ",".join(names)
 
 
