@@ -29,6 +29,7 @@ setup(
         "numpy",
         "torch>=1.13",
         "tqdm",
+        "pyyaml",
         "urllib3",  # lhotse imports it and does not declare it
     ],
     extras_require={

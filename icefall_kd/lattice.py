@@ -59,6 +59,38 @@ def node_occupancy(
     return passed.gather(2, ranges).masked_fill(padding, 0.0)
 
 
+def path_sums(
+    arcs: torch.Tensor,
+    row: torch.Tensor,
+    frame: torch.Tensor,
+    position: torch.Tensor,
+    boundary: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """log of the summed probability of all paths over given nodes.
+
+    Args:
+      arcs: (R, 2), log P(next label) and log P(blank) at each node; -inf for an arc
+        that no path may take.
+      row, frame, position: (R,), where the nodes stand.
+      boundary: (N, 4), int64: 0, 0, U_n, T_n.
+
+    Returns:
+      (N,), -inf where no path is complete; and (R, 2), the probability that the path
+      takes each arc, which is the gradient of the former; 0 where no path is complete.
+    """
+    u, t = boundary[:, 2:].amax(0).tolist()
+    px = arcs.new_full((len(boundary), u + 1, t + 1), -torch.inf)
+    py = arcs.new_full((len(boundary), u + 1, t), -torch.inf)
+    px[row, position, frame], py[row, position, frame] = arcs[:, 0], arcs[:, 1]
+    sums, (px_grad, py_grad) = get_engine().mutual_information_recursion(
+        px[:, :u].contiguous(), py, boundary, return_grad=True
+    )
+    px_grad = torch.nn.functional.pad(px_grad, (0, 0, 0, 1))
+    taken = [g[row, position, frame] for g in (px_grad, py_grad)]
+    gone = ~torch.isfinite(sums)[row]
+    return sums, torch.stack(taken, -1).masked_fill(gone.unsqueeze(1), 0.0)
+
+
 def best_path(lattice: PrunedLattice, blank_id: int) -> torch.Tensor:
     """The nodes on each utterance's best alignment (Viterbi), (N, T, S), bool.
 

@@ -5,7 +5,7 @@ lattice keeps at a frame, V symbols.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 
@@ -135,6 +135,8 @@ class Targets:
     nodes: Optional[Nodes] = None
     # By layer, (N, T, R, C) in float or codes in int64; see icefall_kd.hidden.
     hidden: Dict[Union[int, str], torch.Tensor] = field(default_factory=dict)
+    # A row's hypotheses: labels and the teacher's log score of each; none: [].
+    nbest: Optional[List[List[Tuple[List[int], float]]]] = None
 
     def __post_init__(self) -> None:
         if self.mask is None:
@@ -151,4 +153,4 @@ class Targets:
         hidden = {layer: x.to(device) for layer, x in self.hidden.items()}
         tensors = [x if x is None else x.to(device) for x in tensors]
         nodes = self.nodes and self.nodes.to(device)
-        return Targets(*tensors, lattices, nodes, hidden)
+        return Targets(*tensors, lattices, nodes, hidden, self.nbest)

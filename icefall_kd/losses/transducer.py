@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from icefall_kd.errors import KDError
-from icefall_kd.losses.kl import check_temperature, linear_kl, row_kl
+from icefall_kd.lattice import best_path
+from icefall_kd.losses.kl import FLOOR, check_temperature, linear_kl, row_kl
+from icefall_kd.losses.student_nodes import StudentNodes, refuse_nan
 from icefall_kd.types import (
     Distribution,
     LatticeTargets,
@@ -17,7 +19,7 @@ from icefall_kd.types import (
     sparse,
 )
 
-FORMS = ("nodes", "collapsed")
+FORMS = ("nodes", "collapsed", "mean_u", "sampled_u")
 
 
 def nodes_of(lattice: PrunedLattice) -> Nodes:
@@ -32,6 +34,15 @@ def nodes_of(lattice: PrunedLattice) -> Nodes:
         lattice.occupancy[row, frame, s],
         lattice.logits[row, frame, s],
     )
+
+
+def path_nodes(lattice: PrunedLattice, blank_id: int) -> Nodes:
+    """The nodes of each utterance's best alignment alone, each with an occupancy of 1.
+
+    (Kurata and Saon, arXiv:2110.03334.)
+    """
+    occupancy = best_path(lattice, blank_id).to(lattice.occupancy.dtype)
+    return nodes_of(replace(lattice, occupancy=occupancy))
 
 
 def stored_nodes(lattices: List[Optional[LatticeTargets]]) -> Optional[Nodes]:
@@ -128,19 +139,70 @@ def shift(nodes: Nodes, frames: int, encoder_out_lens: torch.Tensor) -> Nodes:
     return replace(nodes, frame=moved).select(inside)
 
 
-def joiner_states(
-    joiner: nn.Module,
-    encoder_out: torch.Tensor,
-    decoder_out: torch.Tensor,
-    nodes: Nodes,
+def nodes_kd_loss(
+    student: StudentNodes,
+    temperature: float = 1.0,
+    form: str = "nodes",
+    occupancy: bool = True,
+    blank_id: int = 0,
+    generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
-    """What the joiner's output layer gets at each node, (R, J).
+    """KL divergence of the transducer's outputs, over the nodes of a lattice.
 
-    tanh(W_e encoder_out[n, t] + W_d decoder_out[n, u]), as icefall's joiner.
+    With w_r the teacher's occupancy of a node r = (n, t, u), or 1, and z~, z the logits
+    of teacher and student there, by ``form``:
+
+    "nodes"
+        sum over nodes of w_r T^2 KL(softmax(z~_r / T) || softmax(z_r / T)).
+    "collapsed"
+        the same, of {next label, blank, rest} (Panchapagesan et al.,
+        arXiv:2011.06110).
+    "sampled_u"
+        the same at one node of each frame (n, t), drawn with probability w_r / w_t,
+        w_t = sum_u w_r, and weighted w_t: "nodes" in expectation, at a fraction of its
+        cost.
+    "mean_u"
+        sum over frames (n, t) of T^2 KL(softmax(m~_t / T) || softmax(m_t / T)), m~_t
+        and m_t the mean of the logits over the frame's nodes, all weighing the same.
+        The mean is over the label positions that the teacher's path may take; others
+        are no nodes. Each frame counts once, whatever ``occupancy`` says.
+
+    Nodes of the best path alone (arXiv:2110.03334) come from :func:`path_nodes`, or
+    from a store kept as ``path:...``.
+
+    Args:
+      student: The student at R nodes, with the teacher's distributions.
+      temperature: T. A sparse teacher is at this temperature already.
+      form: One of ``FORMS``.
+      occupancy: Whether nodes count by the teacher's occupancy.
+      blank_id: For "collapsed".
+      generator: For "sampled_u"; None: torch's own.
+
+    Returns:
+      A scalar in nats, summed as icefall sums its losses; 0 with a zero gradient for no
+      nodes.
+
+    Raises:
+      KDError: a form or temperature of no use, a sparse teacher for "mean_u", NaN in
+        the student.
     """
-    am = joiner.encoder_proj(encoder_out)
-    lm = joiner.decoder_proj(decoder_out)
-    return torch.tanh(am[nodes.row, nodes.frame] + lm[nodes.row, nodes.position])
+    check_temperature(temperature)
+    if form not in FORMS:
+        raise KDError(f"the form is {form!r}, and must be one of {FORMS}")
+    if form == "mean_u":
+        _need_dense(student.nodes.teacher, form)
+        _, _, which = _frames(student.nodes)
+        layer = student.joiner.output_linear  # is linear: the states' mean will do
+        teacher = _means(student.nodes.teacher, which)
+        return linear_kl(_means(student.states, which), layer, teacher, temperature)
+    weights = student.nodes.occupancy if occupancy else None
+    if form == "sampled_u":
+        index, weights = _draw(student.nodes, weights, generator)
+        student = student.select(index)
+    nodes = student.nodes
+    if form == "collapsed":
+        nodes = collapse(nodes, blank_id, temperature)
+    return student.kl(nodes.teacher, temperature, weights)
 
 
 def transducer_kd_loss(
@@ -153,46 +215,137 @@ def transducer_kd_loss(
     form: str = "nodes",
     occupancy: bool = True,
     blank_id: int = 0,
+    generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
-    """KL divergence of the transducer's outputs, over the nodes of a lattice.
+    """:func:`nodes_kd_loss` of a student that is asked for nothing else.
 
-    sum over nodes r = (n, t, u) of w_r T^2 KL(P~(.|t, u) || P(.|t, u)), w_r the
-    teacher's occupancy of the node, or 1. The student's joiner is asked at these nodes
-    alone, and its logits never exist whole.
+    The student's joiner is asked at these nodes alone, and its logits never exist
+    whole. Of the first five arguments see
+    :class:`icefall_kd.losses.student_nodes.StudentNodes`, of the others
+    :func:`nodes_kd_loss`.
+    """
+    student = StudentNodes(joiner, encoder_out, encoder_out_lens, decoder_out, nodes)
+    return nodes_kd_loss(student, temperature, form, occupancy, blank_id, generator)
 
-    ``form="collapsed"`` tells {next label, blank, rest} apart (Panchapagesan et al.,
-    arXiv:2011.06110). Nodes of the best path alone come from a store kept as
-    ``path:...`` (arXiv:2110.03334).
+
+def total_kd_loss(
+    student: StudentNodes,
+    ctc_logits: torch.Tensor,
+    teacher_ctc: Distribution,
+    temperature: float = 1.0,
+    ctc_share: float = 0.5,
+) -> torch.Tensor:
+    """KL divergence of both heads' outputs, mixed frame by frame.
+
+    sum over frames (n, t) of T^2 KL(softmax(z~_t / T) || softmax(z_t / T)),
+    z = a z_ctc + (1 - a) m, m the mean over the frame's nodes as in "mean_u" of
+    :func:`nodes_kd_loss`; for teacher and student alike. Frames without a node don't
+    count.
 
     Args:
-      joiner: The student's, with ``encoder_proj``, ``decoder_proj``, ``output_linear``.
-      encoder_out: (N, T, C), the student's, with its graph.
-      encoder_out_lens: (N,), valid frames.
-      decoder_out: (N, U + 1, D), of the labels behind a leading blank.
-      nodes: Of :func:`nodes_of` or :func:`stored_nodes`.
-      temperature: T. A sparse teacher is at this temperature already.
-      form: "nodes" or "collapsed".
-      occupancy: Whether nodes count by the teacher's occupancy.
-      blank_id: For "collapsed".
-
-    Returns:
-      A scalar, summed as icefall sums its losses; 0 with a zero gradient for no nodes.
+      student: The student at R nodes, with a dense teacher.
+      ctc_logits: (N, T, V), the student's, before LogSoftmax.
+      teacher_ctc: (N, T', V), the teacher's, before or after LogSoftmax; its frames
+        are those of the nodes.
+      temperature: T.
+      ctc_share: a, 0 to 1.
 
     Raises:
-      KDError: nodes beyond the student's frames or labels, another vocabulary.
+      KDError: a sparse teacher, another vocabulary, frames beyond either CTC head's.
     """
     check_temperature(temperature)
-    if form not in FORMS:
-        raise KDError(f"the form is {form!r}, and must be one of {FORMS}")
-    nodes = nodes.to(encoder_out.device)
-    _check_inside(encoder_out, encoder_out_lens, decoder_out, nodes)
-    v = joiner.output_linear.out_features
-    _check_vocabulary(nodes.teacher, v)
-    if form == "collapsed":
-        nodes = collapse(nodes, blank_id, temperature)
-    states = joiner_states(joiner, encoder_out, decoder_out, nodes)
-    weights = nodes.occupancy if occupancy else None
-    return linear_kl(states, joiner.output_linear, nodes.teacher, temperature, weights)
+    if not 0 <= ctc_share <= 1:
+        raise KDError(f"the CTC share is {ctc_share!r}, and must be from 0 to 1")
+    nodes, layer = student.nodes, student.joiner.output_linear
+    _need_dense(nodes.teacher, "total")
+    if sparse(teacher_ctc):
+        raise KDError(
+            f"the form total mixes logits of all {layer.out_features} symbols, and the "
+            f"CTC targets keep {teacher_ctc.indices.size(-1)} a frame: dump with "
+            "--keep dense, or ask the teacher online"
+        )
+    row, frame, which = _frames(nodes)
+    for name, x in (("student's", ctc_logits), ("teacher's", teacher_ctc)):
+        _check_ctc(x, name, row, frame, layer.out_features)
+    teacher_ctc = teacher_ctc.detach().to(row.device)[row, frame]
+    ctc = ctc_logits[row, frame]
+    refuse_nan(ctc, "CTC logits at the lattice's frames")
+    with torch.autocast(ctc.device.type, enabled=False):
+        means = _means(student.states, which)
+        weight, bias = (
+            p if p is None else p.to(means.dtype) for p in (layer.weight, layer.bias)
+        )
+        means = nn.functional.linear(means, weight, bias)
+        taught = _mix(teacher_ctc, _means(nodes.teacher, which), ctc_share)
+        return row_kl(_mix(ctc, means, ctc_share), taught, temperature)
+
+
+def _mix(ctc: torch.Tensor, means: torch.Tensor, share: float) -> torch.Tensor:
+    ctc = ctc.to(means.dtype).clamp(min=FLOOR)  # 0 * -inf is NaN
+    return share * ctc + (1 - share) * means.clamp(min=FLOOR)
+
+
+def _check_ctc(x: torch.Tensor, name: str, row, frame, v: int) -> None:
+    if x.size(-1) != v:
+        raise KDError(
+            f"the {name} CTC head has {x.size(-1)} symbols and the student's joiner "
+            f"{v}: both need the same BPE model"
+        )
+    if len(row) and not (int(row.max()) < x.size(0) and int(frame.max()) < x.size(1)):
+        raise KDError(
+            f"the teacher's lattice has row {int(row.max())} and frame "
+            f"{int(frame.max())}, and the {name} CTC output is of shape "
+            f"{tuple(x.shape)}: the targets are of other cuts, or the frame rates "
+            "differ"
+        )
+
+
+def _need_dense(teacher: Distribution, form: str) -> None:
+    if sparse(teacher):
+        raise KDError(
+            f"the form {form} needs the teacher's logits of all symbols, and its "
+            f"lattice keeps {teacher.indices.size(-1)} a node: dump with "
+            "--keep-lattice dense, or ask the teacher online"
+        )
+
+
+def _frames(nodes: Nodes) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row and frame of each of G frames that have nodes, and each node's frame in them.
+
+    Returns:
+      Of shapes (G,), (G,) and (R,).
+    """
+    width = int(nodes.frame.max()) + 1 if len(nodes) else 1
+    keys, which = (nodes.row * width + nodes.frame).unique(return_inverse=True)
+    return torch.div(keys, width, rounding_mode="floor"), keys % width, which
+
+
+def _means(x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """(G, D): the mean of the rows of ``x``, (R, D), that each frame has."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    counts = which.bincount()
+    sums = x.new_zeros(len(counts), x.size(1)).index_add(0, which, x)
+    return sums / counts.unsqueeze(1)
+
+
+def _draw(
+    nodes: Nodes, weights: Optional[torch.Tensor], generator: Optional[torch.Generator]
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """A node of each frame, drawn by weight, and the frame's weight: (G,) each."""
+    _, _, which = _frames(nodes)
+    order = which.argsort(stable=True)
+    if weights is None:
+        weights = torch.ones_like(nodes.occupancy)
+    mass = weights[order].double().cumsum(0)
+    last = which.bincount().cumsum(0) - 1
+    end = mass[last]
+    begin = nn.functional.pad(end, (1, 0))[: len(end)]
+    device = mass.device if generator is None else generator.device
+    x = torch.rand(len(end), dtype=mass.dtype, device=device, generator=generator)
+    x = begin + x.to(mass.device) * (end - begin)
+    # Rounding may bring x up to the frame's end, where the next frame begins.
+    drawn = torch.minimum(torch.searchsorted(mass, x, right=True), last)
+    return order[drawn], (end - begin).to(weights.dtype)
 
 
 def lattice_kd_loss(
@@ -226,40 +379,3 @@ def lattice_kd_loss(
         rows,
         weights,
     )
-
-
-def _check_inside(encoder_out, lens, decoder_out, nodes: Nodes) -> None:
-    n, t = encoder_out.shape[:2]
-    sizes: Tuple[Tuple[str, torch.Tensor, int], ...] = (
-        ("utterance", nodes.row, min(n, len(lens), len(decoder_out))),
-        ("frame", nodes.frame, t),
-        ("label position", nodes.position, decoder_out.size(1)),
-    )
-    if not len(nodes):
-        return
-    for name, index, size in sizes:
-        if int(index.min()) < 0 or int(index.max()) >= size:
-            raise KDError(
-                f"the teacher's lattice has {name} {int(index.max())}, and the student "
-                f"has {size} of them: the targets are of other cuts, or of other "
-                "transcripts"
-            )
-    if (nodes.frame >= lens.to(nodes.frame.device)[nodes.row]).any():
-        raise KDError(
-            f"the teacher's lattice has frames beyond the student's {lens.tolist()}: "
-            "the targets are of other cuts, or the frame rates differ"
-        )
-
-
-def _check_vocabulary(teacher: Distribution, v: int) -> None:
-    if not sparse(teacher):
-        found = teacher.size(1)
-    else:
-        found = int(teacher.indices.max()) + 1 if teacher.indices.numel() else 0
-        if found <= v:
-            return
-    if found != v:
-        raise KDError(
-            f"the student's joiner has {v} symbols and the teacher's lattice {found}: "
-            "both need the same BPE model"
-        )

@@ -1,6 +1,6 @@
 """What a plugged recipe calls.
 
-Usage, in the recipe's ``train.py``::
+In ``train.py``::
 
     from icefall_kd.recipe import session as kd
 
@@ -12,17 +12,16 @@ and in its data module, once the training dataset exists::
 
     train = kd.wrap_dataset(train, cuts_train)
 
-With ``--kd-ctc-weight 0 --kd-rnnt-weight 0``, the default, all of them leave everything
-as it is.
+With all weights of KD terms at 0, the default, all of them leave everything as it is.
 """
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from icefall_kd.errors import KDError, install_excepthook
+from icefall_kd.recipe.arguments import WEIGHTS, add_options
 
 _session: Optional["Session"] = None
 
@@ -30,94 +29,32 @@ _session: Optional["Session"] = None
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the ``--kd-*`` options to a recipe's parser."""
     install_excepthook()  # in main() too, where mp.spawn's errors arrive
-    group = parser.add_argument_group("knowledge distillation (icefall_kd)")
-    group.add_argument(
-        "--kd-ctc-weight",
-        type=float,
-        default=0.0,
-        help="Weight of the CTC frame KL against the teacher's targets.",
-    )
-    group.add_argument(
-        "--kd-rnnt-weight",
-        type=float,
-        default=0.0,
-        help="Weight of the transducer's KL on the nodes of the teacher's pruned "
-        "lattice. With this and --kd-ctc-weight at 0 distillation is off.",
-    )
-    group.add_argument(
-        "--kd-rnnt-form",
-        type=str,
-        default="nodes",
-        help="nodes: over all symbols that the teacher's lattice tells; collapsed: "
-        "over {next label, blank, rest}.",
-    )
-    group.add_argument(
-        "--kd-rnnt-shift",
-        type=int,
-        default=0,
-        help="Frames by which a streaming student may lag behind its teacher.",
-    )
-    group.add_argument(
-        "--kd-s-range",
-        type=int,
-        default=5,
-        help="With --kd-teacher-exp-dir: label positions of its lattice at a frame.",
-    )
-    group.add_argument(
-        "--kd-hard-weight",
-        type=float,
-        default=1.0,
-        help="Weight of the recipe's own loss beside the KD terms. Without "
-        "distillation the recipe's loss keeps its weight of 1.",
-    )
-    group.add_argument(
-        "--kd-temperature",
-        type=float,
-        default=1.0,
-        help="Temperature of the KD terms.",
-    )
-    group.add_argument(
-        "--kd-missing",
-        type=str,
-        choices=("refuse", "hard"),
-        default="refuse",
-        help="What becomes of training cuts without targets: refuse, or train on "
-        "them by the recipe's own loss alone; kd_frames in the log is the share of "
-        "frames that have targets.",
-    )
-    group.add_argument(
-        "--kd-teacher-exp-dir",
-        type=str,
-        default="",
-        help="Ask the teacher of this experiment folder in the training process, in "
-        "place of reading stored targets; several, with commas, are averaged.",
-    )
-    group.add_argument(
-        "--kd-teacher-epoch", type=int, default=30, help="The teacher's epoch-N.pt."
-    )
-    group.add_argument(
-        "--kd-teacher-avg", type=int, default=1, help="How many epochs are averaged."
-    )
-    group.add_argument(
-        "--kd-teacher-recipe",
-        type=str,
-        default="",
-        help="Folder of the teacher's train.py; default: that of this script.",
-    )
-    group.add_argument(
-        "--kd-cache-dir",
-        type=str,
-        default="",
-        help="With --kd-teacher-exp-dir: store what the teacher says on each cut as it "
-        "is, and read that from the second epoch on. At the end each process leaves "
-        "the manifest of the cuts it heard there, such as cuts.jsonl.gz.",
-    )
-    group.add_argument(
-        "--kd-keep",
-        type=str,
-        default="dense",
-        help="With --kd-cache-dir: how targets are kept, as `icefall-kd dump --keep` "
-        "has it.",
+    add_options(parser)
+
+
+def joint_of(params: Dict[str, Any], num_epochs: float):
+    """The joint loss that ``params`` describe, for so many epochs."""
+    from icefall_kd.losses.joint import JointKDLoss
+    from icefall_kd.losses.layers import HiddenLayers, parse_layers
+    from icefall_kd.losses.schedule import Schedule
+
+    hidden = None
+    if params["kd_hidden_layers"]:
+        pairs = parse_layers(params["kd_hidden_layers"])
+        hidden = HiddenLayers(
+            pairs, params["kd_hidden_kind"], params["kd_projector_lr"]
+        )
+    return JointKDLoss(
+        **{f"{name}_weight": params[f"kd_{name}_weight"] for name in WEIGHTS},
+        hard_weight=params["kd_hard_weight"],
+        temperature=params["kd_temperature"],
+        rnnt_form=params["kd_rnnt_form"],
+        rnnt_shift=params["kd_rnnt_shift"],
+        node_weights=params["kd_node_weights"],
+        ctc_frames=params["kd_ctc_frames"],
+        ctc_delay=params["kd_ctc_delay"],
+        hidden=hidden,
+        schedule=Schedule(params["kd_schedule"], num_epochs, params["kd_last_epochs"]),
     )
 
 
@@ -127,22 +64,23 @@ class Session:
     def __init__(self, params: Dict[str, Any], model) -> None:
         from icefall_kd.codec import Codec
         from icefall_kd.hook import TeacherHook
-        from icefall_kd.losses.joint import JointKDLoss
+        from icefall_kd.recipe.online import online_teacher
+        from icefall_kd.recipe.progress import Progress
 
-        self.joint = JointKDLoss(
-            ctc_weight=params["kd_ctc_weight"],
-            hard_weight=params["kd_hard_weight"],
-            temperature=params["kd_temperature"],
-            rnnt_weight=params["kd_rnnt_weight"],
-            rnnt_form=params["kd_rnnt_form"],
-            rnnt_shift=params["kd_rnnt_shift"],
-        )
         self.settings = dict(params)
+        self.progress = Progress(params)
+        self.joint = joint_of(params, self.progress.num_epochs)
+        model = getattr(model, "module", model)
+        self._leave_out_heads(model)
         self.vocab_size = params["vocab_size"]
         self.blank_id = params["blank_id"]
         self.bpe_model = params.get("bpe_model")
         self.missing = params["kd_missing"]
-        self.teacher, self.teacher_name = _online_teacher(params)
+        hidden = self.joint.hidden
+        layers = hidden.teacher_layers if hidden else []
+        self.teacher, self.teacher_name = online_teacher(
+            params, layers, ctc=self.joint.needs_ctc_targets
+        )
         self.cache_dir = params["kd_cache_dir"]
         if self.cache_dir and self.teacher is None:
             raise KDError(
@@ -150,19 +88,51 @@ class Session:
                 "give --kd-teacher-exp-dir"
             )
         _refuse_time_warp(params, stored=self.teacher is None or bool(self.cache_dir))
-        ctc, rnnt = self.joint.ctc_weight > 0, self.joint.rnnt_weight > 0
-        if rnnt and self.cache_dir:
-            raise KDError(
-                "--kd-cache-dir keeps CTC targets, and --kd-rnnt-weight needs "
-                "lattices: dump them with `icefall-kd dump --keep-lattice`, or ask the "
-                "teacher without a cache"
-            )
         if self.cache_dir:
+            for name in ("rnnt", "full_sum", "hidden"):
+                if name in self.joint.terms:
+                    raise KDError(
+                        "--kd-cache-dir keeps CTC targets, and --kd-"
+                        f"{name.replace('_', '-')}-weight needs more: dump the targets "
+                        "with `icefall-kd dump --keep-lattice` and --keep-hidden, or "
+                        "ask the teacher without a cache"
+                    )
             Codec.parse(params["kd_keep"]).check_temperature(self.joint.temperature)
-        self.hook = TeacherHook(model, ctc=ctc, decoder=rnnt)
-        self.joiner = getattr(self.hook.model, "joiner", None)
+        nbest = "nbest" in self.joint.terms
+        self.hook = TeacherHook(
+            model,
+            hidden.student_layers if hidden else (),
+            ctc=self.joint.needs_ctc_targets or (nbest and _has_ctc(model)),
+            decoder=self.joint.needs_lattice or (nbest and _has_transducer(model)),
+        )
         self.cache = None
         self.bpe = None
+        self.untranscribed = 0
+        if hidden or self.joint.moves:
+            self.progress.keep(hidden)
+
+    def _leave_out_heads(self, model) -> None:
+        """Switch off the terms of heads that the student lacks."""
+        joint = self.joint
+        for name, head, there in (
+            ("ctc", "CTC head (--use-ctc 1)", _has_ctc(model)),
+            ("rnnt", "transducer (--use-transducer 1)", _has_transducer(model)),
+            ("full_sum", "transducer (--use-transducer 1)", _has_transducer(model)),
+        ):
+            lacks = not there or (
+                name == "rnnt" and joint.is_total and not _has_ctc(model)
+            )
+            if name not in joint.terms or not lacks:
+                continue
+            joint.switch_off(name)
+            if not joint.terms:
+                raise KDError(
+                    f"--kd-{name.replace('_', '-')}-weight is above 0 and the student "
+                    f"has no {head}: train it with one, or give another term a weight"
+                )
+            logging.warning(
+                f"The term kd_{name}_loss is off: the student has no {head}"
+            )
 
     def _pieces(self) -> Optional[List[str]]:
         from icefall_kd.targets.fingerprint import load_bpe_model, pieces
@@ -176,10 +146,14 @@ class Session:
         from icefall_kd.targets.dataset import store_fingerprint
         from icefall_kd.targets.fingerprint import hash_tokens, symbol_map
 
-        found, store = store_fingerprint(cuts, self.missing)
+        read = _Counted(cuts)
+        found, store = store_fingerprint(read, self.missing)
         how: Dict[str, Any] = {"missing": self.missing}
         self._check_kept(found, store)
-        how["lattice"] = self.joint.rnnt_weight > 0
+        how["lattice"] = self.joint.needs_lattice
+        if self.joint.hidden:
+            self.joint.hidden.learn_widths(_first_layers(cuts))
+            how["hidden"] = True
         names = self._pieces()
         tokens = names and hash_tokens(names)
         if tokens and found.tokens and tokens != found.tokens:
@@ -199,24 +173,26 @@ class Session:
                 f"student every {shift} s: targets are resampled in time"
             )
             how["frame_shift"] = shift
+        self.progress.per_epoch = read.total
+        self.untranscribed = read.untranscribed
         return how
 
     def _check_kept(self, found, store: str) -> None:
         """Refuse a store that lacks what the loss asks for."""
         joint, (ctc, lattice) = self.joint, found.codecs()
-        for name, weight, codec, remedy in (
-            ("CTC targets", joint.ctc_weight, ctc, "--keep dense"),
-            ("lattices", joint.rnnt_weight, lattice, "--keep-lattice collapsed"),
+        for name, needed, codec, remedy in (
+            ("CTC targets", joint.needs_ctc_targets, ctc, "--keep dense"),
+            ("lattices", joint.needs_lattice, lattice, "--keep-lattice collapsed"),
         ):
-            if weight and codec is None:
+            if needed and codec is None:
                 raise KDError(
-                    f"the store {store} keeps no {name}, and their weight is {weight}: "
-                    f"dump with {remedy}, or set that weight to 0"
+                    f"the store {store} keeps no {name}, and a KD weight above 0 needs "
+                    f"them: dump with {remedy}, or set that weight to 0"
                 )
-        if joint.ctc_weight:
-            ctc.check_temperature(joint.temperature)
-        if joint.rnnt_weight:
-            lattice.check_temperature(joint.temperature)
+            if needed:
+                codec.check_temperature(joint.temperature)
+        if "full_sum" in joint.terms:  # which has no temperature
+            lattice.check_temperature(1.0)
 
     def ask(self, batch, device):
         """What the online teacher says on a batch."""
@@ -225,15 +201,24 @@ class Session:
         if not self.cache_dir:
             x = batch["inputs"].to(device)
             lens = supervisions["num_frames"].to(device)
-            y = self._labels(supervisions["text"]) if self.joint.rnnt_weight else None
+            y = None
+            if self.joint.needs_lattice and batch.get("kd_transcribed", True):
+                y = self._labels(supervisions["text"])
             return self.teacher.targets(
-                x, lens, y=y, s_range=self.settings["kd_s_range"]
+                x,
+                lens,
+                y=y,
+                s_range=self.settings["kd_s_range"],
+                path_only=bool(self.settings["kd_path_only"]),
             )
+        from icefall_kd.recipe.online import open_cache
         from icefall_kd.targets.dataset import cuts_of_rows
 
         cuts = cuts_of_rows(batch)
         if self.cache is None:
-            self.cache = self._open_cache(cuts[0])
+            self.cache = open_cache(
+                self.teacher, self.teacher_name, self.settings, cuts[0], self._pieces()
+            )
         return self.cache.targets(cuts, device)
 
     def _labels(self, texts: List[str]) -> List[List[int]]:
@@ -243,83 +228,101 @@ class Session:
             self.bpe = load_bpe_model(self.bpe_model or "--bpe-model")
         return self.bpe.encode(texts, out_type=int)
 
-    def _open_cache(self, cut):
-        import atexit
+    def nbest(self, batch):
+        """The n-best lists that the batch's cuts carry, as the student's labels."""
+        from icefall_kd.targets.dataset import cuts_of_rows
+        from icefall_kd.targets.nbest import read_nbest
 
-        from icefall_kd.targets.fingerprint import Fingerprint, hash_tokens
-        from icefall_kd.targets.writer import LogitWriter
-        from icefall_kd.teacher import CachingTeacher
-        from icefall_kd.teacher.online import speech_of
+        lists = [read_nbest(cut) for cut in cuts_of_rows(batch)]
+        return [
+            list(zip(self._labels([t for t, _ in row]), [s for _, s in row]))
+            for row in lists
+        ]
 
-        names = self._pieces()
-        tokens = names and hash_tokens(names)
-        fingerprint = Fingerprint.of(
-            self.teacher_name,
-            self.settings,
-            speech_of(cut).features,
-            tokens,
-            ctc=self.settings["kd_keep"],
+    def stand_in(self) -> str:
+        """A transcript of one label, for batches that have none."""
+        from icefall_kd.targets.fingerprint import load_bpe_model
+
+        if not self.untranscribed:
+            return ""
+        bpe = load_bpe_model(self.bpe_model or "--bpe-model")
+        texts = (bpe.decode([i]) for i in range(bpe.get_piece_size()))
+        return next(t for t in texts if t and bpe.encode(t))
+
+    def diagnose(self, info, student) -> None:
+        """Say of a validation batch how blank and how peaky the CTC head is."""
+        from icefall_kd.losses.ctc import ctc_diagnostics
+
+        if student.ctc_logits is None:
+            return
+        found = ctc_diagnostics(
+            student.ctc_logits, student.encoder_out_lens, self.blank_id
         )
-        rank, ranks = process_of()
-        writer = LogitWriter(
-            Path(self.cache_dir) / "cuts.jsonl.gz",
-            self.cache_dir,
-            fingerprint,
-            job=rank,
-            num_jobs=ranks,
+        info.update({f"kd_{name}": value for name, value in found.items()})
+
+    def close(self) -> None:
+        self.hook.close()
+        self.progress.close()
+
+    def add_terms(self, loss, info, student, targets, batch):
+        """The joint loss of a training batch; its names go to ``info``."""
+        if "nbest" in self.joint.terms:
+            targets.nbest = self.nbest(batch)
+        supervisions = batch["supervisions"]
+        epoch = self.progress.saw(len(supervisions["text"]))
+        transcribed = bool(batch.get("kd_transcribed", True))
+        loss, terms = self.joint(
+            loss,
+            student,
+            targets,
+            self.hook.model,
+            self.blank_id,
+            epoch=epoch,
+            transcribed=transcribed,
         )
-        atexit.register(_finish, writer)
-        return CachingTeacher(self.teacher, writer)
+        info.update(terms)
+        factor = int(self.settings.get("subsampling_factor", 4))
+        frames = float((supervisions["num_frames"] // factor).sum())
+        if self.joint.moves:  # icefall divides by frames what it logs
+            for name, value in self.joint.weights(epoch).items():
+                info[f"kd_{name}_weight"] = value * frames
+        if self.untranscribed:
+            info["kd_hard_frames"] = frames if transcribed else 0.0
+        return loss
 
 
-def _finish(writer) -> None:
-    """Leave a whole manifest of what the teacher was asked."""
-    try:
-        writer.finish()
-        logging.info(
-            f"{writer.manifest}: {len(writer)} cuts with the teacher's targets"
-        )
-    except KDError as e:
-        logging.error(e.sentence)
+class _Counted:
+    """Cuts that are counted as they are read."""
+
+    def __init__(self, cuts) -> None:
+        self.cuts, self.total, self.untranscribed = cuts, 0, 0
+
+    def __iter__(self):
+        for cut in self.cuts:
+            self.total += 1
+            self.untranscribed += not any(
+                (s.text or "").strip() for s in cut.supervisions
+            )
+            yield cut
 
 
-def process_of():
-    """This process's rank, and how many there are."""
-    import torch.distributed as dist
+def _first_layers(cuts) -> Dict:
+    """The hidden layers of one cut with targets."""
+    from icefall_kd.targets.dataset import collate_targets
+    from icefall_kd.targets.store import tracks_with_targets
 
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    for cut in cuts:
+        if tracks_with_targets(cut):
+            return collate_targets([cut], hidden=True).hidden
+    return {}
 
 
-def _online_teacher(params: Dict[str, Any]):
-    """The teachers that ``--kd-teacher-exp-dir`` names, or None, and their name."""
-    if not params["kd_teacher_exp_dir"]:
-        return None, ""
-    from icefall_kd.recipe.loader import load_recipe_model
-    from icefall_kd.targets.fingerprint import name_of
-    from icefall_kd.teacher import OnlineTeacher
+def _has_ctc(model) -> bool:
+    return getattr(model, "ctc_output", None) is not None
 
-    models, names = [], []
-    for folder in params["kd_teacher_exp_dir"].split(","):
-        model, settings = load_recipe_model(
-            params["kd_teacher_recipe"] or Path(sys.argv[0]).resolve().parent,
-            folder,
-            params["kd_teacher_epoch"],
-            avg=params["kd_teacher_avg"],
-            use_averaged_model=params.get("use_averaged_model", True),
-        )
-        for name in ("vocab_size", "blank_id"):
-            if settings[name] != params[name]:
-                raise KDError(
-                    f"the student's {name} is {params[name]} and that of the teacher "
-                    f"in {folder} is {settings[name]}: train the student with the "
-                    "teacher's --bpe-model"
-                )
-        models.append(model)
-        if params["kd_cache_dir"]:  # a hash of all parameters takes its time
-            names.append(name_of(model, settings))
-    return OnlineTeacher(models), ",".join(names)
+
+def _has_transducer(model) -> bool:
+    return getattr(model, "joiner", None) is not None
 
 
 def _refuse_time_warp(params: Dict[str, Any], stored: bool) -> None:
@@ -343,15 +346,16 @@ def attach(params: Dict[str, Any], model) -> None:
     """Begin a session; call it in ``run()`` when the model has its last form.
 
     Raises:
-      KDError: a weight or temperature out of range, a model without CTC head, or
-        an augmentation that moves frames.
+      KDError: a weight or temperature out of range, a model without the heads that all
+        terms need, or an augmentation that moves frames.
     """
     global _session
     if _session is not None:
-        _session.hook.close()
+        _session.close()
         _session = None
     install_excepthook()
-    if params["kd_ctc_weight"] == 0 and params["kd_rnnt_weight"] == 0:
+    weights = [params[f"kd_{name}_weight"] for name in WEIGHTS]
+    if all(w == 0 for w in weights):
         return
     _session = Session(params, model)
     logging.info(f"Distillation is on: loss = {_session.joint}")
@@ -365,24 +369,31 @@ def wrap_dataset(dataset, cuts):
     """
     if _session is None:
         return dataset
-    from icefall_kd.targets.dataset import KDDataset
+    from icefall_kd.targets.dataset import KDDataset, StandInTranscripts
 
     if _session.teacher is not None:
         dataset.return_cuts = True
-        return dataset
-    return KDDataset(dataset, **_session.read_store(cuts))
+    else:
+        dataset = KDDataset(dataset, **_session.read_store(cuts))
+    stand_in = _session.stand_in()
+    return StandInTranscripts(dataset, stand_in) if stand_in else dataset
 
 
 def joint_loss(loss, info, model, batch):
     """Add the KD terms to a training batch's ``loss``, and their names to ``info``.
 
-    Validation batches keep the recipe's loss, so that it compares across runs.
+    Validation batches keep the recipe's loss, so that it compares across runs; ``info``
+    says there how blank and how peaky the CTC head is.
     """
     if _session is None:
         return loss
     student = _session.hook.take()
     if not model.training:
+        _session.progress.save()
+        _session.diagnose(info, student)
         return loss
+    if _session.joint.hidden is not None:
+        _session.joint.hidden.step()  # from the last batch's backward pass
     if _session.teacher is not None:
         targets = _session.ask(batch, next(model.parameters()).device)
     elif "kd_targets" in batch:
@@ -392,8 +403,4 @@ def joint_loss(loss, info, model, batch):
             "a training batch has no kd_targets: let the data module call "
             "wrap_dataset(train, cuts_train) after session.attach() ran"
         )
-    loss, terms = _session.joint(
-        loss, student, targets, _session.joiner, _session.blank_id
-    )
-    info.update(terms)
-    return loss
+    return _session.add_terms(loss, info, student, targets, batch)

@@ -11,9 +11,9 @@ from lhotse.dataset.collation import collate_features
 from torch import nn
 
 from icefall_kd.errors import KDError
-from icefall_kd.hidden import Layer
+from icefall_kd.hidden import Layer, hidden_rows
 from icefall_kd.hook import TeacherHook
-from icefall_kd.losses.transducer import nodes_of
+from icefall_kd.losses.transducer import nodes_of, path_nodes
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.manifest import read_pointers
 from icefall_kd.targets.store import FIELD, Pointer
@@ -66,6 +66,7 @@ class OnlineTeacher:
             )
         for model in models:
             model.eval().requires_grad_(False)
+        self.hidden = tuple(hidden)
         self.hooks = [TeacherHook(model, hidden, ctc) for model in models]
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.weights /= self.weights.sum()
@@ -88,6 +89,7 @@ class OnlineTeacher:
         cuts: Optional[Sequence[Cut]] = None,
         y: Optional[Sequence[Sequence[int]]] = None,
         s_range: int = 5,
+        path_only: bool = False,
     ) -> Targets:
         """What the teachers say on a batch.
 
@@ -96,14 +98,21 @@ class OnlineTeacher:
           x_lens: (N,), valid frames.
           cuts: The cut of each row, where a teacher is chosen for each.
           y: The labels of each row, for lattices.
-          s_range: Label positions of a lattice at a frame.
+          s_range: Label positions of a lattice at a frame; 0: all of them.
+          path_only: Of a lattice the nodes of its best alignment alone.
         """
         outs = self.encode(x, x_lens)
         found = Targets(None, outs[0].encoder_out_lens)
         if self.hooks[0].ctc:
             found.ctc = self.ctc(outs, cuts).float().log_softmax(-1)
+        found.hidden = {layer: hidden_rows(outs[0], layer) for layer in self.hidden}
         if y is not None:
-            found.nodes = nodes_of(self.lattice(outs, y, s_range, cuts))
+            s_range = s_range or 1 + max(len(labels) for labels in y)
+            lattice = self.lattice(outs, y, s_range, cuts)
+            blank_id = int(self.hooks[0].model.decoder.blank_id)
+            found.nodes = (
+                path_nodes(lattice, blank_id) if path_only else nodes_of(lattice)
+            )
         return found
 
     def encode(self, x: torch.Tensor, x_lens: torch.Tensor) -> List[EncoderOut]:

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""
+Give cuts the teacher's n-best lists, found by a beam search of its transducer.
+
+Usage:
+  ./local/nbest_cuts.py --exp-dir exp/teacher --epoch 4 --num-paths 4 \
+    --bpe-model data/lang_bpe_54/bpe.model IN_CUTS OUT_CUTS
+
+Each list goes to the cut's custom field kd_nbest (icefall_kd.targets.nbest); the
+transcript stays as it is. Scores are log-probabilities of the texts, over all their
+alignments in the beam. A cut too short for the encoder gets no list.
+"""
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import sentencepiece as spm
+import torch
+from lhotse import CutSet
+from lhotse.dataset.collation import collate_features
+from lhotse.dataset.sampling import SimpleCutSampler
+from script_utils import UserError, check_at_least, run_script, staged_dir
+from tqdm import tqdm
+
+from icefall_kd.errors import KDError
+from icefall_kd.hook import MIN_FRAMES, TeacherHook
+from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.targets.nbest import write_nbest
+
+RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("in_cuts", type=Path)
+    parser.add_argument("out_cuts", type=Path)
+    parser.add_argument("--exp-dir", type=Path, required=True)
+    parser.add_argument("--epoch", type=int, required=True)
+    parser.add_argument("--avg", type=int, default=1)
+    parser.add_argument("--bpe-model", type=str, required=True)
+    parser.add_argument(
+        "--num-paths", type=int, default=4, help="texts of a cut, at most"
+    )
+    parser.add_argument(
+        "--beam-size", type=int, default=8, help="token sequences at a frame"
+    )
+    parser.add_argument("--num-threads", type=int, default=0, help="0: all cores")
+    return parser.parse_args()
+
+
+def add(scores: Dict, key, score: float) -> None:
+    """log(exp(a) + exp(b)) of the scores of one key."""
+    old = scores.get(key)
+    if old is not None:
+        low, high = sorted((old, score))
+        score = high + math.log1p(math.exp(low - high))
+    scores[key] = score
+
+
+def best_first(scores: Dict) -> List[Tuple]:
+    return sorted(scores.items(), key=lambda item: -item[1])
+
+
+@torch.no_grad()
+def nbest_search(
+    model: torch.nn.Module, encoder_out: torch.Tensor, lens: List[int], beam_size: int
+) -> List[List[Tuple[List[int], float]]]:
+    """Modified beam search, as icefall's: a frame emits one token at most, and the
+    alignments of equal token sequences add up.
+
+    Args:
+      encoder_out: (N, T, C).
+      lens: Valid frames.
+
+    Returns:
+      Token sequences of each utterance with their log-probabilities, best first.
+    """
+    decoder, joiner = model.decoder, model.joiner
+    unk_id = getattr(model, "unk_id", decoder.blank_id)
+    silent = (decoder.blank_id, unk_id)
+    size = decoder.context_size
+    start = (-1,) * (size - 1) + (decoder.blank_id,)
+    am = joiner.encoder_proj(encoder_out)
+    beams = [{start: 0.0} for _ in lens]
+    for t in range(max(lens)):
+        heard = [i for i, n in enumerate(lens) if t < n]
+        hyps = [list(beams[i].items()) for i in heard]
+        flat = [(i, y, score) for i, b in zip(heard, hyps) for y, score in b]
+        index = torch.tensor([i for i, _, _ in flat])
+        contexts = torch.tensor([y[-size:] for _, y, _ in flat])
+        lm = joiner.decoder_proj(decoder(contexts, need_pad=False)).squeeze(1)
+        log_probs = joiner(am[index, t], lm, project_input=False).log_softmax(-1)
+        log_probs = log_probs.double() + torch.tensor([[x] for _, _, x in flat])
+        # One utterance has so many hypotheses, another fewer.
+        parts = log_probs.split([len(b) for b in hyps])
+        vocab_size = log_probs.size(1)
+        scores = torch.nn.utils.rnn.pad_sequence(
+            [part.flatten() for part in parts], True, -math.inf
+        )
+        top, arcs = scores.topk(min(beam_size, scores.size(1)))
+        for i, b, values, row in zip(heard, hyps, top.tolist(), arcs.tolist()):
+            beams[i] = {}
+            for value, arc in zip(values, row):
+                if value > -math.inf:
+                    hyp, token = divmod(arc, vocab_size)
+                    y = b[hyp][0]
+                    add(beams[i], y if token in silent else (*y, token), value)
+    return [[(list(y[size:]), x) for y, x in best_first(beam)] for beam in beams]
+
+
+def texts_of(
+    sp: spm.SentencePieceProcessor, hyps: List[Tuple[List[int], float]], num_paths: int
+) -> List[Tuple[str, float]]:
+    """The best texts; token sequences of one text add up."""
+    texts: Dict[str, float] = {}
+    for tokens, score in hyps:
+        add(texts, sp.decode(tokens).strip(), score)
+    return best_first(texts)[:num_paths]
+
+
+def main() -> None:
+    args = get_args()
+    check_at_least(args.num_paths, 1, "--num-paths")
+    check_at_least(args.beam_size, args.num_paths, "--beam-size")
+    if not args.in_cuts.is_file():
+        raise UserError(
+            f"the manifest {args.in_cuts} does not exist, make the features"
+        )
+    torch.set_num_threads(args.num_threads or os.cpu_count() or 1)
+    try:
+        model, _ = load_recipe_model(
+            RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
+        )
+    except KDError as e:
+        raise UserError(str(e)) from None
+    sp = spm.SentencePieceProcessor()
+    sp.load(args.bpe_model)
+    cuts = CutSet.from_file(args.in_cuts).to_eager()
+    short = {cut.id for cut in cuts if cut.num_frames < MIN_FRAMES}
+    found = {}
+    heard = cuts.filter(lambda cut: cut.id not in short)
+    bar = tqdm(total=len(cuts) - len(short), desc="Decoding", unit=" cuts")
+    with TeacherHook(model, ctc=False) as hook:
+        for batch in SimpleCutSampler(heard, max_duration=200.0, shuffle=False):
+            out = hook.encode(*collate_features(batch))
+            lens = out.encoder_out_lens.tolist()
+            hyps = nbest_search(model, out.encoder_out, lens, args.beam_size)
+            for cut, paths in zip(batch, hyps):
+                found[cut.id] = write_nbest(cut, texts_of(sp, paths, args.num_paths))
+            bar.update(len(batch))
+    bar.close()
+    with staged_dir(args.out_cuts.parent) as scratch:
+        target = scratch / args.out_cuts.name
+        CutSet.from_cuts(found.get(cut.id, cut) for cut in cuts).to_file(target)
+        target.replace(args.out_cuts)
+    print(f"{args.out_cuts}: {len(found)} cuts with n-best lists, {len(short)} without")
+
+
+if __name__ == "__main__":
+    run_script(main)

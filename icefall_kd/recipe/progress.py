@@ -1,0 +1,97 @@
+"""How far a training is, and what distillation keeps beside its checkpoints."""
+
+import atexit
+import math
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+
+from icefall_kd.errors import KDError
+from icefall_kd.files import replacing
+from icefall_kd.recipe.online import process_of
+
+FILE = "kd.pt"
+
+
+class Progress:
+    """Epochs since distillation began, and a file of it for a training that goes on.
+
+    ``kd.pt`` in the student's ``--exp-dir`` holds the epoch where this training began
+    and the projectors between hidden layers. It is read where a training goes on, and
+    no checkpoint knows of it.
+
+    Args:
+      params: The recipe's own, whose ``cur_epoch`` it moves on.
+    """
+
+    def __init__(self, params: Dict[str, Any]) -> None:
+        self.params = params
+        self.first = int(params.get("start_epoch") or 1)
+        self.goes_on = int(params.get("start_batch") or 0) > 0
+        self.file = Path(params["exp_dir"]) / FILE if params.get("exp_dir") else None
+        self.hidden: Optional[Any] = None
+        self.kept = False
+        state = self._read()
+        if state and (self.goes_on or self.first > state["first_epoch"]):
+            self.first, self.state = state["first_epoch"], state
+        else:
+            self.state = None
+        self.per_epoch = 0  # cuts, of all processes; 0: unknown
+        self.seen, self.epoch = 0, None
+
+    @property
+    def num_epochs(self) -> float:
+        """Of this training, or infinity where the recipe doesn't say."""
+        if not self.params.get("num_epochs"):
+            return math.inf
+        return int(self.params["num_epochs"]) - self.first + 1
+
+    def saw(self, cuts: int) -> float:
+        """Count a batch; return how many epochs were done before it.
+
+        Within an epoch the fraction is that of the training cuts; where their number
+        is not known, that of the epoch before.
+        """
+        epoch = int(self.params.get("cur_epoch") or self.first)
+        if epoch != self.epoch:
+            if self.seen:
+                self.per_epoch = self.seen
+            self.seen, self.epoch = 0, epoch
+        fraction = min(1.0, self.seen / self.per_epoch) if self.per_epoch else 0.0
+        self.seen += cuts * process_of()[1]
+        return max(0, epoch - self.first) + fraction
+
+    def keep(self, hidden: Optional[Any]) -> None:
+        """Begin to keep the file, with the projectors of ``hidden``."""
+        if self.state and hidden is not None:
+            hidden.load_state_dict(self.state.get("hidden", {}))
+        self.hidden = hidden
+        if self.file is not None and process_of()[0] == 0:
+            self.kept = True
+            atexit.register(self.save)
+
+    def save(self) -> None:
+        if not self.kept or not self.file.parent.is_dir():
+            return
+        state: Dict[str, Any] = {"first_epoch": self.first}
+        if self.hidden is not None:
+            state["hidden"] = self.hidden.state_dict()
+        with replacing(self.file) as temporary:
+            torch.save(state, temporary)
+
+    def close(self) -> None:
+        self.kept = False
+        atexit.unregister(self.save)
+
+    def _read(self) -> Optional[Dict[str, Any]]:
+        if self.file is None or not self.file.is_file():
+            return None
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+            return {**state, "first_epoch": int(state["first_epoch"])}
+        except Exception as e:  # torch raises many kinds for what is none
+            raise KDError(
+                f"{self.file} can't be read ({type(e).__name__}): remove it to begin "
+                "the schedule and the projectors anew"
+            ) from None
