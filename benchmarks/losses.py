@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """
 Time and peak memory of the KL losses, forward and backward, against the naive way
-(`F.kl_div` on log-softmax and softmax, as recipes write it) and torchtune's chunked
-forward KL where that is installed.
+(`F.kl_div` on log-softmax and softmax, as recipes write it), torchtune's chunked forward
+KL and Liger-Kernel's fused layer, where these are installed.
 
 Each way of a case runs in turn, in one process, medians; peak memory beyond inputs is
 taken in a process of its own, in units of the gradient's size. On a GPU the last column
@@ -109,11 +109,40 @@ def ways(case: str, args: argparse.Namespace) -> Dict[str, Callable[[], None]]:
     except ImportError:
         pass
     if "lattice" in case:
-        found.update(fused_ways(m, v, kept, generator, device))
+        found.update(fused_ways(m, v, teacher, kept, generator, device))
     return found
 
 
-def fused_ways(m: int, v: int, kept: SparseDistribution, generator, device) -> Dict:
+def liger_loss(layer: torch.nn.Linear) -> Callable:
+    """Its fused divergence at beta 0, forward KL, wants the teacher's own layer."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=0.0,
+        temperature=TEMPERATURE,
+        compiled=torch.cuda.is_available(),
+    )
+
+    def run(x, teacher):
+        m, v = teacher.shape
+        eye = torch.eye(v, device=x.device)  # makes logits of logits
+        labels = torch.zeros(m, dtype=torch.long, device=x.device)
+        mean = loss(x, layer.weight, teacher, eye, labels, student_bias=layer.bias)
+        return mean * m * TEMPERATURE**2
+
+    return run
+
+
+def fused_ways(
+    m: int,
+    v: int,
+    teacher: torch.Tensor,
+    kept: SparseDistribution,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Dict[str, Callable[[], None]]:
     """The joiner's output layer in the loss, and before it."""
     x = torch.randn(m, WIDTH, generator=generator).to(device).requires_grad_()
     layer = torch.nn.Linear(WIDTH, v).to(device)
@@ -126,10 +155,22 @@ def fused_ways(m: int, v: int, kept: SparseDistribution, generator, device) -> D
 
         return step
 
-    return {
+    found = {
+        "layer, then naive": run(lambda: naive(layer(x), teacher)),
         "layer, then sparse": run(lambda: row_kl(layer(x), kept, TEMPERATURE)),
+        "layer fused, dense": run(lambda: linear_kl(x, layer, teacher, TEMPERATURE)),
         "layer fused, sparse": run(lambda: linear_kl(x, layer, kept, TEMPERATURE)),
     }
+    try:
+        liger = liger_loss(layer)
+    except ImportError:
+        return found
+    ours = float(linear_kl(x[:99], layer, teacher[:99], TEMPERATURE))
+    theirs = float(liger(x[:99], teacher[:99]))
+    if abs(theirs / ours - 1) > 0.01:
+        print(f"Liger's divergence is {theirs} where ours is {ours}: left out")
+        return found
+    return {**found, "Liger, fused layers": run(lambda: liger(x, teacher))}
 
 
 def seconds(run: Callable[[], None], device: str) -> float:

@@ -77,7 +77,7 @@ class JointKDLoss:
         ctc_frames: str = "all",
         ctc_delay: int = 0,
         hidden: Optional[HiddenLayers] = None,
-        schedule: Schedule = Schedule(),
+        schedule: Optional[Schedule] = None,
     ) -> None:
         self.hard = Curve.parse(hard_weight, "hard")
         weights = {
@@ -123,7 +123,7 @@ class JointKDLoss:
         self.node_weights = node_weights
         self.ctc_frames, self.ctc_delay = ctc_frames, ctc_delay
         self.hidden = hidden if "hidden" in self.terms else None
-        self.schedule = schedule
+        self.schedule = schedule or Schedule()
 
     @property
     def needs_lattice(self) -> bool:
@@ -132,6 +132,10 @@ class JointKDLoss:
     @property
     def needs_ctc_targets(self) -> bool:
         return "ctc" in self.terms or self.is_total
+
+    @property
+    def needs_targets(self) -> bool:
+        return not set(self.terms) <= {"nbest"}
 
     @property
     def is_total(self) -> bool:
@@ -148,7 +152,7 @@ class JointKDLoss:
         del self.terms[name]
 
     def weights(self, epoch: float = 0.0) -> Dict[str, float]:
-        """The effective weights after so many epochs, that of the hard loss among them."""
+        """The effective weights after so many epochs, the hard loss's among them."""
         share = self.schedule(epoch)
         found = {"hard": 1 - share + share * self.hard(epoch)}
         return {**found, **{n: share * c(epoch) for n, c in self.terms.items()}}
@@ -208,10 +212,11 @@ class JointKDLoss:
         targets = targets.to(student.encoder_out.device)
         if self.hidden is not None:  # in every process, whatever its batch has
             self.hidden.build(student, targets)
-        batch = _Batch(self, student, targets, model, blank_id)
+        on = [name for name in self.terms if weights[name]]
+        batch = _Batch(self, on, student, targets, model, blank_id)
         for name in self.terms:
             term: Callable[[], Term] = getattr(batch, name)
-            value, frames = term() if weights[name] else (loss.new_zeros(()), 0.0)
+            value, frames = term() if name in on else (loss.new_zeros(()), 0.0)
             loss = loss + weights[name] * value
             info[f"kd_{name}_loss"] = _number(value, f"kd_{name}_loss")
             info["kd_frames" if name == "ctc" else f"kd_{name}_frames"] = frames
@@ -219,10 +224,11 @@ class JointKDLoss:
 
 
 class _Batch:
-    """The terms of one batch."""
+    """The terms of one batch, of which ``on`` count."""
 
-    def __init__(self, joint: JointKDLoss, student, targets, model, blank_id) -> None:
-        self.joint, self.student, self.targets = joint, student, targets
+    def __init__(self, joint, on, student, targets, model, blank_id) -> None:
+        self.joint, self.on = joint, on
+        self.student, self.targets = student, targets
         self.model, self.blank_id = model, blank_id
         self._found: Optional[Nodes] = None
         self._asked: Optional[StudentNodes] = None
@@ -248,7 +254,7 @@ class _Batch:
 
     def ctc(self) -> Term:
         if self._no_ctc_targets():
-            return 0.0 * self.student.ctc_logits.sum(), 0.0
+            return _nothing(self.student.ctc_logits), 0.0
         logits, said = self._ctc_logits()
         value = ctc_kd_loss(
             logits,
@@ -274,8 +280,8 @@ class _Batch:
 
     def _no_lattice(self) -> Term:
         student, joiner = self.student, self.model.joiner
-        states = student.encoder_out.sum() + student.decoder_out.sum()
-        return 0.0 * (states + sum(p.sum() for p in joiner.parameters())), 0.0
+        states = (student.encoder_out, student.decoder_out)
+        return _nothing(*states, *joiner.parameters()), 0.0
 
     def _student_nodes(self, nodes: Nodes) -> StudentNodes:
         """The student's joiner at nodes, asked once for all terms."""
@@ -288,7 +294,9 @@ class _Batch:
                 student.decoder_out,
                 nodes,
             )
-            if "full_sum" in self.joint.terms and not self.joint.is_total:
+            if student.lattice_logits is not None:
+                self._asked.take_logits(student.ranges, student.lattice_logits)
+            if "full_sum" in self.on and nodes is self._found:
                 self._asked.logits()  # which the other terms then take too
         return self._asked
 
@@ -332,7 +340,7 @@ class _Batch:
 
     def nbest(self) -> Term:
         lists, student = self.targets.nbest, self.student
-        value = 0.0 * student.encoder_out.sum()
+        value = _nothing(student.encoder_out)
         if not lists or not any(lists):
             return value, 0.0
         if student.ctc_logits is not None:
@@ -345,6 +353,11 @@ class _Batch:
             )
         some = torch.tensor([bool(x) for x in lists], device=self.lens.device)
         return value, float(student.encoder_out_lens.to(some.device)[some].sum())
+
+
+def _nothing(*of: torch.Tensor) -> torch.Tensor:
+    """0, whose gradient is 0 whatever stands there."""
+    return sum(x[:0].sum() for x in of)
 
 
 def _number(value: torch.Tensor, name: str) -> float:

@@ -131,7 +131,7 @@ class HiddenLayers:
         for pair in self.pairs:
             rows = hidden_rows(student, pair[1])
             if not targets.hidden:
-                value = 0.0 * rows.sum()
+                value = rows[:0].sum()  # 0, whatever stands in padding
             else:
                 module = self.modules["-".join(map(str, pair))]
                 said = targets.hidden[pair[0]].to(rows.device)
@@ -144,12 +144,12 @@ class HiddenLayers:
     def _distance(self, module, rows, said, mask) -> torch.Tensor:
         lengths = torch.full((len(mask),), mask.size(1), device=mask.device)
         with torch.autocast(rows.device.type, enabled=False):
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             if said.is_floating_point():
-                rows = module(rows.to(torch.promote_types(rows.dtype, torch.float32)))
-                return hidden_kd_loss(rows, said, lengths, self.kind, mask)
-            x, codes = rows[mask].float(), said[mask]
+                return hidden_kd_loss(module(rows), said, lengths, self.kind, mask)
+            x, codes = rows[mask], said[mask]
             if not len(x):
-                return 0.0 * rows.sum()
+                return x.sum()
             return module(x, codes) / (codes.size(-1) * codes.size(-2))
 
     def build(self, student: EncoderOut, targets: Targets) -> None:
@@ -159,6 +159,7 @@ class HiddenLayers:
         if targets.hidden and not self.widths:
             self.learn_widths(targets.hidden)
         if not self.widths:
+            self._refuse_to_wait()
             return
         device = student.encoder_out.device
         with torch.random.fork_rng(devices=[]):
@@ -166,12 +167,22 @@ class HiddenLayers:
             for pair in self.pairs:
                 c = hidden_rows(student, pair[1]).size(-1)
                 self.modules["-".join(map(str, pair))] = self._module(pair, c)
-        self.modules.to(device)
+        dtype = torch.promote_types(student.encoder_out.dtype, torch.float32)
+        self.modules.to(device, dtype)
         parameters = list(self.modules.parameters())
         if parameters:
             self.optimizer = torch.optim.Adam(parameters, lr=self.lr)
         if self._loaded is not None:
             self._load()
+
+    def _refuse_to_wait(self) -> None:
+        """Among processes, one without projectors would keep the others waiting."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise KDError(
+                "this process's first batch has no hidden layers of the teacher for "
+                f"the pairs {self}, and another process may have some: call "
+                "learn_widths() in all of them before the first batch"
+            )
 
     def _module(self, pair: Tuple[Layer, Layer], c: int) -> nn.Module:
         width, codes = self.widths[pair[0]]
@@ -218,7 +229,7 @@ class HiddenLayers:
             return {}
         return {
             "modules": self.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -230,7 +241,9 @@ class HiddenLayers:
     def _load(self) -> None:
         try:
             self.modules.load_state_dict(self._loaded["modules"])
-            self.optimizer.load_state_dict(self._loaded["optimizer"])
+            groups = self.optimizer.state_dict()["param_groups"]  # of this lr
+            state = {"state": self._loaded["optimizer"], "param_groups": groups}
+            self.optimizer.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as e:
             raise KDError(
                 "the projectors of the training that goes on are of other layers than "

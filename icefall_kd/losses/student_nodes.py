@@ -66,6 +66,21 @@ class StudentNodes:
             refuse_nan(self._logits, "joiner logits")
         return self._logits
 
+    def take_logits(self, ranges: torch.Tensor, logits: torch.Tensor) -> None:
+        """Take the joiner's output from a lattice that was evaluated already.
+
+        Nothing is taken where the lattice lacks a node.
+
+        Args:
+          ranges: (N, T, S), the lattice's label positions.
+          logits: (N, T, S, V), the student's, with their graph.
+        """
+        row, frame = self.nodes.row, self.nodes.frame
+        s = self.nodes.position - ranges[row, frame, 0]
+        if ((s >= 0) & (s < ranges.size(2))).all():
+            self._logits = logits[row, frame, s]
+            refuse_nan(self._logits, "joiner logits")
+
     def kl(
         self,
         teacher: Distribution,

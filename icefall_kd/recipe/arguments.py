@@ -9,6 +9,12 @@ from typing import Any, Dict, Optional
 from icefall_kd.errors import KDError
 
 WEIGHTS = ("ctc", "rnnt", "full_sum", "hidden", "nbest")
+MUST_BE = {
+    int: "a whole number",
+    float: "a number",
+    str: "one text",
+    "weight": "a number, or numbers by epoch",
+}
 BY_EPOCH = "A number, or numbers by epoch: 0:0.8,10:0.5 falls in ten epochs."
 
 # Name, type, default, help; a folder's default is "", none.
@@ -81,6 +87,13 @@ OPTIONS = (
         int,
         0,
         "Frames by which a streaming student's transducer may lag behind its teacher.",
+    ),
+    (
+        "teacher-ranges",
+        int,
+        0,
+        "1: the recipe's own pruned loss looks where the stored lattices do, in place "
+        "of the student's own pruning.",
     ),
     (
         "node-weights",
@@ -195,12 +208,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _config_of(argv) -> Optional[str]:
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--kd-config")
-    try:
-        return early.parse_known_args(argv)[0].kd_config
-    except SystemExit:  # the recipe's parser will tell
-        return None
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--kd-config", nargs="?")  # none: the recipe's parser will tell
+    return early.parse_known_args(argv)[0].kd_config
 
 
 def read_config(path: str) -> Dict[str, Any]:
@@ -211,8 +221,9 @@ def read_config(path: str) -> Dict[str, Any]:
     """
     import yaml
 
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    try:  # all values as text: YAML itself reads 3:2 as 182 and 10:0.5 as 600.5
+        text = Path(path).read_text(encoding="utf-8")
+        found = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise KDError(
             f"the file of --kd-config, {path}, can't be read "
@@ -235,10 +246,12 @@ def read_config(path: str) -> Dict[str, Any]:
             )
         kind = weight if known[name] == "weight" else known[name]
         try:
+            if not isinstance(value, str):
+                raise ValueError
             values["kd_" + name.replace("-", "_")] = kind(value)
-        except (TypeError, ValueError):
+        except ValueError:
             raise KDError(
                 f"{path} has {name}: {value!r}, and {name} must be "
-                f"{'a whole number' if kind is int else 'a number'}"
+                f"{MUST_BE[known[name]]}"
             ) from None
     return values

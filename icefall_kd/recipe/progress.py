@@ -39,13 +39,15 @@ class Progress:
             self.state = None
         self.per_epoch = 0  # cuts, of all processes; 0: unknown
         self.seen, self.epoch = 0, None
+        self.from_start = not self.goes_on  # whether `seen` counts a whole epoch
+        self.learned = False  # since the file was written
 
     @property
     def num_epochs(self) -> float:
         """Of this training, or infinity where the recipe doesn't say."""
         if not self.params.get("num_epochs"):
             return math.inf
-        return int(self.params["num_epochs"]) - self.first + 1
+        return max(1, int(self.params["num_epochs"]) - self.first + 1)
 
     def saw(self, cuts: int) -> float:
         """Count a batch; return how many epochs were done before it.
@@ -53,11 +55,16 @@ class Progress:
         Within an epoch the fraction is that of the training cuts; where their number
         is not known, that of the epoch before.
         """
-        epoch = int(self.params.get("cur_epoch") or self.first)
+        if not self.params.get("cur_epoch"):
+            # icefall's search for batches that fill the memory comes before any epoch.
+            return float(max(0, int(self.params.get("start_epoch") or 1) - self.first))
+        epoch = int(self.params["cur_epoch"])
         if epoch != self.epoch:
-            if self.seen:
+            if self.seen and self.from_start:
                 self.per_epoch = self.seen
+            self.from_start |= self.epoch is not None
             self.seen, self.epoch = 0, epoch
+        self.learned = True
         fraction = min(1.0, self.seen / self.per_epoch) if self.per_epoch else 0.0
         self.seen += cuts * process_of()[1]
         return max(0, epoch - self.first) + fraction
@@ -72,13 +79,15 @@ class Progress:
             atexit.register(self.save)
 
     def save(self) -> None:
-        if not self.kept or not self.file.parent.is_dir():
+        """Write the file, if training went on since it was written."""
+        if not (self.kept and self.learned and self.file.parent.is_dir()):
             return
         state: Dict[str, Any] = {"first_epoch": self.first}
         if self.hidden is not None:
             state["hidden"] = self.hidden.state_dict()
         with replacing(self.file) as temporary:
             torch.save(state, temporary)
+        self.learned = False
 
     def close(self) -> None:
         self.kept = False

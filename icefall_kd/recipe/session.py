@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from icefall_kd.errors import KDError, install_excepthook
+from icefall_kd.recipe import checks
 from icefall_kd.recipe.arguments import WEIGHTS, add_options
 
 _session: Optional["Session"] = None
@@ -62,7 +63,6 @@ class Session:
     """One process's distillation: taps on the student, and the joint loss."""
 
     def __init__(self, params: Dict[str, Any], model) -> None:
-        from icefall_kd.codec import Codec
         from icefall_kd.hook import TeacherHook
         from icefall_kd.recipe.online import online_teacher
         from icefall_kd.recipe.progress import Progress
@@ -71,68 +71,43 @@ class Session:
         self.progress = Progress(params)
         self.joint = joint_of(params, self.progress.num_epochs)
         model = getattr(model, "module", model)
-        self._leave_out_heads(model)
+        checks.leave_out_heads(self.joint, model)
         self.vocab_size = params["vocab_size"]
         self.blank_id = params["blank_id"]
         self.bpe_model = params.get("bpe_model")
         self.missing = params["kd_missing"]
-        hidden = self.joint.hidden
-        layers = hidden.teacher_layers if hidden else []
-        self.teacher, self.teacher_name = online_teacher(
-            params, layers, ctc=self.joint.needs_ctc_targets
-        )
         self.cache_dir = params["kd_cache_dir"]
-        if self.cache_dir and self.teacher is None:
-            raise KDError(
-                f"--kd-cache-dir is {self.cache_dir} and there is no teacher to ask: "
-                "give --kd-teacher-exp-dir"
+        asked = bool(params["kd_teacher_exp_dir"])
+        checks.check_online(params, self.joint, asked)
+        stored = self.joint.needs_targets and (not asked or bool(self.cache_dir))
+        checks.refuse_time_warp(params, stored)
+        hidden = self.joint.hidden
+        self.teacher, self.teacher_name = None, ""
+        if self.joint.needs_targets:
+            self.teacher, self.teacher_name = online_teacher(
+                params,
+                hidden.teacher_layers if hidden else [],
+                ctc=self.joint.needs_ctc_targets,
             )
-        _refuse_time_warp(params, stored=self.teacher is None or bool(self.cache_dir))
-        if self.cache_dir:
-            for name in ("rnnt", "full_sum", "hidden"):
-                if name in self.joint.terms:
-                    raise KDError(
-                        "--kd-cache-dir keeps CTC targets, and --kd-"
-                        f"{name.replace('_', '-')}-weight needs more: dump the targets "
-                        "with `icefall-kd dump --keep-lattice` and --keep-hidden, or "
-                        "ask the teacher without a cache"
-                    )
-            Codec.parse(params["kd_keep"]).check_temperature(self.joint.temperature)
         nbest = "nbest" in self.joint.terms
         self.hook = TeacherHook(
             model,
             hidden.student_layers if hidden else (),
-            ctc=self.joint.needs_ctc_targets or (nbest and _has_ctc(model)),
-            decoder=self.joint.needs_lattice or (nbest and _has_transducer(model)),
+            ctc=self.joint.needs_ctc_targets or (nbest and checks.has_ctc(model)),
+            decoder=self.joint.needs_lattice
+            or (nbest and checks.has_transducer(model)),
         )
+        self.ranges = None
+        if params["kd_teacher_ranges"]:
+            from icefall_kd.recipe.pruning import TeacherRanges
+
+            checks.check_ranges(self.joint, asked)
+            self.ranges = TeacherRanges(model)
         self.cache = None
         self.bpe = None
         self.untranscribed = 0
         if hidden or self.joint.moves:
             self.progress.keep(hidden)
-
-    def _leave_out_heads(self, model) -> None:
-        """Switch off the terms of heads that the student lacks."""
-        joint = self.joint
-        for name, head, there in (
-            ("ctc", "CTC head (--use-ctc 1)", _has_ctc(model)),
-            ("rnnt", "transducer (--use-transducer 1)", _has_transducer(model)),
-            ("full_sum", "transducer (--use-transducer 1)", _has_transducer(model)),
-        ):
-            lacks = not there or (
-                name == "rnnt" and joint.is_total and not _has_ctc(model)
-            )
-            if name not in joint.terms or not lacks:
-                continue
-            joint.switch_off(name)
-            if not joint.terms:
-                raise KDError(
-                    f"--kd-{name.replace('_', '-')}-weight is above 0 and the student "
-                    f"has no {head}: train it with one, or give another term a weight"
-                )
-            logging.warning(
-                f"The term kd_{name}_loss is off: the student has no {head}"
-            )
 
     def _pieces(self) -> Optional[List[str]]:
         from icefall_kd.targets.fingerprint import load_bpe_model, pieces
@@ -141,18 +116,47 @@ class Session:
             return pieces(load_bpe_model(self.bpe_model))
         return None
 
+    def wrap(self, dataset, cuts):
+        """The training dataset, with what distillation needs of each batch."""
+        dataset = self._with_targets(dataset, cuts)
+        if self.ranges is None:
+            return dataset
+        from icefall_kd.recipe.pruning import AnnouncedBatches
+
+        return AnnouncedBatches(dataset)
+
+    def _with_targets(self, dataset, cuts):
+        """The training dataset, with targets and transcripts for all of its cuts."""
+        from icefall_kd.targets.dataset import KDDataset
+        from icefall_kd.targets.transcripts import StandInTranscripts, stand_in
+
+        read = _Counted(cuts)
+        if self.teacher is None and self.joint.needs_targets:
+            dataset = KDDataset(dataset, **self.read_store(read))
+        else:
+            dataset.return_cuts = True
+            if self.teacher is None or self.joint.moves:
+                for _ in read:
+                    pass
+        self.progress.per_epoch, self.untranscribed = read.total, read.untranscribed
+        if read.total and not read.untranscribed:
+            return dataset
+        text = ""
+        if read.untranscribed or Path(self.bpe_model or "").is_file():
+            text = stand_in(self._bpe(), self.blank_id)
+        return StandInTranscripts(dataset, text)
+
     def read_store(self, cuts) -> Dict[str, Any]:
         """Check the store of ``cuts``; say how :class:`KDDataset` is to read it."""
         from icefall_kd.targets.dataset import store_fingerprint
         from icefall_kd.targets.fingerprint import hash_tokens, symbol_map
 
-        read = _Counted(cuts)
-        found, store = store_fingerprint(read, self.missing)
+        found, store = store_fingerprint(cuts, self.missing)
         how: Dict[str, Any] = {"missing": self.missing}
-        self._check_kept(found, store)
+        checks.check_kept(self.joint, found, store)
         how["lattice"] = self.joint.needs_lattice
         if self.joint.hidden:
-            self.joint.hidden.learn_widths(_first_layers(cuts))
+            self.joint.hidden.learn_widths(_first_layers(cuts.cuts))
             how["hidden"] = True
         names = self._pieces()
         tokens = names and hash_tokens(names)
@@ -161,6 +165,7 @@ class Session:
         if how.get("symbols") is None:
             found.check_student(self.vocab_size, self.blank_id, tokens)
         else:
+            checks.check_lattices_stay(self.joint, "the orders of symbols", store)
             logging.warning(
                 f"The teacher's symbols in {store} stand in another order than the "
                 "student's: targets are reordered"
@@ -168,31 +173,13 @@ class Session:
         factor = int(self.settings.get("subsampling_factor", 4))
         shift = factor * found.feature_shift
         if abs(shift - found.frame_shift) > 1e-6:
+            checks.check_lattices_stay(self.joint, "the frame rates", store)
             logging.warning(
                 f"The teacher gives a frame every {found.frame_shift} s and the "
                 f"student every {shift} s: targets are resampled in time"
             )
             how["frame_shift"] = shift
-        self.progress.per_epoch = read.total
-        self.untranscribed = read.untranscribed
         return how
-
-    def _check_kept(self, found, store: str) -> None:
-        """Refuse a store that lacks what the loss asks for."""
-        joint, (ctc, lattice) = self.joint, found.codecs()
-        for name, needed, codec, remedy in (
-            ("CTC targets", joint.needs_ctc_targets, ctc, "--keep dense"),
-            ("lattices", joint.needs_lattice, lattice, "--keep-lattice collapsed"),
-        ):
-            if needed and codec is None:
-                raise KDError(
-                    f"the store {store} keeps no {name}, and a KD weight above 0 needs "
-                    f"them: dump with {remedy}, or set that weight to 0"
-                )
-            if needed:
-                codec.check_temperature(joint.temperature)
-        if "full_sum" in joint.terms:  # which has no temperature
-            lattice.check_temperature(1.0)
 
     def ask(self, batch, device):
         """What the online teacher says on a batch."""
@@ -221,12 +208,15 @@ class Session:
             )
         return self.cache.targets(cuts, device)
 
-    def _labels(self, texts: List[str]) -> List[List[int]]:
+    def _bpe(self):
         from icefall_kd.targets.fingerprint import load_bpe_model
 
         if self.bpe is None:
             self.bpe = load_bpe_model(self.bpe_model or "--bpe-model")
-        return self.bpe.encode(texts, out_type=int)
+        return self.bpe
+
+    def _labels(self, texts: List[str]) -> List[List[int]]:
+        return self._bpe().encode(texts, out_type=int)
 
     def nbest(self, batch):
         """The n-best lists that the batch's cuts carry, as the student's labels."""
@@ -238,16 +228,6 @@ class Session:
             list(zip(self._labels([t for t, _ in row]), [s for _, s in row]))
             for row in lists
         ]
-
-    def stand_in(self) -> str:
-        """A transcript of one label, for batches that have none."""
-        from icefall_kd.targets.fingerprint import load_bpe_model
-
-        if not self.untranscribed:
-            return ""
-        bpe = load_bpe_model(self.bpe_model or "--bpe-model")
-        texts = (bpe.decode([i]) for i in range(bpe.get_piece_size()))
-        return next(t for t in texts if t and bpe.encode(t))
 
     def diagnose(self, info, student) -> None:
         """Say of a validation batch how blank and how peaky the CTC head is."""
@@ -263,6 +243,8 @@ class Session:
     def close(self) -> None:
         self.hook.close()
         self.progress.close()
+        if self.ranges is not None:
+            self.ranges.close()
 
     def add_terms(self, loss, info, student, targets, batch):
         """The joint loss of a training batch; its names go to ``info``."""
@@ -292,18 +274,23 @@ class Session:
 
 
 class _Counted:
-    """Cuts that are counted as they are read."""
+    """Cuts that are counted as they are read; 0 of a Shar, which is not read whole."""
 
     def __init__(self, cuts) -> None:
         self.cuts, self.total, self.untranscribed = cuts, 0, 0
 
     def __iter__(self):
+        from icefall_kd.targets.dataset import SHAR_SAMPLE
+        from icefall_kd.targets.transcripts import is_bare
+
+        total = untranscribed = 0
         for cut in self.cuts:
-            self.total += 1
-            self.untranscribed += not any(
-                (s.text or "").strip() for s in cut.supervisions
-            )
+            if total == SHAR_SAMPLE and (cut.custom or {}).get("shard_origin"):
+                return
+            total += 1
+            untranscribed += is_bare(cut)
             yield cut
+        self.total, self.untranscribed = total, untranscribed
 
 
 def _first_layers(cuts) -> Dict:
@@ -315,31 +302,6 @@ def _first_layers(cuts) -> Dict:
         if tracks_with_targets(cut):
             return collate_targets([cut], hidden=True).hidden
     return {}
-
-
-def _has_ctc(model) -> bool:
-    return getattr(model, "ctc_output", None) is not None
-
-
-def _has_transducer(model) -> bool:
-    return getattr(model, "joiner", None) is not None
-
-
-def _refuse_time_warp(params: Dict[str, Any], stored: bool) -> None:
-    warp = int(params.get("spec_aug_time_warp_factor", 0) or 0)
-    on = params.get("enable_spec_aug", False) or params.get("use_cr_ctc", False)
-    if stored and on and warp >= 1:
-        raise KDError(
-            f"SpecAugment's time warp (--spec-aug-time-warp-factor {warp}) moves "
-            "frames away from the teacher's stored targets: add "
-            "--spec-aug-time-warp-factor 0"
-        )
-    if params.get("use_cr_ctc", False):
-        raise KDError(
-            "--use-cr-ctc 1 doubles each batch, and the teacher's targets are of the "
-            "batch as it is: add --use-cr-ctc 0, or switch KD off with "
-            "--kd-ctc-weight 0"
-        )
 
 
 def attach(params: Dict[str, Any], model) -> None:
@@ -367,16 +329,7 @@ def wrap_dataset(dataset, cuts):
     Raises:
       KDError: cuts without targets, or targets of other tokens than the student's.
     """
-    if _session is None:
-        return dataset
-    from icefall_kd.targets.dataset import KDDataset, StandInTranscripts
-
-    if _session.teacher is not None:
-        dataset.return_cuts = True
-    else:
-        dataset = KDDataset(dataset, **_session.read_store(cuts))
-    stand_in = _session.stand_in()
-    return StandInTranscripts(dataset, stand_in) if stand_in else dataset
+    return dataset if _session is None else _session.wrap(dataset, cuts)
 
 
 def joint_loss(loss, info, model, batch):
@@ -387,14 +340,20 @@ def joint_loss(loss, info, model, batch):
     """
     if _session is None:
         return loss
+    from icefall_kd.types import Targets
+
     student = _session.hook.take()
+    if _session.ranges is not None:
+        student.ranges, student.lattice_logits = _session.ranges.take()
     if not model.training:
         _session.progress.save()
         _session.diagnose(info, student)
         return loss
     if _session.joint.hidden is not None:
         _session.joint.hidden.step()  # from the last batch's backward pass
-    if _session.teacher is not None:
+    if not _session.joint.needs_targets:
+        targets = Targets(None, student.encoder_out_lens)
+    elif _session.teacher is not None:
         targets = _session.ask(batch, next(model.parameters()).device)
     elif "kd_targets" in batch:
         targets = batch["kd_targets"]

@@ -379,35 +379,3 @@ class KDDataset(torch.utils.data.Dataset):
             for _, _, pointer in tracks_with_targets(cut):
                 return read_fingerprint(pointer.store).frame_shift
         return self.frame_shift
-
-
-class StandInTranscripts(torch.utils.data.Dataset):
-    """A transcript for batches that have none, so that the recipe's losses can run.
-
-    ``batch["kd_transcribed"]`` is False there, and the joint loss leaves the recipe's
-    loss out.
-
-    Args:
-      dataset: Of :class:`KDDataset`, or the recipe's.
-      text: Of one label.
-    """
-
-    def __init__(self, dataset: torch.utils.data.Dataset, text: str) -> None:
-        self.dataset, self.text = dataset, text
-
-    def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
-        batch = self.dataset[cuts]
-        texts = batch["supervisions"]["text"]
-        bare = [not (t or "").strip() for t in texts]
-        if any(bare) and not all(bare):
-            ids = [c.id for c in batch["supervisions"]["cut"]]
-            raise KDError(
-                f"the cuts {ids[bare.index(True)]}, without a transcript, and "
-                f"{ids[bare.index(False)]}, with one, are in the same batch, and the "
-                "recipe's loss is of a whole batch: label the former, or sample them "
-                "apart, as lhotse's RoundRobinSampler does"
-            )
-        batch["kd_transcribed"] = not any(bare)
-        if any(bare):
-            batch["supervisions"]["text"] = [self.text] * len(texts)
-        return batch

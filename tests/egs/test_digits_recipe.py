@@ -146,7 +146,9 @@ def test_the_distilled_checkpoint_has_exactly_the_keys_of_the_plain_one(work):
 def test_the_distilled_student_logged_its_kd_term(work):
     (log,) = (work / "exp/student-kd/log").glob("log-train-*")
     assert re.search(
-        r"loss\[kd_ctc_loss=[\d.]+, kd_frames=[\d.]+, loss=", log.read_text()
+        r"loss\[kd_ctc_loss=[\d.]+, kd_frames=[\d.]+, "
+        r"kd_rnnt_loss=[\d.]+, kd_rnnt_frames=[\d.]+, loss=",
+        log.read_text(),
     )
     (log,) = (work / "exp/student/log").glob("log-train-*")
     assert "kd_ctc_loss=" not in log.read_text()

@@ -1,6 +1,5 @@
 """What a plugged recipe calls: nothing happens when KD is off, the formula when on."""
 
-import argparse
 import atexit
 import copy
 import random
@@ -10,31 +9,15 @@ import pytest
 import torch
 from lhotse import CutSet, load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset
-from zipformer.bin import train as zipformer_train
 from zipformer.utils import MetricsTracker
 
 from icefall_kd.errors import KDError
 from icefall_kd.hook import TeacherHook, ctc_linear
 from icefall_kd.recipe import session
-from icefall_kd.targets import Fingerprint, KDDataset, LogitWriter
+from icefall_kd.targets import Fingerprint, KDDataset
 from icefall_kd.targets.dataset import read_ctc
 from icefall_kd.targets.fingerprint import hash_tokens, load_bpe_model, pieces
 from icefall_kd.targets.store import Pointer
-
-
-@pytest.fixture
-def make_params(make_settings):
-    def make(ctc=0.7, hard=0.3, temperature=2.0, **changes):
-        kd = {
-            "kd_ctc_weight": ctc,
-            "kd_hard_weight": hard,
-            "kd_temperature": temperature,
-            "enable_spec_aug": False,
-            "spec_aug_time_warp_factor": 80,
-        }
-        return make_settings(**{**DEFAULTS, **kd, **changes})
-
-    return make
 
 
 @pytest.fixture
@@ -60,66 +43,6 @@ def recipe_loss(model, batch):
 
 def kd_batch(cuts):
     return KDDataset(K2SpeechRecognitionDataset())[cuts]
-
-
-# The parser
-
-
-def kd_options(parser):
-    return {a.dest: a.default for a in parser._actions if a.dest.startswith("kd_")}
-
-
-DEFAULTS = {
-    "kd_config": "",
-    "kd_ctc_weight": 0.0,
-    "kd_rnnt_weight": 0.0,
-    "kd_full_sum_weight": 0.0,
-    "kd_hidden_weight": 0.0,
-    "kd_nbest_weight": 0.0,
-    "kd_ctc_frames": "all",
-    "kd_ctc_delay": 0,
-    "kd_rnnt_form": "nodes",
-    "kd_rnnt_shift": 0,
-    "kd_node_weights": "occupancy",
-    "kd_hidden_layers": "",
-    "kd_hidden_kind": "mse",
-    "kd_projector_lr": 1e-3,
-    "kd_schedule": "scratch",
-    "kd_last_epochs": 0.0,
-    "kd_path_only": 0,
-    "kd_s_range": 5,
-    "kd_hard_weight": 1.0,
-    "kd_temperature": 1.0,
-    "kd_missing": "refuse",
-    "kd_teacher_exp_dir": "",
-    "kd_teacher_epoch": 30,
-    "kd_teacher_avg": 1,
-    "kd_teacher_recipe": "",
-    "kd_cache_dir": "",
-    "kd_keep": "dense",
-}
-
-
-def test_options_are_off_by_default():
-    parser = argparse.ArgumentParser()
-    session.add_arguments(parser)
-    assert vars(parser.parse_args([])) == DEFAULTS
-    given = parser.parse_args("--kd-ctc-weight .8 --kd-temperature 4".split())
-    assert (given.kd_ctc_weight, given.kd_temperature) == (0.8, 4.0)
-
-
-def test_options_do_not_collide_with_zipformers_parser():
-    parser = zipformer_train.get_parser()
-    assert kd_options(parser) == {}
-    session.add_arguments(parser)  # argparse raises on a name that is taken
-    assert kd_options(parser) == DEFAULTS
-
-
-def test_options_do_not_collide_with_the_digits_recipes(recipe):
-    parser = recipe.get_parser()
-    recipe.DigitsAsrDataModule.add_arguments(parser)
-    args = parser.parse_args(["--kd-ctc-weight", "0.8"])
-    assert args.kd_ctc_weight == 0.8 and kd_options(parser) == DEFAULTS
 
 
 # KD off
@@ -495,23 +418,6 @@ def test_no_targets_at_all_are_refused_even_so(make_model, make_params, make_cut
 # A teacher in the training process
 
 
-@pytest.fixture
-def online(make_params, teacher_exp):
-    """Params of a student of the teacher in ``teacher_exp``, taught online."""
-
-    def make(**changes):
-        settings = {
-            "vocab_size": 25,
-            "kd_teacher_exp_dir": str(teacher_exp.folder),
-            "kd_teacher_epoch": 2,
-            "kd_teacher_recipe": str(teacher_exp.recipe),
-            "use_averaged_model": False,
-        }
-        return make_params(**{**settings, **changes})
-
-    return make
-
-
 def online_step(model, cuts):
     """The terms of one training step, and the CTC layer's gradient."""
     dataset = K2SpeechRecognitionDataset()
@@ -734,25 +640,6 @@ def rnnt_step(model, make_params, cuts, **changes):
     return dict(info)
 
 
-@pytest.fixture
-def with_lattices(make_model, make_cut, make_fingerprint, tmp_path):
-    """Cuts with a teacher's lattices and no CTC targets."""
-
-    def make(lattice):
-        fingerprint = make_fingerprint(ctc="", lattice=lattice, s_range=3)
-        cuts = [make_cut(name, n) for name, n in zip("abc", (61, 47, 33))]
-        manifest = tmp_path / "kd.jsonl.gz"
-        with LogitWriter(manifest, tmp_path / "kd", fingerprint) as writer:
-            with TeacherHook(make_model(seed=5)) as hook:
-                for cut, y in zip(cuts, ([3, 4, 3], [5, 6], [7])):
-                    x = torch.from_numpy(cut.load_features())[None]
-                    out = hook.encode(x, torch.tensor([x.size(1)]))
-                    writer.write(cut, lattice=hook.lattice(out, [y], 3))
-        return CutSet.from_file(manifest).to_eager()
-
-    return make
-
-
 @pytest.mark.parametrize(
     "lattice, changes",
     [
@@ -769,6 +656,31 @@ def test_stored_lattices_teach_the_transducer(
     info = rnnt_step(model, make_params, with_lattices(lattice), **changes)
     assert info["kd_rnnt_loss"] > 0.1 and "kd_ctc_loss" not in info
     assert model.joiner.output_linear.weight.grad.abs().max() > 0
+
+
+def test_the_teachers_ranges_save_the_second_pass_of_the_joiner(
+    make_model, make_params, with_lattices
+):
+    cuts, found = with_lattices("dense"), {}
+    for guided in (0, 1):
+        model, calls = make_model().train(), []
+        layer = model.joiner.output_linear
+        layer.register_forward_hook(lambda *_, c=calls: c.append(1))
+        random.seed(1)
+        torch.manual_seed(1)
+        changes = {"kd_teacher_ranges": guided, "kd_full_sum_weight": 0.1}
+        info = rnnt_step(model, make_params, cuts, temperature=1.0, **changes)
+        found[guided] = info["kd_rnnt_loss"], info["kd_full_sum_loss"], len(calls)
+    assert found[1][:2] == pytest.approx(found[0][:2], rel=1e-4)
+    assert (found[0][2], found[1][2]) == (2, 1) and found[1][0] > 0.1
+
+
+def test_the_teachers_ranges_want_stored_lattices(make_model, make_params, online):
+    with pytest.raises(KDError, match="no term reads lattices.*--keep-lattice"):
+        session.attach(make_params(kd_teacher_ranges=1), make_model())
+    params = online(ctc=0.0, kd_rnnt_weight=1.0, kd_teacher_ranges=1)
+    with pytest.raises(KDError, match="the teacher is asked online"):
+        session.attach(params, make_model(vocab_size=25))
 
 
 @pytest.mark.parametrize(

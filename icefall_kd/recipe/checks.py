@@ -1,0 +1,142 @@
+"""What a session refuses before it trains, and what it goes on without."""
+
+import logging
+from typing import Any, Dict
+
+from icefall_kd.errors import KDError
+
+
+def has_ctc(model) -> bool:
+    return getattr(model, "ctc_output", None) is not None
+
+
+def has_transducer(model) -> bool:
+    return getattr(model, "joiner", None) is not None
+
+
+def leave_out_heads(joint, model) -> None:
+    """Switch off the terms of heads that the student lacks."""
+    ctc = (has_ctc(model), "CTC head (--use-ctc 1)")
+    transducer = (has_transducer(model), "transducer (--use-transducer 1)")
+    for name, heads in (
+        ("ctc", (ctc,)),
+        ("rnnt", (transducer, ctc) if joint.is_total else (transducer,)),
+        ("full_sum", (transducer,)),
+    ):
+        lacking = [head for there, head in heads if not there]
+        if name not in joint.terms or not lacking:
+            continue
+        joint.switch_off(name)
+        if not joint.terms:
+            raise KDError(
+                f"--kd-{name.replace('_', '-')}-weight is above 0 and the student has "
+                f"no {lacking[0]}: train it with one, or give another term a weight"
+            )
+        logging.warning(
+            f"The term kd_{name}_loss is off: the student has no {lacking[0]}"
+        )
+
+
+def refuse_time_warp(params: Dict[str, Any], stored: bool) -> None:
+    """Refuse an augmentation that moves frames away from the teacher's."""
+    warp = int(params.get("spec_aug_time_warp_factor", 0) or 0)
+    on = params.get("enable_spec_aug", False) or params.get("use_cr_ctc", False)
+    if stored and on and warp >= 1:
+        raise KDError(
+            f"SpecAugment's time warp (--spec-aug-time-warp-factor {warp}) moves "
+            "frames away from the teacher's stored targets: add "
+            "--spec-aug-time-warp-factor 0"
+        )
+    if params.get("use_cr_ctc", False):
+        raise KDError(
+            "--use-cr-ctc 1 doubles each batch, and the teacher's targets are of the "
+            "batch as it is: add --use-cr-ctc 0, or switch KD off with "
+            "--kd-ctc-weight 0"
+        )
+
+
+def check_online(params: Dict[str, Any], joint, asked: bool) -> None:
+    """Refuse options of an online teacher that don't fit.
+
+    Args:
+      asked: Whether there is one.
+    """
+    from icefall_kd.codec import Codec
+
+    s_range, cache = params["kd_s_range"], params["kd_cache_dir"]
+    if s_range != 0 and s_range < 2:
+        raise KDError(
+            f"--kd-s-range is {s_range}, and no path gets through fewer than 2 label "
+            "positions: give 2 or more, or 0 for all of them"
+        )
+    if not cache:
+        return
+    if not asked:
+        raise KDError(
+            f"--kd-cache-dir is {cache} and there is no teacher to ask: give "
+            "--kd-teacher-exp-dir"
+        )
+    for name in ("rnnt", "full_sum", "hidden"):
+        if name in joint.terms:
+            raise KDError(
+                f"--kd-cache-dir keeps CTC targets, and --kd-{name.replace('_', '-')}"
+                "-weight needs more: dump the targets with `icefall-kd dump "
+                "--keep-lattice` and --keep-hidden, or ask the teacher without a cache"
+            )
+    Codec.parse(params["kd_keep"]).check_temperature(joint.temperature)
+
+
+def check_kept(joint, found, store: str) -> None:
+    """Refuse a store that lacks what the loss asks for.
+
+    Args:
+      found: The store's fingerprint.
+    """
+    ctc, lattice = found.codecs()
+    for name, needed, codec, remedy in (
+        ("CTC targets", joint.needs_ctc_targets, ctc, "--keep dense"),
+        ("lattices", joint.needs_lattice, lattice, "--keep-lattice collapsed"),
+    ):
+        if needed and codec is None:
+            raise KDError(
+                f"the store {store} keeps no {name}, and a KD weight above 0 needs "
+                f"them: dump with {remedy}, or set that weight to 0"
+            )
+    if joint.needs_ctc_targets:
+        ctc.check_temperature(joint.temperature)
+    if "rnnt" in joint.terms:
+        lattice.check_temperature(joint.temperature)
+    if "full_sum" in joint.terms:
+        try:
+            lattice.check_temperature(1.0)
+        except KDError:
+            raise KDError(
+                f"the store {store} keeps its lattices as {found.lattice}, and "
+                "--kd-full-sum-weight needs them at temperature 1, whatever "
+                "--kd-temperature is: dump with --keep-lattice dense or collapsed"
+            ) from None
+
+
+def check_lattices_stay(joint, what: str, store: str) -> None:
+    """Refuse lattice terms where targets are rearranged, and lattices can't be.
+
+    Args:
+      what: What differs between student and teacher.
+    """
+    if joint.needs_lattice:
+        raise KDError(
+            f"{what} of student and teacher differ, and the lattices of {store} can't "
+            "be rearranged as CTC targets can: dump the targets of a teacher that has "
+            "the student's, or set --kd-rnnt-weight and --kd-full-sum-weight to 0"
+        )
+
+
+def check_ranges(joint, asked: bool) -> None:
+    """Refuse teacher-guided pruning where no stored lattices come with the batches."""
+    if asked or not joint.needs_lattice:
+        raise KDError(
+            "--kd-teacher-ranges 1 takes the ranges of stored lattices, and "
+            f"{'the teacher is asked online' if asked else 'no term reads lattices'}: "
+            "dump the targets with `icefall-kd dump --keep-lattice`, and give "
+            "--kd-rnnt-weight a value"
+        )

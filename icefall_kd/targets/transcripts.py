@@ -1,0 +1,79 @@
+"""Batches without transcripts, on which the recipe's own losses have to run."""
+
+from typing import Any, Dict
+
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.utils import fastcopy
+
+from icefall_kd.errors import KDError
+
+
+def is_bare(cut: Cut) -> bool:
+    """Whether the cut has no transcript."""
+    return not any((s.text or "").strip() for s in cut.supervisions)
+
+
+def stand_in(bpe: Any, blank_id: int) -> str:
+    """A transcript of the fewest labels, none of them the blank.
+
+    Args:
+      bpe: A sentencepiece processor.
+    """
+    found = []
+    for i in range(bpe.get_piece_size()):
+        text = bpe.decode([i])
+        labels = bpe.encode(text)
+        if labels and not {blank_id, bpe.unk_id()}.intersection(labels):
+            found.append((len(labels), i, text))
+    if not found:
+        raise KDError(
+            f"the BPE model's {bpe.get_piece_size()} symbols make no transcript to "
+            "stand in where cuts have none: train on transcribed cuts, or label them "
+            "first"
+        )
+    return min(found)[2]
+
+
+class StandInTranscripts(torch.utils.data.Dataset):
+    """A transcript for batches that have none, so that the recipe's losses can run.
+
+    ``batch["kd_transcribed"]`` is False there, and the joint loss leaves the recipe's
+    loss out. The cuts themselves stay without.
+
+    Args:
+      dataset: Of :class:`icefall_kd.targets.KDDataset`, or the recipe's.
+      text: Of :func:`stand_in`; "" where there is none, and such a batch is refused.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, text: str) -> None:
+        self.dataset, self.text = dataset, text
+
+    def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
+        ids: Dict[bool, str] = {}
+        for cut in cuts:
+            ids.setdefault(is_bare(cut), cut.id)
+        if len(ids) == 2:
+            raise KDError(
+                f"the cuts {ids[True]}, without a transcript, and {ids[False]}, with "
+                "one, are in the same batch, and the recipe's loss is of a whole "
+                "batch: label the former, or sample them apart, as lhotse's "
+                "RoundRobinSampler does"
+            )
+        bare = True in ids
+        if bare and not self.text:
+            raise KDError(
+                f"the cut {ids[True]} has no transcript, and it takes a BPE model to "
+                "make one that stands in: give --bpe-model, or leave the cut out"
+            )
+        if bare:  # lhotse collates no None
+            cuts = CutSet.from_cuts(
+                cut.map_supervisions(lambda s: fastcopy(s, text="")) for cut in cuts
+            )
+        batch = self.dataset[cuts]
+        batch["kd_transcribed"] = not bare
+        if bare:
+            supervisions = batch["supervisions"]
+            supervisions["text"] = [self.text] * len(supervisions["text"])
+        return batch
