@@ -79,6 +79,8 @@ class Session:
         self.cache_dir = params["kd_cache_dir"]
         asked = bool(params["kd_teacher_exp_dir"])
         checks.check_online(params, self.joint, asked)
+        if params["kd_teacher_ranges"]:
+            checks.check_ranges(self.joint, asked)
         stored = self.joint.needs_targets and (not asked or bool(self.cache_dir))
         checks.refuse_time_warp(params, stored)
         hidden = self.joint.hidden
@@ -101,7 +103,6 @@ class Session:
         if params["kd_teacher_ranges"]:
             from icefall_kd.recipe.pruning import TeacherRanges
 
-            checks.check_ranges(self.joint, asked)
             self.ranges = TeacherRanges(model)
         self.cache = None
         self.bpe = None

@@ -147,7 +147,8 @@ def test_the_distilled_student_logged_its_kd_term(work):
     (log,) = (work / "exp/student-kd/log").glob("log-train-*")
     assert re.search(
         r"loss\[kd_ctc_loss=[\d.]+, kd_frames=[\d.]+, "
-        r"kd_rnnt_loss=[\d.]+, kd_rnnt_frames=[\d.]+, loss=",
+        r"kd_rnnt_loss=[\d.]+, kd_rnnt_frames=[\d.]+, "
+        r"kd_hidden_loss=[\d.]+, kd_hidden_frames=[\d.]+, loss=",
         log.read_text(),
     )
     (log,) = (work / "exp/student/log").glob("log-train-*")

@@ -153,7 +153,7 @@ def train(step):
     return run
 
 
-def part(cut, duration):
+def part_of(cut, duration):
     """The beginning of a cut; lhotse wants its supervision to end there too."""
     cut = cut.truncate(duration=duration)
     cut.supervisions = [s.trim(duration) for s in cut.supervisions]
@@ -251,10 +251,10 @@ def test_every_batch_of_a_session_has_the_same_keys(
     given = params(**ALL, **settings)
     session.attach(given, model)
     dataset, found = wrap(CutSet.from_cuts(cuts)), []
-    truncated = part(cuts[0], 0.4)
+    shorter = part_of(cuts[0], 0.4)
     for epoch in (1, 2, 9):
         given.cur_epoch = epoch
-        for rows in (cuts[:3], cuts[3:5], cuts[5:], [truncated], [cuts[1], cuts[3]]):
+        for rows in (cuts[:3], cuts[3:5], cuts[5:], [shorter], [cuts[1], cuts[3]]):
             done = step(model, dataset[CutSet.from_cuts(rows)])
             done.loss.backward()
             found.append(done.info)
@@ -526,7 +526,7 @@ def test_lists_go_with_their_cuts_whatever_the_order(
 ):
     """The dataset sorts by duration; and parts of a cut have no list."""
     cuts = list(with_lists(bare_cuts))
-    cuts = [cuts[2], part(cuts[0], 0.3), cuts[0].pad(duration=0.7)]
+    cuts = [cuts[2], part_of(cuts[0], 0.3), cuts[0].pad(duration=0.7)]
     session.attach(params(kd_nbest_weight=0.5), student())
     batch = wrap(CutSet.from_cuts(cuts))[CutSet.from_cuts(cuts)]
     first, second, third = session._session.nbest(batch)
@@ -933,6 +933,20 @@ def test_a_student_learns_from_each_online_lattice(
     assert found[0]["kd_rnnt_frames"] == FRAMES
     for name in ("rnnt", "full_sum"):
         assert found[-1][f"kd_{name}_loss"] < 0.9 * found[0][f"kd_{name}_loss"], name
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"ctc": 1.0}, "no term reads lattices"), ({"kd_nbest_weight": 1.0}, "no term")],
+)
+def test_ranges_without_lattices_are_refused_before_the_model_is_tapped(
+    student, params, changes, words
+):
+    model = student()
+    with pytest.raises(KDError, match=f"--kd-teacher-ranges 1 .*{words}") as e:
+        session.attach(params(**changes, kd_teacher_ranges=1), model)
+    one_sentence(e)
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("s_range", [1, -1])

@@ -188,7 +188,7 @@ if todo 5 "targets"; then  # 1 minute, 25 MB
   fi
   for set in ${kd_sets//,/ }; do
     icefall-kd dump "${teacher_flags[@]}" --bpe-model "$bpe" \
-      --num-threads "$num_threads" --keep-lattice dense \
+      --num-threads "$num_threads" --keep-lattice dense --keep-hidden out:half \
       "$data/fbank/digits_cuts_$set.jsonl.gz" "$data/kd/digits_cuts_$set.jsonl.gz"
   done
   cp "$data/fbank/digits_cuts_dev.jsonl.gz" "$data/kd/"

@@ -9,7 +9,7 @@ work_dir=work/fsdd
 seeds="1 2 3"
 variants="ctc symmetric rnnt collapsed path total full_sum hidden nbest mix"
 jobs=2
-half_step=300   # a checkpoint near half of the steps
+half_step=312   # of 626; a multiple of 6, for the average over the last sixth
 help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
   [--variants '$variants']"
 
@@ -29,7 +29,7 @@ flags_of() {
     path) echo "kd-path --kd-rnnt-weight 1" ;;
     total) echo "kd --kd-rnnt-weight 1 --kd-rnnt-form total" ;;
     full_sum) echo "kd --kd-full-sum-weight 0.1" ;;
-    hidden) echo "kd --kd-hidden-weight 1 --kd-hidden-layers out:out" \
+    hidden) echo "kd --kd-hidden-weight 10 --kd-hidden-layers out:out" \
       "--kd-hidden-kind cosine" ;;
     nbest) echo "kd-nbest --kd-nbest-weight 0.5" ;;
     mix) echo "kd --kd-config conf/kd.yaml" ;;
@@ -69,6 +69,7 @@ one() {
   local common=(--exp-dir "$out" --num-threads 1
     --bpe-model "$work_dir/seed-$seed/data/lang_bpe_54/bpe.model")
   ./zipformer/train.py "${common[@]}" --seed "$seed" --start-epoch 2 --num-epochs 4 \
+    --save-every-n $((half_step / 6)) \
     --manifest-dir "$work_dir/ablation/seed-$seed/$set" "${student[@]}" "${flags[@]}"
   for method in ctc-greedy-search greedy_search; do
     for checkpoint in "--epoch 4" "--iter $half_step"; do
@@ -84,7 +85,7 @@ one() {
 pids=()
 run() {
   while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 2; done
-  echo "$*: log in $work_dir/ablation/$1-$2.log"
+  echo "$*: log in $work_dir/ablation/$1-$2${3:+-$3}.log"
   "$@" > "$work_dir/ablation/$1-$2${3:+-$3}.log" 2>&1 &
   pids+=($!)
 }
@@ -105,4 +106,4 @@ for variant in $variants; do
 done
 finished
 ./local/ablation_table.py --work-dir "$work_dir" --seeds "$seeds" \
-  --variants "$variants" | tee "$work_dir/ablation/table.md"
+  --variants "$variants" --half-step "$half_step" | tee "$work_dir/ablation/table.md"

@@ -28,7 +28,7 @@ def get_args() -> argparse.Namespace:
     add("--work-dir", type=Path, default=Path("work/fsdd"))
     add("--seeds", type=str, default="1 2 3")
     add("--variants", type=str, required=True)
-    add("--half-step", type=int, default=300)
+    add("--half-step", type=int, default=312)
     return parser.parse_args()
 
 
