@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """
 Time and peak memory of the KL losses, forward and backward, against the naive way
-(`F.kl_div` on log-softmax and softmax, as recipes write it), torchtune's chunked forward
-KL and Liger-Kernel's fused layer, where these are installed.
+(`F.kl_div` on log-softmax and softmax, as recipes write it), torchtune's chunked
+forward KL and Liger-Kernel's fused layer, where these are installed.
 
 Each way of a case runs in turn, in one process, medians; peak memory beyond inputs is
 taken in a process of its own, in units of the gradient's size. On a GPU the last column

@@ -56,8 +56,8 @@ class EncoderOut:
     hidden_lens: Optional[torch.Tensor] = None  # (N,), valid frames of those
     decoder_out: Optional[torch.Tensor] = None  # (N, U + 1, D)
     symbols: Optional[torch.Tensor] = None  # (N, U + 1), what the decoder got
-    # Where the recipe's own pruned loss stood on the teacher's ranges: these, (N, T, S),
-    # and what its joiner said there, (N, T, S, V).
+    # Where the recipe's own pruned loss stood on the teacher's ranges: these,
+    # (N, T, S), and what its joiner said there, (N, T, S, V).
     ranges: Optional[torch.Tensor] = None
     lattice_logits: Optional[torch.Tensor] = None
 

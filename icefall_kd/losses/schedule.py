@@ -79,8 +79,8 @@ class Curve:
 class Schedule:
     """How much of the loss is distillation, from 0 to 1.
 
-    With a this share, L = (1 - a) L_recipe + a L_kd, L_kd the joint loss of all weights:
-    where a is 0 the student trains as its recipe trains it.
+    With a this share, L = (1 - a) L_recipe + a L_kd, L_kd the joint loss of all
+    weights: where a is 0 the student trains as its recipe trains it.
 
     Args:
       name: One of ``SCHEDULES``.
