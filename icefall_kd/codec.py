@@ -106,13 +106,13 @@ class Codec:
             text += f":{self.entries}"
         return text + (f"@{_number(self.temperature)}" if self.temperature != 1 else "")
 
-    def check_temperature(self, temperature: float) -> None:
+    def check_temperature(self, temperature: float, option: str = "--keep") -> None:
         """Refuse to read a sparse store at another temperature than its own."""
         if self.kind != "dense" and temperature != self.temperature:
             raise KDError(
                 f"the targets are kept as {self}, for temperature "
                 f"{self.temperature:g}, and the loss asks for {temperature:g}: give "
-                f"--kd-temperature {self.temperature:g}, or dump with --keep dense"
+                f"--kd-temperature {self.temperature:g}, or dump with {option} dense"
             )
 
     def keep(self, logits: torch.Tensor, key: str = "") -> Distribution:
@@ -310,7 +310,7 @@ class LatticeCodec:
     def check_temperature(self, temperature: float) -> None:
         """Refuse to read it at another temperature than its own."""
         if self.nodes is not None:
-            self.nodes.check_temperature(temperature)
+            self.nodes.check_temperature(temperature, "--keep-lattice")
         elif temperature != 1:
             raise KDError(
                 f"the lattices are kept as {self}, for temperature 1, and the loss "

@@ -5,6 +5,8 @@ from typing import Any, Dict
 
 from icefall_kd.errors import KDError
 
+MEANS = ("mean_u", "total")  # forms that need dense lattices
+
 
 def has_ctc(model) -> bool:
     return getattr(model, "ctc_output", None) is not None
@@ -106,6 +108,15 @@ def check_kept(joint, found, store: str) -> None:
         ctc.check_temperature(joint.temperature)
     if "rnnt" in joint.terms:
         lattice.check_temperature(joint.temperature)
+        if joint.rnnt_form in MEANS:
+            sparse_lattice = lattice.nodes is None or lattice.nodes.kind != "dense"
+            if sparse_lattice or (joint.is_total and ctc.kind != "dense"):
+                raise KDError(
+                    f"the store {store} keeps its CTC targets as {found.ctc or 'none'} "
+                    f"and its lattices as {found.lattice}, and --kd-rnnt-form "
+                    f"{joint.rnnt_form} takes means over all symbols: dump with --keep "
+                    "dense --keep-lattice dense"
+                )
     if "full_sum" in joint.terms:
         try:
             lattice.check_temperature(1.0)

@@ -18,6 +18,7 @@ from icefall_kd.targets.nbest import FIELD, read_nbest
 LOCAL = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "local"
 sys.path.insert(0, str(LOCAL))
 nbest_cuts = importlib.import_module("nbest_cuts")
+teacher_utils = importlib.import_module("teacher_utils")
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def run(teacher, bpe_models, tmp_path, capsys):
         argv += [str(tmp_path / "in.jsonl.gz"), str(tmp_path / "out" / "o.jsonl.gz")]
         threads = torch.get_num_threads()
         model = mock.patch.object(
-            nbest_cuts, "load_recipe_model", lambda *_, **__: (teacher, {})
+            teacher_utils, "load_recipe_model", lambda *_, **__: (teacher, {})
         )
         try:
             with mock.patch.object(sys, "argv", argv), model:

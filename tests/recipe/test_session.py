@@ -687,7 +687,9 @@ def test_the_teachers_ranges_want_stored_lattices(make_model, make_params, onlin
     "lattice, changes, match",
     [
         ("collapsed", {}, "--kd-temperature 1, or .* --keep-lattice dense"),
-        ("top:3", {}, "--kd-temperature 1"),
+        ("top:3", {}, "--kd-temperature 1, or dump with --keep-lattice dense"),
+        ("collapsed", {"kd_rnnt_form": "mean_u", "temperature": 1.0}, "means over all"),
+        ("top:3@2", {"kd_rnnt_form": "mean_u"}, "as top:3@2, .* means over all"),
         ("dense", {"kd_ctc_weight": 1.0}, "keeps no CTC targets.*--keep dense"),
     ],
 )

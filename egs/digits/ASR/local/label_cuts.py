@@ -10,57 +10,20 @@ A cut for which the teacher hears nothing, or more tokens than its frames can ho
 is left out; the last line says how many.
 """
 
-import argparse
-import os
-from pathlib import Path
-
-import sentencepiece as spm
 import torch
 from lhotse import CutSet
 from lhotse.dataset.collation import collate_features
 from lhotse.dataset.sampling import SimpleCutSampler
-from script_utils import UserError, run_script, staged_dir
+from script_utils import run_script, staged_dir
+from teacher_utils import load_teacher, teacher_parser
 from tqdm import tqdm
 from zipformer.decode.search import greedy_search
-
-from icefall_kd.errors import KDError
-from icefall_kd.recipe.loader import load_recipe_model
-
-RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
-
-
-def get_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.strip().split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("in_cuts", type=Path)
-    parser.add_argument("out_cuts", type=Path)
-    parser.add_argument("--exp-dir", type=Path, required=True)
-    parser.add_argument("--epoch", type=int, required=True)
-    parser.add_argument("--avg", type=int, default=1)
-    parser.add_argument("--bpe-model", type=str, required=True)
-    parser.add_argument("--num-threads", type=int, default=0, help="0: all cores")
-    return parser.parse_args()
 
 
 @torch.no_grad()
 def main() -> None:
-    args = get_args()
-    if not args.in_cuts.is_file():
-        raise UserError(
-            f"the manifest {args.in_cuts} does not exist, make the features"
-        )
-    torch.set_num_threads(args.num_threads or os.cpu_count() or 1)
-    try:
-        model, _ = load_recipe_model(
-            RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
-        )
-    except KDError as e:
-        raise UserError(str(e)) from None
-    sp = spm.SentencePieceProcessor()
-    sp.load(args.bpe_model)
-    cuts = CutSet.from_file(args.in_cuts).to_eager()
+    args = teacher_parser(__doc__).parse_args()
+    model, sp, cuts = load_teacher(args)
     labelled, dropped = [], 0
     bar = tqdm(total=len(cuts), desc="Labelling", unit=" cuts")
     for batch in SimpleCutSampler(cuts, max_duration=200.0, shuffle=False):

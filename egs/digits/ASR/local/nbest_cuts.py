@@ -13,8 +13,6 @@ alignments in the beam. A cut too short for the encoder gets no list.
 
 import argparse
 import math
-import os
-from pathlib import Path
 from typing import Dict, List, Tuple
 
 import sentencepiece as spm
@@ -22,35 +20,22 @@ import torch
 from lhotse import CutSet
 from lhotse.dataset.collation import collate_features
 from lhotse.dataset.sampling import SimpleCutSampler
-from script_utils import UserError, check_at_least, run_script, staged_dir
+from script_utils import check_at_least, run_script, staged_dir
+from teacher_utils import load_teacher, teacher_parser
 from tqdm import tqdm
 
-from icefall_kd.errors import KDError
 from icefall_kd.hook import MIN_FRAMES, TeacherHook
-from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets.nbest import write_nbest
-
-RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 
 
 def get_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.strip().split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("in_cuts", type=Path)
-    parser.add_argument("out_cuts", type=Path)
-    parser.add_argument("--exp-dir", type=Path, required=True)
-    parser.add_argument("--epoch", type=int, required=True)
-    parser.add_argument("--avg", type=int, default=1)
-    parser.add_argument("--bpe-model", type=str, required=True)
+    parser = teacher_parser(__doc__)
     parser.add_argument(
         "--num-paths", type=int, default=4, help="texts of a cut, at most"
     )
     parser.add_argument(
         "--beam-size", type=int, default=8, help="token sequences at a frame"
     )
-    parser.add_argument("--num-threads", type=int, default=0, help="0: all cores")
     return parser.parse_args()
 
 
@@ -128,20 +113,7 @@ def main() -> None:
     args = get_args()
     check_at_least(args.num_paths, 1, "--num-paths")
     check_at_least(args.beam_size, args.num_paths, "--beam-size")
-    if not args.in_cuts.is_file():
-        raise UserError(
-            f"the manifest {args.in_cuts} does not exist, make the features"
-        )
-    torch.set_num_threads(args.num_threads or os.cpu_count() or 1)
-    try:
-        model, _ = load_recipe_model(
-            RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
-        )
-    except KDError as e:
-        raise UserError(str(e)) from None
-    sp = spm.SentencePieceProcessor()
-    sp.load(args.bpe_model)
-    cuts = CutSet.from_file(args.in_cuts).to_eager()
+    model, sp, cuts = load_teacher(args)
     short = {cut.id for cut in cuts if cut.num_frames < MIN_FRAMES}
     found = {}
     heard = cuts.filter(lambda cut: cut.id not in short)
