@@ -4,6 +4,7 @@ The commands run in this process, where an error that is no refusal would come o
 as itself; one refusal runs as a user would run it.
 """
 
+import argparse
 import gzip
 import os
 import random
@@ -89,16 +90,11 @@ def test_dump_end_to_end(
         feature_type="kaldi-fbank",
     )
     # What was dumped can be trained on.
+    parser = argparse.ArgumentParser()
+    session.add_arguments(parser)
+    flags = "--kd-ctc-weight 0.8 --kd-hard-weight 0.2 --kd-temperature 2"
     params = {
-        "kd_ctc_weight": 0.8,
-        "kd_rnnt_weight": 0.0,
-        "kd_rnnt_form": "nodes",
-        "kd_rnnt_shift": 0,
-        "kd_hard_weight": 0.2,
-        "kd_temperature": 2.0,
-        "kd_missing": "refuse",
-        "kd_teacher_exp_dir": "",
-        "kd_cache_dir": "",
+        **vars(parser.parse_args(flags.split())),
         "vocab_size": 25,
         "blank_id": 0,
         "bpe_model": str(bpe_models.a),
