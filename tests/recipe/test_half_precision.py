@@ -16,7 +16,7 @@ from icefall_kd.recipe import session
 from icefall_kd.rnnt import get_engine
 from icefall_kd.teacher import OnlineTeacher
 
-pytestmark = pytest.mark.recipe
+pytestmark = pytest.mark.slow
 
 STEPS = 300
 TERMS = ("ctc", "rnnt", "full_sum", "hidden")
