@@ -6,16 +6,16 @@ import torch
 
 from icefall_kd.errors import KDError
 from icefall_kd.losses.kl import (
-    CHUNK,
     FLOOR,
     _cast,
     _dense,
     _sparse,
-    _wide,
     check_temperature,
+    chunk_rows,
     linear_kl,
     row_kl,
     valid_frames,
+    wide,
 )
 from icefall_kd.types import Distribution, SparseDistribution, select, sparse
 
@@ -157,15 +157,11 @@ def _kl(flat, linear, said, temperature, rows, delay, weights) -> torch.Tensor:
 
 
 def _logits(flat, linear, rows) -> torch.Tensor:
-    x = flat[rows].to(_wide(flat.dtype))
+    x = flat[rows].to(wide(flat.dtype))
     if linear is None:
         return x
     bias = None if linear.bias is None else linear.bias.to(x.dtype)
     return torch.nn.functional.linear(x, linear.weight.to(x.dtype), bias)
-
-
-def _chunks(rows: torch.Tensor, v: int) -> Tuple[torch.Tensor, ...]:
-    return rows.split(max(1, CHUNK.get(rows.device.type, CHUNK["cuda"]) // max(1, v)))
 
 
 @torch.no_grad()
@@ -176,7 +172,7 @@ def _delays(flat, linear, said, temperature, rows, valid, delay) -> torch.Tensor
     for j in range(min(delay, t - 1) + 1):
         ours = (rows + j).clamp(max=valid.numel() - 1)
         able = (rows % t + j < t) & valid.flatten()[ours]
-        kl = torch.full_like(rows, torch.inf, dtype=_wide(flat.dtype))
+        kl = torch.full_like(rows, torch.inf, dtype=wide(flat.dtype))
         kl[able] = _divergences(flat, linear, said, temperature, rows[able], j)
         found.append(kl)
     return torch.stack(found).argmin(0)  # the first of equal ones
@@ -187,7 +183,7 @@ def _divergences(flat, linear, said, temperature, rows, delay) -> torch.Tensor:
     v = flat.size(1) if linear is None else linear.out_features
     found = []
     with torch.autocast(flat.device.type, enabled=False):
-        for part in _chunks(rows, v):
+        for part in rows.split(chunk_rows(rows.device, v)):
             x = _logits(flat, linear, part + delay) * (1 / temperature)
             y = _cast(select(said, part), x.dtype, temperature)
             found.append((_sparse if sparse(y) else _dense)(x, y, None)[0])
@@ -254,15 +250,16 @@ def _statistics(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of rows: not blank, the best symbol's probability, the entropy; (R,) each."""
     parts = []
-    for part in _chunks(rows, (said.log_probs if sparse(said) else said).size(1)):
+    k = (said.log_probs if sparse(said) else said).size(1)
+    for part in rows.split(chunk_rows(rows.device, k)):
         x = select(said, part)
         if sparse(x):
             top, at = x.log_probs.max(-1, keepdim=True)
             best, top = x.indices.gather(1, at).squeeze(1), top.squeeze(1)
             log_p = torch.cat((x.log_probs, x.log_tail.unsqueeze(1)), -1)
-            log_p = log_p.to(_wide(log_p.dtype))
+            log_p = log_p.to(wide(log_p.dtype))
         else:
-            log_p = (x.to(_wide(x.dtype)) * (1 / temperature)).clamp_(min=FLOOR)
+            log_p = (x.to(wide(x.dtype)) * (1 / temperature)).clamp_(min=FLOOR)
             log_p = log_p.log_softmax(-1)
             top, best = log_p.max(-1)
         h = -(log_p.exp() * log_p.clamp(min=FLOOR)).sum(-1)

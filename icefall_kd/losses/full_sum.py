@@ -6,6 +6,7 @@ import torch
 
 from icefall_kd.errors import KDError
 from icefall_kd.lattice import path_sums
+from icefall_kd.losses.kl import wide
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import collapse
 
@@ -40,7 +41,7 @@ def full_sum_kd_loss(student: StudentNodes, blank_id: int = 0) -> torch.Tensor:
         the student.
     """
     nodes, logits = student.nodes, student.logits()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide(logits.dtype))
     if not len(nodes):
         return logits.sum()
     rows, row = nodes.row.unique(return_inverse=True)

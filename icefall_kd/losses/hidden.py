@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from icefall_kd.errors import KDError
-from icefall_kd.losses.kl import valid_frames
+from icefall_kd.losses.kl import valid_frames, wide
 
 KINDS = ("mse", "cosine")
 EPSILON = 1e-6  # of a norm
@@ -55,10 +55,10 @@ def hidden_kd_loss(
             "student's a projector to the teacher's width, and check the frame rates"
         )
     valid = valid_frames(student, lengths, mask, "layers")
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = wide(student.dtype)
     with torch.autocast(student.device.type, enabled=False):
-        x = student[valid].to(wide)
-        y = teacher.detach().to(student.device)[valid].to(wide)
+        x = student[valid].to(dtype)
+        y = teacher.detach().to(student.device)[valid].to(dtype)
         for name, values in (("student", x), ("teacher", y)):
             if not torch.isfinite(values).all():
                 raise KDError(

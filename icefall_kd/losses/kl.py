@@ -29,6 +29,16 @@ def check_temperature(temperature: float) -> None:
         )
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What a loss computes in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def chunk_rows(device: torch.device, v: int) -> int:
+    """How many rows of V symbols are worked on at once."""
+    return max(1, CHUNK.get(device.type, CHUNK["cuda"]) // max(1, v))
+
+
 def _lse(x: torch.Tensor, softmax: torch.Tensor) -> torch.Tensor:
     """logsumexp of rows whose softmax is known: max(x) - log(max softmax)."""
     return x.amax(-1) - softmax.amax(-1).log()
@@ -109,7 +119,7 @@ class _Rows:
         """
         if self.student_rows is not None:
             m = len(self.student_rows)
-        step = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // max(1, v))
+        step = chunk_rows(device, v)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for begin in range(0, m, step):
             part = slice(begin, min(m, begin + step))
@@ -129,10 +139,6 @@ class _Rows:
         return (total * self.temperature**2).to(dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 class _RowKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: torch.Tensor, rows: _Rows) -> torch.Tensor:
@@ -149,7 +155,7 @@ class _RowKL(torch.autograd.Function):
         if needed:
             grad = (torch.empty_like if whole else torch.zeros_like)(student)
 
-        in_place = needed and whole and student.dtype == _wide(student.dtype)
+        in_place = needed and whole and student.dtype == wide(student.dtype)
 
         def logits(part) -> Tuple[torch.Tensor, Optional[torch.Tensor], Callable]:
             def take(g: torch.Tensor) -> None:
@@ -160,7 +166,7 @@ class _RowKL(torch.autograd.Function):
 
         with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
             value = rows.sum(
-                *student.shape, student.device, _wide(student.dtype), logits
+                *student.shape, student.device, wide(student.dtype), logits
             )
         return value, grad
 
@@ -187,7 +193,7 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def _both(x, weight, bias, rows: _Rows, needed):
-        dtype = _wide(x.dtype)
+        dtype = wide(x.dtype)
         inputs = (x, weight, bias)
         grads = [
             torch.zeros_like(i, dtype=dtype) if i is not None and n else None

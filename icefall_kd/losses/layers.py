@@ -15,6 +15,7 @@ from torch import nn
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import OUT, Layer, hidden_rows, import_quantization
 from icefall_kd.losses.hidden import KINDS, hidden_kd_loss
+from icefall_kd.losses.kl import wide
 from icefall_kd.types import EncoderOut, Targets
 
 CODEBOOK_SIZE = 256  # of a byte
@@ -144,7 +145,7 @@ class HiddenLayers:
     def _distance(self, module, rows, said, mask) -> torch.Tensor:
         lengths = torch.full((len(mask),), mask.size(1), device=mask.device)
         with torch.autocast(rows.device.type, enabled=False):
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            rows = rows.to(wide(rows.dtype))
             if said.is_floating_point():
                 return hidden_kd_loss(module(rows), said, lengths, self.kind, mask)
             x, codes = rows[mask], said[mask]
@@ -167,7 +168,7 @@ class HiddenLayers:
             for pair in self.pairs:
                 c = hidden_rows(student, pair[1]).size(-1)
                 self.modules["-".join(map(str, pair))] = self._module(pair, c)
-        dtype = torch.promote_types(student.encoder_out.dtype, torch.float32)
+        dtype = wide(student.encoder_out.dtype)
         self.modules.to(device, dtype)
         parameters = list(self.modules.parameters())
         if parameters:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from icefall_kd.errors import KDError
-from icefall_kd.losses.kl import check_temperature, valid_frames
+from icefall_kd.losses.kl import check_temperature, valid_frames, wide
 from icefall_kd.rnnt import get_engine
 
 # The hypotheses of each utterance: tokens, and the teacher's log-probability in nats.
@@ -86,7 +86,7 @@ def nbest_ctc_loss(
     rows, tokens, weights = _flat(nbest, fits, temperature)
     device = logits.device
     with torch.autocast(device.type, enabled=False):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(wide(logits.dtype))
         if not rows:
             return logits[:0].sum()
         log_probs = logits.log_softmax(-1).transpose(0, 1)  # (T, N, V)
@@ -164,7 +164,7 @@ def nbest_transducer_loss(
     am = model.joiner.encoder_proj(encoder_out)
     if not rows:
         zero = simple_am[:0].sum() + am[:0].sum()
-        return zero.to(torch.promote_types(zero.dtype, torch.float32))
+        return zero.to(wide(zero.dtype))
     index = torch.tensor(rows, device=am.device)
     lens = encoder_out_lens.to(am.device)[index]
     simple, pruned = _transducer_losses(
@@ -184,7 +184,7 @@ def _transducer_losses(
     prune_range: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The simple and the pruned loss of each row, (R,), as icefall computes them."""
-    engine, wide = get_engine(), torch.promote_types(am.dtype, torch.float32)
+    engine, dtype = get_engine(), wide(am.dtype)
     symbols = pad_sequence(
         [torch.tensor(y) for y in tokens], batch_first=True, padding_value=blank_id
     ).to(am.device)
@@ -201,8 +201,8 @@ def _transducer_losses(
     simple_lm = model.simple_lm_proj(decoder_out)
     with torch.autocast(am.device.type, enabled=False):
         simple, (px_grad, py_grad) = engine.rnnt_loss_smoothed(
-            lm=simple_lm.to(wide),
-            am=simple_am.to(wide),
+            lm=simple_lm.to(dtype),
+            am=simple_am.to(dtype),
             lm_only_scale=0.0,
             am_only_scale=0.0,
             return_grad=True,
@@ -217,7 +217,7 @@ def _transducer_losses(
     logits = model.joiner(am, lm, project_input=False)
     with torch.autocast(am.device.type, enabled=False):
         pruned = engine.rnnt_loss_pruned(
-            logits=logits.to(wide), ranges=ranges, **common
+            logits=logits.to(dtype), ranges=ranges, **common
         )
     return simple, pruned
 

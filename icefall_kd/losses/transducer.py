@@ -8,7 +8,7 @@ from torch import nn
 
 from icefall_kd.errors import KDError
 from icefall_kd.lattice import best_path
-from icefall_kd.losses.kl import FLOOR, check_temperature, linear_kl, row_kl
+from icefall_kd.losses.kl import FLOOR, check_temperature, linear_kl, row_kl, wide
 from icefall_kd.losses.student_nodes import StudentNodes, refuse_nan
 from icefall_kd.types import (
     Distribution,
@@ -106,9 +106,7 @@ def collapse(nodes: Nodes, blank_id: int, temperature: float = 1.0) -> Nodes:
         others = nodes.teacher.log_probs.masked_fill(~others, -torch.inf)
         rest = torch.logaddexp(nodes.teacher.log_tail, others.logsumexp(-1))
     else:
-        logits = nodes.teacher.to(
-            torch.promote_types(nodes.teacher.dtype, torch.float32)
-        )
+        logits = nodes.teacher.to(wide(nodes.teacher.dtype))
         log_probs = (logits / temperature).log_softmax(-1)
         log_pair = log_probs.gather(1, pair)
         ids = torch.arange(log_probs.size(1), device=label.device)
@@ -322,7 +320,7 @@ def _frames(nodes: Nodes) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _means(x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """(G, D): the mean of the rows of ``x``, (R, D), that each frame has."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(wide(x.dtype))
     counts = which.bincount()
     sums = x.new_zeros(len(counts), x.size(1)).index_add(0, which, x)
     return sums / counts.unsqueeze(1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icefall_kd.errors import KDError
-from icefall_kd.losses import ctc
+from icefall_kd.losses import ctc, kl
 from icefall_kd.losses.ctc import (
     FRAMES,
     ctc_diagnostics,
@@ -426,7 +426,7 @@ def test_chunks_change_nothing(frames, k, monkeypatch):
     student, teacher, lengths = batch(seed=8)
     args = (student, form(teacher, k), lengths)
     expected = loss_and_grad(ctc_kd_loss, *args, frames=frames, delay=2)
-    monkeypatch.setitem(ctc.CHUNK, "cpu", 12)  # 2 rows
+    monkeypatch.setitem(kl.CHUNK, "cpu", 12)  # 2 rows
     found = loss_and_grad(ctc_kd_loss, *args, frames=frames, delay=2)
     torch.testing.assert_close(found, expected)
 
@@ -593,7 +593,7 @@ def test_fused_logits_never_exist_whole(delay, monkeypatch):
         return linear(x, *args)
 
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
-    monkeypatch.setitem(ctc.CHUNK, "cpu", 20)  # 4 rows of 27
+    monkeypatch.setitem(kl.CHUNK, "cpu", 20)  # 4 rows of 27
     fused_ctc_kd_loss(x, layer, teacher, torch.tensor([9, 9, 9]), delay=delay)
     assert len(sizes) >= 7 and max(sizes) <= 4
 
