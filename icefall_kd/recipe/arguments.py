@@ -124,6 +124,14 @@ OPTIONS = (
     ),
     ("last-epochs", float, 0.0, "How many of the last epochs go without KD."),
     (
+        "freeze",
+        str,
+        "",
+        "Submodules of the student that don't train, with KD or without it; one with a "
+        "number thaws after so many epochs of this training: 'encoder_embed "
+        "encoder.0:1.5 decoder:2', encoder.0 being the first stack.",
+    ),
+    (
         "missing",
         str,
         "refuse",

@@ -17,9 +17,9 @@ FILE = "kd.pt"
 class Progress:
     """Epochs since distillation began, and a file of it for a training that goes on.
 
-    ``kd.pt`` in the student's ``--exp-dir`` holds the epoch where this training began
-    and the projectors between hidden layers. It is read where a training goes on, and
-    no checkpoint knows of it.
+    ``kd.pt`` in the student's ``--exp-dir`` holds the epoch where this training began,
+    the projectors between hidden layers, and which frozen parts thawed. It is read
+    where a training goes on, and no checkpoint knows of it.
 
     Args:
       params: The recipe's own, whose ``cur_epoch`` it moves on.
@@ -37,6 +37,8 @@ class Progress:
             self.first, self.state = state["first_epoch"], state
         else:
             self.state = None
+        # Parts that thawed, and the batch of the whole training that was their first.
+        self.thawed: Dict[str, int] = dict((self.state or {}).get("thawed", {}))
         self.per_epoch = 0  # cuts, of all processes; 0: unknown
         self.seen, self.epoch = 0, None
         self.from_start = not self.goes_on  # whether `seen` counts a whole epoch
@@ -49,25 +51,36 @@ class Progress:
             return math.inf
         return max(1, int(self.params["num_epochs"]) - self.first + 1)
 
-    def saw(self, cuts: int) -> float:
-        """Count a batch; return how many epochs were done before it.
+    def whole(self) -> int:
+        """How many whole epochs are done."""
+        # icefall's search for batches that fill the memory comes before any epoch.
+        now = self.params.get("cur_epoch") or self.params.get("start_epoch") or 1
+        return max(0, int(now) - self.first)
 
-        Within an epoch the fraction is that of the training cuts; where their number
-        is not known, that of the epoch before.
+    def fraction(self) -> float:
+        """How much of the present epoch is done, from 0 to 1.
+
+        It is that of the training cuts; where their number is not known, that of the
+        epoch before.
         """
+        if not self.per_epoch or self.params.get("cur_epoch") != self.epoch:
+            return 0.0
+        return min(1.0, self.seen / self.per_epoch)
+
+    def saw(self, cuts: int) -> float:
+        """Count a batch; return how many epochs were done before it."""
         if not self.params.get("cur_epoch"):
-            # icefall's search for batches that fill the memory comes before any epoch.
-            return float(max(0, int(self.params.get("start_epoch") or 1) - self.first))
-        epoch = int(self.params["cur_epoch"])
+            return float(self.whole())
+        epoch = self.params["cur_epoch"]
         if epoch != self.epoch:
             if self.seen and self.from_start:
                 self.per_epoch = self.seen
             self.from_start |= self.epoch is not None
             self.seen, self.epoch = 0, epoch
         self.learned = True
-        fraction = min(1.0, self.seen / self.per_epoch) if self.per_epoch else 0.0
+        done = self.whole() + self.fraction()
         self.seen += cuts * process_of()[1]
-        return max(0, epoch - self.first) + fraction
+        return done
 
     def keep(self, hidden: Optional[Any]) -> None:
         """Begin to keep the file, with the projectors of ``hidden``."""
@@ -85,6 +98,8 @@ class Progress:
         state: Dict[str, Any] = {"first_epoch": self.first}
         if self.hidden is not None:
             state["hidden"] = self.hidden.state_dict()
+        if self.thawed:
+            state["thawed"] = self.thawed
         with replacing(self.file) as temporary:
             torch.save(state, temporary)
         self.learned = False

@@ -12,7 +12,8 @@ and in its data module, once the training dataset exists::
 
     train = kd.wrap_dataset(train, cuts_train)
 
-With all weights of KD terms at 0, the default, all of them leave everything as it is.
+With all weights of KD terms at 0 and nothing to freeze, the default, all of them leave
+everything as it is.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from icefall_kd.recipe import checks
 from icefall_kd.recipe.arguments import WEIGHTS, add_options
 
 _session: Optional["Session"] = None
+_freezing = None  # a Freezing, where parts of the student are frozen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +64,12 @@ def joint_of(params: Dict[str, Any], num_epochs: float):
 class Session:
     """One process's distillation: taps on the student, and the joint loss."""
 
-    def __init__(self, params: Dict[str, Any], model) -> None:
+    def __init__(self, params: Dict[str, Any], model, progress) -> None:
         from icefall_kd.hook import TeacherHook
         from icefall_kd.recipe.online import online_teacher
-        from icefall_kd.recipe.progress import Progress
 
         self.settings = dict(params)
-        self.progress = Progress(params)
+        self.progress = progress
         self.joint = joint_of(params, self.progress.num_epochs)
         model = getattr(model, "module", model)
         checks.leave_out_heads(self.joint, model)
@@ -137,8 +138,7 @@ class Session:
         else:
             dataset.return_cuts = True
             if self.teacher is None or self.joint.moves:
-                for _ in read:
-                    pass
+                read.all()
         self.progress.per_epoch, self.untranscribed = read.total, read.untranscribed
         if read.total and not read.untranscribed:
             return dataset
@@ -293,6 +293,12 @@ class _Counted:
             yield cut
         self.total, self.untranscribed = total, untranscribed
 
+    def all(self) -> int:
+        """Read them all; return how many there are."""
+        for _ in self:
+            pass
+        return self.total
+
 
 def _first_layers(cuts) -> Dict:
     """The hidden layers of one cut with targets."""
@@ -310,18 +316,31 @@ def attach(params: Dict[str, Any], model) -> None:
 
     Raises:
       KDError: a weight or temperature out of range, a model without the heads that all
-        terms need, or an augmentation that moves frames.
+        terms need, an augmentation that moves frames, or parts that can't be frozen.
     """
-    global _session
-    if _session is not None:
-        _session.close()
-        _session = None
+    global _session, _freezing
+    for one in (_session, _freezing):
+        if one is not None:
+            one.close()
+    _session = _freezing = None
     install_excepthook()
-    weights = [params[f"kd_{name}_weight"] for name in WEIGHTS]
-    if all(w == 0 for w in weights):
+    on = any(params[f"kd_{name}_weight"] != 0 for name in WEIGHTS)
+    if not (on or params["kd_freeze"]):
         return
-    _session = Session(params, model)
-    logging.info(f"Distillation is on: loss = {_session.joint}")
+    from icefall_kd.recipe.progress import Progress
+
+    progress = Progress(params)
+    freezing = None
+    if params["kd_freeze"]:
+        from icefall_kd.recipe.freezing import Freezing
+
+        freezing = Freezing(params, model, progress)
+    if on:
+        _session = Session(params, model, progress)
+        logging.info(f"Distillation is on: loss = {_session.joint}")
+    if freezing is not None:
+        freezing.start()
+        _freezing = freezing
 
 
 def wrap_dataset(dataset, cuts):
@@ -330,7 +349,12 @@ def wrap_dataset(dataset, cuts):
     Raises:
       KDError: cuts without targets, or targets of other tokens than the student's.
     """
-    return dataset if _session is None else _session.wrap(dataset, cuts)
+    if _session is not None:
+        dataset = _session.wrap(dataset, cuts)
+    if _freezing is not None and _freezing.asks_for_fractions:
+        progress = _freezing.progress
+        progress.per_epoch = progress.per_epoch or _Counted(cuts).all()
+    return dataset
 
 
 def joint_loss(loss, info, model, batch):
@@ -340,6 +364,8 @@ def joint_loss(loss, info, model, batch):
     says there how blank and how peaky the CTC head is.
     """
     if _session is None:
+        if _freezing is not None:
+            _freezing.after_batch(model, batch)
         return loss
     from icefall_kd.types import Targets
 
