@@ -73,7 +73,7 @@ def _tap_stack(store: Dict[str, Any], owner: nn.Module, index: int) -> Callable:
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
+def as_found(model: nn.Module) -> Iterator[None]:
     """Put back training flags, chunk sizes and random states at the end."""
     flags = [(m, m.training) for m in model.modules()]
     state = random.getstate()
@@ -262,7 +262,7 @@ class TeacherHook:
                 f"an utterance has {shortest} feature frames and the encoder needs "
                 f"{MIN_FRAMES} for one frame of output: leave it out"
             )
-        with _as_found(model):
+        with as_found(model):
             model.eval()
             with _alone(model, (x_lens - 7) // 2):
                 x, x_lens = model.encoder_embed(x, x_lens)
@@ -304,7 +304,7 @@ class TeacherHook:
         kind = next(model.joiner.parameters()).dtype
         encoder_out, lens = out.encoder_out.to(kind), out.encoder_out_lens
         symbols, boundary = _padded(y, lens, blank)
-        with _as_found(model):
+        with as_found(model):
             model.eval()
             start = symbols.new_full((len(symbols), 1), blank)
             decoder_out = model.decoder(torch.cat((start, symbols), 1))

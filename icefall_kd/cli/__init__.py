@@ -1,5 +1,7 @@
 """The command ``icefall-kd``; ``icefall-kd COMMAND --help`` tells more."""
 
+from functools import partial
+
 import click
 
 from icefall_kd import __version__
@@ -23,7 +25,7 @@ def doctor() -> None:
     run()
 
 
-def teacher_options(command):
+def teacher_options(command, required=True):
     """The options by which icefall's scripts name a model."""
     for option in (
         click.argument(
@@ -42,11 +44,11 @@ def teacher_options(command):
         ),
         click.option("--epoch", default=0, help="Use epoch-EPOCH.pt."),
         click.option(
-            "--exp-dir", required=True, help="The teacher's experiment folder."
+            "--exp-dir", required=required, help="The teacher's experiment folder."
         ),
         click.option(
             "--recipe",
-            required=True,
+            required=required,
             help="Folder of the recipe's train.py, such as ./zipformer.",
         ),
     ):
@@ -171,8 +173,18 @@ def quantizer(**options) -> None:
 
 
 @cli.command(context_settings=MODEL_FLAGS)
-@teacher_options
-@click.option("--student-dir", required=True, help="The student's experiment folder.")
+@click.option("--list", "listed", is_flag=True, help="List the presets, and end.")
+@click.option("--json", "as_json", is_flag=True, help="List them as JSON.")
+@click.option("--vocab-size", default=500, help="For --list.")
+@partial(teacher_options, required=False)
+@click.option("--student-dir", default="", help="The student's experiment folder.")
+@click.option("--preset", "size", default="", help="A size of --list, such as s.")
+@click.option(
+    "--params", "params_goal", default="", help="Parameters to come near, such as 5M."
+)
+@click.option(
+    "--speed", default="", help="How many times fewer multiply-adds, such as 3x."
+)
 @click.option(
     "--set",
     "changes",
@@ -180,14 +192,48 @@ def quantizer(**options) -> None:
     metavar="NAME=VALUE",
     help="A setting that differs from the teacher's, such as encoder-dim=32,32,32.",
 )
-@click.option("--init", default="teacher", help="teacher (its slices), or random.")
+@click.option(
+    "--init",
+    type=click.Choice(["teacher", "random"]),
+    default="teacher",
+    help="Start from the teacher's slices, or from random parameters.",
+)
+@click.option(
+    "--layers",
+    type=click.Choice(["even", "important"]),
+    default="even",
+    help="Which of the teacher's: evenly spaced, or by importance on --cuts.",
+)
+@click.option(
+    "--channels",
+    type=click.Choice(["first", "important"]),
+    default="first",
+    help="Which channels, heads and hidden units: the first, or by importance.",
+)
+@click.option(
+    "--cuts",
+    default="",
+    help="Transcribed cuts with features: for importance, and to say the student's "
+    "loss and WER before any training.",
+)
+@click.option("--num-cuts", default=64, help="How many of them, from the first on.")
 @click.option("--seed", default=42, help="For --init random.")
-def student(**options) -> None:
+def student(listed: bool, as_json: bool, vocab_size: int, **options) -> None:
     """Build a student from a teacher, as a checkpoint that train.py starts from.
 
-    Writes epoch-1.pt into --student-dir (train on with --start-epoch 2), and the
-    model's flags into the file student_flags beside it.
+    Writes epoch-1.pt into --student-dir (train on with --start-epoch 2), the model's
+    flags into the file student_flags beside it, and what it prints into
+    student_account.txt.
     """
+    if listed or as_json:
+        from icefall_kd.cli.presets import list_presets
+
+        with one_sentence():
+            list_presets(as_json, vocab_size)
+        return
+    for name in ("recipe", "exp_dir", "student_dir"):
+        if not options[name]:
+            raise click.UsageError(f"Missing option '--{name.replace('_', '-')}'.")
     from icefall_kd.cli.student import student as run
 
     with one_sentence():

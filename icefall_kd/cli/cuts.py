@@ -49,17 +49,21 @@ def readable(cuts: CutSet, path: str) -> Iterator[Cut]:
 
 
 def checked(
-    path: str, num_features: int, asked: Sequence[Callable[[Cut], Any]] = ()
+    path: str,
+    num_features: int,
+    asked: Sequence[Callable[[Cut], Any]] = (),
+    light: bool = True,
 ) -> Iterator[Cut]:
     """The cuts of ``path`` one by one, refused where the teacher can't hear them.
 
     Args:
       num_features: What the teacher takes.
       asked: Functions that are to come, each refusing a cut that it can't do.
+      light: Whether to leave the arrays of a Shar unread.
     """
     seen: Set[str] = set()
     first: Optional[Features] = None
-    for cut in readable(open_cuts(path, light=True), path):
+    for cut in readable(open_cuts(path, light), path):
         problem = _problem(cut, num_features) or _strange(cut, first)
         if problem:
             raise KDError(f"the cut {cut.id} of {path} {problem}")
@@ -127,12 +131,18 @@ def survey(
     return found, total
 
 
-def labels_of(cuts: List[Cut], sp: Any) -> List[List[int]]:
+def labels_of(
+    cuts: List[Cut],
+    sp: Any,
+    use: str = "a lattice",
+    remedy: str = "label it first, or dump without --keep-lattice",
+) -> List[List[int]]:
+    """The labels of each transcript; ``use`` is what needs them."""
     for cut in cuts:
         if len(cut.supervisions) != 1 or not (cut.supervisions[0].text or "").strip():
             raise KDError(
-                f"the cut {cut.id} has no transcript, and a lattice needs one: leave "
-                "it out, label it first, or dump without --keep-lattice"
+                f"the cut {cut.id} has no transcript, and {use} needs one: leave it "
+                f"out, {remedy}"
             )
     y = sp.encode([c.supervisions[0].text for c in cuts], out_type=int)
     for cut, labels in zip(cuts, y):
@@ -140,8 +150,8 @@ def labels_of(cuts: List[Cut], sp: Any) -> List[List[int]]:
         if len(labels) > frames:
             raise KDError(
                 f"the cut {cut.id} has {len(labels)} labels and the teacher gives "
-                f"{frames} frames, and a lattice needs as many frames: leave it out, "
-                "as icefall's training does"
+                f"{frames} frames, and {use} needs as many frames: leave it out, as "
+                "icefall's training does"
             )
     return y
 

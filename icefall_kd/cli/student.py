@@ -1,20 +1,31 @@
 """Builds a student from a teacher, as a checkpoint that train.py starts from."""
 
 import argparse
+from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import click
 import torch
+from lhotse import CutSet
+from lhotse.dataset.collation import collate_features
+from tqdm.auto import tqdm
 
+from icefall_kd.cli.account import account
+from icefall_kd.cli.cuts import checked, labels_of, name_unreadable
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
 from icefall_kd.recipe.loader import import_train, load_recipe_model
-from icefall_kd.student.build import build_student, check_settings
+from icefall_kd.student.build import build_student, check_settings, check_slices
+from icefall_kd.student.importance import Batch, keep_important, num_passes
+from icefall_kd.student.judge import Judgement, judge
+from icefall_kd.student.keep import Kept, keep_first
+from icefall_kd.student.presets import preset
+from icefall_kd.student.search import nearest, parse_goal
 from icefall_kd.targets.fingerprint import check_vocabulary
 
-PARTS = ("encoder_embed", "encoder", "decoder", "joiner", "ctc_output")
-
+BATCH = 8  # cuts that the teacher hears at once
+FLAGS, ACCOUNT = "student_flags", "student_account.txt"
 
 _COUNTERS = (
     "best_train_loss",
@@ -49,6 +60,12 @@ def parse_changes(changes: Tuple[str, ...], settings: Dict[str, Any]) -> Dict[st
 
 def model_names(train) -> Dict[str, Any]:
     """The recipe's model options with the defaults of its own parser."""
+    for name in ("add_model_arguments", "get_parser"):
+        if not callable(getattr(train, name, None)):
+            raise KDError(
+                f"{train.__file__} has no function {name}, which icefall's Zipformer "
+                "recipes have: give --recipe such a recipe's folder"
+            )
     parser = argparse.ArgumentParser()
     train.add_model_arguments(parser)
     defaults = vars(train.get_parser().parse_args([]))
@@ -62,16 +79,92 @@ def flags_of(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:
     for name, default in defaults.items():
         value = settings.get(name, default)
         if value != default:
-            words += ["--" + name.replace("_", "-"), str(value)]
+            value = "".join(str(value).split())  # the shell parts words at spaces
+            flag = "--" + name.replace("_", "-")
+            # argparse takes -1,16 for an option of its own.
+            words += [f"{flag}={value}"] if value.startswith("-") else [flag, value]
     return " ".join(words)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse to write over a checkpoint that is no student of ours."""
+    if path.exists() and not path.with_name(FLAGS).exists():
+        raise KDError(
+            f"the folder {path.parent} has an {path.name} of another training, which "
+            "the student's would replace: give another --student-dir"
+        )
 
 
 def save_start(path: Path, model, params: Dict[str, Any]) -> None:
     """Write a checkpoint of zero steps: no optimizer, scheduler or sampler."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     with replacing(path) as temporary:
         torch.save({"model": state, "model_avg": state, **params}, temporary)
+
+
+def _one_goal(size: str, params: str, speed: str) -> None:
+    given = {"--preset": size, "--params": params, "--speed": speed}
+    names = [f"{name} {value}" for name, value in given.items() if value]
+    if len(names) > 1:
+        raise KDError(f"{' and '.join(names)} are given: give one of them")
+    for name, value in (("--params", params), ("--speed", speed)):
+        if value and (parse_goal(value).kind == "speed") != (name == "--speed"):
+            example = "3x" if name == "--speed" else "5M"
+            raise KDError(f"{name} is {value}, and takes a value as {example}")
+
+
+def _changes(
+    settings: Dict[str, Any], size: str, goal: str, asked: Tuple[str, ...]
+) -> Dict[str, Any]:
+    """What differs in the student from the teacher's settings."""
+    changes: Dict[str, Any] = {}
+    if size:
+        changes = preset(size)
+    elif goal:
+        changes = nearest(goal, settings, settings)
+    changes.update(parse_changes(asked, settings))
+    return changes
+
+
+def read_batches(
+    path: str, num_cuts: int, settings: Dict[str, Any], sp: Any
+) -> List[Batch]:
+    """The first ``num_cuts`` cuts: features, lengths and labels."""
+    if num_cuts < 1:
+        raise KDError(f"--num-cuts is {num_cuts}, and must be 1 or more")
+    words = ("the measure of a student", "or label it first")
+    checks = [lambda cut: labels_of([cut], sp, *words)]
+    dims = int(settings["feature_dim"])
+    cuts = list(islice(checked(path, dims, checks, light=False), num_cuts))
+    batches = []
+    for i in range(0, len(cuts), BATCH):
+        some = cuts[i : i + BATCH]
+        try:
+            x, x_lens = collate_features(CutSet.from_cuts(some))
+        except Exception:  # the storage behind lhotse raises what it likes
+            name_unreadable(some)
+            raise
+        batches.append((x, x_lens, labels_of(some, sp, *words)))
+    return batches
+
+
+def _judged(models, batches: List[Batch], sp, blank_id: int) -> List[Judgement]:
+    total = len(models) * len(batches)
+    with tqdm(desc="Before training", unit=" batches", total=total) as bar:
+        return [judge(m, batches, sp, blank_id, bar.update) for m in models]
+
+
+def _choose(
+    teacher, settings, student, batches: List[Batch], layers: str, channels: str
+) -> Kept:
+    which = {"layers": layers == "important", "channels": channels == "important"}
+    if not any(which.values()):
+        return keep_first(settings, student)
+    total = num_passes(settings, student, len(batches), **which)
+    with tqdm(desc="Importance", unit=" batches", total=total) as bar:
+        return keep_important(
+            teacher, settings, student, batches, advance=bar.update, **which
+        )
 
 
 def student(
@@ -84,42 +177,63 @@ def student(
     flags: Tuple[str, ...],
     bpe_model: str,
     student_dir: str,
+    size: str,
+    params_goal: str,
+    speed: str,
     changes: Tuple[str, ...],
     init: str,
+    layers: str,
+    channels: str,
+    cuts: str,
+    num_cuts: int,
     seed: int,
 ) -> None:
+    _one_goal(size, params_goal, speed)
+    chosen = "important" in (layers, channels)
+    if chosen and init == "random":
+        raise KDError(
+            "--layers and --channels say what is kept of the teacher, and --init "
+            "random keeps nothing: leave out one of them"
+        )
+    if chosen and not cuts:
+        raise KDError("importance is measured on cuts: give --cuts, with features")
+    if cuts and not bpe_model:
+        raise KDError("--cuts need the labels of the transcripts: give --bpe-model")
+    path = Path(student_dir) / "epoch-1.pt"
+    _check_place(path)
     teacher, settings = load_recipe_model(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model
     )
-    if bpe_model:
-        check_vocabulary(bpe_model, settings)
+    sp = check_vocabulary(bpe_model, settings) if bpe_model else None
+    batches = read_batches(cuts, num_cuts, settings, sp) if cuts else []
     train = import_train(recipe)
     defaults = model_names(train)
     params = train.get_params()
     # All but where the teacher's training stood: get_model reads what it likes.
     fresh = (*_COUNTERS, *(k for k in settings if k.startswith("kd_")))
     params.update({k: v for k, v in settings.items() if k not in fresh})
+    new = _changes(params, size, params_goal or speed, changes)
+    kept = None
+    if init == "teacher":
+        wanted = check_slices(teacher, params, new)
+        kept = _choose(teacher, params, wanted, batches, layers, channels)
     torch.manual_seed(seed)
-    model, params = build_student(
-        teacher, params, parse_changes(changes, params), train.get_model, init
+    model, student_params = build_student(
+        teacher, params, new, train.get_model, init, kept
     )
-    params["average_period"] = settings.get("average_period", 200)
-    path = Path(student_dir) / "epoch-1.pt"
-    save_start(path, model, params)
-    line = flags_of(params, defaults)
-    path.with_name("student_flags").write_text(line + "\n")
-    _account(teacher, model)
+    student_params["average_period"] = settings.get("average_period", 200)
+    judged = []
+    if batches:
+        blank = int(settings.get("blank_id", 0))
+        judged = _judged((teacher, model), batches, sp, blank)
+    heard = sum(len(x) for x, _, _ in batches)
+    text = account(teacher, model, params, student_params, kept, judged, heard)
+    line = flags_of(student_params, defaults)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, words in ((FLAGS, line), (ACCOUNT, text)):
+        with replacing(path.with_name(name)) as temporary:
+            temporary.write_text(words + "\n")
+    save_start(path, model, student_params)
+    click.echo(text)
     click.echo(f"\nThe student stands in {path}. Train it with\n")
     click.echo(f"  --exp-dir {student_dir} --start-epoch 2 {line}")
-
-
-def _account(teacher, model) -> None:
-    def count(m, part: str) -> int:
-        module = getattr(m, part, None) if part else m
-        return sum(p.numel() for p in module.parameters()) if module else 0
-
-    click.echo(f"{'parameters':<16}{'teacher':>12}{'student':>12}{'ratio':>8}")
-    for part in (*PARTS, ""):
-        a, b = count(teacher, part), count(model, part)
-        ratio = f"{b / a:.2f}" if a else "-"
-        click.echo(f"{part or 'all':<16}{a:>12,}{b:>12,}{ratio:>8}")

@@ -1,3 +1,0 @@
-from icefall_kd.student.build import build_student
-
-__all__ = ["build_student"]

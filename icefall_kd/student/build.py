@@ -1,117 +1,81 @@
 """A smaller Zipformer that starts from its teacher's layers.
 
-Not here yet: other numbers of stacks, other head or positional dimensions, and
-choosing layers and channels by their measured importance.
+Not here yet: other numbers of stacks, other head or positional dimensions.
 """
 
-import re
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
-import torch
 from torch import nn
 
 from icefall_kd.errors import KDError
+from icefall_kd.student.keep import Kept, keep_first
+from icefall_kd.student.presets import per_stack, to_ints
+from icefall_kd.student.slices import Slicer
 
-# A layer of a stack, with or without the wrapper that downsamples.
-_LAYER = re.compile(r"^(encoder\.encoders\.(\d+)\.(?:encoder\.)?layers\.)(\d+)(\..*)$")
-# Projections whose rows are several blocks; the head dimensions share the others.
-_BLOCKS = ((".conv_module", 2), (".nonlin_attention.", 3))
 # A slice would not mean the same with these changed.
-_FIXED = (
+_FIXED_OF_STACKS = (
     "downsampling_factor",
     "query_head_dim",
     "pos_head_dim",
     "value_head_dim",
-    "pos_dim",
     "cnn_module_kernel",
+)
+_FIXED = (
+    *_FIXED_OF_STACKS,
+    "pos_dim",
     "feature_dim",
     "context_size",
     "vocab_size",
     "blank_id",
+    "causal",
 )
-
-
-def to_ints(value: Any) -> Tuple[int, ...]:
-    """``"2,2,4"``, 2 or (2, 2, 4) as a tuple."""
-    if isinstance(value, str):
-        return tuple(int(v) for v in value.split(","))
-    return tuple(value) if isinstance(value, (tuple, list)) else (int(value),)
-
-
-def per_stack(settings: Dict[str, Any], name: str) -> Tuple[int, ...]:
-    """A setting for each stack; one number stands for all of them."""
-    value = to_ints(settings[name])
-    n = len(to_ints(settings["downsampling_factor"]))
-    return value * n if len(value) == 1 else value
-
-
-def layer_map(n_teacher: int, n_student: int) -> List[int]:
-    """Which teacher layer each student layer starts from: first, last, and evenly
-    between (Distil-Whisper's maximally spaced layers, arXiv:2311.00430)."""
-    if n_student == 1:
-        return [0]
-    step = (n_teacher - 1) / (n_student - 1)
-    return [round(j * step) for j in range(n_student)]
-
-
-def _row_blocks(name: str, settings: Dict[str, Any]) -> List[int]:
-    """Relative sizes of the blocks that a projection's rows are made of."""
-    if ".self_attn_weights.in_proj." in name:
-        stack = int(_LAYER.match(name).group(2))
-        heads = per_stack(settings, "num_heads")[stack]
-        q = heads * per_stack(settings, "query_head_dim")[stack]
-        return [q, q, heads * per_stack(settings, "pos_head_dim")[stack]]
-    for part, n in _BLOCKS:
-        if part in name and ".in_proj." in name:
-            return [1] * n
-    return [1]
-
-
-def _sizes(rows: int, blocks: List[int]) -> List[int]:
-    return [rows * b // sum(blocks) for b in blocks]
-
-
-def _slice(
-    name: str,
-    value: torch.Tensor,
-    shape: torch.Size,
-    teacher: Dict[str, Any],
-    student: Dict[str, Any],
-) -> torch.Tensor:
-    """The first channels of ``value``, block by block, in the student's shape."""
-    if value.shape == shape:
-        return value
-    if value.ndim != len(shape) or any(a < b for a, b in zip(value.shape, shape)):
-        raise KDError(
-            f"the student's {name} has shape {tuple(shape)} and its teacher's only "
-            f"{tuple(value.shape)}: a student that starts from its teacher can't be "
-            "wider; lower its --set values, or give --init random"
-        )
-    sources = value.split(_sizes(value.size(0), _row_blocks(name, teacher)))
-    wanted = _sizes(shape[0], _row_blocks(name, student))
-    value = torch.cat([s[:w] for s, w in zip(sources, wanted)])
-    return value[tuple(slice(0, n) for n in shape)]
+_WIDTHS = ("encoder_dim", "num_heads", "feedforward_dim", "decoder_dim", "joiner_dim")
+_GROUP = 4  # channels that the decoder's convolution reads together
 
 
 def _check(teacher: Dict[str, Any], student: Dict[str, Any]) -> None:
     for name in _FIXED:
         old, new = teacher.get(name), student.get(name)
         same = old == new
-        if not same and isinstance(old, str) and isinstance(new, str):
-            same = to_ints(old) == to_ints(new)
+        if not same and name in _FIXED_OF_STACKS:
+            same = per_stack(teacher, name) == per_stack(student, name)
         if not same:
             raise KDError(
                 f"the student's {name} is {new} and its teacher's {old}: a student "
-                "that starts from its teacher keeps it; leave it out of --set, or give "
-                "--init random"
+                "that starts from its teacher keeps it; leave it out of --set, give "
+                "--params or --speed in place of --preset, or --init random"
             )
     old, new = (per_stack(s, "num_encoder_layers") for s in (teacher, student))
-    if len(old) != len(new) or any(a < b for a, b in zip(old, new)):
+    if any(a < b for a, b in zip(old, new)):
         raise KDError(
             f"the student's layers per stack are {new} and its teacher's {old}: a "
-            "student that starts from its teacher has as many stacks and no more "
-            "layers; lower num-encoder-layers, or give --init random"
+            "student that starts from its teacher has no more layers; lower "
+            "num-encoder-layers, or give --init random"
         )
+    for name in _WIDTHS:
+        if name in teacher:
+            old, new = (per_stack(s, name) for s in (teacher, student))
+            if any(a < b for a, b in zip(old, new)):
+                raise KDError(
+                    f"the student's {name} is {student[name]} and its teacher's "
+                    f"{teacher[name]}: a student that starts from its teacher can't be "
+                    "wider; give at most the teacher's, or --init random"
+                )
+    least, most = (per_stack(student, f"encoder_{n}") for n in ("unmasked_dim", "dim"))
+    if any(a > b for a, b in zip(least, most)):
+        raise KDError(
+            f"the student's encoder_unmasked_dim is {student['encoder_unmasked_dim']} "
+            f"and its encoder_dim {student['encoder_dim']}: give at most that"
+        )
+    # With one label of context the decoder has no convolution.
+    if "decoder_dim" in teacher and student.get("context_size") != 1:
+        (width,) = to_ints(student, "decoder_dim")
+        if width % _GROUP:
+            below = max(width // _GROUP * _GROUP, _GROUP)
+            raise KDError(
+                f"the student's decoder_dim is {width}, and the decoder's convolution "
+                f"takes its channels by {_GROUP}: give {below}"
+            )
 
 
 def check_settings(settings: Dict[str, Any], changes: Dict[str, Any]) -> None:
@@ -130,14 +94,13 @@ def _no_model(changes: Dict[str, Any], error: Exception) -> KDError:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
     return KDError(
         f"no model has the settings {shown} ({reason}): give each stack one number, "
-        "encoder_unmasked_dim at most encoder_dim, and at least one layer"
+        f"encoder_unmasked_dim at most encoder_dim, decoder_dim a multiple of {_GROUP}"
     )
 
 
 def _make(get_model: Callable, settings: Dict[str, Any], changes: Dict[str, Any]):
+    per_stack(settings, "num_encoder_layers")  # get_model takes stacks without layers
     try:
-        if min(per_stack(settings, "num_encoder_layers")) < 1:
-            raise ValueError("a stack without layers")
         return get_model(settings)
     except Exception as e:  # the model asserts, and raises what it likes
         raise _no_model(changes, e) from None
@@ -149,14 +112,39 @@ def build_student(
     changes: Dict[str, Any],
     get_model: Callable[[Dict[str, Any]], nn.Module],
     init: str = "teacher",
+    kept: Optional[Kept] = None,
 ) -> Tuple[nn.Module, Dict[str, Any]]:
     """Build a student with some of the teacher's settings changed.
 
-    With ``init="teacher"`` each layer starts from a teacher layer of its stack (first,
-    last, evenly between) and each narrower matrix from its first channels, whole heads
-    and whole blocks of fused projections. The first channels are those that
-    Zipformer's training masks least (``encoder_unmasked_dim``). Parameters of equal
-    shape are copied bit for bit.
+    With ``init="teacher"`` each layer starts from a teacher layer of its stack and each
+    narrower matrix from some of its channels: whole heads, whole hidden units of all
+    projections of a module, and one set of channels along the residual stream, which
+    all stacks share. By default layers are the first, the last and evenly between, and
+    channels the first, which are those that Zipformer's training masks least
+    (``encoder_unmasked_dim``); ``kept`` says otherwise
+    (:func:`icefall_kd.student.importance.keep_important`).
+
+    What the mathematics says of the result:
+
+    - With all layers and widths of the teacher, parameters and outputs are the
+      teacher's, bit for bit.
+    - With fewer hidden units (``feedforward_dim``, ``num_heads``, ``joiner_dim``,
+      ``decoder_dim``) it gives the same as the teacher where the units left out are
+      masked, that is, set to zero before the matrix that reads them.
+    - With fewer layers it gives the same as the teacher where the layers left out are
+      bypassed.
+    - With a narrower residual stream (``encoder_dim``), which leaves convolutions and
+      nonlinear attention fewer hidden units too, it gives the same as the teacher where
+      those units are masked; the channels that a stack leaves out are set to zero in
+      its input and after all modules of its layers; and each BiasNorm, that of the
+      front end too, takes its mean square over the kept channels alone (over all of
+      them it would be another). That holds of all stacks' outputs. The encoder's output
+      takes each channel from the last stack that has it: it is the same in the channels
+      where that is the same stack in both, and so are the heads if all channels are
+      such.
+
+    ``kept.norms``, which is not 0 for what importance keeps, scales each BiasNorm once
+    more.
 
     Args:
       teacher: The trained model.
@@ -164,13 +152,14 @@ def build_student(
       changes: Those that differ in the student.
       get_model: The recipe's ``get_model``; it takes an AttributeDict of settings.
       init: "teacher", or "random" as ``get_model`` leaves it.
+      kept: Which layers, channels, heads and hidden units the student takes.
 
     Returns:
       The student and its settings.
 
     Raises:
-      KDError: a student wider or deeper than its teacher, or a setting that slices
-        can't follow.
+      KDError: a student wider or deeper than its teacher, a setting that slices
+        can't follow, or a teacher that is no Zipformer of icefall's zipformer recipes.
     """
     if init not in ("teacher", "random"):
         raise KDError(f"init is {init!r}, and must be 'teacher' or 'random'")
@@ -178,36 +167,47 @@ def build_student(
     new = type(settings)(settings)
     new.update(changes)
     if init == "teacher":
-        try:
-            _check(settings, new)
-        except (ValueError, IndexError) as e:
-            if isinstance(e, KDError):
-                raise
-            raise _no_model(changes, e) from None
+        check_slices(teacher, settings, changes)
+        kept = kept or keep_first(settings, new)
     student = _make(get_model, new, changes)
     if init == "random":
         return student, new
-    maps = [
-        layer_map(a, b)
-        for a, b in zip(
-            per_stack(settings, "num_encoder_layers"),
-            per_stack(new, "num_encoder_layers"),
-        )
-    ]
-    source = teacher.state_dict()
-    target = student.state_dict()
-    for name, value in target.items():
-        match = _LAYER.match(name)
-        origin = name
-        if match:
-            stack, layer = int(match.group(2)), int(match.group(3))
-            origin = f"{match.group(1)}{maps[stack][layer]}{match.group(4)}"
-        if origin not in source:
-            raise KDError(
-                f"the teacher has no parameter {origin} for the student's {name}: "
-                "give the student the teacher's heads, or --init random"
-            )
-        sliced = _slice(name, source[origin], value.shape, settings, new)
-        target[name] = sliced.to(value.dtype).clone()
+    slicer = Slicer(teacher.state_dict(), kept, settings, new)
+    target = {
+        name: slicer(name, value.shape).to(value.dtype)
+        for name, value in student.state_dict().items()
+    }
     student.load_state_dict(target, strict=True)
     return student, new
+
+
+def check_slices(
+    teacher: nn.Module, settings: Dict[str, Any], changes: Dict[str, Any]
+) -> Dict[str, Any]:
+    """The student's settings, if a student of these can start from the teacher.
+
+    Raises:
+      KDError: as :func:`build_student`.
+    """
+    check_settings(settings, changes)
+    _check_zipformer(teacher)
+    new = {**settings, **changes}
+    _check(settings, new)
+    return new
+
+
+def _check_zipformer(teacher: nn.Module) -> None:
+    """Refuse a model whose layers are not those of icefall's Zipformer."""
+    encoder = getattr(teacher, "encoder", None)
+    names = {name for name, _ in teacher.named_parameters()}
+    first = ("encoder.encoders.0.layers.0", "encoder.encoders.0.encoder.layers.0")
+    wanted = ("nonlin_attention.in_proj.weight", "norm.log_scale")
+    for layer in first:
+        if all(f"{layer}.{part}" in names for part in wanted):
+            return
+    kind = type(encoder).__name__ if encoder is not None else type(teacher).__name__
+    raise KDError(
+        f"the teacher's encoder is a {kind} without the layers of icefall's zipformer "
+        "recipes (nonlin_attention, BiasNorm), so a student can't start from it: give "
+        "a teacher of those recipes, or --init random"
+    )

@@ -703,7 +703,8 @@ def test_student_end_to_end(
     done = invoke(*student_words(*NARROW, "--set", "num-encoder-layers=1,2"))
     folder = tmp_path / "student"
     assert done.code == 0 and f"--exp-dir {folder} --start-epoch 2" in done.out
-    assert sorted(p.name for p in folder.iterdir()) == ["epoch-1.pt", "student_flags"]
+    files = ["epoch-1.pt", "student_account.txt", "student_flags"]
+    assert sorted(p.name for p in folder.iterdir()) == files
 
     changes = {
         "encoder_dim": "8,12",
@@ -767,10 +768,9 @@ def test_a_random_student_depends_on_its_seed(
         (("--set", "encoder-dim=16,32"), "can't be wider"),
         (("--set", "num-encoder-layers=2,4"), "no more layers"),
         (("--set", "vocab-size=30"), "vocab_size is 30 and its teacher's 25"),
-        (("--init", "zeros"), "init is 'zeros'"),
         (("--bpe-model", "nowhere.model"), "nowhere.model can't be read"),
     ],
-    ids="epoch recipe name form value word wider deeper vocab init bpe".split(),
+    ids="epoch recipe name form value word wider deeper vocab bpe".split(),
 )
 def test_student_refuses_options(refused, student_words, more, words):
     assert words in refused(*student_words(*more))
