@@ -17,6 +17,7 @@ help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
 
 if [ -f ../../../.venv/bin/activate ]; then . ../../../.venv/bin/activate; fi
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
+. local/experiments.sh
 
 # flags_of VARIANT: the cuts that it trains on, and its flags.
 flags_of() {
@@ -35,25 +36,6 @@ flags_of() {
     mix) echo "kd --kd-config conf/kd.yaml" ;;
     *) echo "run_ablation.sh: error: there is no variant $1" >&2; exit 1 ;;
   esac
-}
-
-# targets SEED: what the teacher says on the training cuts, in three sets.
-targets() {
-  local base=$work_dir/seed-$1 out=$work_dir/ablation/seed-$1
-  local cuts=digits_cuts_train.jsonl.gz fbank=$work_dir/seed-$1-random/data/fbank
-  local teacher=(--exp-dir "$base/exp/teacher" --epoch 10 --avg 1
-    --bpe-model "$base/data/lang_bpe_54/bpe.model" --num-threads 1)
-  [ ! -f "$out/.targets" ] || return 0
-  mkdir -p "$out"/kd "$out"/kd-path "$out"/kd-nbest
-  icefall-kd dump --recipe ./zipformer "${teacher[@]}" --keep-lattice dense \
-    --keep-hidden out:half "$fbank/$cuts" "$out/kd/$cuts"
-  icefall-kd dump --recipe ./zipformer "${teacher[@]}" --keep-lattice path:dense \
-    "$fbank/$cuts" "$out/kd-path/$cuts"
-  ./local/nbest_cuts.py "${teacher[@]}" "$out/kd/$cuts" "$out/kd-nbest/$cuts"
-  for set in kd kd-path kd-nbest; do
-    cp "$fbank/digits_cuts_dev.jsonl.gz" "$out/$set/"
-  done
-  touch "$out/.targets"
 }
 
 # one SEED VARIANT: train and decode a student.
@@ -82,27 +64,12 @@ one() {
   touch "$out/done"
 }
 
-pids=()
-run() {
-  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 2; done
-  echo "$*: log in $work_dir/ablation/$1-$2${3:+-$3}.log"
-  "$@" > "$work_dir/ablation/$1-$2${3:+-$3}.log" 2>&1 &
-  pids+=($!)
-}
-finished() {
-  for pid in ${pids[@]+"${pids[@]}"}; do
-    wait "$pid" || { echo "run_ablation.sh: error: a run failed, see the last lines" \
-      "of $work_dir/ablation/*.log: mend it and start again, what is done is kept" >&2
-      exit 1; }
-  done
-  pids=()
-}
 for variant in $variants; do flags_of "$variant" > /dev/null; done
 mkdir -p "$work_dir/ablation"
-for seed in $seeds; do run targets "$seed"; done
+for seed in $seeds; do run "$work_dir/ablation" targets "$seed"; done
 finished
 for variant in $variants; do
-  for seed in $seeds; do run one "$seed" "$variant"; done
+  for seed in $seeds; do run "$work_dir/ablation" one "$seed" "$variant"; done
 done
 finished
 ./local/ablation_table.py --work-dir "$work_dir" --seeds "$seeds" \

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""
+What run_slices.sh found: the steps that students need for the WER that a student from
+random parameters has at the end, and their curves.
+
+Usage:
+  ./local/curves_table.py --dir work/fsdd/slices
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Dict, List, Optional, Tuple
+
+from results_table import HEADS
+from script_utils import UserError, run_script
+
+KINDS = {"none": "without KD", "mix": "with KD"}
+STARTS = {
+    "random": "random parameters",
+    "first": "slices: first channels, even layers",
+    "important": "slices: by importance",
+}
+NAMES = {"ctc_wer": "CTC", "transducer_wer": "transducer"}
+Curve = List[Dict[str, float]]
+Curves = Dict[Tuple[str, str], List[Curve]]
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dir", type=Path, default=Path("work/fsdd/slices"))
+    add("--seeds", type=str, default="1 2 3")
+    add("--starts", type=str, default="random first important")
+    add("--kinds", type=str, default="none mix")
+    return parser.parse_args()
+
+
+def read(args: argparse.Namespace) -> Curves:
+    curves: Curves = {}
+    for kind in args.kinds.split():
+        for start in args.starts.split():
+            for seed in args.seeds.split():
+                path = args.dir / f"seed-{seed}" / f"exp-{start}-{kind}" / "curve.json"
+                if not path.is_file():
+                    raise UserError(f"{path} does not exist, let run_slices.sh finish")
+                curves.setdefault((start, kind), []).append(
+                    json.loads(path.read_text())
+                )
+    return curves
+
+
+def steps_to(curve: Curve, head: str, wer: float) -> Optional[int]:
+    """The first step from which on the WER was ever so low."""
+    return next((int(p["step"]) for p in curve if p[head] <= wer), None)
+
+
+def print_steps(curves: Curves) -> None:
+    print("| KD | start | head | WER % to reach | steps | share of random's |")
+    print("|---|---|---|---|---|---|")
+    for (start, kind), found in curves.items():
+        base = curves.get(("random", kind))
+        for head in HEADS if base else ():
+            goals = [curve[-1][head] for curve in base]
+            steps = [steps_to(c, head, g) for c, g in zip(found, goals)]
+            random = [steps_to(c, head, g) for c, g in zip(base, goals)]
+            shown = ", ".join("-" if s is None else str(s) for s in steps)
+            goal = ", ".join(f"{g:.2f}" for g in goals)
+            ratio = "not reached"
+            if None not in steps:
+                ratio = f"{sum(steps) / sum(random):.2f}"
+            title = f"| {KINDS[kind]} | {STARTS[start]} | {NAMES[head]} |"
+            print(f"{title} {goal} | {shown} | {ratio} |")
+
+
+def print_curves(curves: Curves) -> None:
+    steps = [int(p["step"]) for p in next(iter(curves.values()))[0]]
+    shown = [s for s in steps if s <= 100 or s % 100 == 0]
+    print("\nMean WER %, CTC / transducer, after so many steps:\n")
+    print(f"| KD | start | {' | '.join(map(str, shown))} |")
+    print("|---|---" + "|---" * len(shown) + "|")
+    for (start, kind), found in curves.items():
+        cells = []
+        for step in shown:
+            at = [next(p for p in curve if p["step"] == step) for curve in found]
+            cells.append(" / ".join(f"{mean(p[h] for p in at):.1f}" for h in HEADS))
+        print(f"| {KINDS[kind]} | {STARTS[start]} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    args = get_args()
+    curves = read(args)
+    print_steps(curves)
+    print_curves(curves)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,41 @@
+# What run_ablation.sh and run_slices.sh share; they set work_dir and jobs.
+
+# targets SEED: what the teacher says on the training cuts, in three sets.
+targets() {
+  local base=$work_dir/seed-$1 out=$work_dir/ablation/seed-$1
+  local cuts=digits_cuts_train.jsonl.gz fbank=$work_dir/seed-$1-random/data/fbank
+  local teacher=(--exp-dir "$base/exp/teacher" --epoch 10 --avg 1
+    --bpe-model "$base/data/lang_bpe_54/bpe.model" --num-threads 1)
+  [ ! -f "$out/.targets" ] || return 0
+  mkdir -p "$out"/kd "$out"/kd-path "$out"/kd-nbest
+  icefall-kd dump --recipe ./zipformer "${teacher[@]}" --keep-lattice dense \
+    --keep-hidden out:half "$fbank/$cuts" "$out/kd/$cuts"
+  icefall-kd dump --recipe ./zipformer "${teacher[@]}" --keep-lattice path:dense \
+    "$fbank/$cuts" "$out/kd-path/$cuts"
+  ./local/nbest_cuts.py "${teacher[@]}" "$out/kd/$cuts" "$out/kd-nbest/$cuts"
+  for set in kd kd-path kd-nbest; do
+    cp "$fbank/digits_cuts_dev.jsonl.gz" "$out/$set/"
+  done
+  touch "$out/.targets"
+}
+
+pids=()
+# run DIR FUNCTION ARGS: in the background, when one of the jobs is free; its log in DIR.
+run() {
+  local log
+  log=$1/$(tr ' ' - <<< "${*:2}").log
+  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 2; done
+  echo "${*:2}: log in $log"
+  "${@:2}" > "$log" 2>&1 &
+  pids+=($!)
+  logs=$1
+}
+
+finished() {
+  for pid in ${pids[@]+"${pids[@]}"}; do
+    wait "$pid" || { echo "${0##*/}: error: a run failed, see the last lines of" \
+      "$logs/*.log: mend it and start again, what is done is kept" >&2
+      exit 1; }
+  done
+  pids=()
+}

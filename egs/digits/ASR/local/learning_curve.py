@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""
+Losses and WERs of both heads over the steps of a training: of its start, epoch-1.pt,
+and of each checkpoint-N.pt as it is, without averaging.
+
+Usage:
+  ./local/learning_curve.py --exp-dir exp/student-kd --json curve.json \
+    --bpe-model data/lang_bpe_54/bpe.model --cuts data/fbank/digits_cuts_test.jsonl.gz
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import List, Tuple
+
+import torch
+from script_utils import UserError, run_script
+from teacher_utils import RECIPE
+from tqdm.auto import tqdm
+
+from icefall_kd.cli.student import read_batches
+from icefall_kd.errors import one_sentence
+from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.student.judge import judge
+from icefall_kd.targets.fingerprint import check_vocabulary
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--exp-dir", type=Path, required=True)
+    add("--bpe-model", type=str, required=True)
+    add("--cuts", type=str, required=True)
+    add("--num-cuts", type=int, default=100_000, help="The first so many.")
+    add("--last-step", type=int, default=100_000, help="The last checkpoint to take.")
+    add("--num-threads", type=int, default=1)
+    add("--json", type=Path, required=True, help="The curve goes here.")
+    return parser.parse_args()
+
+
+def points(exp_dir: Path, last: int) -> List[Tuple[int, int, int]]:
+    """Steps, and --epoch or --iter, of what there is."""
+    steps = [int(p.stem.split("-")[1]) for p in exp_dir.glob("checkpoint-*.pt")]
+    if not steps or not (exp_dir / "epoch-1.pt").is_file():
+        raise UserError(
+            f"{exp_dir} holds no epoch-1.pt and checkpoint-*.pt, give the folder of a "
+            "student's training"
+        )
+    return [(0, 1, 0), *((n, 0, n) for n in sorted(steps) if n <= last)]
+
+
+def main() -> None:
+    args = get_args()
+    torch.set_num_threads(args.num_threads)
+    curve, batches = [], []
+    bar = tqdm(points(args.exp_dir, args.last_step), desc=args.exp_dir.name)
+    with one_sentence():
+        for step, epoch, iteration in bar:
+            model, settings = load_recipe_model(
+                RECIPE, args.exp_dir, epoch, iteration, use_averaged_model=False
+            )
+            if not batches:
+                sp = check_vocabulary(args.bpe_model, settings)
+                batches = read_batches(args.cuts, args.num_cuts, settings, sp)
+            found = judge(model, batches, sp, settings.get("blank_id", 0))
+            curve.append({"step": step, **dataclasses.asdict(found)})
+            bar.set_postfix_str(f"step {step}: {found.ctc_wer:.2f} %")
+    args.json.write_text(json.dumps(curve, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

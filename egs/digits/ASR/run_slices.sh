@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Students that start from their teacher's slices beside students that start from random
+# parameters, with KD and without: how many steps each needs for a WER. About 5 minutes
+# a run on one core; it uses the students of run_fsdd.sh, and targets as run_ablation.sh
+# makes them.
+# Usage, when run_fsdd.sh has run: ./run_slices.sh [--work-dir work/fsdd]
+set -eou pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+work_dir=work/fsdd
+seeds="1 2 3"
+starts="random first important"   # parameters; slices: which channels and layers
+kinds="none mix"                  # KD: without, or conf/kd.yaml
+jobs=2
+every=50        # steps between two points of the curve
+help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
+  [--starts '$starts'] [--kinds '$kinds']"
+
+. shared/parse_options.sh
+
+if [ -f ../../../.venv/bin/activate ]; then . ../../../.venv/bin/activate; fi
+export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
+. local/experiments.sh
+out=$work_dir/slices
+
+# one SEED START KIND: build and train a student, and draw its curve.
+one() {
+  local seed=$1 exp=$out/seed-$1/exp-$2-$3 base=$work_dir/seed-$1
+  local random=$work_dir/seed-$1-random settings change flags student
+  local bpe=$base/data/lang_bpe_54/bpe.model fbank=$random/data/fbank
+  [ ! -f "$exp/done" ] || return 0
+  rm -rf "$exp" && mkdir -p "$exp"
+  if [ "$2" = random ]; then
+    cp "$random/exp/student/epoch-1.pt" "$random/exp/student/student_flags" "$exp/"
+  else
+    settings=()
+    for change in encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 \
+      num-encoder-layers=1,1,1 feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64; do
+      settings+=(--set "$change")
+    done
+    [ "$2" = first ] || settings+=(--layers important --channels important)
+    icefall-kd student --recipe ./zipformer --exp-dir "$base/exp/teacher" --epoch 10 \
+      --bpe-model "$bpe" --student-dir "$exp" --seed "$seed" "${settings[@]}" \
+      --cuts "$fbank/digits_cuts_train.jsonl.gz"
+  fi
+  read -r -a student < "$exp/student_flags"
+  flags=()
+  [ "$3" = none ] || flags=(--kd-config conf/kd.yaml)
+  ./zipformer/train.py --exp-dir "$exp" --bpe-model "$bpe" --num-threads 1 \
+    --seed "$seed" --start-epoch 2 --num-epochs 4 --save-every-n "$every" \
+    --manifest-dir "$work_dir/ablation/seed-$seed/kd" "${student[@]}" \
+    ${flags[@]+"${flags[@]}"}
+  ./local/learning_curve.py --exp-dir "$exp" --bpe-model "$bpe" \
+    --cuts "$fbank/digits_cuts_test.jsonl.gz" --json "$exp/curve.json"
+  touch "$exp/done"
+}
+
+mkdir -p "$out"
+for seed in $seeds; do run "$out" targets "$seed"; done
+finished
+for kind in $kinds; do
+  for start in $starts; do
+    for seed in $seeds; do run "$out" one "$seed" "$start" "$kind"; done
+  done
+done
+finished
+./local/curves_table.py --dir "$out" --seeds "$seeds" --starts "$starts" \
+  --kinds "$kinds" | tee "$out/table.md"
