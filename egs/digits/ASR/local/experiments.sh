@@ -19,23 +19,22 @@ targets() {
   touch "$out/.targets"
 }
 
-pids=()
+failed=$(mktemp -u)
 # run DIR FUNCTION ARGS: in the background, when one of the jobs is free; its log in DIR.
 run() {
+  logs=$1
   local log
-  log=$1/$(tr ' ' - <<< "${*:2}").log
+  log=$logs/$(tr ' ' - <<< "${*:2}").log
   while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 2; done
   echo "${*:2}: log in $log"
-  "${@:2}" > "$log" 2>&1 &
-  pids+=($!)
-  logs=$1
+  # No `wait PID`: a long run may see the number of a process a second time.
+  (trap '[ $? -eq 0 ] || touch "$failed"' EXIT; "${@:2}") > "$log" 2>&1 &
 }
 
 finished() {
-  for pid in ${pids[@]+"${pids[@]}"}; do
-    wait "$pid" || { echo "${0##*/}: error: a run failed, see the last lines of" \
-      "$logs/*.log: mend it and start again, what is done is kept" >&2
-      exit 1; }
-  done
-  pids=()
+  wait
+  [ ! -e "$failed" ] || { echo "${0##*/}: error: a run failed, see the last lines of" \
+    "$logs/*.log: mend it and start again, what is done is kept" >&2
+    rm -f "$failed"
+    exit 1; }
 }
