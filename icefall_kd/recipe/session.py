@@ -12,6 +12,8 @@ and in its data module, once the training dataset exists::
 
     train = kd.wrap_dataset(train, cuts_train)
 
+``icefall-kd plug`` puts these lines, and their import, into a copy of a recipe.
+
 With all weights of KD terms at 0 and nothing to freeze, the default, all of them leave
 everything as it is.
 """
