@@ -240,5 +240,49 @@ def student(listed: bool, as_json: bool, vocab_size: int, **options) -> None:
         run(**options)
 
 
+@cli.command()
+@click.argument("recipe_dir")
+@click.argument("new_dir", default="")
+@click.option(
+    "--diff", "as_diff", is_flag=True, help="Print the patch, and write nothing."
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Say of a folder whether it is plugged (exit status 0), stale (3) or foreign "
+    "(4), and why.",
+)
+@click.option(
+    "--undo", "undo_it", is_flag=True, help="Take the lines out of a working copy."
+)
+@click.option(
+    "--leave-out",
+    multiple=True,
+    metavar="FILE",
+    help="A training script that stays as it is; may be given more than once.",
+)
+def plug(**options) -> None:
+    """Make NEW_DIR a working copy of a recipe, with distillation plugged in.
+
+    RECIPE_DIR is the folder of a train.py or finetune.py, such as ./zipformer. It is
+    not written to, nor is what it links to. NEW_DIR, such as ./zipformer_kd, has the
+    same scripts. Train and decode there as ever:
+
+    \b
+      icefall-kd plug ./zipformer ./zipformer_kd
+      ./zipformer_kd/train.py --help
+      icefall-kd plug --check ./zipformer_kd
+      icefall-kd plug --undo ./zipformer_kd
+
+    Plugged by other lines than this version's, or of an original that has changed
+    since, a folder is stale: --undo it, and plug it again. What was changed in it by
+    hand is kept.
+    """
+    from icefall_kd.cli.plug import plug as run
+
+    with one_sentence():
+        run(**options)
+
+
 def main() -> None:
     cli(prog_name="icefall-kd")
