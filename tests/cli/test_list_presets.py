@@ -76,8 +76,7 @@ def test_an_empty_vocabulary_is_refused(printed, size):
 
 def test_the_list_needs_no_torch(run_python):
     done = run_python(
-        "from icefall_kd.cli.presets import list_presets\n"
-        "list_presets(False)",
+        "from icefall_kd.cli.presets import list_presets\n" "list_presets(False)",
         block=["torch", "numpy", "k2", "zipformer"],
     )
     assert done.stderr == "" and done.stdout.startswith("preset ")
