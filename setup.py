@@ -39,6 +39,7 @@ setup(
         + [
             "multi_quantization",
             "pytest>=7",
+            "pytest-xdist>=3",
             "hypothesis>=6",
             "black==25.1.0",
             "isort==5.13.2",

@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash tools/make_env.sh --prefix .venv-test --dev
-exec .venv-test/bin/python -m pytest "$@"
+# A file's tests share what they make, so a file stays with one of the two processes.
+exec .venv-test/bin/python -m pytest -n 2 --dist loadfile "$@"
