@@ -78,7 +78,13 @@ lhotse==1.27.0
 END
 printf '[install]\nconstraint = %s\n' "$constraints" >"$prefix/pip.conf"
 
+# k2's wheels bear the Python that they are for in a tag that pip doesn't compare, so it
+# takes one of them at random: the hash is that of the one for Python 3.10.
+cat >"$prefix/k2.txt" <<'END'
+k2==1.23.4 --hash=sha256:1404589732fdb7f6f5bf62297a20dd73318b7b4f2e10dd52dc3d5b6669688a4c
+END
 step "installing k2, torch, torchaudio and lhotse (about 50 s)"
+pip_install "k2 1.23.4 for Python 3.10" --no-deps -r "$prefix/k2.txt"
 pip_install "k2 1.23.4 with torch 1.13.1" -c "$constraints" \
   k2==1.23.4 'numpy<2' torchaudio==0.13.1 lhotse==1.27.0 sentencepiece urllib3
 
