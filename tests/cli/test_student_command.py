@@ -431,12 +431,13 @@ def test_a_start_that_there_is_not_is_refused(invoke, student_words, folder):
 
 
 def test_an_older_zipformer_is_refused(
-    refused, student_words, another_exp, monkeypatch, recipe
+    refused, student_words, teacher_exp, tmp_path, monkeypatch, recipe
 ):
     """A recipe whose encoder has other layers than icefall's zipformer."""
-    exp, _ = another_exp(seed=6)
+    exp = tmp_path / "older"
+    exp.mkdir()
     path = exp / "epoch-2.pt"
-    checkpoint = torch.load(path, weights_only=False)
+    checkpoint = torch.load(teacher_exp.folder / path.name, weights_only=False)
     state = checkpoint["model"]
     checkpoint["model"] = {k: v for k, v in state.items() if "nonlin" not in k}
     torch.save(checkpoint, path)
