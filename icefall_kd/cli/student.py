@@ -15,7 +15,7 @@ from icefall_kd.cli.account import account
 from icefall_kd.cli.cuts import checked, labels_of, name_unreadable
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
-from icefall_kd.recipe.loader import import_train, load_recipe_model
+from icefall_kd.recipe.loader import import_train, load_recipe_model, need_functions
 from icefall_kd.student.build import build_student, check_settings, check_slices
 from icefall_kd.student.importance import Batch, keep_important, num_passes
 from icefall_kd.student.judge import Judgement, judge
@@ -60,12 +60,7 @@ def parse_changes(changes: Tuple[str, ...], settings: Dict[str, Any]) -> Dict[st
 
 def model_names(train) -> Dict[str, Any]:
     """The recipe's model options with the defaults of its own parser."""
-    for name in ("add_model_arguments", "get_parser"):
-        if not callable(getattr(train, name, None)):
-            raise KDError(
-                f"{train.__file__} has no function {name}, which icefall's Zipformer "
-                "recipes have: give --recipe such a recipe's folder"
-            )
+    need_functions(train, "add_model_arguments", "get_parser")
     parser = argparse.ArgumentParser()
     train.add_model_arguments(parser)
     defaults = vars(train.get_parser().parse_args([]))

@@ -57,13 +57,18 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
             f"{str(e).splitlines()[0] if str(e) else 'no message'}; run the recipe's "
             "own train.py --help until it works"
         ) from None
-    for name in ("get_params", "get_model"):
+    need_functions(train, "get_params", "get_model")
+    return train
+
+
+def need_functions(train: ModuleType, *names: str) -> None:
+    """Refuse a recipe whose ``train`` module lacks one of these."""
+    for name in names:
         if not callable(getattr(train, name, None)):
             raise KDError(
-                f"{folder}/train.py has no function {name}, which icefall's Zipformer "
+                f"{train.__file__} has no function {name}, which icefall's Zipformer "
                 "recipes have: give --recipe such a recipe's folder"
             )
-    return train
 
 
 @contextmanager

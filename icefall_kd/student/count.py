@@ -18,7 +18,7 @@ _HIDDEN = 3 * _CHANNELS[-1]
 _CONVNEXT_KERNEL = 7 * 7
 
 
-class _Stack(NamedTuple):
+class Stack(NamedTuple):
     downsample: int
     layers: int
     dim: int
@@ -44,7 +44,8 @@ class _Stack(NamedTuple):
         return self.heads * (2 * self.query + self.pos)
 
 
-def _stacks(settings: Dict[str, Any]) -> List[_Stack]:
+def stacks_of(settings: Dict[str, Any]) -> List[Stack]:
+    """The sizes of each stack's layers, by Zipformer's width rule."""
     names = (
         "downsampling_factor",
         "num_encoder_layers",
@@ -56,7 +57,7 @@ def _stacks(settings: Dict[str, Any]) -> List[_Stack]:
         "feedforward_dim",
         "cnn_module_kernel",
     )
-    return [_Stack(*row) for row in zip(*(per_stack(settings, n) for n in names))]
+    return [Stack(*row) for row in zip(*(per_stack(settings, n) for n in names))]
 
 
 def _number(settings: Dict[str, Any], name: str) -> int:
@@ -103,7 +104,7 @@ def _embed_parameters(settings: Dict[str, Any], dim: int) -> int:
     return convs + convnext + out + dim + 1  # BiasNorm: a bias and a scale
 
 
-def _layer_parameters(s: _Stack, pos_dim: int, causal: bool) -> int:
+def _layer_parameters(s: Stack, pos_dim: int, causal: bool) -> int:
     d, values = s.dim, s.heads * s.value
     attention = _linear(d, s.query_key_pos) + pos_dim * s.heads * s.pos
     attention += 2 * (_linear(d, values) + _linear(values, d))
@@ -117,7 +118,7 @@ def _layer_parameters(s: _Stack, pos_dim: int, causal: bool) -> int:
     return attention + feedforward + nonlin + conv + scales
 
 
-def _encoder_parameters(settings: Dict[str, Any], stacks: List[_Stack]) -> int:
+def _encoder_parameters(settings: Dict[str, Any], stacks: List[Stack]) -> int:
     pos_dim, causal = _number(settings, "pos_dim"), bool(settings.get("causal"))
     total = 2  # the weights of the last downsampling
     for s in stacks:
@@ -158,7 +159,7 @@ def count_parameters(settings: Dict[str, Any]) -> Dict[str, int]:
       KDError: a setting that is missing or no number, adapters, or LoRA.
     """
     _refuse_variants(settings)
-    stacks = _stacks(settings)
+    stacks = stacks_of(settings)
     vocab = _number(settings, "vocab_size")
     widest = max(s.dim for s in stacks)
     parts = {
@@ -197,7 +198,7 @@ def _embed_products(settings: Dict[str, Any], frames: int, dim: int) -> int:
     return total + points * last * dim
 
 
-def _layer_products(s: _Stack, n: int, pos_dim: int, causal: bool) -> int:
+def _layer_products(s: Stack, n: int, pos_dim: int, causal: bool) -> int:
     """Multiply-adds of a layer over ``n`` frames."""
     d, values, offsets = s.dim, s.heads * s.value, 2 * n - 1
     attention = n * d * s.query_key_pos + n * n * s.heads * s.query
@@ -211,7 +212,7 @@ def _layer_products(s: _Stack, n: int, pos_dim: int, causal: bool) -> int:
 
 
 def _encoder_products(
-    settings: Dict[str, Any], stacks: List[_Stack], frames: int
+    settings: Dict[str, Any], stacks: List[Stack], frames: int
 ) -> int:
     """``frames`` are those that encoder_embed leaves, at 50 Hz."""
     pos_dim, causal = _number(settings, "pos_dim"), bool(settings.get("causal"))
@@ -270,7 +271,7 @@ def count_multiply_adds(
             f"an utterance of {seconds} s is too short for Zipformer: give 0.09 s or "
             "more"
         )
-    stacks = _stacks(settings)
+    stacks = stacks_of(settings)
     vocab = _number(settings, "vocab_size")
     widest = max(s.dim for s in stacks)
     t50 = (frames - 7) // 2

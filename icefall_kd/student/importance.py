@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from icefall_kd.hook import TeacherHook
+from icefall_kd.student.count import stacks_of
 from icefall_kd.student.keep import HEADS, Kept, keep_first
 from icefall_kd.student.presets import per_stack
 
@@ -91,8 +92,8 @@ def _keep_layers(
             left = list(range(len(stack)))
             while len(left) > keep:
                 damage = {}
+                gone = [m for k, (_, m) in enumerate(stack) if k not in left]
                 for j in left:
-                    gone = [m for k, (_, m) in enumerate(stack) if k not in left]
                     with _bypassed([*gone, stack[j][1]]):
                         pairs = zip(whole, outputs())
                         damage[j] = sum(float(((a - b) ** 2).sum()) for a, b in pairs)
@@ -243,18 +244,15 @@ def _keep_units(
 ) -> Dict[str, List[int]]:
     """Of each module the hidden units, of each layer the heads that are kept."""
     kept: Dict[str, List[int]] = {}
-    for i, layers in enumerate(encoder_layers(model)):
-        forward = per_stack(student, "feedforward_dim")[i]
-        width = per_stack(student, "encoder_dim")[i]
-        sizes = (forward * 3 // 4, forward, forward * 5 // 4, width, width)
-        heads = per_stack(teacher, "num_heads")[i]
+    sizes = zip(stacks_of(teacher), stacks_of(student))
+    for layers, (old, new) in zip(encoder_layers(model), sizes):
         for name, _ in layers:
-            for part, n in zip(_MODULES, (*sizes, 3 * width // 4)):
+            for part, n in zip(_MODULES, (*new.hidden, new.dim, new.dim, new.nonlin)):
                 kept[f"{name}.{part}"] = _best(shares.of(f"{name}.{part}.out_proj"), n)
             values = [shares.of(f"{name}.{part}.out_proj") for part in _ATTENTIONS]
-            share = sum(v.view(heads, -1).sum(1) for v in values)
+            share = sum(v.view(old.heads, -1).sum(1) for v in values)
             share[0] = float("inf")  # whose weights the nonlinear attention takes too
-            kept[name + HEADS] = _best(share, per_stack(student, "num_heads")[i])
+            kept[name + HEADS] = _best(share, new.heads)
     joined = shares.of("joiner.output_linear")
     if joined is not None:
         kept["joiner"] = _best(joined, int(student["joiner_dim"]))
