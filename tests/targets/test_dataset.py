@@ -386,9 +386,6 @@ def chain(data, cut, clock, others, noise):
         clock.duration += SOURCES[name]
         return cut.append(other)
     if kind == "volume":
-        tracks = cut.tracks if isinstance(cut, MixedCut) else [cut]
-        if all(isinstance(getattr(t, "cut", t), PaddingCut) for t in tracks):
-            return cut  # lhotse 1.27 raises an IndexError where only padding is left
         return cut.perturb_volume(0.5)
     return cut.resample(data.draw(st.sampled_from([8000, 16000, 48000])))
 
@@ -430,6 +427,11 @@ def sources(request, tmp_path_factory, make_fingerprint, encoder_frames):
     return cuts, rows
 
 
+def is_padding(cut):
+    tracks = cut.tracks if isinstance(cut, MixedCut) else [cut]
+    return all(isinstance(getattr(t, "cut", t), PaddingCut) for t in tracks)
+
+
 def dense_rows(ctc):
     if ctc is None:  # nobody speaks
         return None
@@ -449,6 +451,8 @@ def test_a_chain_of_operations_moves_targets_as_it_moves_time(sources, data):
     for _ in range(data.draw(st.integers(1, 5))):
         cut = chain(data, cut, clock, cuts, noise)
         assert cut.duration == pytest.approx(clock.duration / 1000, abs=1e-6)
+        if is_padding(cut):
+            break  # many of lhotse 1.27's operations raise an IndexError on it
     expected, n = clock.targets(rows)
     found = collate_targets([cut], missing="hard")
     sparse = isinstance(found.ctc, SparseDistribution)
