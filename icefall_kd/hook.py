@@ -36,13 +36,14 @@ def ctc_linear(model: nn.Module) -> nn.Linear:
 
 # Plain functions: copy.deepcopy shares them, where it would copy a bound method
 # together with its owner. So they run in a copy of the model too, and ignore it.
-def _tap_encoder(store: Dict[str, Any], owner: nn.Module) -> Callable:
+def _tap_encoder(store: Dict[str, Any], owner: nn.Module, embeds: bool) -> Callable:
     def hook(module, args, output):
         if module is not owner:
             return
-        store["encoder_out"] = output[0].permute(1, 0, 2)
+        # An older encoder has its front end inside, and puts utterances first.
+        store["encoder_out"] = output[0] if embeds else output[0].permute(1, 0, 2)
         store["encoder_out_lens"] = output[1]
-        store["hidden_lens"] = args[1] if len(args) > 1 else None
+        store["hidden_lens"] = args[1] if len(args) > 1 and not embeds else None
         store.pop("ctc_logits", None)
 
     return hook
@@ -124,7 +125,8 @@ def _alone(model: nn.Module, lens: torch.Tensor) -> Iterator[None]:
         index = torch.minimum(frames, lens.to(x.device).unsqueeze(0) - 1)
         return (x.gather(0, index.unsqueeze(-1).expand_as(x)), *args[1:])
 
-    taps = [(getattr(model.encoder_embed, "convnext", None), zeros)]
+    front = getattr(model, "encoder_embed", None)
+    taps = [(getattr(front, "convnext", None), zeros)]
     taps.append((getattr(model.encoder, "downsample_output", None), copies))
     for stack in getattr(model.encoder, "encoders", []):
         taps.append((getattr(stack, "downsample", None), copies))
@@ -156,6 +158,9 @@ class TeacherHook:
     ``Sequential(Dropout, Linear, LogSoftmax)`` in icefall), so the logits are those
     before LogSoftmax.
 
+    The older Zipformer of icefall's ``zipformer_ctc``, whose ``encoder`` takes features
+    itself, is tapped likewise, but for its stacks.
+
     Two ways to use it::
 
         with TeacherHook(model) as hook:      # a teacher, asked by hand
@@ -186,15 +191,15 @@ class TeacherHook:
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        for name in ("encoder_embed", "encoder"):
-            if not isinstance(getattr(model, name, None), nn.Module):
-                raise KDError(
-                    f"the model {type(model).__name__} has no submodule {name!r}: "
-                    "TeacherHook needs an icefall Zipformer model"
-                )
+        if not isinstance(getattr(model, "encoder", None), nn.Module):
+            raise KDError(
+                f"the model {type(model).__name__} has no submodule 'encoder': "
+                "TeacherHook needs an icefall Zipformer model"
+            )
         self.model = model
+        self.embeds = getattr(model, "encoder_embed", None) is None
         self._store: Dict[str, Any] = {}
-        taps = [(model.encoder, _tap_encoder(self._store, model.encoder))]
+        taps = [(model.encoder, _tap_encoder(self._store, model.encoder, self.embeds))]
         if ctc:
             head = ctc_linear(model)
             taps.append((head, _tap_ctc(self._store, head)))
@@ -206,6 +211,12 @@ class TeacherHook:
         for i in hidden:
             if i == OUT:
                 continue
+            if self.embeds:
+                raise KDError(
+                    f"the hidden layer is stack {i}, and {type(model).__name__} has an "
+                    "older Zipformer, whose stacks are not tapped: give out, the "
+                    "encoder's output"
+                )
             if not 0 <= i < len(stacks):
                 raise KDError(
                     f"the hidden layer is stack {i}, and the encoder has "
@@ -265,12 +276,15 @@ class TeacherHook:
         with as_found(model):
             model.eval()
             with _alone(model, (x_lens - 7) // 2):
-                x, x_lens = model.encoder_embed(x, x_lens)
-                frames = torch.arange(x.size(1), device=x.device)
-                mask = frames.unsqueeze(0) >= x_lens.unsqueeze(1)
-                out, _ = model.encoder(x.permute(1, 0, 2), x_lens, mask)
+                if self.embeds:
+                    model.encoder(x, x_lens)
+                else:
+                    x, x_lens = model.encoder_embed(x, x_lens)
+                    frames = torch.arange(x.size(1), device=x.device)
+                    mask = frames.unsqueeze(0) >= x_lens.unsqueeze(1)
+                    model.encoder(x.permute(1, 0, 2), x_lens, mask)
             if self.ctc:
-                ctc_linear(model)(out.permute(1, 0, 2))
+                ctc_linear(model)(self._store["encoder_out"])
         return self.take()
 
     @torch.no_grad()

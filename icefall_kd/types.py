@@ -35,6 +35,14 @@ def sparse(rows: Optional[Distribution]) -> bool:
     return isinstance(rows, SparseDistribution)
 
 
+def repeat(rows: Distribution, copies: int) -> Distribution:
+    """The rows so many times, one copy behind the other, as ``torch.cat`` has it."""
+    if isinstance(rows, SparseDistribution):
+        fields = (rows.indices, rows.log_probs, rows.log_tail)
+        return SparseDistribution(*(torch.cat([x] * copies) for x in fields))
+    return torch.cat([rows] * copies)
+
+
 def select(rows: Distribution, index: Any) -> Distribution:
     """``rows[index]``, for a tensor and for a sparse distribution."""
     if isinstance(rows, SparseDistribution):
@@ -116,6 +124,13 @@ class Nodes:
     def to(self, device: torch.device) -> "Nodes":
         return Nodes(**{k: v.to(device) for k, v in vars(self).items()})
 
+    def repeat(self, copies: int, rows: int) -> "Nodes":
+        """Those of a batch of ``rows`` that stands there so many times."""
+        found = {k: repeat(v, copies) for k, v in vars(self).items()}
+        copy = torch.arange(copies, device=self.row.device)
+        found["row"] = found["row"] + rows * copy.repeat_interleave(len(self))
+        return Nodes(**found)
+
     def select(self, index: torch.Tensor) -> "Nodes":
         return Nodes(**{k: select(v, index) for k, v in vars(self).items()})
 
@@ -150,6 +165,19 @@ class Targets:
             self.mask = frames < self.lens.unsqueeze(1)
         if self.whole is None:
             self.whole = torch.ones_like(self.lens, dtype=torch.bool)
+
+    def repeat(self, copies: int) -> "Targets":
+        """Of a batch that stands there so many times, one copy behind the other."""
+        if copies == 1:
+            return self
+        return Targets(
+            None if self.ctc is None else repeat(self.ctc, copies),
+            *(repeat(x, copies) for x in (self.lens, self.mask, self.whole)),
+            self.lattices and self.lattices * copies,
+            self.nodes and self.nodes.repeat(copies, len(self.lens)),
+            {layer: repeat(x, copies) for layer, x in self.hidden.items()},
+            self.nbest and self.nbest * copies,
+        )
 
     def to(self, device: torch.device) -> "Targets":
         tensors = (self.ctc, self.lens, self.mask, self.whole)

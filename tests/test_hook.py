@@ -593,7 +593,7 @@ def test_a_model_without_ctc_head_is_refused(make_model):
 
 
 def test_another_model_is_refused():
-    with pytest.raises(KDError, match="Linear has no submodule 'encoder_embed'"):
+    with pytest.raises(KDError, match="Linear has no submodule 'encoder'"):
         TeacherHook(torch.nn.Linear(2, 2))
 
 
@@ -672,3 +672,53 @@ def test_the_decoders_output_is_that_of_the_models_own_pass(make_model, features
     assert out.symbols.tolist() == [[0, 3, 4, 3], [0, 5, 6, 0], [0, 7, 0, 0]]
     assert torch.equal(out.decoder_out, model.decoder(out.symbols))
     assert out.decoder_out.requires_grad
+
+
+# The older Zipformer, whose encoder has its front end inside
+
+
+class OldEncoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.front = torch.nn.Linear(80, 6)
+
+    def forward(self, x, x_lens):
+        lens = ((x_lens - 7) // 2 + 1) // 2
+        return self.front(x)[:, 5 : 5 + 4 * int(lens.max()) : 4], lens
+
+
+class OldModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = OldEncoder()
+        self.ctc_output = torch.nn.Sequential(
+            torch.nn.Dropout(0.1), torch.nn.Linear(6, 11), torch.nn.LogSoftmax(-1)
+        )
+
+    def forward(self, x, x_lens):
+        out, lens = self.encoder(x, x_lens)
+        return self.ctc_output(out), lens
+
+
+def test_an_older_model_is_tapped_in_training_and_asked_as_a_teacher():
+    torch.manual_seed(2)
+    model = OldModel().eval()
+    x, lens = torch.randn(2, 47, 80), torch.tensor([47, 33])
+    hook = TeacherHook(model)
+    log_probs, out_lens = model(x, lens)
+    taken = hook.take()
+    torch.testing.assert_close(taken.ctc_logits.log_softmax(-1), log_probs)
+    assert taken.ctc_logits.requires_grad and torch.equal(
+        taken.encoder_out_lens, out_lens
+    )
+    assert taken.encoder_out.shape == (2, 10, 6) and taken.hidden_lens is None
+    model.train()
+    asked = hook.encode(x, lens)
+    assert torch.equal(asked.ctc_logits, taken.ctc_logits) and model.training
+    assert not asked.ctc_logits.requires_grad
+
+
+def test_stacks_of_an_older_model_are_refused():
+    with pytest.raises(KDError, match="stack 1.*older Zipformer.*give out"):
+        TeacherHook(OldModel(), hidden=[1])
+    TeacherHook(OldModel(), hidden=["out"]).close()

@@ -31,7 +31,14 @@ def teacher_options(command, required=True):
         click.argument(
             "flags", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL FLAGS]..."
         ),
-        click.option("--bpe-model", default="", help="The teacher's bpe.model."),
+        click.option(
+            "--bpe-model",
+            "--lang-dir",
+            "bpe_model",
+            default="",
+            help="The teacher's bpe.model, or the folder of its tokens.txt where its "
+            "symbols are characters.",
+        ),
         click.option(
             "--use-averaged-model",
             type=bool,
@@ -279,6 +286,63 @@ def plug(**options) -> None:
     hand is kept.
     """
     from icefall_kd.cli.plug import plug as run
+
+    with one_sentence():
+        run(**options)
+
+
+@cli.command()
+@click.argument("out_dir")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    required=True,
+    metavar="NAME=EXP_DIR",
+    help="A model's name and its experiment folder; once for each model.",
+)
+@click.option(
+    "--teacher", default="", help="The teacher's name; default: the first model."
+)
+@click.option(
+    "--baseline",
+    default="",
+    help="The student that the others are compared with; default: the second model.",
+)
+@click.option(
+    "--manifest-dir",
+    default="",
+    help="Folder of the test sets' manifests, such as data/fbank: for the RTF.",
+)
+@click.option(
+    "--targets",
+    multiple=True,
+    metavar="MANIFEST",
+    help="A manifest that `icefall-kd dump` wrote; may be given more than once.",
+)
+@click.option(
+    "--unit",
+    type=click.Choice(["WER", "CER"]),
+    default="WER",
+    help="What the recipe's WER is: CER where it scores characters, as in Chinese.",
+)
+@click.option("--lang", type=click.Choice(["en", "zh"]), default="en")
+@click.option("--title", default="", help="Default: what is compared.")
+def report(**options) -> None:
+    """Compare teacher and students in OUT_DIR/report.md and OUT_DIR/report.html.
+
+    Error rates, parameters, RTF, bytes of targets, losses and weights, from the logs
+    and results that train.py and decode.py left in the experiment folders:
+
+    \b
+      icefall-kd report --model teacher=zipformer/exp \\
+        --model "no KD=zipformer_kd/exp/student" \\
+        --model "KD=zipformer_kd/exp/student-kd" \\
+        --manifest-dir data/fbank report
+
+    The Markdown is for icefall's RESULTS.md, the HTML has the curves too.
+    """
+    from icefall_kd.cli.report import report as run
 
     with one_sentence():
         run(**options)

@@ -15,7 +15,12 @@ from icefall_kd.cli.account import account
 from icefall_kd.cli.cuts import checked, labels_of, name_unreadable
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
-from icefall_kd.recipe.loader import import_train, load_recipe_model, need_functions
+from icefall_kd.recipe.loader import (
+    import_train,
+    load_recipe_model,
+    model_maker,
+    need_functions,
+)
 from icefall_kd.student.build import build_student, check_settings, check_slices
 from icefall_kd.student.importance import Batch, keep_important, num_passes
 from icefall_kd.student.judge import Judgement, judge
@@ -214,7 +219,7 @@ def student(
         kept = _choose(teacher, params, wanted, batches, layers, channels)
     torch.manual_seed(seed)
     model, student_params = build_student(
-        teacher, params, new, train.get_model, init, kept
+        teacher, params, new, model_maker(train), init, kept
     )
     student_params["average_period"] = settings.get("average_period", 200)
     judged = []

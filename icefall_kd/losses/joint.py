@@ -191,7 +191,9 @@ class JointKDLoss:
         Args:
           hard_loss: Scalar, the recipe's loss.
           student: What the student's forward pass gave.
-          targets: What the teacher said on the same batch.
+          targets: What the teacher said on the same batch. Where the student has its
+            rows twice, as CR-CTC (Yao et al., arXiv:2410.05101) has them, each copy
+            gets them, and the terms are means over the copies, as the recipe's are.
           model: The student, for the terms of its transducer.
           blank_id: The student's.
           epoch: How many epochs are done, a fraction among them.
@@ -208,6 +210,8 @@ class JointKDLoss:
         weights = self.weights(epoch)
         loss = (weights["hard"] if transcribed else 0.0) * hard_loss
         info: Dict[str, float] = {}
+        copies = _copies(student, targets)
+        targets = targets.repeat(copies)
         _check_frames(student, targets)
         targets = targets.to(student.encoder_out.device)
         if self.hidden is not None:  # in every process, whatever its batch has
@@ -217,6 +221,7 @@ class JointKDLoss:
         for name in self.terms:
             term: Callable[[], Term] = getattr(batch, name)
             value, frames = term() if name in on else (loss.new_zeros(()), 0.0)
+            value, frames = value / copies, frames / copies
             loss = loss + weights[name] * value
             info[f"kd_{name}_loss"] = _number(value, f"kd_{name}_loss")
             info["kd_frames" if name == "ctc" else f"kd_{name}_frames"] = frames
@@ -368,6 +373,16 @@ def _number(value: torch.Tensor, name: str) -> float:
             "--base-lr, or train without --use-fp16 to find where it begins"
         )
     return found
+
+
+def _copies(student: EncoderOut, targets: Targets) -> int:
+    rows, said = len(student.encoder_out_lens), len(targets.lens)
+    if rows not in (said, 2 * said):
+        raise KDError(
+            f"the student has {rows} rows and the teacher's targets {said}: give "
+            "targets of the batch that the student heard"
+        )
+    return 2 if said and rows == 2 * said else 1
 
 
 def _check_frames(student: EncoderOut, targets: Targets) -> None:

@@ -140,6 +140,13 @@ OPTIONS = (
         "frames that have targets.",
     ),
     (
+        "time-warp",
+        str,
+        "off",
+        "What becomes of SpecAugment's time warp, which moves frames away from stored "
+        "targets: off, or follow: CTC and hidden targets are moved alike.",
+    ),
+    (
         "teacher-exp-dir",
         str,
         "",

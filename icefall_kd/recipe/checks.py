@@ -39,24 +39,6 @@ def leave_out_heads(joint, model) -> None:
         )
 
 
-def refuse_time_warp(params: Dict[str, Any], stored: bool) -> None:
-    """Refuse an augmentation that moves frames away from the teacher's."""
-    warp = int(params.get("spec_aug_time_warp_factor", 0) or 0)
-    on = params.get("enable_spec_aug", False) or params.get("use_cr_ctc", False)
-    if stored and on and warp >= 1:
-        raise KDError(
-            f"SpecAugment's time warp (--spec-aug-time-warp-factor {warp}) moves "
-            "frames away from the teacher's stored targets: add "
-            "--spec-aug-time-warp-factor 0"
-        )
-    if params.get("use_cr_ctc", False):
-        raise KDError(
-            "--use-cr-ctc 1 doubles each batch, and the teacher's targets are of the "
-            "batch as it is: add --use-cr-ctc 0, or switch KD off with "
-            "--kd-ctc-weight 0"
-        )
-
-
 def check_online(params: Dict[str, Any], joint, asked: bool) -> None:
     """Refuse options of an online teacher that don't fit.
 

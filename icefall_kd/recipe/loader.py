@@ -8,7 +8,7 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PosixPath
 from types import ModuleType
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from icefall_kd.errors import KDError
 from icefall_kd.targets.fingerprint import STREAMING, load_bpe_model
 
 BLANK = "<blk>"
+# The first is of most recipes, the last of those with a CTC head alone.
+_MAKERS = ("get_model", "get_transducer_model", "get_ctc_model")
 # What a checkpoint holds beside the recipe's params.
 _STATE = (
     "model",
@@ -57,8 +59,20 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
             f"{str(e).splitlines()[0] if str(e) else 'no message'}; run the recipe's "
             "own train.py --help until it works"
         ) from None
-    need_functions(train, "get_params", "get_model")
+    need_functions(train, "get_params")
+    model_maker(train)
     return train
+
+
+def model_maker(train: ModuleType) -> Callable[[Dict[str, Any]], nn.Module]:
+    """The recipe's function that makes its model of its params, by any of its names."""
+    for name in _MAKERS:
+        if callable(getattr(train, name, None)):
+            return getattr(train, name)
+    raise KDError(
+        f"{train.__file__} has no function {_MAKERS[0]}, which icefall's Zipformer "
+        "recipes have: give --recipe such a recipe's folder"
+    )
 
 
 def need_functions(train: ModuleType, *names: str) -> None:
@@ -229,7 +243,9 @@ def settings_of(
     """
     settings = {k: v for k, v in checkpoint.items() if k not in _STATE}
     given = given_flags(train, flags)
-    if "encoder_dim" in settings and "vocab_size" in settings:
+    known = "encoder_dim" in settings or "encoder_dims" in settings  # of older ones
+    if known and "vocab_size" in settings:
+        settings.setdefault("blank_id", 0)  # k2's, where a recipe has CTC alone
         for name, value in given.items():
             same = name not in settings or settings[name] == value
             if not same and name not in STREAMING:
@@ -335,11 +351,12 @@ def _averages(checkpoint: Dict[str, Any]) -> int:
 
 
 def _model_of(train: ModuleType, params: Dict[str, Any], path: Path) -> nn.Module:
+    make = model_maker(train)
     try:
-        return train.get_model(params)
+        return make(params)
     except Exception as e:  # whatever the recipe's code raises
         raise KDError(
-            f"get_model of {train.__file__} can't build the model of {path}: "
+            f"{make.__name__} of {train.__file__} can't build the model of {path}: "
             f"{type(e).__name__}: {' '.join(str(e).split())}; give the recipe that it "
             "was trained with"
         ) from None

@@ -80,7 +80,8 @@ class TeacherRanges:
         if targets is None or not targets.lattices or not torch.is_grad_enabled():
             return ranges
         width, last = ranges.size(2), px_grad.size(1)
-        for i, lattice in enumerate(targets.lattices):
+        copies = len(boundary) // len(targets.lattices)  # two of CR-CTC
+        for i, lattice in enumerate(targets.lattices * copies):
             if lattice is None:
                 continue
             t, u = int(boundary[i, 3]), int(boundary[i, 2])

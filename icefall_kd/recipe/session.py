@@ -26,6 +26,7 @@ from typing import Any, Dict, List, Optional
 from icefall_kd.errors import KDError, install_excepthook
 from icefall_kd.recipe import checks
 from icefall_kd.recipe.arguments import WEIGHTS, add_options
+from icefall_kd.recipe.time_warp import TimeWarp
 
 _session: Optional["Session"] = None
 _freezing = None  # a Freezing, where parts of the student are frozen
@@ -76,8 +77,8 @@ class Session:
         model = getattr(model, "module", model)
         checks.leave_out_heads(self.joint, model)
         self.vocab_size = params["vocab_size"]
-        self.blank_id = params["blank_id"]
-        self.bpe_model = params.get("bpe_model")
+        self.blank_id = params.get("blank_id", 0)  # k2's, where there is CTC alone
+        self.bpe_model = _tokens_of(params)
         self.missing = params["kd_missing"]
         self.cache_dir = params["kd_cache_dir"]
         asked = bool(params["kd_teacher_exp_dir"])
@@ -85,7 +86,7 @@ class Session:
         if params["kd_teacher_ranges"]:
             checks.check_ranges(self.joint, asked)
         stored = self.joint.needs_targets and (not asked or bool(self.cache_dir))
-        checks.refuse_time_warp(params, stored)
+        self.time_warp = TimeWarp(params, self.joint, stored, bool(self.cache_dir))
         hidden = self.joint.hidden
         self.teacher, self.teacher_name = None, ""
         if self.joint.needs_targets:
@@ -114,14 +115,13 @@ class Session:
             self.progress.keep(hidden)
 
     def _pieces(self) -> Optional[List[str]]:
-        from icefall_kd.targets.fingerprint import load_bpe_model, pieces
+        from icefall_kd.targets.fingerprint import pieces
 
-        if self.bpe_model and Path(self.bpe_model).is_file():
-            return pieces(load_bpe_model(self.bpe_model))
-        return None
+        return pieces(self._bpe()) if self.bpe_model else None
 
     def wrap(self, dataset, cuts):
         """The training dataset, with what distillation needs of each batch."""
+        dataset = self.time_warp.apply(dataset)
         dataset = self._with_targets(dataset, cuts)
         if self.ranges is None:
             return dataset
@@ -136,7 +136,8 @@ class Session:
 
         read = _Counted(cuts)
         if self.teacher is None and self.joint.needs_targets:
-            dataset = KDDataset(dataset, **self.read_store(read))
+            how = self.read_store(read)
+            dataset = KDDataset(dataset, **how, time_warp=self.time_warp.followed)
         else:
             dataset.return_cuts = True
             if self.teacher is None or self.joint.moves:
@@ -145,7 +146,7 @@ class Session:
         if read.total and not read.untranscribed:
             return dataset
         text = ""
-        if read.untranscribed or Path(self.bpe_model or "").is_file():
+        if read.untranscribed or self.bpe_model:
             text = stand_in(self._bpe(), self.blank_id)
         return StandInTranscripts(dataset, text)
 
@@ -184,7 +185,7 @@ class Session:
             how["frame_shift"] = shift
         return how
 
-    def ask(self, batch, device):
+    def ask(self, batch, student, device):
         """What the online teacher says on a batch."""
         supervisions = batch["supervisions"]
         self.teacher.to(device)
@@ -193,7 +194,9 @@ class Session:
             lens = supervisions["num_frames"].to(device)
             y = None
             if self.joint.needs_lattice and batch.get("kd_transcribed", True):
-                y = self._labels(supervisions["text"])
+                # The recipe's own labels, whatever it makes them with.
+                rows = student.symbols[: len(x), 1:].tolist()
+                y = [[s for s in row if s != self.blank_id] for row in rows]
             return self.teacher.targets(
                 x,
                 lens,
@@ -215,7 +218,8 @@ class Session:
         from icefall_kd.targets.fingerprint import load_bpe_model
 
         if self.bpe is None:
-            self.bpe = load_bpe_model(self.bpe_model or "--bpe-model")
+            name = self.settings.get("bpe_model") or self.settings.get("lang_dir")
+            self.bpe = load_bpe_model(self.bpe_model or name or "--bpe-model")
         return self.bpe
 
     def _labels(self, texts: List[str]) -> List[List[int]]:
@@ -274,6 +278,17 @@ class Session:
         if self.untranscribed:
             info["kd_hard_frames"] = frames if transcribed else 0.0
         return loss
+
+
+def _tokens_of(params: Dict[str, Any]) -> str:
+    """The recipe's ``bpe.model``, or its folder of tokens; "" where there is none."""
+    path = Path(params.get("bpe_model") or "")
+    if path.is_file():
+        return str(path)
+    folder = Path(params.get("lang_dir") or "")
+    files = (folder / "bpe.model", folder / "tokens.txt")
+    there = bool(params.get("lang_dir")) and any(f.is_file() for f in files)
+    return str(folder) if there else ""
 
 
 class _Counted:
@@ -381,9 +396,10 @@ def joint_loss(loss, info, model, batch):
     if _session.joint.hidden is not None:
         _session.joint.hidden.step()  # from the last batch's backward pass
     if not _session.joint.needs_targets:
-        targets = Targets(None, student.encoder_out_lens)
+        rows = len(batch["inputs"])
+        targets = Targets(None, student.encoder_out_lens[:rows])
     elif _session.teacher is not None:
-        targets = _session.ask(batch, next(model.parameters()).device)
+        targets = _session.ask(batch, student, next(model.parameters()).device)
     elif "kd_targets" in batch:
         targets = batch["kd_targets"]
     else:

@@ -24,6 +24,7 @@ from icefall_kd.targets.store import (
     read_fingerprint,
     tracks_with_targets,
 )
+from icefall_kd.targets.warp import WarpRecord
 from icefall_kd.types import (
     Distribution,
     LatticeTargets,
@@ -336,6 +337,7 @@ class KDDataset(torch.utils.data.Dataset):
         See :func:`map_symbols`. Lattices are not mapped, and go without.
       lattice: Read lattices too, ``Targets.lattices``.
       hidden: Read hidden layers too, ``Targets.hidden``.
+      time_warp: What the dataset's time warps do, which targets are to follow.
     """
 
     def __init__(
@@ -346,6 +348,7 @@ class KDDataset(torch.utils.data.Dataset):
         symbols: Optional[torch.Tensor] = None,
         lattice: bool = False,
         hidden: bool = False,
+        time_warp: Optional[WarpRecord] = None,
     ) -> None:
         if not hasattr(dataset, "return_cuts"):
             raise KDError(
@@ -361,6 +364,7 @@ class KDDataset(torch.utils.data.Dataset):
         self.symbols = symbols
         self.lattice = lattice
         self.hidden = hidden
+        self.time_warp = time_warp
 
     def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
         batch = self.dataset[cuts]
@@ -371,6 +375,8 @@ class KDDataset(torch.utils.data.Dataset):
             targets = resample_frames(targets, shift, self.frame_shift)
         if self.symbols is not None:
             targets = map_symbols(targets, self.symbols)
+        if self.time_warp is not None:
+            targets = self.time_warp.move(targets)
         batch["kd_targets"] = targets
         return batch
 

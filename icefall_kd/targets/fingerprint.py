@@ -14,6 +14,7 @@ from icefall_kd.codec import Codec, LatticeCodec
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
 from icefall_kd.hidden import HiddenCodec, parse_hidden
+from icefall_kd.targets.characters import Characters
 
 FILENAME = "fingerprint.json"
 # Settings that change what a causal teacher says, and not its parameters.
@@ -46,9 +47,18 @@ def name_of(model: torch.nn.Module, settings: Dict[str, Any]) -> str:
 
 
 def load_bpe_model(bpe_model: Union[str, Path]) -> Any:
-    """The sentencepiece processor of a recipe's ``bpe.model``."""
+    """The sentencepiece processor of a recipe's ``bpe.model``.
+
+    Args:
+      bpe_model: The file, or the recipe's ``--lang-dir``: the folder of one, or of the
+        ``tokens.txt`` of :class:`~icefall_kd.targets.characters.Characters`.
+    """
     import sentencepiece as spm
 
+    if Path(bpe_model).is_dir():
+        if not (Path(bpe_model) / "bpe.model").is_file():
+            return Characters(bpe_model)
+        bpe_model = Path(bpe_model) / "bpe.model"
     sp = spm.SentencePieceProcessor()
     try:
         sp.load(str(bpe_model))
@@ -131,8 +141,8 @@ def check_vocabulary(bpe_model: Union[str, Path], settings: Dict[str, Any]) -> A
     sp = load_bpe_model(bpe_model)
     if sp.get_piece_size() != settings["vocab_size"]:
         raise KDError(
-            f"the BPE model {bpe_model} has {sp.get_piece_size()} symbols and the "
-            f"teacher {settings['vocab_size']}: give the teacher's bpe.model"
+            f"{bpe_model} has {sp.get_piece_size()} symbols and the teacher "
+            f"{settings['vocab_size']}: give the teacher's bpe.model or lang folder"
         )
     return sp
 

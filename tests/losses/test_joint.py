@@ -277,3 +277,58 @@ def test_a_student_that_is_not_finite_is_refused():
 def test_bad_options_of_the_transducers_term_are_refused(options, match):
     with pytest.raises(KDError, match=match):
         JointKDLoss(rnnt_weight=1.0, **options)
+
+
+# CR-CTC's batch, which stands there twice
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_copies_of_a_batch_have_the_mean_of_their_terms(sparse):
+    """[x1..xN, x1..xN], as the recipe's own losses halve it."""
+    student, targets = pair()
+    if sparse:
+        log_probs, indices = targets.ctc.log_softmax(-1).sort(-1, descending=True)
+        rest = torch.full(log_probs.shape[:2], -math.inf)
+        targets.ctc = SparseDistribution(indices, log_probs, rest)
+    other = (0.5 * student.ctc_logits.detach()).requires_grad_()
+    both = torch.cat([student.ctc_logits, other])
+    doubled = EncoderOut(
+        encoder_out=student.encoder_out.repeat(2, 1, 1),
+        encoder_out_lens=student.encoder_out_lens.repeat(2),
+        ctc_logits=both,
+    )
+    joint, kd = JointKDLoss(0.75, 0.5, 2.0), []
+    for logits in (student.ctc_logits, other):
+        kd.append(ctc_kd_loss(logits, targets.ctc, targets.lens, 2.0))
+    loss, info = joint(hard(8.0), doubled, targets)
+    torch.testing.assert_close(loss, 4.0 + 0.75 * (kd[0] + kd[1]) / 2)
+    assert info["kd_frames"] == 8.0
+    assert info["kd_ctc_loss"] == pytest.approx(float(kd[0] + kd[1]) / 2)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_targets_of_another_batch_are_refused(rows):
+    student, _ = pair()
+    lens = torch.full((rows,), 5)
+    targets = Targets(ctc=torch.zeros(rows, 5, 4), lens=lens)
+    if rows == 1:
+        targets = Targets(ctc=torch.zeros(3, 5, 4), lens=torch.full((3,), 5))
+    with pytest.raises(
+        KDError, match=f"2 rows and the teacher's targets {len(targets.lens)}"
+    ):
+        JointKDLoss()(hard(), student, targets)
+
+
+def test_copies_of_a_lattice_have_the_mean_of_their_terms(transducer):
+    model, student, targets = transducer
+    joint = JointKDLoss(0.0, 1.0, rnnt_weight=1.0)
+    once, info = joint(hard(), student, targets, model)
+    twice = EncoderOut(
+        **{
+            k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v
+            for k, v in vars(student).items()
+        }
+    )
+    again, doubled = joint(hard(), twice, targets, model)
+    torch.testing.assert_close(again, once)
+    assert doubled == pytest.approx(info) and info["kd_rnnt_loss"] > 1e-3

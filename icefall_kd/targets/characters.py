@@ -1,0 +1,73 @@
+"""The symbols of a recipe of characters, by sentencepiece's method names."""
+
+import re
+from pathlib import Path
+from typing import List, Sequence, Union
+
+from icefall_kd.errors import KDError
+
+UNKNOWN = "<unk>"
+
+
+class Characters:
+    """What icefall's ``CharCtcTrainingGraphCompiler`` makes of a text.
+
+    Each character is a symbol; blanks and tabs are left out, and a character that
+    ``tokens.txt`` lacks is ``<unk>``.
+
+    Args:
+      lang_dir: The folder of ``tokens.txt``, a symbol and its number on each line.
+
+    Raises:
+      KDError: a file that can't be read, numbers that don't run from 0 on, or no
+        ``<unk>``.
+    """
+
+    def __init__(self, lang_dir: Union[str, Path]) -> None:
+        path = Path(lang_dir) / "tokens.txt"
+        try:
+            lines = path.read_text("utf8").split("\n")
+            rows = [line.split() for line in lines if line.strip()]
+            found = {int(number): symbol for symbol, number in rows}
+        except (OSError, ValueError) as e:
+            raise KDError(
+                f"{path} can't be read ({type(e).__name__}): give --lang-dir the "
+                "folder that the recipe trains with, whose tokens.txt has a symbol "
+                "and its number on each line"
+            ) from None
+        # Those of decoding graphs, #0 and on, are no outputs of a model.
+        found = {n: s for n, s in found.items() if not re.fullmatch(r"#\d+", s)}
+        self.names = [found.get(i, "") for i in range(len(found))]
+        if "" in self.names or UNKNOWN not in self.names:
+            lacking = self.names.index("") if "" in self.names else UNKNOWN
+            raise KDError(
+                f"{path} has {len(found)} symbols and lacks {lacking}: give --lang-dir "
+                "the folder that the recipe trains with"
+            )
+        self._ids = {name: i for i, name in enumerate(self.names)}
+
+    def get_piece_size(self) -> int:
+        return len(self.names)
+
+    def id_to_piece(self, index: int) -> str:
+        return self.names[index]
+
+    def piece_to_id(self, piece: str) -> int:
+        return self._ids.get(piece, self.unk_id())
+
+    def unk_id(self) -> int:
+        return self._ids[UNKNOWN]
+
+    def encode(
+        self, texts: Union[str, Sequence[str]], out_type: type = int
+    ) -> Union[List[int], List[List[int]]]:
+        """The labels of a text, or of each of several."""
+        if isinstance(texts, str):
+            return [self.piece_to_id(c) for c in re.sub("[ \t]", "", texts)]
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence) -> Union[str, List[str]]:
+        """The text of labels, or of each of several lists, a blank between symbols."""
+        if ids and not isinstance(ids[0], int):
+            return [self.decode(row) for row in ids]
+        return " ".join(self.names[i] for i in ids)
