@@ -35,8 +35,10 @@ setup(
     extras_require={
         "digits": digits,
         "mvq": ["multi_quantization"],
+        "report": ["matplotlib>=3.6"],
         "test": digits
         + [
+            "matplotlib>=3.6",
             "multi_quantization",
             "pytest>=7",
             "pytest-xdist>=3",

@@ -17,14 +17,6 @@ def cli() -> None:
     """Knowledge distillation for icefall's Zipformer recipes."""
 
 
-@cli.command()
-def doctor() -> None:
-    """Say what is installed, and how to get what is missing."""
-    from icefall_kd.cli.doctor import doctor as run
-
-    run()
-
-
 def teacher_options(command, required=True):
     """The options by which icefall's scripts name a model."""
     for option in (
@@ -61,6 +53,26 @@ def teacher_options(command, required=True):
     ):
         command = option(command)
     return command
+
+
+@cli.command(context_settings=MODEL_FLAGS)
+@partial(teacher_options, required=False)
+@click.option(
+    "--cuts", default="", help="Cuts for this teacher, without or with its targets."
+)
+@click.option(
+    "--student-dir", default="", help="What `icefall-kd student` wrote for it."
+)
+def doctor(**options) -> None:
+    """Say what is installed, and how to get what is missing.
+
+    Given a teacher, also whether its tokens, the cuts, the targets that these carry,
+    and a student fit it.
+    """
+    from icefall_kd.cli.doctor import doctor as run
+
+    with one_sentence():
+        run(**options)
 
 
 @cli.command(context_settings=MODEL_FLAGS)

@@ -1,9 +1,12 @@
-"""What is installed, and how to get what is missing."""
+"""What is installed and what is missing; whether a teacher, cuts and a student fit."""
 
 from importlib import import_module, metadata
-from typing import List, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
 
 import click
+
+from icefall_kd.errors import KDError
 
 # name of the module, of its distribution, whether it is needed, how to get it
 _PARTS: List[Tuple[str, str, str, str]] = [
@@ -14,6 +17,7 @@ _PARTS: List[Tuple[str, str, str, str]] = [
     ("sentencepiece", "sentencepiece", "recipe", "pip install sentencepiece"),
     ("torchaudio", "torchaudio", "recipe", "pip install torchaudio"),
     ("kaldialign", "kaldialign", "recipe", "pip install kaldialign"),
+    ("matplotlib", "matplotlib", "report", "pip install matplotlib"),
     ("zipformer.modules", "zipformer", "egs/digits", "pip install zipformer==0.1.3"),
     ("icefall", "icefall", "egs/librispeech", "put icefall on PYTHONPATH"),
     ("kaldifeat", "kaldifeat", "optional", "tools/install_native.py kaldifeat"),
@@ -32,7 +36,7 @@ def _version(module: str, distribution: str) -> str:
         return str(getattr(imported, "__version__", "found"))
 
 
-def doctor() -> None:
+def _installed() -> None:
     rows = []
     for module, distribution, need, install in _PARTS:
         rows.append((distribution, _version(module, distribution), need, install))
@@ -48,3 +52,102 @@ def doctor() -> None:
         what = ", ".join(missing) or "k2 and fast_rnnt"
         click.echo(f"icefall_kd: error: missing {what}: see the last column", err=True)
         raise SystemExit(1)
+
+
+def _row(name: str, text: str) -> None:
+    click.echo(f"{name:<15}{text}")
+
+
+def _heads(model) -> str:
+    from icefall_kd.recipe.checks import has_ctc, has_transducer
+
+    heads = [("CTC", has_ctc(model)), ("transducer", has_transducer(model))]
+    return " and ".join(name for name, there in heads if there) or "no head"
+
+
+def _teacher(name: str, options: Dict[str, Any]) -> Tuple[Any, Dict[str, Any], Any]:
+    from icefall_kd.recipe.loader import load_recipe_model
+    from icefall_kd.targets.fingerprint import check_vocabulary
+
+    model, settings = load_recipe_model(**options)
+    size = sum(p.numel() for p in model.parameters())
+    text = f"{size:,} parameters, {_heads(model)}, {settings['vocab_size']} symbols"
+    _row(name, text + (", causal" if settings.get("causal") else ""))
+    sp, tokens = None, options["bpe_model"]
+    if tokens:
+        sp = check_vocabulary(tokens, settings)
+        _row("tokens", f"{sp.get_piece_size()} in {tokens}, as the teacher has")
+    return model, settings, sp
+
+
+def _check_targets(path: str, teacher: str, settings: Dict[str, Any], sp: Any) -> None:
+    """Refuse targets of another teacher, or of other tokens."""
+    from icefall_kd.cli.cuts import open_cuts, readable
+    from icefall_kd.targets.dataset import store_fingerprint
+    from icefall_kd.targets.fingerprint import hash_tokens, pieces
+
+    found, store = store_fingerprint(readable(open_cuts(path), path))
+    tokens = hash_tokens(pieces(sp)) if sp is not None else None
+    found.check_student(settings["vocab_size"], settings.get("blank_id", 0), tokens)
+    kept = [("CTC", found.ctc), ("lattice", found.lattice), ("hidden", found.hidden)]
+    said = ", ".join(f"{name} {how}" for name, how in kept if how)
+    if teacher and teacher not in found.teacher.split(","):
+        raise KDError(
+            f"the targets in {store} are of the teacher {found.teacher[:8]} and this "
+            f"one is {teacher[:8]} (hashes of their parameters): give the --exp-dir, "
+            "--epoch and --avg that they were dumped with, or dump them again"
+        )
+    _row("targets", f"{said}, of this teacher, in {store}")
+
+
+def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
+    """Refuse a student of other symbols, or flags that its checkpoint contradicts."""
+    from icefall_kd.recipe.loader import import_train, load_checkpoint, settings_of
+
+    path, flags = Path(folder) / "epoch-1.pt", Path(folder) / "student_flags"
+    for file in (path, flags):
+        if not file.is_file():
+            raise KDError(
+                f"{folder} has no {file.name}: give --student-dir the folder that "
+                "`icefall-kd student` wrote"
+            )
+    words = flags.read_text().split()
+    given = settings_of(load_checkpoint(path), path, import_train(recipe), words)
+    for name in ("vocab_size", "blank_id"):
+        if given.get(name, 0) != settings.get(name, 0):
+            raise KDError(
+                f"the student's {name} in {path} is {given.get(name)} and the "
+                f"teacher's {settings.get(name)}: build it from this teacher"
+            )
+    _row("student", f"{path}, and its flags fit it")
+
+
+def doctor(cuts: str, student_dir: str, recipe: str, exp_dir: str, **which) -> None:
+    _installed()
+    if not (exp_dir or cuts or student_dir):
+        return
+    if not (exp_dir and recipe):
+        raise KDError(
+            "--cuts and --student-dir are looked at beside a teacher: give --recipe "
+            "and --exp-dir"
+        )
+    from icefall_kd.cli.cuts import open_cuts, readable, survey
+    from icefall_kd.targets.fingerprint import name_of
+    from icefall_kd.targets.store import tracks_with_targets
+
+    click.echo()
+    options = {"recipe_dir": recipe, "exp_dir": exp_dir, **which}
+    model, settings, sp = _teacher("teacher", options)
+    if cuts:
+        features, total = survey(cuts, int(settings["feature_dim"]))
+        _row(
+            "cuts",
+            f"{total} in {cuts}, {features.num_features} features of {features.type}, "
+            f"{features.sampling_rate} Hz",
+        )
+        first = next(readable(open_cuts(cuts), cuts))
+        if tracks_with_targets(first):
+            _check_targets(cuts, name_of(model, settings), settings, sp)
+    if student_dir:
+        _student(student_dir, recipe, settings)
+    click.echo("These fit together.")

@@ -41,10 +41,7 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
     main = sys.modules.get("__main__")
     if Path(getattr(main, "__file__", None) or "").resolve() == folder / "train.py":
         return main  # the recipe that is running
-    loaded = sys.modules.get("train")
-    if loaded is not None and Path(loaded.__file__).resolve().parent != folder:
-        for name in ("train", "asr_datamodule", "model"):
-            sys.modules.pop(name, None)
+    _forget_others(folder)
     if str(folder) in sys.path:
         sys.path.remove(str(folder))
     sys.path.insert(0, str(folder))
@@ -62,6 +59,15 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
     need_functions(train, "get_params")
     model_maker(train)
     return train
+
+
+def _forget_others(folder: Path) -> None:
+    """Forget modules of other recipes, and packages, named as this folder's files."""
+    for name in ["train", *(path.stem for path in folder.glob("*.py"))]:
+        loaded = getattr(sys.modules.get(name), "__file__", None)
+        if loaded and Path(loaded).parent.resolve() != folder:
+            for key in [k for k in sys.modules if k.split(".")[0] == name]:
+                del sys.modules[key]
 
 
 def model_maker(train: ModuleType) -> Callable[[Dict[str, Any]], nn.Module]:

@@ -1,0 +1,368 @@
+"""``icefall-kd report`` from the folders to the pages."""
+
+import gzip
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from lhotse import CutSet
+
+pytest.importorskip("matplotlib")
+
+SUFFIX = "epoch-3_avg-1_use-averaged-model"
+VOID = {"meta", "wbr", "br", "link"}
+KD = {"kd_ctc_weight": "0:0,2:1", "kd_hard_weight": 1.0, "kd_schedule": "warmup"}
+
+
+class Page(HTMLParser):
+    """Tags in balance, and all that a page asks of others."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.links, self.text, self.tags = [], [], [], set()
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes, closed=False):
+        self.tags.add(tag)
+        self.links += [
+            value
+            for name, value in attributes
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action")
+        ]
+        if tag not in VOID and not closed:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes, closed=True)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def training_log(settings, parameters, losses):
+    def entry(message):
+        return f"2025-03-04 08:00:00,000 INFO [train.py:1] {message}\n"
+
+    text = entry(json.dumps(settings, indent=2))
+    text += entry(f"Number of model parameters: {parameters}")
+    for i, loss in enumerate(losses):
+        own = f"loss={loss}, ctc_loss={2 * loss}"
+        if settings.get("kd_ctc_weight"):
+            own = f"kd_ctc_loss=0.5, kd_ctc_weight={i / 10}, {own}"
+        text += entry(
+            f"Epoch 1, batch {i * 50}, loss[{own}, over 40.00 frames. ], "
+            f"tot_loss[{own}, over 400.00 frames. ], batch size: 5, lr: 4.20e-02, "
+        )
+    return text + entry("Epoch 1, validation: loss=0.5, over 10.00 frames. ")
+
+
+def decode_log(seconds):
+    lines = [
+        (0, "Device: cpu"),
+        (0, '{\n  "max_duration": 60\n}'),
+        (0, "Number of model parameters: 1"),
+        (seconds, f"The transcripts are stored in x/recogs-test-clean-{SUFFIX}.txt"),
+        (seconds, "\nFor test-clean, WER of different settings are:\nx\t1"),
+    ]
+    return "".join(
+        f"2025-03-04 08:00:{s:02d},000 INFO [decode.py:1] {m}\n" for s, m in lines
+    )
+
+
+@pytest.fixture
+def make_exp(tmp_path):
+    def make(name, settings=None, rate=None, parameters=1000, seconds=2):
+        folder = tmp_path / name
+        (folder / "log").mkdir(parents=True)
+        if settings is not None:
+            (folder / "log" / "log-train-2025-03-04-05-06-07").write_text(
+                training_log(settings, parameters, [4.0, 2.0, 1.0])
+            )
+        if rate is not None:
+            method = folder / "greedy_search"
+            method.mkdir()
+            (method / f"wer-summary-test-clean-{SUFFIX}.txt").write_text(
+                f"settings\tWER\ngreedy_search\t{rate}\n"
+            )
+            (method / f"log-decode-{SUFFIX}-2025-03-04-05-06-07").write_text(
+                decode_log(seconds)
+            )
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def three(make_exp, tmp_path):
+    """Words for a teacher, a student and a distilled student."""
+    make_exp("t", {"base_lr": 0.045}, 4.0, 4000)
+    make_exp("s", {"base_lr": 0.045}, 8.0)
+    make_exp("k", {"base_lr": 0.045, **KD}, 7.0)
+    words = (("teacher", "t"), ("no KD", "s"), ("KD", "k"))
+    return [w for n, f in words for w in ("--model", f"{n}={tmp_path / f}")]
+
+
+@pytest.fixture
+def fbank(make_cut, tmp_path):
+    folder = tmp_path / "fbank"
+    folder.mkdir()
+    path = folder / "librispeech_cuts_test-clean.jsonl.gz"
+    CutSet.from_cuts([make_cut("a", 1000), make_cut("b", 3000)]).to_file(path)
+    return folder
+
+
+@pytest.fixture
+def targets(make_cut, make_store, tmp_path):
+    make_store([make_cut("u", 100)], name="made")
+    return tmp_path / "made.jsonl.gz"
+
+
+def test_both_files_are_written_and_the_rates_printed(
+    invoke, three, fbank, targets, tmp_path
+):
+    out = tmp_path / "a" / "b"
+    done = invoke("report", *three, "--manifest-dir", fbank, "--targets", targets, out)
+    assert (done.code, done.err) == (0, [])
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.md"]
+    title, head, row, *_ = done.out.splitlines()
+    assert title == "WER (%) on the test sets"
+    assert head.split()[:2] == ["decoding", "method"]
+    assert (
+        " ".join(row.split()) == "greedy_search test-clean 4.00 8.00 7.00 -12.5 % 25 %"
+    )
+    assert done.out.splitlines()[-2:] == [
+        str(out / "report.md"),
+        str(out / "report.html"),
+    ]
+    text = (out / "report.md").read_text("utf8")
+    assert (
+        "| greedy_search | test-clean | 4.00 | 8.00 | 7.00 | -12.5 % | 25 % |" in text
+    )
+    # 2 s of decoding for 40 s of audio.
+    assert "| RTF, greedy_search | 0.0500 |" in text
+    assert "| parameters | 4,000 | 1,000 (25.0 % of the teacher's) |" in text
+    assert "| term | KD |" in text and "| ctc | 0 ... 0.2 |" in text
+    assert "made.jsonl.gz | ctc dense | 1 | 0.00 |" in text
+
+
+@pytest.mark.parametrize("lang, ending", [("en", ""), ("zh", ".zh-CN")])
+def test_the_page_is_whole_and_needs_nothing_else(
+    invoke, three, fbank, tmp_path, lang, ending
+):
+    words = ["report", *three, "--manifest-dir", fbank, "--lang", lang]
+    assert invoke(*words, tmp_path / "out").code == 0
+    text = (tmp_path / "out" / f"report{ending}.html").read_text("utf8")
+    page = Page(text)
+    assert page.links and all(link.startswith("#") for link in page.links)
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "base"}
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert text.count("<figure>") == 1 + 3 + 1  # rates; three losses; weights
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in page.links} <= set(ids)
+    assert {"teacher", "no KD", "KD", "7.00", "greedy_search"} <= set(page.text)
+
+
+def test_the_chinese_report_has_its_own_names_and_words(invoke, three, tmp_path):
+    done = invoke("report", *three, "--lang", "zh", tmp_path / "out")
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["report.zh-CN.html", "report.zh-CN.md"]
+    assert done.out.startswith("测试集上的 WER（%）\n")
+    text = (tmp_path / "out" / "report.zh-CN.html").read_text("utf8")
+    assert '<html lang="zh-CN">' in text and "教师" in text
+
+
+def test_the_same_folders_give_the_same_bytes(invoke, three, fbank, tmp_path):
+    for out in ("one", "two"):
+        invoke("report", *three, "--manifest-dir", fbank, tmp_path / out)
+    for name in ("report.md", "report.html"):
+        one, two = ((tmp_path / out / name).read_bytes() for out in ("one", "two"))
+        assert one == two
+
+
+def test_names_and_titles_are_shown_as_they_are(invoke, make_exp, tmp_path):
+    exp = make_exp("<i>x", {"a": 1, "kd_ctc_weight": 1.0}, 5.0)
+    words = ["--model", f"<b>1&$2$=={exp}", "--title", "<u>a</u> | b"]
+    # The name ends at the first "=".
+    assert invoke("report", *words, tmp_path / "out").code == 1
+    words[1] = f"<b>1&$2$={exp}"
+    assert invoke("report", *words, tmp_path / "out").code == 0
+    text = (tmp_path / "out" / "report.html").read_text("utf8")
+    page = Page(text)
+    assert not page.tags & {"b", "u", "i"}
+    assert "<u>a</u> | b" in page.text and "<b>1&$2$" in page.text
+    assert "5.00  <b>1&$2$" in page.text
+    assert "### \\<u\\>a\\</u\\> \\| b" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_unit_of_the_heading_can_be_told(invoke, three, tmp_path):
+    done = invoke("report", *three, "--unit", "CER", tmp_path / "out")
+    assert done.out.startswith("CER (%) on the test sets\n")
+
+
+def test_who_is_compared_with_whom_can_be_told(invoke, three, tmp_path):
+    words = ["--teacher", "KD", "--baseline", "teacher"]
+    assert invoke("report", *three, *words, tmp_path / "out").code == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert (
+        'Compared: "no KD" with "teacher", the student without KD; the teacher is '
+        in (text)
+    )
+    # From 4 to 8, where the teacher has 7.
+    assert "| 4.00 | 8.00 | 7.00 | +100.0 % | - |" in text
+
+
+def test_a_baseline_alone_leaves_the_first_other_model_as_the_teacher(
+    invoke, three, tmp_path
+):
+    invoke("report", *three, "--baseline", "teacher", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert 'Compared: "KD" with "teacher"' in text
+    assert 'the teacher is "no KD"' in text
+
+
+def test_what_is_missing_is_a_dash_and_a_note(invoke, make_exp, three, tmp_path):
+    bare = make_exp("bare", {"base_lr": 0.045})
+    only_results = make_exp("results", None, 6.0)
+    words = ["--model", f"bare={bare}", "--model", f"results={only_results}"]
+    done = invoke("report", *three, *words, tmp_path / "out")
+    assert done.code == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 4.00 | 8.00 | 7.00 (-12.5 %) | - | 6.00 (-25.0 %) |" in text
+    assert "- bare: no decoding results in" in text
+    assert "- results: no training log in" in text
+    assert (
+        "- No RTF, as the seconds of audio are not known: give --manifest-dir" in text
+    )
+
+
+def test_one_model_alone_makes_a_report(invoke, make_exp, tmp_path):
+    exp = make_exp("t", {"a": 1}, 4.0)
+    assert invoke("report", "--model", f"t={exp}", tmp_path / "out").code == 0
+
+
+# Refusals, in one sentence, with nothing written
+
+
+def test_a_model_without_an_equals_sign_is_refused(refused, make_exp, tmp_path):
+    exp = make_exp("t", {"a": 1})
+    for word in (exp, f"={exp}", "t="):
+        said = refused("report", "--model", word, tmp_path / "out")
+        assert "is not NAME=EXP_DIR" in said and str(word) in said
+
+
+def test_two_models_of_one_name_are_refused(refused, three, tmp_path):
+    said = refused("report", *three, "--model", f"KD={tmp_path}", tmp_path / "out")
+    assert f"two models are called 'KD', {tmp_path / 'k'} and {tmp_path}" in said
+
+
+def test_a_folder_that_does_not_exist_is_refused(refused, three, tmp_path):
+    said = refused(
+        "report", *three, "--model", f"x={tmp_path / 'no'}", tmp_path / "out"
+    )
+    assert f"{tmp_path / 'no'} of 'x' does not exist: mend --model" in said
+
+
+def test_a_folder_without_logs_and_results_is_refused(refused, make_exp, tmp_path):
+    exp = make_exp("empty")
+    said = refused("report", "--model", f"x={exp}", tmp_path / "out")
+    assert f"{exp} of 'x' has neither log/log-train-* nor" in said
+
+
+@pytest.mark.parametrize("option", ["teacher", "baseline"])
+def test_a_role_of_no_model_is_refused(refused, three, tmp_path, option):
+    said = refused("report", *three, f"--{option}", "x", tmp_path / "out")
+    assert f"--{option} is 'x', and the models are teacher, no KD, KD" in said
+
+
+def test_one_model_in_both_roles_is_refused(refused, three, tmp_path):
+    words = ["--teacher", "KD", "--baseline", "KD"]
+    said = refused("report", *three, *words, tmp_path / "out")
+    assert "--teacher and --baseline are both 'KD'" in said
+
+
+def test_an_out_dir_that_is_a_file_is_refused(refused, three, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    said = refused("report", *three, tmp_path / "out")
+    assert f"{tmp_path / 'out'} is a file, and OUT_DIR must be a folder" in said
+
+
+def test_a_manifest_dir_that_is_none_is_refused(refused, three, tmp_path):
+    words = ["--manifest-dir", tmp_path / "no"]
+    said = refused("report", *three, *words, tmp_path / "out")
+    assert f"--manifest-dir {tmp_path / 'no'} is not a folder" in said
+
+
+def test_targets_that_do_not_exist_are_refused(refused, three, tmp_path):
+    words = ["--targets", tmp_path / "no.jsonl.gz"]
+    said = refused("report", *three, *words, tmp_path / "out")
+    assert f"the manifest {tmp_path / 'no.jsonl.gz'} does not exist" in said
+
+
+DAMAGES = {
+    "cut short": lambda whole: whole[: len(whole) // 2],
+    "no gzip": lambda whole: b"no gzip at all\n" * 9,
+    "no JSON": lambda whole: gzip.compress(gzip.decompress(whole) + b"{]\n"),
+    "no cut": lambda whole: gzip.compress(gzip.decompress(whole) + b'{"id": 1}\n'),
+    "empty": lambda whole: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("which", ["audio", "targets"])
+def test_a_damaged_manifest_is_refused(
+    refused, three, fbank, targets, tmp_path, damage, which
+):
+    path = {"audio": next(fbank.iterdir()), "targets": targets}[which]
+    path.write_bytes(damage(path.read_bytes()))
+    words = ["--manifest-dir", fbank, "--targets", targets]
+    said = refused("report", *three, *words, tmp_path / "out")
+    assert str(path) in said
+
+
+def test_a_damaged_summary_is_refused(refused, three, tmp_path):
+    path = tmp_path / "k" / "greedy_search" / f"wer-summary-test-clean-{SUFFIX}.txt"
+    path.write_text("settings\tWER\n")
+    said = refused("report", *three, tmp_path / "out")
+    assert f"{path} holds no error rate" in said
+
+
+def test_without_matplotlib_it_is_refused_before_any_work(run_python, tmp_path):
+    done = run_python(
+        "import sys; sys.argv = ['icefall-kd', 'report', '--model', 'x', "
+        f"{str(tmp_path / 'out')!r}]\n"
+        "from icefall_kd.cli import main\n"
+        "main()",
+        block=["matplotlib"],
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("icefall_kd: error: ")
+    assert 'pip install "icefall_kd[report]"' in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    invoke, three, tmp_path, monkeypatch
+):
+    invoke("report", *three, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    from pathlib import Path
+
+    real = Path.write_text
+
+    def fail(self, text, **options):
+        if self.name.endswith(".html"):
+            raise OSError(28, "No space left on device", str(self))
+        return real(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    done = invoke("report", *three, "--title", "new", tmp_path / "out")
+    assert done.code == 1 and len(done.err) == 1
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

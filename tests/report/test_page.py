@@ -1,0 +1,102 @@
+"""Blocks as Markdown, HTML and lines."""
+
+import re
+from string import Formatter
+
+import pytest
+
+from icefall_kd.report.page import (
+    Bullets,
+    Heading,
+    Plots,
+    Table,
+    Text,
+    to_html,
+    to_lines,
+    to_markdown,
+)
+from icefall_kd.report.words import WORDS
+
+SVG = '<svg><defs><path id="m1"/></defs><g id="axes_1"><use href="#m1"/></g></svg>'
+HARD = "<b>a|b*c_d_</b> & `e` [f](http://g) \\ #h"
+
+
+def test_markdown_shows_any_text_as_it_is():
+    text = to_markdown(HARD, [Text(HARD), Bullets([HARD])], "")
+    shown = re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", text).replace("&amp;", "&")
+    assert shown.count(HARD) == 3
+    assert not re.search(r"(?<!\\)[<>|*`\[\]]", text)
+    assert "c_d\\_" in text  # within a word an underscore means nothing
+
+
+def test_a_markdown_table_has_its_numbers_to_the_right():
+    table = Table(["a", "b", "c"], [["x|y", "z", "1"]], left=2)
+    assert to_markdown("t", [Heading("h"), table], "f").splitlines() == [
+        *("### t", "", "#### h", ""),
+        *("| a | b | c |", "| --- | --- | ---: |", "| x\\|y | z | 1 |", "", "f"),
+    ]
+
+
+def test_a_name_with_line_ends_stays_in_its_row():
+    table = Table(["a"], [["x\ny"]])
+    assert "| x y |" in to_markdown("t", [table], "")
+
+
+def test_markdown_has_no_plots():
+    plots = Plots([("loss", SVG)], ["a"], "n")
+    assert to_markdown("t", [plots], "f") == "### t\n\nf\n"
+
+
+def test_html_escapes_all_that_it_is_given():
+    blocks = [Text(HARD), Bullets([HARD]), Table([HARD], [[HARD]]), Heading(HARD)]
+    blocks.append(Plots([(HARD, SVG)], [HARD], HARD))
+    page = to_html(HARD, blocks, HARD, '"x"')
+    assert "<b>" not in page and "</b>" not in page
+    assert "&lt;b&gt;" in page and 'lang="&quot;x&quot;"' in page
+
+
+def test_figures_of_one_page_have_ids_of_their_own():
+    page = to_html("t", [Plots([("a", SVG)]), Plots([("b", SVG)])], "f", "en")
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) == 2
+    assert re.findall(r'href="#([^"]*)"', page) == ids
+
+
+def test_a_page_names_its_language_and_its_letters():
+    page = to_html("题", [Text("文")], "脚", "zh-CN")
+    assert '<html lang="zh-CN">' in page and '<meta charset="utf-8">' in page
+    assert "<title>题</title>" in page
+
+
+def test_lines_stand_below_one_another_where_letters_are_wide():
+    lines = to_lines(Table(["模型", "WER"], [["a", "5.25"], ["教师", "12.5"]]))
+    assert lines.splitlines() == ["模型   WER", "a     5.25", "教师  12.5"]
+
+
+# Words
+
+
+def test_both_languages_have_the_same_words():
+    assert list(WORDS["en"]) == list(WORDS["zh"])
+
+
+@pytest.mark.parametrize("key", WORDS["en"])
+def test_both_languages_ask_for_the_same_things(key):
+    en, zh = (
+        {name for _, name, _, _ in Formatter().parse(WORDS[lang][key]) if name}
+        for lang in ("en", "zh")
+    )
+    assert en == zh
+
+
+def test_every_word_is_used():
+    import icefall_kd.cli.report as command
+    import icefall_kd.report.tables as tables
+
+    used = "".join(open(m.__file__, encoding="utf8").read() for m in (command, tables))
+    assert [k for k in WORDS["en"] if f'"{k}"' not in used] == []
+
+
+def test_chinese_words_are_chinese():
+    same = {k for k, v in WORDS["en"].items() if WORDS["zh"][k] == v}
+    assert same <= {"checkpoint"}
