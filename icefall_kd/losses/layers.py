@@ -222,8 +222,13 @@ class HiddenLayers:
         """Learn from the last backward pass; every process calls it as often."""
         if self.reduce():
             self.optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave out the last backward pass, which was of no training batch."""
         for p in self.modules.parameters():
             p.grad = None
+        self._scale = None
 
     def state_dict(self) -> Dict[str, Any]:
         if self.optimizer is None:

@@ -70,6 +70,7 @@ class Freezing:
     def after_batch(self, model, batch: Dict[str, Any]) -> None:
         """Count a training batch, where no session does; keep the file at others."""
         if model.training:
+            self.progress.mark()
             self.progress.saw(len(batch["supervisions"]["text"]))
         else:
             self.progress.save()

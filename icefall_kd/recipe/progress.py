@@ -1,6 +1,8 @@
 """How far a training is, and what distillation keeps beside its checkpoints."""
 
 import atexit
+import copy
+import logging
 import math
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -12,6 +14,7 @@ from icefall_kd.files import replacing
 from icefall_kd.recipe.online import process_of
 
 FILE = "kd.pt"
+CHECKPOINTS = 5  # whose states are kept
 
 
 class Progress:
@@ -19,7 +22,9 @@ class Progress:
 
     ``kd.pt`` in the student's ``--exp-dir`` holds the epoch where this training began,
     the projectors between hidden layers, and which frozen parts thawed. It is read
-    where a training goes on, and no checkpoint knows of it.
+    where a training goes on, and no checkpoint knows of it. What belongs to the last
+    checkpoints is kept for each of them, so that a training that goes on from one does
+    what it would have done.
 
     Args:
       params: The recipe's own, whose ``cur_epoch`` it moves on.
@@ -37,6 +42,9 @@ class Progress:
             self.first, self.state = state["first_epoch"], state
         else:
             self.state = None
+        # By the batch of each checkpoint: projectors, and how far its epoch was.
+        self.at: Dict[int, Dict[str, Any]] = dict((self.state or {}).get("at", {}))
+        self.from_checkpoint = self.at.get(int(params.get("batch_idx_train") or 0))
         # Parts that thawed, and the batch of the whole training that was their first.
         self.thawed: Dict[str, int] = dict((self.state or {}).get("thawed", {}))
         self.per_epoch = 0  # cuts, of all processes; 0: unknown
@@ -51,9 +59,17 @@ class Progress:
             return math.inf
         return max(1, int(self.params["num_epochs"]) - self.first + 1)
 
+    @property
+    def searches(self) -> bool:
+        """Whether icefall looks for batches that fill the memory, which trains nothing.
+
+        That comes before any epoch.
+        """
+        started = bool(self.params.get("start_epoch"))
+        return started and not self.params.get("cur_epoch")
+
     def whole(self) -> int:
         """How many whole epochs are done."""
-        # icefall's search for batches that fill the memory comes before any epoch.
         now = self.params.get("cur_epoch") or self.params.get("start_epoch") or 1
         return max(0, int(now) - self.first)
 
@@ -63,14 +79,22 @@ class Progress:
         It is that of the training cuts; where their number is not known, that of the
         epoch before.
         """
+        self._go_on()
         if not self.per_epoch or self.params.get("cur_epoch") != self.epoch:
             return 0.0
         return min(1.0, self.seen / self.per_epoch)
+
+    def _go_on(self) -> None:
+        """Count on from the checkpoint, once the epochs begin."""
+        if self.from_checkpoint is not None and self.params.get("cur_epoch"):
+            vars(self).update(self.from_checkpoint["counted"])
+            self.from_checkpoint = None
 
     def saw(self, cuts: int) -> float:
         """Count a batch; return how many epochs were done before it."""
         if not self.params.get("cur_epoch"):
             return float(self.whole())
+        self._go_on()
         epoch = self.params["cur_epoch"]
         if epoch != self.epoch:
             if self.seen and self.from_start:
@@ -82,10 +106,40 @@ class Progress:
         self.seen += cuts * process_of()[1]
         return done
 
+    def mark(self) -> None:
+        """Keep what belongs to a checkpoint; call it before each training batch.
+
+        The recipe writes one behind an epoch's last batch, and behind every
+        ``save_every_n``-th.
+        """
+        epoch = self.params.get("cur_epoch")
+        if not (self.kept and epoch):
+            return
+        behind = int(self.params.get("batch_idx_train") or 0) - 1
+        every = int(self.params.get("save_every_n") or 0)
+        ended = self.epoch is not None and epoch != self.epoch
+        if behind > 0 and (ended or (every and behind % every == 0)):
+            names = ("epoch", "seen", "per_epoch", "from_start")
+            self.at.pop(behind, None)
+            self.at[behind] = {"counted": {name: getattr(self, name) for name in names}}
+            if self.hidden is not None:
+                state = copy.deepcopy(self.hidden.state_dict())
+                self.at[behind]["hidden"] = state
+            for old in list(self.at)[:-CHECKPOINTS]:
+                del self.at[old]
+            self.learned = True
+            self.save()
+
     def keep(self, hidden: Optional[Any]) -> None:
         """Begin to keep the file, with the projectors of ``hidden``."""
         if self.state and hidden is not None:
-            hidden.load_state_dict(self.state.get("hidden", {}))
+            state = (self.from_checkpoint or self.state).get("hidden", {})
+            if state and self.from_checkpoint is None:
+                logging.warning(
+                    f"{self.file} has no projectors of the checkpoint that this "
+                    "training goes on from: it takes the newest"
+                )
+            hidden.load_state_dict(state)
         self.hidden = hidden
         if self.file is not None and process_of()[0] == 0:
             self.kept = True
@@ -95,7 +149,7 @@ class Progress:
         """Write the file, if training went on since it was written."""
         if not (self.kept and self.learned and self.file.parent.is_dir()):
             return
-        state: Dict[str, Any] = {"first_epoch": self.first}
+        state: Dict[str, Any] = {"first_epoch": self.first, "at": self.at}
         if self.hidden is not None:
             state["hidden"] = self.hidden.state_dict()
         if self.thawed:

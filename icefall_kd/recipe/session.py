@@ -111,6 +111,7 @@ class Session:
         self.cache = None
         self.bpe = None
         self.untranscribed = 0
+        self.searched = False  # the last batch, for what fills the memory
         if hidden or self.joint.moves:
             self.progress.keep(hidden)
 
@@ -235,6 +236,17 @@ class Session:
             list(zip(self._labels([t for t, _ in row]), [s for _, s in row]))
             for row in lists
         ]
+
+    def before_batch(self) -> None:
+        """Let the projectors learn from the last batch's backward pass."""
+        hidden = self.joint.hidden
+        if hidden is not None:
+            if self.searched:
+                hidden.forget()
+            else:
+                hidden.step()
+        self.searched = self.progress.searches
+        self.progress.mark()
 
     def diagnose(self, info, student) -> None:
         """Say of a validation batch how blank and how peaky the CTC head is."""
@@ -393,8 +405,7 @@ def joint_loss(loss, info, model, batch):
         _session.progress.save()
         _session.diagnose(info, student)
         return loss
-    if _session.joint.hidden is not None:
-        _session.joint.hidden.step()  # from the last batch's backward pass
+    _session.before_batch()
     if not _session.joint.needs_targets:
         rows = len(batch["inputs"])
         targets = Targets(None, student.encoder_out_lens[:rows])

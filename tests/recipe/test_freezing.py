@@ -328,7 +328,7 @@ def test_averaged_models_have_frozen_parts_up_to_rounding(train_recipe):
 
 
 def test_a_training_goes_on_with_what_thawed(train_recipe):
-    """The decoder thaws before step 4; a training from step 3 has it frozen."""
+    """The decoder thaws before step 4, in a training from step 3 as well."""
     options = ("--kd-freeze", "encoder_embed decoder:0.5", "--save-every-n", "1")
     train_recipe(*options, "--num-epochs", "1")
     assert torch.load(train_recipe.exp / "kd.pt")["thawed"] == {"decoder:0.5": 4}
@@ -337,10 +337,9 @@ def test_a_training_goes_on_with_what_thawed(train_recipe):
     assert False in equal(before, after, "decoder.")
     assert equal(before, after, "encoder_embed.") == {True}
     saved = train_recipe(*options, "--num-epochs", "2", "--start-batch", "3")
-    before, after = parts(saved["checkpoint-3"]), parts(saved["checkpoint-5"])
-    assert equal(before, after, "decoder.") == {True}
-    assert False in equal(before, parts(saved["checkpoint-6"]), "decoder.")
-    assert torch.load(train_recipe.exp / "kd.pt")["thawed"] == {"decoder:0.5": 6}
+    before, after = parts(saved["checkpoint-3"]), parts(saved["checkpoint-4"])
+    assert False in equal(before, after, "decoder.")
+    assert torch.load(train_recipe.exp / "kd.pt")["thawed"] == {"decoder:0.5": 4}
     saved = train_recipe(*options, "--num-epochs", "3", "--start-epoch", "3")
     before, after = parts(saved["epoch-2"]), parts(saved["epoch-3"])
     assert False in equal(before, after, "decoder.")

@@ -406,3 +406,85 @@ def test_a_shar_does_not_tell(attached, make_cut, make_store, monkeypatch):
     found = attached()
     session.wrap_dataset(K2SpeechRecognitionDataset(), CutSet.from_cuts(cuts))
     assert found.progress.per_epoch == 0
+
+
+# What belongs to a checkpoint
+
+
+def batches(progress, epoch, *numbers, cuts=4):
+    """Train so many batches, as the recipe numbers them."""
+    found = []
+    for number in numbers:
+        progress.params.update(cur_epoch=epoch, batch_idx_train=number)
+        progress.mark()
+        found.append(progress.saw(cuts))
+    return found
+
+
+def test_the_file_has_a_state_for_each_of_the_last_checkpoints(begin, tmp_path):
+    progress = begin(save_every_n=3)
+    progress.keep(None)
+    batches(progress, 1, 1, 2, 3)
+    assert not (tmp_path / "kd.pt").exists()  # before any checkpoint
+    batches(progress, 1, 4, 5)
+    assert list(torch.load(tmp_path / "kd.pt")["at"]) == [3]
+    batches(progress, 2, 6, 7, 8)  # epoch-1.pt is that of batch 5
+    assert list(torch.load(tmp_path / "kd.pt")["at"]) == [3, 5, 6]
+    batches(progress, 3, *range(9, 20))
+    assert list(torch.load(tmp_path / "kd.pt")["at"]) == [8, 9, 12, 15, 18]
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_a_killed_training_counts_on_as_if_it_had_not_been(begin, every):
+    whole = begin(save_every_n=every)
+    whole.per_epoch = 99  # cuts in the manifest, some of which the recipe leaves out
+    whole.keep(None)
+    expected = batches(whole, 1, 1, 2, 3, 4, 5) + batches(whole, 2, 6, 7, 8, 9)
+    killed = begin(save_every_n=every)
+    killed.per_epoch = 99
+    killed.keep(None)
+    batches(killed, 1, 1, 2, 3, 4, 5), batches(killed, 2, 6, 7)
+    if every:  # from checkpoint-6, within the second epoch
+        again = begin(start_batch=6, batch_idx_train=6, start_epoch=2)
+        again.per_epoch = 99
+        assert batches(again, 2, 7, 8, 9) == expected[6:]
+    else:  # from epoch-1.pt
+        again = begin(batch_idx_train=5, start_epoch=2)
+        again.per_epoch = 99
+        assert batches(again, 2, 6, 7, 8, 9) == expected[5:]
+
+
+def test_projectors_go_on_from_the_checkpoints_state(begin, caplog):
+    hidden, progress = layers(), begin(save_every_n=2)
+    progress.keep(hidden)
+    at = {}
+    for number in range(1, 8):
+        progress.params.update(cur_epoch=1, batch_idx_train=number)
+        progress.mark()
+        progress.saw(1)
+        at[number] = learn(hidden, 1)
+    for number in (2, 4, 6):
+        other = layers()
+        begin(start_batch=number, batch_idx_train=number).keep(other)
+        torch.testing.assert_close(learn(other, 0), at[number])
+    assert "projectors" not in caplog.text
+    other = layers()
+    begin(start_batch=3, batch_idx_train=3).keep(other)  # whose state nobody kept
+    assert "has no projectors of the checkpoint" in caplog.text
+
+
+def test_a_search_for_memory_leaves_the_projectors_alone(
+    make_model, make_params, make_cut, make_fingerprint, tmp_path, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(HiddenLayers, "step", lambda self: calls.append("step"))
+    monkeypatch.setattr(HiddenLayers, "forget", lambda self: calls.append("forget"))
+    params = make_params(
+        kd_hidden_weight=1.0, kd_hidden_layers="out", start_epoch=2, exp_dir=tmp_path
+    )
+    session.attach(params, make_model())
+    found = session._session
+    for epoch in (None, None, 2, 2, 3):
+        params["cur_epoch"] = epoch
+        found.before_batch()
+    assert calls == ["step", "forget", "forget", "step", "step"]
