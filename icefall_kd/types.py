@@ -87,6 +87,13 @@ class PrunedLattice:
 
 
 @dataclass
+class NoPath:
+    """In place of a lattice that no path gets through: more labels than frames."""
+
+    frames: int
+
+
+@dataclass
 class LatticeTargets:
     """What a teacher's pruned lattice said of one utterance.
 
@@ -148,7 +155,8 @@ class Targets:
     # (N,), bool: rows whose cut is as the teacher heard it, so that the student must
     # give the same number of frames; None: all.
     whole: Optional[torch.Tensor] = None
-    # A row's lattice; None for a row that is not whole, whose labels are unknown.
+    # A row's lattice; None for one that is not whole, whose labels are unknown, and
+    # for one with more labels than frames.
     lattices: Optional[List[Optional[LatticeTargets]]] = None
     # Nodes of all rows, where the teacher was asked online.
     nodes: Optional[Nodes] = None

@@ -99,7 +99,7 @@ pip_install "what zipformer imports" -c "$constraints" 'numpy<2' \
 
 step "installing what the recipes and the tests import (about 20 s)"
 pip_install "what the recipes and the tests import" -c "$constraints" 'numpy<2' \
-  h5py kaldialign kaldifst packaging six tensorboard soundfile espeakng-loader tqdm pytest pytest-xdist hypothesis
+  h5py kaldialign kaldifst packaging six tensorboard soundfile espeakng-loader tqdm matplotlib pytest pytest-xdist hypothesis
 
 if [[ $icefall -eq 1 ]]; then
   step "installing what icefall's own recipes import (about 30 s)"

@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 from icefall_kd.errors import KDError
 from icefall_kd.hook import MIN_FRAMES, encoder_frames
 
+SPACE = "\u2581"  # sentencepiece's
+
 
 def open_cuts(path: str, light: bool = False) -> CutSet:
     """The cuts of a manifest, or of a Shar's folder; if ``light``, without arrays."""
@@ -135,25 +137,46 @@ def labels_of(
     cuts: List[Cut],
     sp: Any,
     use: str = "a lattice",
-    remedy: str = "label it first, or dump without --keep-lattice",
+    remedy: str = "dump without --keep-lattice",
 ) -> List[List[int]]:
     """The labels of each transcript; ``use`` is what needs them."""
     for cut in cuts:
         if len(cut.supervisions) != 1 or not (cut.supervisions[0].text or "").strip():
             raise KDError(
                 f"the cut {cut.id} has no transcript, and {use} needs one: leave it "
-                f"out, {remedy}"
+                f"out, or {remedy}"
             )
     y = sp.encode([c.supervisions[0].text for c in cuts], out_type=int)
+    nothing = {sp.unk_id(), sp.piece_to_id(SPACE)}
     for cut, labels in zip(cuts, y):
-        frames = encoder_frames(cut.num_frames)
-        if len(labels) > frames:
+        if nothing.issuperset(labels):
             raise KDError(
-                f"the cut {cut.id} has {len(labels)} labels and the teacher gives "
-                f"{frames} frames, and {use} needs as many frames: leave it out, as "
-                "icefall's training does"
+                f"the transcript of cut {cut.id} has no symbol that the tokens know "
+                f"({cut.supervisions[0].text[:20]!r}), and {use} needs some: give the "
+                "tokens that the recipe trains with, which byte-level BPE can't be, "
+                f"or {remedy}"
             )
     return y
+
+
+def refuse_long(cuts: List[Cut], y: List[List[int]], use: str) -> None:
+    """Refuse a cut with more labels than frames, for ``use``."""
+    for cut, labels in zip(cuts, y):
+        if not fits(cut, labels):
+            raise KDError(
+                f"the cut {cut.id} has {len(labels)} labels and the teacher gives "
+                f"{encoder_frames(cut.num_frames)} frames, and {use} needs as many "
+                "frames: leave it out, as icefall's training does"
+            )
+
+
+def fits(cut: Cut, labels: List[int]) -> bool:
+    """Whether the teacher gives as many frames as there are labels.
+
+    Where it doesn't, no path gets through a lattice, and icefall's training leaves the
+    cut out.
+    """
+    return len(labels) <= encoder_frames(cut.num_frames)
 
 
 def name_unreadable(batch: List[Cut]) -> None:

@@ -18,7 +18,14 @@ from lhotse.cut import Cut
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.cuts import labels_of, name_unreadable, open_cuts, readable, survey
+from icefall_kd.cli.cuts import (
+    fits,
+    labels_of,
+    name_unreadable,
+    open_cuts,
+    readable,
+    survey,
+)
 from icefall_kd.cli.heap import Heap
 from icefall_kd.cli.teachers import (
     Said,
@@ -142,6 +149,19 @@ class _Sink:
         self.pool.shutdown()
 
 
+class _Long:
+    """Counts the cuts that have more labels than frames, and checks their labels."""
+
+    def __init__(self, sp) -> None:
+        self.sp, self.count, self.first = sp, 0, ""
+
+    def __call__(self, cut) -> None:
+        (labels,) = labels_of([cut], self.sp)
+        if not fits(cut, labels):
+            self.count += 1
+            self.first = self.first or cut.id
+
+
 def job_of(num_jobs: int, job: int) -> Tuple[int, int]:
     """This process's job and the number of jobs: as told, or as torchrun says."""
     if num_jobs == 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -199,8 +219,14 @@ def dump(
     asked = [chooser(teacher_field)] if teacher_field else []
     choose = asked[0] if asked else None
     if keep_lattice:
-        asked.append(lambda cut: labels_of([cut], sp))
+        long = _Long(sp)
+        asked.append(long)
     features, total = survey(in_cuts, int(settings["feature_dim"]), asked)
+    if keep_lattice and long.count:
+        logging.warning(
+            f"{long.count} of {total} cuts have more labels than frames, {long.first} "
+            "the first: they go without lattices, as icefall trains without them"
+        )
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -8,11 +8,12 @@ from typing import Any, Dict, List, Tuple
 import click
 import torch
 from lhotse import CutSet
+from lhotse.cut import Cut
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
 from icefall_kd.cli.account import account
-from icefall_kd.cli.cuts import checked, labels_of, name_unreadable
+from icefall_kd.cli.cuts import checked, labels_of, name_unreadable, refuse_long
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
 from icefall_kd.recipe.loader import (
@@ -132,8 +133,14 @@ def read_batches(
     """The first ``num_cuts`` cuts: features, lengths and labels."""
     if num_cuts < 1:
         raise KDError(f"--num-cuts is {num_cuts}, and must be 1 or more")
-    words = ("the measure of a student", "or label it first")
-    checks = [lambda cut: labels_of([cut], sp, *words)]
+    words = ("the measure of a student", "label it first")
+
+    def labels(some: List[Cut]) -> List[List[int]]:
+        y = labels_of(some, sp, *words)
+        refuse_long(some, y, words[0])
+        return y
+
+    checks = [lambda cut: labels([cut])]
     dims = int(settings["feature_dim"])
     cuts = list(islice(checked(path, dims, checks, light=False), num_cuts))
     batches = []
@@ -144,7 +151,7 @@ def read_batches(
         except Exception:  # the storage behind lhotse raises what it likes
             name_unreadable(some)
             raise
-        batches.append((x, x_lens, labels_of(some, sp, *words)))
+        batches.append((x, x_lens, labels(some)))
     return batches
 
 

@@ -2,18 +2,18 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 from lhotse.cut import Cut
 
-from icefall_kd.cli.cuts import labels_of
+from icefall_kd.cli.cuts import fits, labels_of
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer, hidden_rows
 from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets.fingerprint import Fingerprint, name_of
 from icefall_kd.teacher import OnlineTeacher
-from icefall_kd.types import PrunedLattice
+from icefall_kd.types import NoPath, PrunedLattice
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Said:
 
     lens: List[int]
     ctc: Optional[torch.Tensor] = None  # (N, T, V)
-    lattices: Optional[List[PrunedLattice]] = None  # of each utterance
+    lattices: Optional[List[Union[PrunedLattice, NoPath]]] = None  # of each utterance
     hidden: Dict[Layer, torch.Tensor] = field(default_factory=dict)  # (N, T, R, C)
 
     def of(self, i: int) -> Tuple:
@@ -59,7 +59,12 @@ class Teacher:
             said.ctc = self.group.ctc(outs, cuts).cpu()
         if self.s_range:
             y = labels_of(cuts, self.sp)
-            said.lattices = _split(self.group.lattice(outs, y, self.s_range, cuts))
+            fit = [fits(cut, labels) for cut, labels in zip(cuts, y)]
+            y = [labels if ok else labels[:1] for labels, ok in zip(y, fit)]
+            found = _split(self.group.lattice(outs, y, self.s_range, cuts))
+            said.lattices = [
+                x if ok else NoPath(n) for x, ok, n in zip(found, fit, said.lens)
+            ]
         for layer in self.layers:
             said.hidden[layer] = hidden_rows(outs[0], layer).cpu()
         return said

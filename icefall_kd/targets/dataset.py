@@ -144,7 +144,8 @@ def _decode_hidden(
     return layers
 
 
-def _lattice(piece: _Piece, record: Dict[str, bytes]) -> LatticeTargets:
+def _lattice(piece: _Piece, record: Dict[str, bytes]) -> Optional[LatticeTargets]:
+    """The lattice of a cut; None where no path gets through it."""
     found = read_fingerprint(piece.pointer.store)
     _, codec = found.codecs()
     if codec is None:
@@ -152,6 +153,8 @@ def _lattice(piece: _Piece, record: Dict[str, bytes]) -> LatticeTargets:
             f"the store {piece.pointer.store} keeps no lattices: dump with "
             "--keep-lattice collapsed"
         )
+    if "lattice" not in record:
+        return None
     with _told([piece]):
         return codec.decode(record["lattice"], found.vocab_size)
 

@@ -24,7 +24,7 @@ from icefall_kd.targets.manifest import (
     partial_of,
 )
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint, source_duration
-from icefall_kd.types import PrunedLattice
+from icefall_kd.types import NoPath, PrunedLattice
 
 SHAR_NOTES = ("shard_origin", "shar_epoch", "dataloading_info")
 
@@ -227,7 +227,7 @@ class LogitWriter:
         self,
         cut: MonoCut,
         logits: Union[torch.Tensor, np.ndarray, None] = None,
-        lattice: Optional[PrunedLattice] = None,
+        lattice: Union[PrunedLattice, NoPath, None] = None,
         hidden: Optional[Dict[Layer, torch.Tensor]] = None,
     ) -> Pointer:
         """Store one cut's targets.
@@ -235,7 +235,7 @@ class LogitWriter:
         Args:
           cut: A MonoCut, as it will be trained on.
           logits: (T, V), the teacher's raw CTC logits on that cut, without padding.
-          lattice: Of that cut alone (N = 1).
+          lattice: Of that cut alone (N = 1), or that there is none.
           hidden: By layer, its rows (T, R, C), :func:`icefall_kd.hidden.hidden_rows`.
             Of these three, what the fingerprint names must be there.
 
@@ -249,7 +249,7 @@ class LogitWriter:
         self,
         cut: MonoCut,
         logits: Union[torch.Tensor, np.ndarray, None] = None,
-        lattice: Optional[PrunedLattice] = None,
+        lattice: Union[PrunedLattice, NoPath, None] = None,
         hidden: Optional[Dict[Layer, torch.Tensor]] = None,
     ) -> Record:
         """What :meth:`write` stores, made and checked and not yet stored."""
@@ -263,9 +263,12 @@ class LogitWriter:
         if self.lattice is not None:
             if lattice is None:
                 raise _missing(cut, "a lattice", self.lattice)
-            check_finite(lattice.logits, f"lattice on cut {cut.id}")
-            parts["lattice"] = self.lattice.encode(lattice, cut.id)
-            frames.append(int(lattice.boundary[0, 3]))
+            if isinstance(lattice, NoPath):
+                frames.append(lattice.frames)
+            else:
+                check_finite(lattice.logits, f"lattice on cut {cut.id}")
+                parts["lattice"] = self.lattice.encode(lattice, cut.id)
+                frames.append(int(lattice.boundary[0, 3]))
         for codec in self.hidden:
             rows = (hidden or {}).get(codec.layer)
             if rows is None:

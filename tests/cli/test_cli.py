@@ -27,6 +27,7 @@ from icefall_kd.errors import KDError
 from icefall_kd.recipe import session
 from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets import Fingerprint
+from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.fingerprint import (
     hash_state_dict,
     hash_tokens,
@@ -388,17 +389,40 @@ def test_dump_of_lattices_refuses_a_cut_without_transcript(
     assert invoke(*dump_words(cuts=path, out=tmp_path / "ctc.jsonl")).code == 0
 
 
-def test_dump_of_lattices_refuses_a_cut_of_more_labels_than_frames(
-    invoke, dump_words, tmp_path, make_cut, bpe_models
+@pytest.mark.parametrize("keep", ["dense", "none"])
+def test_a_cut_of_more_labels_than_frames_goes_without_a_lattice(
+    invoke, dump_words, tmp_path, make_cut, bpe_models, caplog, keep
 ):
-    path = tmp_path / "other.jsonl"
-    cuts = [make_cut("c1", 47), make_cut("short", 33, text="ein zwei ein zwei ein")]
+    """As it goes without training: icefall leaves it out."""
+    path, out = tmp_path / "other.jsonl", tmp_path / "out.jsonl.gz"
+    cuts = [
+        make_cut("c1", 47, text="ein"),
+        make_cut("long", 33, text="ein zwei ein zwei ein"),
+        make_cut("c3", 33, text="zwei"),
+    ]
     CutSet.from_cuts(cuts).to_file(path)
-    words = ("--keep-lattice", "collapsed", "--bpe-model", bpe_models.a)
-    done = invoke(*dump_words(*words, cuts=path))
-    assert done.code == 1 and "the cut short has " in done.err[-1]
-    assert "labels and the teacher gives 7 frames" in done.err[-1]
-    assert not (tmp_path / "out.jsonl.gz").exists()
+    words = ("--keep", keep, "--keep-lattice", "collapsed")
+    words += ("--bpe-model", bpe_models.a, "--max-duration", 10)
+    with caplog.at_level("WARNING"):
+        done = invoke(*dump_words(*words, cuts=path))
+    assert done.code == 0
+    assert "1 of 3 cuts have more labels than frames, long the first" in caplog.text
+    found = collate_targets(list(CutSet.from_file(out)), lattice=True)
+    assert [x is None for x in found.lattices] == [False, True, False]
+    assert found.lens.tolist() == [10, 7, 7] and found.mask.sum(1).tolist() == [
+        10,
+        7,
+        7,
+    ]
+    # The others have what they have without it.
+    CutSet.from_cuts([cuts[0], cuts[2]]).to_file(tmp_path / "two.jsonl")
+    alone = tmp_path / "alone.jsonl.gz"
+    done = invoke(*dump_words(*words, cuts=tmp_path / "two.jsonl", out=alone))
+    assert done.code == 0
+    two = collate_targets(list(CutSet.from_file(alone)), lattice=True)
+    for a, b in zip(two.lattices, (found.lattices[0], found.lattices[2])):
+        assert torch.equal(a.occupancy, b.occupancy)
+    assert invoke(*dump_words(*words, cuts=path)).code == 0  # all is there already
 
 
 @pytest.mark.parametrize(
