@@ -100,11 +100,11 @@ icefall=$(cd ../../.. && pwd)
 export PYTHONPATH=$icefall${PYTHONPATH:+:$PYTHONPATH}
 plugged=${recipe}_kd
 exp_dir=${exp_dir:-$plugged/exp-$student}
-last=$((1 + warmup_epochs + kd_epochs + finetune_epochs))
 
 for number in warmup_epochs kd_epochs finetune_epochs avg nj world_size use_ctc; do
   [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} is '${!number}', not a number"
 done
+last=$((1 + warmup_epochs + kd_epochs + finetune_epochs))
 [ "$kd_epochs" -ge 1 ] || fail "--kd-epochs is $kd_epochs, and must be 1 or more"
 [ "$avg" -ge 1 ] && [ "$avg" -lt "$last" ] || fail "--avg is $avg and the student has" \
   "$((last - 1)) epochs to average: give 1 to $((last - 1))"
@@ -187,6 +187,7 @@ if begins 2 "the teacher's targets, $kd_dir"; then
       done
     fi
     for m in "${own[@]}"; do
+      mkdir -p "$kd_dir/$(dirname "$m")"
       icefall-kd dump "${teacher[@]}" "${token_flags[@]}" --keep "$keep" \
         ${keep_lattice:+--keep-lattice "$keep_lattice"} \
         ${keep_hidden:+--keep-hidden "$keep_hidden"} \

@@ -1,0 +1,308 @@
+"""``kd.sh``: what it asks of icefall and of icefall_kd, stage by stage.
+
+Both are stand-ins here, which write down how they are called.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "egs" / "librispeech" / "ASR" / "kd.sh"
+
+TOOL = """#!{python}
+import json, shutil, sys
+from pathlib import Path
+name, words = Path(sys.argv[0]).name, sys.argv[1:]
+with open("{calls}", "a") as f:
+    f.write(json.dumps([name, *words]) + "\\n")
+def given(option):
+    return words[words.index(option) + 1]
+if name == "icefall-kd" and words[0] == "plug":
+    shutil.copytree(words[1], words[2], dirs_exist_ok=True)
+elif name == "icefall-kd" and words[0] == "dump":
+    jobs = given("--num-jobs") if "--num-jobs" in words else "1"
+    out = [w for w in words if w.endswith(".jsonl.gz")][1]
+    if jobs == "1":
+        Path(out).write_text("targets")
+elif name == "icefall-kd" and words[0] == "combine":
+    Path(words[-1]).write_text("targets")
+elif name == "icefall-kd" and words[0] == "student":
+    folder = Path(given("--student-dir"))
+    folder.mkdir(parents=True)
+    (folder / "epoch-1.pt").write_text("start")
+    (folder / "student_flags").write_text("--encoder-dim 8,8 --context-size 1\\n")
+elif name == "train.py":
+    for e in range(int(given("--start-epoch")), int(given("--num-epochs")) + 1):
+        if Path("{calls}").with_name("stop").exists() and e == 4:
+            sys.exit(1)
+        (Path(given("--exp-dir")) / f"epoch-{{e}}.pt").write_text(" ".join(words))
+elif name in ("decode.py", "ctc_decode.py"):
+    folder = Path(given("--exp-dir")) / given("--decoding-method")
+    folder.mkdir(parents=True, exist_ok=True)
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    asr = tmp_path / "icefall" / "egs" / "corpus" / "ASR"
+    (asr / "zipformer" / "exp").mkdir(parents=True)
+    (asr / "data" / "fbank" / "split").mkdir(parents=True)
+    for name in ("train", "dev", "split/a.1", "split/a.2", "split/a.3"):
+        (asr / "data" / "fbank" / f"{name}.jsonl.gz").write_text(name)
+    (tmp_path / "bin").mkdir()
+    text = TOOL.format(python=sys.executable, calls=tmp_path / "calls")
+    scripts = "train decode ctc_decode export export-onnx".split()
+    for path in [
+        tmp_path / "bin" / "icefall-kd",
+        *(asr / "zipformer" / f"{name}.py" for name in scripts),
+    ]:
+        more = '\n# "--context-size"\n' if path.name != "ctc_decode.py" else ""
+        path.write_text(text + more)
+        path.chmod(0o755)
+    return asr
+
+
+@pytest.fixture
+def kd(place, tmp_path):
+    defaults = {
+        "--asr-dir": place,
+        "--train-manifests": "train.jsonl.gz",
+        "--warmup-epochs": 1,
+        "--kd-epochs": 2,
+        "--finetune-epochs": 1,
+        "--avg": 2,
+        "--python": sys.executable,
+    }
+
+    def run(*words, **changes):
+        options = {**defaults}
+        for name, value in changes.items():
+            options["--" + name.replace("_", "-")] = value
+        command = [SCRIPT, *words]
+        for name, value in options.items():
+            command += [name, value]
+        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            [str(c) for c in command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path},
+            cwd=tmp_path,
+        )
+        return done
+
+    return run
+
+
+@pytest.fixture
+def calls(tmp_path):
+    def read():
+        path = tmp_path / "calls"
+        rows = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [json.loads(row) for row in rows]
+
+    return read
+
+
+def given(call, option):
+    return call[call.index(option) + 1]
+
+
+def trained(rows):
+    """Folder, epochs and whether distillation was on, of each training."""
+    return [
+        (
+            Path(given(r, "--exp-dir")).name,
+            int(given(r, "--start-epoch")),
+            int(given(r, "--num-epochs")),
+            "--kd-config" in r,
+        )
+        for r in rows
+        if r[0] == "train.py"
+    ]
+
+
+def test_all_stages_one_after_the_other(kd, calls, place):
+    done = kd()
+    assert done.returncode == 0, done.stderr
+    rows = calls()
+    commands = [r[1] for r in rows if r[0] == "icefall-kd"]
+    assert commands == ["doctor", "plug", "dump", "student", "report", "report"]
+    assert trained(rows) == [
+        ("kd", 2, 2, False),
+        ("kd", 3, 4, True),
+        ("kd", 5, 5, False),
+        ("no-kd", 3, 5, False),
+    ]
+    for r in rows:
+        if r[0] == "train.py":
+            assert given(r, "--manifest-dir") == "data/kd"
+            assert given(r, "--encoder-dim") == "8,8"
+            assert given(r, "--use-ctc") == "1"
+    decoded = [
+        (Path(given(r, "--exp-dir")).name, r[0], given(r, "--epoch"), given(r, "--avg"))
+        for r in rows
+        if "decode" in r[0]
+    ]
+    scripts = ("decode.py", "decode.py", "ctc_decode.py")
+    assert decoded == [
+        (*m, e, a)
+        for name, e, a in (("exp", "30", "9"), ("kd", "5", "2"), ("no-kd", "5", "2"))
+        for m in ((name, s) for s in scripts)
+    ]
+    for r in rows:  # by the recipe itself, which knows nothing of distillation
+        if r[0] in scripts or r[0].startswith("export"):
+            assert not any("kd-" in w.split("/")[0] for w in r)
+            student = given(r, "--exp-dir") != "zipformer/exp"
+            takes = r[0] != "ctc_decode.py"  # whose parser lacks it
+            assert ("--context-size" in r) == (student and takes)
+    exported = [r for r in rows if r[0].startswith("export")]
+    assert [r[0] for r in exported] == ["export.py", "export-onnx.py"]
+    assert given(exported[0], "--jit") == "1" and "--jit" not in exported[1]
+    # What is not distilled is read from where it stands.
+    link = place / "data" / "kd" / "dev.jsonl.gz"
+    assert link.is_symlink() and link.read_text() == "dev"
+    assert not (place / "data" / "kd" / "train.jsonl.gz").is_symlink()
+
+
+def test_a_second_run_does_nothing_again(kd, calls):
+    assert kd().returncode == 0
+    calls()
+    done = kd()
+    assert done.returncode == 0, done.stderr
+    again = [r[:2] for r in calls() if r[0] != "icefall-kd"]
+    assert [r[0] for r in again] == ["export.py", "export-onnx.py"]
+    assert "has its epoch 5" in done.stdout and "greedy_search is done" in done.stdout
+
+
+def test_training_goes_on_at_the_epoch_where_it_stopped(kd, calls, tmp_path):
+    (tmp_path / "stop").touch()
+    assert kd().returncode != 0
+    assert trained(calls())[-1] == ("kd", 3, 4, True)
+    (tmp_path / "stop").unlink()
+    assert kd(stage=3).returncode == 0
+    assert trained(calls())[0] == ("kd", 4, 4, True)
+
+
+def test_students_of_other_settings_are_not_mixed_up(kd, calls):
+    assert kd(stop_stage=4).returncode == 0
+    calls()
+    for changes in ({"student": "3m"}, {"kd_epochs": 9}, {"kd_flags": "--kd-x 1"}):
+        done = kd(exp_dir="zipformer_kd/exp-s", **changes)
+        assert (
+            done.returncode == 1 and "holds students of other settings" in done.stderr
+        )
+        assert len(done.stderr.splitlines()) == 1 and calls() == []
+    assert kd(stage=8, stop_stage=8, kd_epochs=2).returncode == 0
+
+
+def test_one_manifest_is_shared_by_jobs(kd, calls, place):
+    done = kd(stage=1, stop_stage=2, nj=3)
+    assert done.returncode == 0, done.stderr
+    dumps = [r for r in calls() if r[1] == "dump"]
+    assert sorted(given(r, "--job") for r in dumps) == ["0", "1", "2"]
+    assert {given(r, "--num-jobs") for r in dumps} == {"3"}
+    done = kd(stage=3, stop_stage=3, nj=3)
+    assert done.returncode == 0 and calls()[0][:4] == [
+        "icefall-kd",
+        "combine",
+        "--num-jobs",
+        "3",
+    ]
+
+
+def test_several_manifests_are_taken_in_turn(kd, calls, place):
+    changes = {"train_manifests": "split/a.*.jsonl.gz", "nj": 2}
+    for job, own in (("0", ["a.1", "a.3"]), ("1", ["a.2"])):
+        done = kd(stage=1, stop_stage=2, job=job, **changes)
+        assert done.returncode == 0, done.stderr
+        dumps = [r for r in calls() if r[1] == "dump"]
+        assert ["--num-jobs" in r for r in dumps] == [False] * len(own)
+        ins = [[w for w in r if w.endswith(".gz")][0] for r in dumps]
+        assert ins == [f"data/fbank/split/{name}.jsonl.gz" for name in own]
+    assert (place / "data/kd/split/a.2.jsonl.gz").read_text() == "targets"
+    assert (place / "data/kd/train.jsonl.gz").is_symlink()
+
+
+def test_no_baseline_and_no_ctc(kd, calls):
+    assert kd(baseline="false", use_ctc=0, keep_hidden="").returncode == 0
+    rows = calls()
+    assert "no-kd" not in [t[0] for t in trained(rows)]
+    assert not any("--use-ctc" in r or r[0] == "ctc_decode.py" for r in rows)
+    (dump,) = (r for r in rows if r[1] == "dump")
+    assert "--keep-hidden" not in dump
+    report = [r for r in rows if r[1] == "report"][0]
+    assert not any("without KD" in w for w in report)
+
+
+@pytest.mark.parametrize("name", ["aishell", "gigaspeech", "wenetspeech"])
+def test_other_recipes_are_a_file(kd, calls, place, tmp_path, name):
+    manifests = {
+        "aishell": "aishell_cuts_train",
+        "gigaspeech": "gigaspeech_XL_split/gigaspeech_cuts_XL.0001",
+        "wenetspeech": "cuts_L_fixed",
+    }
+    path = place / "data" / "fbank" / f"{manifests[name]}.jsonl.gz"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("cuts")
+    command = [SCRIPT, "--config", f"conf/{name}.sh", "--asr-dir", place]
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*map(str, command), "--stop-stage", "5", "--python", sys.executable],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = calls()
+    assert [f"data/kd/{manifests[name]}.jsonl.gz" in r for r in rows if r[1] == "dump"]
+    assert trained(rows)[-1][3] and "--use-ctc" not in rows[-1]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"asr_dir": ""}, "--asr-dir is missing"),
+        ({"recipe": "zapformer"}, "has no folder zapformer"),
+        ({"train_manifests": "other.jsonl.gz"}, "has no other.jsonl.gz"),
+        ({"manifest_dir": "data/none"}, "data/none has no train.jsonl.gz"),
+        ({"kd_config": "conf/none.yaml"}, "the file conf/none.yaml does not exist"),
+        ({"config": "none.sh"}, "the file none.sh does not exist"),
+        ({"avg": 5}, "has 4 epochs to average"),
+        ({"avg": 0}, "give 1 to 4"),
+        ({"kd_epochs": 0}, "must be 1 or more"),
+        ({"kd_epochs": "many"}, "is 'many', not a number"),
+        ({"baseline": "yes"}, "must be true or false"),
+        ({"stage": 3, "stop_stage": 3}, "there are no targets"),
+        ({"stage": 2, "stop_stage": 2}, "run stage 1 first"),
+        ({"colour": "red"}, "there is no option --colour"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(kd, calls, changes, words):
+    done = kd(**changes)
+    assert done.returncode == 1 and words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not any(r[0] == "train.py" for r in calls())
+
+
+def test_stages_that_need_others_say_so(kd, calls):
+    assert kd(stop_stage=3).returncode == 0
+    done = kd(stage=5, stop_stage=5)
+    assert done.returncode == 1 and "has no epoch-2.pt: run the stages before" in (
+        done.stderr
+    )
+    done = kd(stage=7, stop_stage=7)
+    assert done.returncode == 1 and "run stages 3 and 4 first" in done.stderr
+
+
+def test_help_lists_stages_and_options(kd):
+    done = kd("--help")
+    assert done.returncode == 0
+    for words in ("Stages: 0 checks", "--teacher-epoch 30", "--nj 1", "10 report"):
+        assert words in done.stdout
