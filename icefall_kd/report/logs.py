@@ -56,19 +56,24 @@ class Training:
       parameters: Of the model, or None.
       batches: In their order.
       validations: In theirs.
+      kd_settings: As ``settings``, of the last start that distilled: fine-tuning on
+        hard labels may follow.
     """
 
     settings: Dict[str, Any]
     parameters: Optional[int]
     batches: List[Batch]
     validations: List[Batch]
+    kd_settings: Dict[str, Any] = field(default_factory=dict)
 
     @property
     def distils(self) -> Optional[bool]:
-        """Whether a KD weight is above 0; None where no log tells the settings."""
+        """Whether a KD weight was above 0; None where no log tells the settings."""
         if not self.settings:
             return None
-        return any(_highest(self.settings, term) > 0 for term in TERMS)
+        if _distil(self.settings):
+            return True
+        return any(b.weights.get(term, 0) > 0 for b in self.batches for term in TERMS)
 
     def epochs(self) -> Tuple[int, int]:
         """The first and the last epoch of the logs; (0, 0) for none."""
@@ -176,6 +181,8 @@ def _read_start(path: Path) -> Training:
 
 
 def _add(found: Training, start: Training) -> None:
+    if start.batches and _distil(start.settings):
+        found.kd_settings = start.settings
     if start.batches or not found.settings:
         found.settings = start.settings or found.settings
     found.parameters = start.parameters or found.parameters
@@ -185,6 +192,10 @@ def _add(found: Training, start: Training) -> None:
             lines[:] = [b for b in lines if (b.epoch, b.batch) < first]
     found.batches += start.batches
     found.validations += start.validations
+
+
+def _distil(settings: Dict[str, Any]) -> bool:
+    return any(_highest(settings, term) > 0 for term in TERMS)
 
 
 def _highest(settings: Dict[str, Any], term: str) -> float:

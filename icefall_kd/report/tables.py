@@ -218,7 +218,7 @@ def _distillation(training: Optional[Training], w: Dict[str, str]) -> str:
         return NONE
     if not training.distils:
         return w["off"]
-    s = training.settings
+    s = training.kd_settings or training.settings
     terms = [(t, s.get(f"kd_{t}_weight")) for t in WEIGHTS]
     shown = [f"{t} {_short(v)}" for t, v in terms if v not in (None, 0, 0.0)]
     for name in ("temperature", "schedule"):

@@ -134,7 +134,7 @@ def test_all_stages_one_after_the_other(kd, calls, place):
     commands = [r[1] for r in rows if r[0] == "icefall-kd"]
     assert commands == ["doctor", "plug", "dump", "student", "report", "report"]
     assert trained(rows) == [
-        ("kd", 2, 2, False),
+        ("start", 2, 2, False),
         ("kd", 3, 4, True),
         ("kd", 5, 5, False),
         ("no-kd", 3, 5, False),
@@ -294,11 +294,15 @@ def test_what_does_not_fit_is_refused(kd, calls, changes, words):
 def test_stages_that_need_others_say_so(kd, calls):
     assert kd(stop_stage=3).returncode == 0
     done = kd(stage=5, stop_stage=5)
-    assert done.returncode == 1 and "has no epoch-2.pt: run the stages before" in (
+    assert done.returncode == 1 and "has no epoch-2.pt: run stages 3 and 4" in (
         done.stderr
     )
-    done = kd(stage=7, stop_stage=7)
-    assert done.returncode == 1 and "run stages 3 and 4 first" in done.stderr
+    assert kd(stage=4, stop_stage=4).returncode == 0
+    done = kd(stage=6, stop_stage=6)
+    assert done.returncode == 1 and "kd has no epoch-4.pt: run the stages before" in (
+        done.stderr
+    )
+    assert kd(stage=7, stop_stage=7).returncode == 0
 
 
 def test_help_lists_stages_and_options(kd):

@@ -184,3 +184,21 @@ def test_a_message_of_several_lines_is_one_record(tmp_path):
     assert text == "\nFor test, WER of:\nx\t1"
     assert other == "next"
     assert (second - first).total_seconds() == 1.25
+
+
+def test_a_student_that_is_fine_tuned_on_hard_labels_was_distilled(
+    write_training, batch
+):
+    """Warm-up, distillation and fine-tuning are three starts in one folder."""
+    off = {**KD, "kd_ctc_weight": 0.0, "kd_hard_weight": 1.0}
+    write_training(batch(2, 0), batch(2, 9), settings=off)
+    write_training(*(batch(3, 0), batch(3, 9)), settings=KD, date="2025-03-04-06-00-00")
+    late = {"settings": off, "date": "2025-03-04-07-00-00"}
+    found = read_training(write_training(batch(4, 0), batch(4, 9), **late))
+    assert found.distils and found.kd_settings["kd_ctc_weight"] == 1.0
+    assert found.settings["kd_ctc_weight"] == 0.0
+    assert [w for _, w in found.weights()["ctc"]] == [0, 0, 1, 1, 0, 0]
+    # Trained again from the warm-up without it, nothing of it is left.
+    late["date"] = "2025-03-04-08-00-00"
+    again = read_training(write_training(batch(3, 0), batch(3, 9), **late))
+    assert not again.distils

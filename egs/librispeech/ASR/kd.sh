@@ -129,7 +129,7 @@ $(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags"
   fi
 fi
 
-begins() {
+asked() {
   [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ] || return 1
   log "Stage $1: $2"
 }
@@ -146,7 +146,21 @@ train() {
   # shellcheck disable=SC2046,SC2086
   $python "./$plugged/train.py" --world-size "$world_size" --start-epoch "$first" \
     --num-epochs "$end" --exp-dir "$folder" $tokens $train_flags $ctc_flag \
-    $(cat "$exp_dir/kd/student_flags") "$@"
+    $(cat "$exp_dir/start/student_flags") "$@"
+}
+# begin NAME: a student that goes on from the warm-up, which is common to all.
+begin() {
+  local e f
+  mkdir -p "$exp_dir/$1"
+  for e in $(seq 1 $((1 + warmup_epochs))); do
+    f=epoch-$e.pt
+    if [ ! -f "$exp_dir/$1/$f" ]; then
+      [ -f "$exp_dir/start/$f" ] || fail "$exp_dir/start has no $f: run stages 3 and 4"
+      cp "$exp_dir/start/$f" "$exp_dir/$1/$f.tmp"
+      mv "$exp_dir/$1/$f.tmp" "$exp_dir/$1/$f"
+    fi
+  done
+  if [ -d "$exp_dir/start/log" ]; then cp -r "$exp_dir/start/log" "$exp_dir/$1/"; fi
 }
 ctc_flag=
 if [ "$use_ctc" = 1 ]; then ctc_flag="--use-ctc 1"; fi
@@ -155,18 +169,18 @@ teacher=(--recipe "./$recipe" --exp-dir "$teacher_dir" --epoch "$teacher_epoch"
 read -r -a token_flags <<< "$tokens"
 read -r -a more_teacher <<< "$teacher_flags"
 
-if begins 0 "what is installed, and whether teacher, tokens and cuts fit"; then
+if asked 0 "what is installed, and whether teacher, tokens and cuts fit"; then
   # 1 minute
   icefall-kd doctor "${teacher[@]}" "${token_flags[@]}" \
     --cuts "$manifest_dir/${manifests[0]}" "${more_teacher[@]}"
 fi
 
-if begins 1 "a copy of $recipe with distillation plugged in, $plugged"; then
+if asked 1 "a copy of $recipe with distillation plugged in, $plugged"; then
   # seconds; nothing of icefall's own is changed
   icefall-kd plug "./$recipe" "./$plugged"
 fi
 
-if begins 2 "the teacher's targets, $kd_dir"; then
+if asked 2 "the teacher's targets, $kd_dir"; then
   # On one V100 about 1 hour for 100 h and 9 hours for 960 h with a teacher of size L,
   # an estimate; divided by --nj. Disk for an hour of speech: 3 MB, and with
   # --keep-hidden out:half 140 MB more (L) or 92 MB (M). The three speeds count each.
@@ -221,7 +235,7 @@ for m in "${manifests[@]}"; do
   [ -f "$kd_dir/$m" ] || fail "there are no targets $kd_dir/$m: run stage 2 first"
 done
 
-if begins 3 "the student $student, $exp_dir"; then
+if asked 3 "the student $student, $exp_dir"; then
   # 1 minute
   case $student in
     xl|l|m|s|kws|10m|6m|3m|1m|*-streaming) size=(--preset "$student") ;;
@@ -229,57 +243,50 @@ if begins 3 "the student $student, $exp_dir"; then
     *) size=() ;;  # a name, and --student-flags say the size
   esac
   read -r -a more <<< "$student_flags"
-  if [ -f "$exp_dir/kd/epoch-1.pt" ]; then
-    log "$exp_dir/kd has its epoch-1.pt"
+  if [ -f "$exp_dir/start/epoch-1.pt" ]; then
+    log "$exp_dir/start has its epoch-1.pt"
   else
-    icefall-kd student "${teacher[@]}" "${token_flags[@]}" --student-dir "$exp_dir/kd" \
+    icefall-kd student "${teacher[@]}" "${token_flags[@]}" --student-dir "$exp_dir/start" \
       "${size[@]}" "${more[@]}" "${more_teacher[@]}"
     echo "$settings" > "$exp_dir/.settings"
   fi
 fi
 
-if begins 4 "warm-up on hard labels, $warmup_epochs epochs"; then
+if asked 4 "warm-up on hard labels, $warmup_epochs epochs"; then
   # An epoch of S on 4 V100: about 4 minutes for 100 h, 40 minutes for 960 h (three
   # speeds each, an estimate).
-  train "$exp_dir/kd" 2 $((1 + warmup_epochs)) --manifest-dir "$kd_dir"
+  train "$exp_dir/start" 2 $((1 + warmup_epochs)) --manifest-dir "$kd_dir"
 fi
 
-if begins 5 "distillation, $kd_epochs epochs"; then
+if asked 5 "distillation, $kd_epochs epochs"; then
   # A step takes at most 10 % longer than without: benchmarks/step.py.
   read -r -a more <<< "$kd_flags"
+  begin kd
   train "$exp_dir/kd" $((2 + warmup_epochs)) $((1 + warmup_epochs + kd_epochs)) \
     --manifest-dir "$kd_dir" --kd-config "$kd_config" "${more[@]}"
 fi
 
-if begins 6 "fine-tuning on hard labels, $finetune_epochs epochs"; then
+if asked 6 "fine-tuning on hard labels, $finetune_epochs epochs"; then
   train "$exp_dir/kd" $((2 + warmup_epochs + kd_epochs)) "$last" \
     --manifest-dir "$kd_dir"
 fi
 
-if begins 7 "the same student without distillation"; then
+if asked 7 "the same student without distillation"; then
   # As long as stages 4 to 6 together, with which it may run side by side.
   if [ "$baseline" = true ]; then
-    mkdir -p "$exp_dir/no-kd"
-    for e in $(seq 1 $((1 + warmup_epochs))); do  # the warm-up is theirs together
-      f=epoch-$e.pt
-      if [ ! -f "$exp_dir/no-kd/$f" ]; then
-        [ -f "$exp_dir/kd/$f" ] || fail "$exp_dir/kd has no $f: run stages 3 and 4 first"
-        cp "$exp_dir/kd/$f" "$exp_dir/no-kd/$f.tmp"
-        mv "$exp_dir/no-kd/$f.tmp" "$exp_dir/no-kd/$f"
-      fi
-    done
-    train "$exp_dir/no-kd" 2 "$last" --manifest-dir "$kd_dir"
+    begin no-kd
+    train "$exp_dir/no-kd" $((2 + warmup_epochs)) "$last" --manifest-dir "$kd_dir"
   fi
 fi
 
-if begins 8 "decoding"; then
+if asked 8 "decoding"; then
   # Minutes on one GPU for each method and model.
   models=("$teacher_dir:$teacher_epoch:$teacher_avg" "$exp_dir/kd:$last:$avg")
   if [ "$baseline" = true ]; then models+=("$exp_dir/no-kd:$last:$avg"); fi
   for m in "${models[@]}"; do
     IFS=: read -r folder epoch average <<< "$m"
     model_flags=$teacher_flags
-    if [ "$folder" != "$teacher_dir" ]; then model_flags=$(cat "$exp_dir/kd/student_flags"); fi
+    if [ "$folder" != "$teacher_dir" ]; then model_flags=$(cat "$exp_dir/start/student_flags"); fi
     for d in $decode; do
       script=${d%%:*} method=${d##*:}
       if [ "$use_ctc" != 1 ] && [ "$script" = ctc_decode.py ]; then continue; fi
@@ -300,18 +307,18 @@ if begins 8 "decoding"; then
   done
 fi
 
-if begins 9 "export of the distilled student"; then
+if asked 9 "export of the distilled student"; then
   # Minutes, no GPU. The recipe's own scripts, which know nothing of distillation.
   for script in $export; do
     jit=
     if [ "$script" = export.py ]; then jit="--jit 1"; fi
     # shellcheck disable=SC2046,SC2086
     $python "./$recipe/$script" --epoch "$last" --avg "$avg" --exp-dir "$exp_dir/kd" \
-      --tokens "$tokens_file" $jit $ctc_flag $(cat "$exp_dir/kd/student_flags")
+      --tokens "$tokens_file" $jit $ctc_flag $(cat "$exp_dir/start/student_flags")
   done
 fi
 
-if begins 10 "report"; then
+if asked 10 "report"; then
   models=(--model "teacher=$teacher_dir")
   if [ "$baseline" = true ]; then models+=(--model "without KD=$exp_dir/no-kd"); fi
   models+=(--model "with KD=$exp_dir/kd")
