@@ -71,8 +71,8 @@ class Training:
         """Whether a KD weight was above 0; None where no log tells the settings."""
         if not self.settings:
             return None
-        if _distil(self.settings):
-            return True
+        if not self.kd_settings:
+            return _distil(self.settings)
         return any(b.weights.get(term, 0) > 0 for b in self.batches for term in TERMS)
 
     def epochs(self) -> Tuple[int, int]:
