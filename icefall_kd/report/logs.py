@@ -58,6 +58,7 @@ class Training:
       validations: In theirs.
       kd_settings: As ``settings``, of the last start that distilled: fine-tuning on
         hard labels may follow.
+      kd_from: Epoch and batch where that one began.
     """
 
     settings: Dict[str, Any]
@@ -65,15 +66,14 @@ class Training:
     batches: List[Batch]
     validations: List[Batch]
     kd_settings: Dict[str, Any] = field(default_factory=dict)
+    kd_from: Tuple[int, int] = (0, 0)
 
     @property
     def distils(self) -> Optional[bool]:
         """Whether a KD weight was above 0; None where no log tells the settings."""
         if not self.settings:
             return None
-        if not self.kd_settings:
-            return _distil(self.settings)
-        return any(b.weights.get(term, 0) > 0 for b in self.batches for term in TERMS)
+        return bool(self.kd_settings) or _distil(self.settings)
 
     def epochs(self) -> Tuple[int, int]:
         """The first and the last epoch of the logs; (0, 0) for none."""
@@ -181,8 +181,6 @@ def _read_start(path: Path) -> Training:
 
 
 def _add(found: Training, start: Training) -> None:
-    if start.batches and _distil(start.settings):
-        found.kd_settings = start.settings
     if start.batches or not found.settings:
         found.settings = start.settings or found.settings
     found.parameters = start.parameters or found.parameters
@@ -190,6 +188,10 @@ def _add(found: Training, start: Training) -> None:
         first = (start.batches[0].epoch, start.batches[0].batch)
         for lines in (found.batches, found.validations):
             lines[:] = [b for b in lines if (b.epoch, b.batch) < first]
+        if found.kd_from >= first:  # trained again without
+            found.kd_settings = {}
+        if _distil(start.settings):
+            found.kd_settings, found.kd_from = start.settings, first
     found.batches += start.batches
     found.validations += start.validations
 
