@@ -89,6 +89,8 @@ class Progress:
         if self.from_checkpoint is not None and self.params.get("cur_epoch"):
             vars(self).update(self.from_checkpoint["counted"])
             self.from_checkpoint = None
+            # Lhotse's samplers begin the epoch anew where it was cut short.
+            self.from_start &= self.params["cur_epoch"] != self.epoch
 
     def saw(self, cuts: int) -> float:
         """Count a batch; return how many epochs were done before it."""
