@@ -60,16 +60,16 @@ class Freezing:
         return any(until % 1 for until in self.freezer.pending)
 
     def _before_batch(self, model) -> None:
-        if not (model.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return
         for part in self.freezer.update(self._epoch()):
             self.progress.thawed[str(part)] = int(self.params.get("batch_idx_train", 0))
             self.progress.learned = True
             self.progress.save()
 
-    def after_batch(self, model, batch: Dict[str, Any]) -> None:
+    def after_batch(self, trains: bool, batch: Dict[str, Any]) -> None:
         """Count a training batch, where no session does; keep the file at others."""
-        if model.training:
+        if trains:
             self.progress.mark()
             self.progress.saw(len(batch["supervisions"]["text"]))
         else:

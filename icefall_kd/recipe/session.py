@@ -394,14 +394,15 @@ def joint_loss(loss, info, model, batch):
     """
     if _session is None:
         if _freezing is not None:
-            _freezing.after_batch(model, batch)
+            _freezing.after_batch(loss.requires_grad, batch)
         return loss
     from icefall_kd.types import Targets
 
     student = _session.hook.take()
     if _session.ranges is not None:
         student.ranges, student.lattice_logits = _session.ranges.take()
-    if not model.training:
+    # Recipes with adapters leave the model itself in eval mode while they train it.
+    if not loss.requires_grad:
         _session.progress.save()
         _session.diagnose(info, student)
         return loss

@@ -229,6 +229,21 @@ def test_a_training_batch_without_targets_is_refused(make_model, make_params, cu
         session.joint_loss(loss, MetricsTracker(), model, batch)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_model_in_eval_mode_is_distilled_where_it_trains(
+    make_model, make_params, cuts, trains
+):
+    """Recipes with adapters and LoRA put all in eval mode, and train what is theirs."""
+    model, info = make_model().eval(), MetricsTracker()
+    session.attach(make_params(), model)
+    dataset = session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
+    batch = dataset[cuts]
+    with torch.set_grad_enabled(trains):
+        loss = recipe_loss(model, batch)
+    joint = session.joint_loss(loss, info, model, batch)
+    assert ("kd_ctc_loss" in info) == trains == (joint is not loss)
+
+
 # Refusals
 
 
