@@ -63,6 +63,12 @@ def teacher_options(command, required=True):
 @click.option(
     "--student-dir", default="", help="What `icefall-kd student` wrote for it."
 )
+@click.option(
+    "--kd",
+    default="",
+    metavar="OPTIONS",
+    help="Those that train.py will get, such as '--kd-config kd.yaml'.",
+)
 def doctor(**options) -> None:
     """Say what is installed, and how to get what is missing.
 

@@ -146,17 +146,12 @@ def labels_of(
                 f"the cut {cut.id} has no transcript, and {use} needs one: leave it "
                 f"out, or {remedy}"
             )
-    y = sp.encode([c.supervisions[0].text for c in cuts], out_type=int)
-    nothing = {sp.unk_id(), sp.piece_to_id(SPACE)}
-    for cut, labels in zip(cuts, y):
-        if nothing.issuperset(labels):
-            raise KDError(
-                f"the transcript of cut {cut.id} has no symbol that the tokens know "
-                f"({cut.supervisions[0].text[:20]!r}), and {use} needs some: give the "
-                "tokens that the recipe trains with, which byte-level BPE can't be, "
-                f"or {remedy}"
-            )
-    return y
+    return sp.encode([c.supervisions[0].text for c in cuts], out_type=int)
+
+
+def is_unknown(labels: List[int], sp: Any) -> bool:
+    """Whether the tokens know nothing of a transcript."""
+    return {sp.unk_id(), sp.piece_to_id(SPACE)}.issuperset(labels)
 
 
 def refuse_long(cuts: List[Cut], y: List[List[int]], use: str) -> None:

@@ -1,5 +1,7 @@
 """What is installed and what is missing; whether a teacher, cuts and a student fit."""
 
+import argparse
+import shlex
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -7,6 +9,7 @@ from typing import Any, Dict, List, Tuple
 import click
 
 from icefall_kd.errors import KDError
+from icefall_kd.recipe.arguments import WEIGHTS
 
 # name of the module, of its distribution, whether it is needed, how to get it
 _PARTS: List[Tuple[str, str, str, str]] = [
@@ -80,9 +83,29 @@ def _teacher(name: str, options: Dict[str, Any]) -> Tuple[Any, Dict[str, Any], A
     return model, settings, sp
 
 
-def _check_targets(path: str, teacher: str, settings: Dict[str, Any], sp: Any) -> None:
-    """Refuse targets of another teacher, or of other tokens."""
+def _loss_of(words: str):
+    """The joint loss of a training that gets these options."""
+    from icefall_kd.recipe.arguments import add_options
+    from icefall_kd.recipe.session import joint_of
+
+    def refuse(message: str) -> None:
+        raise KDError(f"--kd {words!r} is no option of distillation: {message}")
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.error = refuse
+    add_options(parser, shlex.split(words))
+    params = vars(parser.parse_args(shlex.split(words)))
+    if not any(params[f"kd_{name}_weight"] for name in WEIGHTS):
+        raise KDError(f"--kd {words!r} gives no term a weight: distillation is off")
+    return joint_of(params, 1)
+
+
+def _check_targets(
+    path: str, teacher: str, settings: Dict[str, Any], sp: Any, kd: str
+) -> None:
+    """Refuse targets of another teacher, of other tokens, or that a loss can't use."""
     from icefall_kd.cli.cuts import open_cuts, readable
+    from icefall_kd.recipe.checks import check_kept
     from icefall_kd.targets.dataset import store_fingerprint
     from icefall_kd.targets.fingerprint import hash_tokens, pieces
 
@@ -98,6 +121,19 @@ def _check_targets(path: str, teacher: str, settings: Dict[str, Any], sp: Any) -
             "--epoch and --avg that they were dumped with, or dump them again"
         )
     _row("targets", f"{said}, of this teacher, in {store}")
+    if kd:
+        joint = _loss_of(kd)
+        check_kept(joint, found, store)
+        if joint.hidden:
+            layers = {codec.layer for codec in found.hidden_codecs()}
+            for layer in joint.hidden.teacher_layers:
+                if layer not in layers:
+                    raise KDError(
+                        f"the store {store} keeps the layers {found.hidden or 'none'} "
+                        f"and not {layer}, which --kd-hidden-layers names: dump with "
+                        f"--keep-hidden {layer}:half, or set --kd-hidden-weight to 0"
+                    )
+        _row("loss", str(joint))
 
 
 def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
@@ -122,7 +158,9 @@ def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
     _row("student", f"{path}, and its flags fit it")
 
 
-def doctor(cuts: str, student_dir: str, recipe: str, exp_dir: str, **which) -> None:
+def doctor(
+    cuts: str, student_dir: str, kd: str, recipe: str, exp_dir: str, **which
+) -> None:
     _installed()
     if not (exp_dir or cuts or student_dir):
         return
@@ -147,7 +185,11 @@ def doctor(cuts: str, student_dir: str, recipe: str, exp_dir: str, **which) -> N
         )
         first = next(readable(open_cuts(cuts), cuts))
         if tracks_with_targets(first):
-            _check_targets(cuts, name_of(model, settings), settings, sp)
+            _check_targets(cuts, name_of(model, settings), settings, sp, kd)
+        elif kd:
+            raise KDError(
+                f"--kd is given and the cuts of {cuts} have no targets: dump them first"
+            )
     if student_dir:
         _student(student_dir, recipe, settings)
     click.echo("These fit together.")

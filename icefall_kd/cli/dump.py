@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from icefall_kd.cli.cuts import (
     fits,
+    is_unknown,
     labels_of,
     name_unreadable,
     open_cuts,
@@ -150,13 +151,14 @@ class _Sink:
 
 
 class _Long:
-    """Counts the cuts that have more labels than frames, and checks their labels."""
+    """Counts the cuts that have more labels than frames, or labels that say nothing."""
 
     def __init__(self, sp) -> None:
-        self.sp, self.count, self.first = sp, 0, ""
+        self.sp, self.count, self.first, self.unknown = sp, 0, "", 0
 
     def __call__(self, cut) -> None:
         (labels,) = labels_of([cut], self.sp)
+        self.unknown += is_unknown(labels, self.sp)
         if not fits(cut, labels):
             self.count += 1
             self.first = self.first or cut.id
@@ -222,6 +224,12 @@ def dump(
         long = _Long(sp)
         asked.append(long)
     features, total = survey(in_cuts, int(settings["feature_dim"]), asked)
+    if keep_lattice and 2 * long.unknown > total:
+        raise KDError(
+            f"the tokens know nothing of {long.unknown} of the {total} transcripts in "
+            f"{in_cuts}: give the tokens that the recipe trains with, which byte-level "
+            "BPE can't be here, or dump without --keep-lattice"
+        )
     if keep_lattice and long.count:
         logging.warning(
             f"{long.count} of {total} cuts have more labels than frames, {long.first} "

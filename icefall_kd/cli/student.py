@@ -71,6 +71,8 @@ def model_names(train) -> Dict[str, Any]:
     train.add_model_arguments(parser)
     defaults = vars(train.get_parser().parse_args([]))
     names = [*vars(parser.parse_args([])), "context_size"]  # librispeech has it outside
+    # A way to train, without parameters of its own.
+    names = [name for name in names if name != "use_cr_ctc"]
     return {name: defaults[name] for name in names if name in defaults}
 
 

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import sys
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from icefall_kd.errors import KDError
 
@@ -200,8 +200,13 @@ def weight(text: str) -> Any:
         return text  # Curve.parse has the error's sentence
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, words: Optional[Sequence[str]] = None
+) -> None:
     """Add the options to a recipe's parser; the file's values are their defaults.
+
+    Args:
+      words: Of the command line; default: this process's.
 
     Raises:
       KDError: a file that ``--kd-config`` names and that can't be read.
@@ -217,7 +222,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, kind, default, text in OPTIONS:
         kind = weight if kind == "weight" else kind
         group.add_argument(f"--kd-{name}", type=kind, default=default, help=text)
-    path = _config_of(sys.argv[1:])
+    path = _config_of(sys.argv[1:] if words is None else words)
     if path:
         parser.set_defaults(**read_config(path))
 

@@ -42,10 +42,11 @@ def online_teacher(params: Dict[str, Any], hidden: Sequence = (), ctc: bool = Tr
             use_averaged_model=params.get("use_averaged_model", True),
         )
         for name in ("vocab_size", "blank_id"):
-            if settings[name] != params[name]:
+            mine, its = params.get(name, 0), settings.get(name, 0)
+            if mine != its:
                 raise KDError(
-                    f"the student's {name} is {params[name]} and that of the teacher "
-                    f"in {folder} is {settings[name]}: train the student with the "
+                    f"the student's {name} is {mine} and that of the teacher "
+                    f"in {folder} is {its}: train the student with the "
                     "teacher's --bpe-model"
                 )
         models.append(model)

@@ -117,6 +117,7 @@ class Progress:
         epoch = self.params.get("cur_epoch")
         if not (self.kept and epoch):
             return
+        self._go_on()
         behind = int(self.params.get("batch_idx_train") or 0) - 1
         every = int(self.params.get("save_every_n") or 0)
         ended = self.epoch is not None and epoch != self.epoch

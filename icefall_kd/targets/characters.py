@@ -19,8 +19,7 @@ class Characters:
       lang_dir: The folder of ``tokens.txt``, a symbol and its number on each line.
 
     Raises:
-      KDError: a file that can't be read, numbers that don't run from 0 on, or no
-        ``<unk>``.
+      KDError: a file that can't be read, or numbers that don't run from 0 on.
     """
 
     def __init__(self, lang_dir: Union[str, Path]) -> None:
@@ -38,12 +37,12 @@ class Characters:
         # Those of decoding graphs, #0 and on, are no outputs of a model.
         found = {n: s for n, s in found.items() if not re.fullmatch(r"#\d+", s)}
         self.names = [found.get(i, "") for i in range(len(found))]
-        if "" in self.names or UNKNOWN not in self.names:
-            lacking = self.names.index("") if "" in self.names else UNKNOWN
+        if "" in self.names:
             raise KDError(
-                f"{path} has {len(found)} symbols and lacks {lacking}: give --lang-dir "
-                "the folder that the recipe trains with"
+                f"{path} has {len(found)} symbols and lacks {self.names.index('')}: "
+                "give --lang-dir the folder that the recipe trains with"
             )
+        self.path = path
         self._ids = {name: i for i, name in enumerate(self.names)}
 
     def get_piece_size(self) -> int:
@@ -53,9 +52,14 @@ class Characters:
         return self.names[index]
 
     def piece_to_id(self, piece: str) -> int:
-        return self._ids.get(piece, self.unk_id())
+        return self._ids[piece] if piece in self._ids else self.unk_id()
 
     def unk_id(self) -> int:
+        if UNKNOWN not in self._ids:
+            raise KDError(
+                f"{self.path} lacks {UNKNOWN}, and labels of characters need it: give "
+                "--lang-dir the folder that the recipe trains with"
+            )
         return self._ids[UNKNOWN]
 
     def encode(

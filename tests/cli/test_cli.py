@@ -389,6 +389,22 @@ def test_dump_of_lattices_refuses_a_cut_without_transcript(
     assert invoke(*dump_words(cuts=path, out=tmp_path / "ctc.jsonl")).code == 0
 
 
+@pytest.mark.parametrize("unknown, code", [(1, 0), (2, 1), (3, 1)])
+def test_tokens_that_know_nothing_of_the_transcripts_are_refused(
+    invoke, dump_words, tmp_path, make_cut, bpe_models, unknown, code
+):
+    """One such cut is trained as the recipe trains it."""
+    path, out = tmp_path / "other.jsonl", tmp_path / "out.jsonl.gz"
+    texts = ["零一"] * unknown + ["ein"] * (3 - unknown)
+    cuts = [make_cut(f"c{i}", 47, text=text) for i, text in enumerate(texts)]
+    CutSet.from_cuts(cuts).to_file(path)
+    words = ("--keep-lattice", "collapsed", "--bpe-model", bpe_models.a)
+    done = invoke(*dump_words(*words, cuts=path))
+    assert done.code == code and out.exists() == (code == 0)
+    if code:
+        assert f"know nothing of {unknown} of the 3 transcripts" in done.err[-1]
+
+
 @pytest.mark.parametrize("keep", ["dense", "none"])
 def test_a_cut_of_more_labels_than_frames_goes_without_a_lattice(
     invoke, dump_words, tmp_path, make_cut, bpe_models, caplog, keep

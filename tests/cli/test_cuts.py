@@ -56,10 +56,6 @@ LATTICE = {
         lambda make: make("bad", 47).drop_supervisions(),
         "bad has no transcript",
     ),
-    "unknown": (
-        lambda make: make("bad", 33, text="零一"),
-        "transcript of cut bad has no symbol that the tokens know",
-    ),
 }
 
 

@@ -108,3 +108,31 @@ def test_a_student_of_other_symbols_is_refused(doctor, student_dir):
 @pytest.mark.parametrize("word", ["--cuts", "--student-dir"])
 def test_what_is_looked_at_beside_a_teacher_needs_one(doctor, tmp_path, word):
     assert "give --recipe and --exp-dir" in refusal(doctor(word, tmp_path, words=()))
+
+
+def test_a_loss_that_the_targets_serve_is_told(doctor, dumped, tmp_path):
+    config = tmp_path / "kd.yaml"
+    config.write_text("ctc-weight: 0.75\n")
+    done = doctor("--cuts", dumped, "--kd", f"--kd-config {config} --kd-temperature 2")
+    assert done.code == 0 and done.err == []
+    assert "0.75 * kd_ctc_loss, temperature 2.0" in rows(done)["loss"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--kd-rnnt-weight 1", "keeps no lattices"),
+        ("--kd-hidden-weight 1 --kd-hidden-layers out", "keeps the layers none"),
+        ("--kd-ctc-weigth 1", "no option of distillation"),
+        ("--kd-ctc-weight -1", "--kd-ctc-weight"),
+        ("--kd-config none.yaml", "none.yaml, can't be read"),
+        ("--kd-temperature 2", "gives no term a weight"),
+    ],
+)
+def test_a_loss_that_the_targets_can_not_serve_is_refused(doctor, dumped, words, said):
+    assert said in refusal(doctor("--cuts", dumped, "--kd", words))
+
+
+def test_a_loss_needs_cuts_with_targets(doctor, in_cuts):
+    done = doctor("--cuts", in_cuts, "--kd", "--kd-ctc-weight 1")
+    assert "have no targets" in refusal(done)

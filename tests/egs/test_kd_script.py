@@ -132,7 +132,7 @@ def test_all_stages_one_after_the_other(kd, calls, place):
     assert done.returncode == 0, done.stderr
     rows = calls()
     commands = [r[1] for r in rows if r[0] == "icefall-kd"]
-    assert commands == ["doctor", "plug", "dump", "student", "report", "report"]
+    assert commands == "doctor plug dump student doctor report report".split()
     assert trained(rows) == [
         ("start", 2, 2, False),
         ("kd", 3, 4, True),
@@ -310,3 +310,69 @@ def test_help_lists_stages_and_options(kd):
     assert done.returncode == 0
     for words in ("Stages: 0 checks", "--teacher-epoch 30", "--nj 1", "10 report"):
         assert words in done.stdout
+
+
+def test_a_manifest_may_be_distilled_after_another(kd, calls, place):
+    """What the first run linked is no manifest with targets."""
+    assert kd(stage=1, stop_stage=2).returncode == 0
+    link = place / "data" / "kd" / "split" / "a.1.jsonl.gz"
+    assert link.is_symlink()
+    changes = {"train_manifests": "split/a.1.jsonl.gz", "exp_dir": "other"}
+    done = kd(stage=3, stop_stage=3, **changes)
+    assert done.returncode == 1 and "has no targets: run stage 2 first" in done.stderr
+    assert kd(stage=2, stop_stage=3, **changes).returncode == 0
+    assert not link.is_symlink() and link.read_text() == "targets"
+    assert (
+        place / "data" / "fbank" / "split" / "a.1.jsonl.gz"
+    ).read_text() == "split/a.1"
+
+
+def test_what_makes_training_fit_a_machine_may_change(kd, calls):
+    flags = "--full-libri 0 --max-duration {} --num-workers {}"
+    assert kd(stop_stage=4, train_flags=flags.format(1000, 2)).returncode == 0
+    done = kd(stage=5, stop_stage=5, train_flags=flags.format(500, 4))
+    assert done.returncode == 0, done.stderr
+    assert given(calls()[-1], "--max-duration") == "500"
+    done = kd(stage=5, stop_stage=5, train_flags="--full-libri 1 --max-duration 500")
+    assert done.returncode == 1 and "other settings" in done.stderr
+
+
+def test_flags_may_have_several_lines_and_folders_a_slash(kd, calls, place):
+    done = kd(
+        recipe="zipformer/",
+        kd_flags="--kd-temperature 2\n  --kd-freeze encoder",
+        stop_stage=5,
+    )
+    assert done.returncode == 0, done.stderr
+    last = calls()[-1]
+    assert given(last, "--kd-temperature") == "2"
+    assert given(last, "--kd-freeze") == "encoder"
+    assert (place / "zipformer_kd").is_dir() and not (place / "zipformer/_kd").exists()
+
+
+def test_jobs_share_the_gpus_that_are_given(kd, calls, monkeypatch, tmp_path, place):
+    tool = tmp_path / "bin" / "icefall-kd"
+    text = tool.read_text().replace(
+        "[name, *words]",
+        "[name, *words, __import__('os').environ.get('CUDA_VISIBLE_DEVICES')]",
+    )
+    tool.write_text(text)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert kd(stage=1, stop_stage=2, nj=3).returncode == 0
+    dumps = {given(r, "--job"): r[-1] for r in calls() if r[1] == "dump"}
+    assert dumps == {"0": "4", "1": "5", "2": "4"}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"stage": "two"}, "--stage is 'two'"),
+        ({"nj": 0}, "--nj is 0"),
+        ({"nj": 2, "job": 2}, "give --job 0 to 1"),
+        ({"job": "x"}, "--job is x"),
+    ],
+    ids=str,
+)
+def test_numbers_are_checked(kd, calls, changes, words):
+    done = kd(**changes)
+    assert done.returncode == 1 and words in done.stderr and calls() == []

@@ -488,3 +488,15 @@ def test_a_search_for_memory_leaves_the_projectors_alone(
         params["cur_epoch"] = epoch
         found.before_batch()
     assert calls == ["step", "forget", "forget", "step", "step"]
+
+
+def test_a_second_resume_from_a_checkpoint_is_as_the_first(begin, tmp_path):
+    whole = begin(save_every_n=3)
+    whole.per_epoch = 40
+    whole.keep(None)
+    expected = batches(whole, 1, *range(1, 9))
+    for _ in range(2):  # killed again before the next checkpoint
+        again = begin(start_batch=6, batch_idx_train=6, save_every_n=3)
+        again.per_epoch = 40
+        again.keep(None)
+        assert batches(again, 1, 7, 8) == expected[6:]

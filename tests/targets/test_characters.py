@@ -71,7 +71,6 @@ def test_a_transcript_stands_in(lang_dir):
     [
         (["<blk> 0", "<unk>"], "can't be read"),
         (["<blk> 0", "<unk> 2"], "lacks 1"),
-        (["<blk> 0", "你 1"], "lacks <unk>"),
         (["<blk> zero"], "can't be read"),
     ],
 )
@@ -79,6 +78,14 @@ def test_a_damaged_list_is_refused(lang_dir, lines, words):
     with pytest.raises(KDError, match=f"{words}.*--lang-dir") as e:
         load_bpe_model(lang_dir(lines))
     assert "\n" not in str(e.value)
+
+
+def test_symbols_without_an_unknown_one_can_be_told_but_not_made_of_texts(lang_dir):
+    """A lang folder of phones, whose CTC head is distilled without any text."""
+    sp = load_bpe_model(lang_dir(["<blk> 0", "AA 1"]))
+    assert pieces(sp) == ["<blk>", "AA"] and sp.piece_to_id("AA") == 1
+    with pytest.raises(KDError, match="lacks <unk>.*--lang-dir"):
+        sp.encode("A")
 
 
 def test_another_number_of_symbols_is_refused(lang_dir):

@@ -56,7 +56,8 @@ Stages: 0 checks, 1 plug, 2 targets, 3 student, 4 warm-up, 5 distillation,
   6 fine-tuning, 7 student without distillation, 8 decoding, 9 export, 10 report.
 A stage goes on where it stopped.
 Options (now):
-$(sed -n '/^asr_dir=/,/^config=/s/^\([a-z_]*\)=\([^#]*\).*$/  --\1 \2/p' "$0" | tr _ -)"
+$(sed -n '/^asr_dir=/,/^config=/{s/ *#.*//; /^[a-z_]*=/{h; s/=.*//; y/_/-/; G
+  s/\n[a-z_]*=/ /; s/^/  --/; p}}' "$0")"
 
 caller=$PWD
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -85,6 +86,11 @@ for word in "$@"; do
   previous=$word
 done
 . "$here/shared/parse_options.sh"
+recipe=${recipe%/} teacher_dir=${teacher_dir%/}
+if [ "$use_ctc" = 0 ]; then
+  keep=none
+  if [ "$kd_config" = conf/kd.yaml ]; then kd_config=conf/kd-transducer.yaml; fi
+fi
 
 log() {
   echo "$(date '+%Y-%m-%d %H:%M:%S') (kd.sh) $*"
@@ -101,10 +107,14 @@ export PYTHONPATH=$icefall${PYTHONPATH:+:$PYTHONPATH}
 plugged=${recipe}_kd
 exp_dir=${exp_dir:-$plugged/exp-$student}
 
-for number in warmup_epochs kd_epochs finetune_epochs avg nj world_size use_ctc; do
+for number in warmup_epochs kd_epochs finetune_epochs avg nj world_size use_ctc stage \
+  stop_stage; do
   [[ ${!number} =~ ^[0-9]+$ ]] || fail "--${number//_/-} is '${!number}', not a number"
 done
 last=$((1 + warmup_epochs + kd_epochs + finetune_epochs))
+[ "$nj" -ge 1 ] || fail "--nj is $nj, and must be 1 or more"
+[[ -z $job || ( $job =~ ^[0-9]+$ && $job -lt $nj ) ]] \
+  || fail "--job is $job and --nj $nj: give --job 0 to $((nj - 1))"
 [ "$kd_epochs" -ge 1 ] || fail "--kd-epochs is $kd_epochs, and must be 1 or more"
 [ "$avg" -ge 1 ] && [ "$avg" -lt "$last" ] || fail "--avg is $avg and the student has" \
   "$((last - 1)) epochs to average: give 1 to $((last - 1))"
@@ -118,10 +128,13 @@ found=$(cd "$manifest_dir" 2>/dev/null && ls -d $train_manifests 2>/dev/null) \
     "first, or mend --manifest-dir and --train-manifests"
 read -r -d '' -a manifests <<< "$found" || true
 
-# Students of other settings in the same folder would be taken for these.
+# Students of other settings in the same folder would be taken for these. What makes
+# training fit a machine may change on the way.
+own='--(max-duration|num-workers|num-buckets|master-port|save-every-n|keep-last-k) [0-9]+'
 if [ "$stage" -le 7 ] && [ "$stop_stage" -ge 3 ]; then
   settings="teacher $teacher_dir $teacher_epoch $teacher_avg, student $student \
-$student_flags, epochs $warmup_epochs+$kd_epochs+$finetune_epochs, $train_flags, \
+$student_flags, epochs $warmup_epochs+$kd_epochs+$finetune_epochs, \
+$(sed -E "s/$own *//g" <<< "$train_flags"), \
 $(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags"
   if [ -f "$exp_dir/.settings" ] && [ "$(cat "$exp_dir/.settings")" != "$settings" ]; then
     fail "$exp_dir holds students of other settings ($(cat "$exp_dir/.settings"))," \
@@ -166,13 +179,13 @@ ctc_flag=
 if [ "$use_ctc" = 1 ]; then ctc_flag="--use-ctc 1"; fi
 teacher=(--recipe "./$recipe" --exp-dir "$teacher_dir" --epoch "$teacher_epoch"
   --avg "$teacher_avg")
-read -r -a token_flags <<< "$tokens"
-read -r -a more_teacher <<< "$teacher_flags"
+read -r -d '' -a token_flags <<< "$tokens" || true
+read -r -d '' -a more_teacher <<< "$teacher_flags" || true
 
 if asked 0 "what is installed, and whether teacher, tokens and cuts fit"; then
   # 1 minute
   icefall-kd doctor "${teacher[@]}" "${token_flags[@]}" \
-    --cuts "$manifest_dir/${manifests[0]}" "${more_teacher[@]}"
+    --cuts "$manifest_dir/${manifests[0]}" ${more_teacher[@]+"${more_teacher[@]}"}
 fi
 
 if asked 1 "a copy of $recipe with distillation plugged in, $plugged"; then
@@ -188,7 +201,9 @@ if asked 2 "the teacher's targets, $kd_dir"; then
   mkdir -p "$kd_dir/log"
   while read -r f; do  # what is not distilled is read from where it stands
     mkdir -p "$kd_dir/$(dirname "$f")"
-    [ -e "$kd_dir/$f" ] || ln -s "$(realpath "$manifest_dir/$f")" "$kd_dir/$f"
+    [ -e "$kd_dir/$f" ] \
+      || ln -sfn "$(realpath "$manifest_dir/$f")" "$kd_dir/$f" 2>/dev/null \
+      || [ -L "$kd_dir/$f" ]  # another job was faster
   done < <(cd "$manifest_dir" && find . -name "*.jsonl.gz" | sed 's|^\./||' \
     | grep -vxF "$found" || true)
   # What job $1 has to do: its share of the one manifest, or of several its own.
@@ -200,13 +215,14 @@ if asked 2 "the teacher's targets, $kd_dir"; then
         if [ $((i % nj)) -eq "$1" ]; then own+=("${manifests[$i]}"); fi
       done
     fi
-    for m in "${own[@]}"; do
+    for m in ${own[@]+"${own[@]}"}; do
       mkdir -p "$kd_dir/$(dirname "$m")"
+      if [ -L "$kd_dir/$m" ]; then rm -f "$kd_dir/$m"; fi  # not distilled before
       icefall-kd dump "${teacher[@]}" "${token_flags[@]}" --keep "$keep" \
         ${keep_lattice:+--keep-lattice "$keep_lattice"} \
         ${keep_hidden:+--keep-hidden "$keep_hidden"} \
-        --max-duration "$dump_max_duration" "${share[@]}" \
-        "$manifest_dir/$m" "$kd_dir/$m" "${more_teacher[@]}"
+        --max-duration "$dump_max_duration" ${share[@]+"${share[@]}"} \
+        "$manifest_dir/$m" "$kd_dir/$m" ${more_teacher[@]+"${more_teacher[@]}"}
     done
   }
   if [ -n "$job" ]; then
@@ -218,17 +234,22 @@ if asked 2 "the teacher's targets, $kd_dir"; then
   else
     log "$nj jobs; their logs are $kd_dir/log/dump-*"
     pids=()
+    trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+    read -r -a gpus <<< "$(tr ',' ' ' <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 63)}")"
     for j in $(seq 0 $((nj - 1))); do
-      CUDA_VISIBLE_DEVICES=$j dump "$j" > "$kd_dir/log/dump-$j" 2>&1 &
+      CUDA_VISIBLE_DEVICES=${gpus[$((j % ${#gpus[@]}))]} dump "$j" \
+        > "$kd_dir/log/dump-$j" 2>&1 &
       pids+=($!)
     done
     for j in "${!pids[@]}"; do
       wait "${pids[$j]}" || fail "job $j failed: $(tail -n 1 "$kd_dir/log/dump-$j")"
     done
+    trap - EXIT
   fi
 fi
 for m in "${manifests[@]}"; do
   if [ "$stop_stage" -lt 3 ] || [ "$stage" -gt 7 ]; then break; fi
+  if [ -L "$kd_dir/$m" ]; then fail "$kd_dir/$m has no targets: run stage 2 first"; fi
   if [ ! -f "$kd_dir/$m" ] && [ "$nj" -gt 1 ] && [ "${#manifests[@]}" -eq 1 ]; then
     icefall-kd combine --num-jobs "$nj" "$manifest_dir/$m" "$kd_dir/$m"
   fi
@@ -242,14 +263,18 @@ if asked 3 "the student $student, $exp_dir"; then
     [0-9]*) size=(--params "$student") ;;
     *) size=() ;;  # a name, and --student-flags say the size
   esac
-  read -r -a more <<< "$student_flags"
+  read -r -d '' -a more <<< "$student_flags" || true
   if [ -f "$exp_dir/start/epoch-1.pt" ]; then
     log "$exp_dir/start has its epoch-1.pt"
   else
     icefall-kd student "${teacher[@]}" "${token_flags[@]}" --student-dir "$exp_dir/start" \
-      "${size[@]}" "${more[@]}" "${more_teacher[@]}"
-    echo "$settings" > "$exp_dir/.settings"
+      ${size[@]+"${size[@]}"} ${more[@]+"${more[@]}"} ${more_teacher[@]+"${more_teacher[@]}"}
   fi
+  [ -f "$exp_dir/.settings" ] || echo "$settings" > "$exp_dir/.settings"
+  # Weights that the targets can't serve are refused now, not behind the warm-up.
+  icefall-kd doctor "${teacher[@]}" "${token_flags[@]}" --student-dir "$exp_dir/start" \
+    --cuts "$kd_dir/${manifests[0]}" --kd "--kd-config $kd_config $kd_flags" \
+    ${more_teacher[@]+"${more_teacher[@]}"}
 fi
 
 if asked 4 "warm-up on hard labels, $warmup_epochs epochs"; then
@@ -260,10 +285,10 @@ fi
 
 if asked 5 "distillation, $kd_epochs epochs"; then
   # A step takes at most 10 % longer than without: benchmarks/step.py.
-  read -r -a more <<< "$kd_flags"
+  read -r -d '' -a more <<< "$kd_flags" || true
   begin kd
   train "$exp_dir/kd" $((2 + warmup_epochs)) $((1 + warmup_epochs + kd_epochs)) \
-    --manifest-dir "$kd_dir" --kd-config "$kd_config" "${more[@]}"
+    --manifest-dir "$kd_dir" --kd-config "$kd_config" ${more[@]+"${more[@]}"}
 fi
 
 if asked 6 "fine-tuning on hard labels, $finetune_epochs epochs"; then
@@ -272,7 +297,8 @@ if asked 6 "fine-tuning on hard labels, $finetune_epochs epochs"; then
 fi
 
 if asked 7 "the same student without distillation"; then
-  # As long as stages 4 to 6 together, with which it may run side by side.
+  # As long as stages 5 and 6 together, with which it may run side by side, on other
+  # GPUs and with another --master-port in train_flags.
   if [ "$baseline" = true ]; then
     begin no-kd
     train "$exp_dir/no-kd" $((2 + warmup_epochs)) "$last" --manifest-dir "$kd_dir"
