@@ -510,3 +510,29 @@ def test_an_account_of_a_model_that_nobody_counts_has_no_speed(
     assert "multiply-adds" in account(
         model, model, make_settings(), make_settings(), None, [], 0
     )
+
+
+def test_the_flags_are_of_the_model_and_not_of_the_way_it_was_trained():
+    """A teacher trained with CR-CTC has use_cr_ctc among its model's options."""
+    import argparse
+    from types import SimpleNamespace
+
+    def add_model_arguments(parser):
+        parser.add_argument("--encoder-dim", default="8")
+        parser.add_argument("--use-cr-ctc", type=bool, default=False)
+
+    def get_parser():
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--context-size", type=int, default=2)
+        add_model_arguments(parser)
+        return parser
+
+    train = SimpleNamespace(
+        __file__="train.py",
+        add_model_arguments=add_model_arguments,
+        get_parser=get_parser,
+    )
+    names = model_names(train)
+    assert names == {"encoder_dim": "8", "context_size": 2}
+    settings = {"encoder_dim": "4", "context_size": 1, "use_cr_ctc": True}
+    assert flags_of(settings, names) == "--encoder-dim 4 --context-size 1"
