@@ -32,7 +32,7 @@ kd_config=conf/kd.yaml        # weights of the losses
 kd_flags=                     # go before it, such as --kd-temperature 2
 keep=adaptive:0.999:16        # how targets are kept: icefall-kd dump --help
 keep_lattice=adaptive:0.999:16
-keep_hidden=out:half          # the bulk of the store; none: README.md says what to do
+keep_hidden=                  # out:half, for the hidden-weight of kd_config: large
 dump_max_duration=600
 baseline=true                 # also train the student without distillation
 decode="decode.py:greedy_search decode.py:modified_beam_search ctc_decode.py:ctc-greedy-search"
@@ -195,8 +195,8 @@ fi
 
 if asked 2 "the teacher's targets, $kd_dir"; then
   # On one V100 about 1 hour for 100 h and 9 hours for 960 h with a teacher of size L,
-  # an estimate; divided by --nj. Disk for an hour of speech: 3 MB, and with
-  # --keep-hidden out:half 140 MB more (L) or 92 MB (M). The three speeds count each.
+  # an estimate; divided by --nj. Disk for an hour of speech: 3 MB; --keep-hidden out:half
+  # adds 140 MB (L) or 92 MB (M). The three speeds count each.
   [ -d "$plugged" ] || fail "there is no $asr_dir/$plugged: run stage 1 first"
   mkdir -p "$kd_dir/log"
   while read -r f; do  # what is not distilled is read from where it stands

@@ -1,5 +1,5 @@
 # ./kd.sh --config conf/gigaspeech.sh --asr-dir ~/icefall/egs/gigaspeech/ASR
-# 10,000 h in 1,000 manifests: no hidden layers, whose store would be 1 TB.
+# 10,000 h in 1,000 manifests.
 recipe=zipformer
 teacher_dir=zipformer/exp
 teacher_epoch=30
@@ -16,8 +16,6 @@ kd_epochs=8
 finetune_epochs=1
 avg=4
 kd_config=conf/kd-transducer.yaml
-kd_flags="--kd-hidden-weight 0"
 keep=none
-keep_hidden=
 decode="decode.py:greedy_search decode.py:modified_beam_search"
 decode_flags="--max-duration 1000"
