@@ -1,13 +1,5 @@
 # ./kd.sh --config conf/gigaspeech.sh --asr-dir ~/icefall/egs/gigaspeech/ASR
 # 10,000 h in 1,000 manifests.
-recipe=zipformer
-teacher_dir=zipformer/exp
-teacher_epoch=30
-teacher_avg=9
-teacher_flags=
-tokens="--bpe-model data/lang_bpe_500/bpe.model"
-tokens_file=data/lang_bpe_500/tokens.txt
-student=s
 train_manifests="gigaspeech_XL_split/gigaspeech_cuts_XL.*.jsonl.gz"
 train_flags="--subset XL --max-duration 700 --use-fp16 1 --lr-epochs 1"
 use_ctc=0
@@ -15,7 +7,5 @@ warmup_epochs=1
 kd_epochs=8
 finetune_epochs=1
 avg=4
-kd_config=conf/kd-transducer.yaml
-keep=none
 decode="decode.py:greedy_search decode.py:modified_beam_search"
 decode_flags="--max-duration 1000"
