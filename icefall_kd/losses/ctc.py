@@ -5,11 +5,9 @@ from typing import Dict, Optional, Tuple
 import torch
 
 from icefall_kd.errors import KDError
+from icefall_kd.losses.alignment import align_late_student
 from icefall_kd.losses.kl import (
     FLOOR,
-    _cast,
-    _dense,
-    _sparse,
     check_temperature,
     chunk_rows,
     linear_kl,
@@ -40,7 +38,7 @@ def ctc_kd_loss(
     """Frame-wise KL divergence between the CTC outputs of teacher and student.
 
     sum over utterances n and frames t < lengths[n] of
-    w_nt T^2 min over j = 0..delay of KL(softmax(z~_nt / T) || softmax(z_n,t+j / T)),
+    w_nt T^2 KL(softmax(z~_nt / T) || softmax(z_nt / T)),
     z the student's, z~ the teacher's raw logits (Hinton et al., arXiv:1503.02531;
     T^2 keeps the gradient's size as T grows). Of a sparse teacher the symbols that it
     does not keep are one class, with the teacher's tail as its mass: a lower bound of
@@ -48,9 +46,13 @@ def ctc_kd_loss(
     float32, in float64 for float64 inputs, also inside autocast.
 
     A student that streams emits its symbols later than a teacher that hears the whole
-    utterance. With a delay each of the teacher's frames t teaches that one of the
-    student's frames t..t + delay which is closest to it already (the temporal alignment
-    buffer of Delayed-KD, arXiv:2505.22069), as far as those are valid themselves.
+    utterance. With a delay d the loss is the least sum of max(w_nt, w_ns) T^2 KL over
+    pairs of a teacher's frame t and a student's frame s along a monotone alignment,
+    t <= s <= t + d, that leaves out no frame of either side
+    (:mod:`icefall_kd.losses.alignment`). A student that is up to d frames late has a
+    loss of 0, and a label that it inserts, deletes or substitutes still costs. In
+    Delayed-KD (arXiv:2505.22069) each of the teacher's frames chooses alone, and a
+    wrong label that no frame chooses is free.
 
     Args:
       student_logits: (N, T, V), before LogSoftmax; log-probabilities have the same
@@ -62,7 +64,7 @@ def ctc_kd_loss(
       temperature: T above 0.
       mask: (N, T), bool: of the valid frames only these count; by default all.
       frames: One of FRAMES: the weights w, see :func:`frame_weights`.
-      delay: In frames, 0 or more.
+      delay: How late the student may be, d, in frames, 0 or more.
       blank_id: The blank symbol.
 
     Returns:
@@ -132,62 +134,32 @@ def _loss(
     weights = None
     if frames != "all":
         weights = frame_weights(teacher, valid, frames, blank_id, temperature)
-        rows = weights.flatten().nonzero().squeeze(1)
         weights = weights.flatten()[rows]
-    pair = (flat, linear, said, temperature)
-    if not (delay and len(rows)):
-        value = _kl(*pair, rows, 0, weights)
-    else:
-        moved, value = _delays(*pair, rows, valid, delay), 0.0
-        for j in moved.unique().tolist():
-            of = moved == j
-            w = None if weights is None else weights[of]
-            value = value + _kl(*pair, rows[of], j, w)
+    student_rows = teacher_rows = rows
+    if delay and len(rows):
+        ours, theirs = align_late_student(
+            flat, linear, said, temperature, valid, weights, delay
+        )
+        student_rows, teacher_rows = rows[ours], rows[theirs]
+        if weights is not None:
+            weights = torch.maximum(weights[ours], weights[theirs])
+    if weights is not None:  # rows without weight need no work
+        counted = weights != 0
+        student_rows, teacher_rows = student_rows[counted], teacher_rows[counted]
+        weights = weights[counted]
+    value = _kl(flat, linear, said, temperature, student_rows, teacher_rows, weights)
     if value.isnan():
         _refuse_nan(student, teacher, valid)
     return value
 
 
-def _kl(flat, linear, said, temperature, rows, delay, weights) -> torch.Tensor:
-    ours = rows + delay
+def _kl(
+    flat, linear, said, temperature, student_rows, teacher_rows, weights
+) -> torch.Tensor:
     if linear is None:
-        return row_kl(flat, said, temperature, ours, rows, weights)
-    x = flat.index_select(0, ours)
-    return linear_kl(x, linear, select(said, rows), temperature, weights)
-
-
-def _logits(flat, linear, rows) -> torch.Tensor:
-    x = flat[rows].to(wide(flat.dtype))
-    if linear is None:
-        return x
-    bias = None if linear.bias is None else linear.bias.to(x.dtype)
-    return torch.nn.functional.linear(x, linear.weight.to(x.dtype), bias)
-
-
-@torch.no_grad()
-def _delays(flat, linear, said, temperature, rows, valid, delay) -> torch.Tensor:
-    """By how many frames the student's row is behind the teacher's, (R,)."""
-    t = valid.size(1)
-    found = []
-    for j in range(min(delay, t - 1) + 1):
-        ours = (rows + j).clamp(max=valid.numel() - 1)
-        able = (rows % t + j < t) & valid.flatten()[ours]
-        kl = torch.full_like(rows, torch.inf, dtype=wide(flat.dtype))
-        kl[able] = _divergences(flat, linear, said, temperature, rows[able], j)
-        found.append(kl)
-    return torch.stack(found).argmin(0)  # the first of equal ones
-
-
-def _divergences(flat, linear, said, temperature, rows, delay) -> torch.Tensor:
-    """KL of each of the teacher's rows and the student's some frames later, (R,)."""
-    v = flat.size(1) if linear is None else linear.out_features
-    found = []
-    with torch.autocast(flat.device.type, enabled=False):
-        for part in rows.split(chunk_rows(rows.device, v)):
-            x = _logits(flat, linear, part + delay) * (1 / temperature)
-            y = _cast(select(said, part), x.dtype, temperature)
-            found.append((_sparse if sparse(y) else _dense)(x, y, None)[0])
-    return torch.cat(found).clamp_(min=0.0)
+        return row_kl(flat, said, temperature, student_rows, teacher_rows, weights)
+    x = flat.index_select(0, student_rows)
+    return linear_kl(x, linear, select(said, teacher_rows), temperature, weights)
 
 
 def frame_weights(
@@ -329,7 +301,7 @@ def _check_options(frames: str, delay: int, blank_id: int, v: int) -> None:
     if not isinstance(delay, int) or delay < 0:
         raise KDError(
             f"the delay is {delay!r}, and must be a number of frames from 0 on: 2 "
-            "frames of 40 ms are a good start for a student that streams"
+            "frames are 80 ms"
         )
     if not 0 <= blank_id < max(v, 1):
         raise KDError(

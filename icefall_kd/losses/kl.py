@@ -160,7 +160,11 @@ class _RowKL(torch.autograd.Function):
         def logits(part) -> Tuple[torch.Tensor, Optional[torch.Tensor], Callable]:
             def take(g: torch.Tensor) -> None:
                 if needed and not in_place:
-                    grad[part] = (g if scale == 1 else g.mul_(scale)).to(grad.dtype)
+                    g = (g if scale == 1 else g.mul_(scale)).to(grad.dtype)
+                    if whole:
+                        grad[part] = g
+                    else:  # a row may stand there more than once
+                        grad.index_add_(0, part, g)
 
             return student[part], grad[part] if in_place else None, take
 
@@ -290,7 +294,8 @@ def row_kl(
       student: (M, V), logits.
       teacher: (M', V), logits or log-probabilities, or sparse.
       temperature: T.
-      student_rows: (R,), int64, the rows that count, each once; by default all.
+      student_rows: (R,), int64, the rows that count, any of them any number of times;
+        by default all, once.
       teacher_rows: (R,), int64, the teacher's row of each of those.
       weights: (R,), 0 or more; by default 1.
     """
