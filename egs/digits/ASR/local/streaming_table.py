@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""
+WERs of streaming students, and how late their CTC heads emit, beside their teacher.
+
+Usage:
+  ./local/streaming_table.py --work-dir work/fsdd --seeds "1 2 3" --variants "none d0"
+
+A token's emission is the first frame where it is the CTC head's best symbol. The
+emission delay is that of the student less that of the teacher, over the tokens that
+both have at the same place of the aligned sequences. Results of a model are kept in
+its folder, streaming.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Dict, List, Tuple
+
+import kaldialign
+import numpy as np
+import sentencepiece as spm
+import torch
+from lhotse import CutSet
+from lhotse.dataset.collation import collate_features
+from lhotse.dataset.sampling import SimpleCutSampler
+from script_utils import UserError, run_script
+from teacher_utils import RECIPE
+from tqdm import tqdm
+
+from icefall_kd.decode import transducer_greedy
+from icefall_kd.hook import TeacherHook
+from icefall_kd.recipe.loader import load_recipe_model
+
+FRAME_MS = 40
+GAP = "*"
+# Of each utterance: the tokens of the CTC head with the frames where they begin, and
+# the words of both heads.
+Utterance = Dict[str, Any]
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--work-dir", type=Path, default=Path("work/fsdd"))
+    add("--seeds", type=str, default="1 2 3")
+    add("--variants", type=str, required=True)
+    add("--teacher-epoch", type=int, default=10)
+    add("--student-epoch", type=int, default=3)
+    return parser.parse_args()
+
+
+def emissions(ctc_logits: torch.Tensor, blank_id: int) -> List[Tuple[int, int]]:
+    """The tokens of one utterance, (T, V), and the frame where each begins."""
+    symbols, counts = ctc_logits.argmax(-1).unique_consecutive(return_counts=True)
+    frames = (counts.cumsum(0) - counts).tolist()
+    return [(s, t) for s, t in zip(symbols.tolist(), frames) if s != blank_id]
+
+
+@torch.no_grad()
+def recognise(
+    exp_dir: Path, epoch: int, bpe_model: Path, manifest: Path
+) -> Dict[str, Utterance]:
+    """Greedy search with both heads of a model; kept in its folder."""
+    path = exp_dir / "streaming.json"
+    if path.is_file():
+        return json.loads(path.read_text("utf8"))
+    if not (exp_dir / f"epoch-{epoch}.pt").is_file():
+        raise UserError(
+            f"{exp_dir} has no epoch-{epoch}.pt, let run_streaming.sh finish"
+        )
+    model, settings = load_recipe_model(RECIPE, exp_dir, epoch, use_averaged_model=True)
+    sp = spm.SentencePieceProcessor()
+    sp.load(str(bpe_model))
+    cuts = CutSet.from_file(manifest).to_eager()
+    utterances: Dict[str, Utterance] = {}
+    bar = tqdm(total=len(cuts), desc=f"Decoding with {exp_dir.name}", unit=" cuts")
+    with TeacherHook(model) as hook, bar:
+        for batch in SimpleCutSampler(cuts, max_duration=200.0, shuffle=False):
+            out = hook.encode(*collate_features(batch))
+            hyps = transducer_greedy(model, out.encoder_out, out.encoder_out_lens)
+            lens = out.encoder_out_lens.tolist()
+            for cut, logits, n, hyp in zip(batch, out.ctc_logits, lens, hyps):
+                tokens = emissions(logits[:n], settings["blank_id"])
+                utterances[cut.id] = {
+                    "reference": cut.supervisions[0].text.split(),
+                    "tokens": tokens,
+                    "ctc": sp.decode([s for s, _ in tokens]).split(),
+                    "transducer": sp.decode(hyp).split(),
+                }
+            bar.update(len(batch))
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(utterances), "utf8")
+    part.replace(path)
+    return utterances
+
+
+def errors(utterances: Dict[str, Utterance], head: str) -> np.ndarray:
+    """Errors and reference words of each utterance, (2, N)."""
+    counts = [
+        (
+            kaldialign.edit_distance(u["reference"], u[head])["total"],
+            len(u["reference"]),
+        )
+        for _, u in sorted(utterances.items())
+    ]
+    return np.array(counts, dtype=float).T
+
+
+def interval(counts: List[np.ndarray], draws: int = 1000) -> float:
+    """Half of the 95 % interval of the mean WER, %: utterances drawn anew."""
+    rng = np.random.default_rng(0)
+    n = counts[0].shape[1]
+    means = []
+    for _ in range(draws):
+        chosen = rng.integers(0, n, n)
+        sums = [x[:, chosen].sum(1) for x in counts]
+        means.append(100 * mean(wrong / words for wrong, words in sums))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(high - low) / 2
+
+
+def delays(teacher: Dict[str, Utterance], student: Dict[str, Utterance]) -> List[float]:
+    """In ms, of all tokens that both have."""
+    late = []
+    for cut_id, ours in student.items():
+        theirs = teacher[cut_id]["tokens"]
+        i = j = 0
+        symbols = [[str(s) for s, _ in x] for x in (theirs, ours["tokens"])]
+        for a, b in kaldialign.align(*symbols, GAP):
+            if a == b:
+                late.append(FRAME_MS * (ours["tokens"][j][1] - theirs[i][1]))
+            i, j = i + (a != GAP), j + (b != GAP)
+    return late
+
+
+def cell(runs: List[Dict[str, Utterance]], head: str) -> str:
+    """The mean WER of some seeds, its interval, and each seed's."""
+    counts = [errors(run, head) for run in runs]
+    wers = [100 * wrong.sum() / words.sum() for wrong, words in counts]
+    each = f" ({', '.join(f'{w:.2f}' for w in wers)})" if len(wers) > 1 else ""
+    return f"**{mean(wers):.2f}** ± {interval(counts):.1f}{each}"
+
+
+def main() -> None:
+    args = get_args()
+    base = args.work_dir / "seed-1"
+    bpe_model = base / "data/lang_bpe_54/bpe.model"
+    manifest = base / "data/fbank/digits_cuts_test.jsonl.gz"
+    common = (bpe_model, manifest)
+    teacher = recognise(base / "exp/teacher", args.teacher_epoch, *common)
+    print(
+        "| student | WER % CTC: mean ± 95 % (seeds) | WER % transducer | "
+        "emission delay, ms: mean (seeds) | median, ms |"
+    )
+    print("|---|---|---|---|---|")
+    print(
+        f"| teacher | {cell([teacher], 'ctc')} | {cell([teacher], 'transducer')} | | |"
+    )
+    for variant in args.variants.split():
+        folders = [
+            args.work_dir / f"streaming/seed-{seed}/exp-{variant}"
+            for seed in args.seeds.split()
+        ]
+        runs = [recognise(exp, args.student_epoch, *common) for exp in folders]
+        late = [delays(teacher, run) for run in runs]
+        means = [mean(x) for x in late]
+        each = ", ".join(f"{x:.0f}" for x in means)
+        print(
+            f"| {variant} | {cell(runs, 'ctc')} | {cell(runs, 'transducer')} | "
+            f"**{mean(means):.0f}** ({each}) | {mean(median(x) for x in late):.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,55 @@
+"""The table of streaming students: emissions, delays, WERs and their interval."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+LOCAL = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "local"
+
+
+@pytest.fixture(scope="module")
+def table():
+    pytest.importorskip("kaldialign")
+    sys.path.insert(0, str(LOCAL))
+    try:
+        import streaming_table
+    finally:
+        sys.path.remove(str(LOCAL))
+    return streaming_table
+
+
+def test_a_token_is_emitted_at_the_first_of_its_frames(table):
+    symbols = torch.tensor([0, 2, 2, 0, 2, 1, 0])
+    logits = torch.nn.functional.one_hot(symbols, 3).float()
+    assert table.emissions(logits, 0) == [(2, 1), (2, 4), (1, 5)]
+
+
+def test_delays_are_those_of_the_tokens_that_both_have(table):
+    teacher = {"a": {"tokens": [(3, 2), (4, 6), (5, 9)]}}
+    student = {"a": {"tokens": [(3, 3), (7, 5), (5, 11), (6, 12)]}}
+    assert table.delays(teacher, student) == [40, 80]
+
+
+def utterance(reference, hypothesis):
+    return {"reference": reference.split(), "ctc": hypothesis.split()}
+
+
+def test_a_wer_is_the_mean_of_its_seeds(table):
+    right, wrong = utterance("one two", "one two"), utterance("one two", "one")
+    assert table.cell([{"a": right}, {"a": wrong}], "ctc") == (
+        "**25.00** ± 0.0 (0.00, 50.00)"
+    )
+
+
+def test_the_interval_is_that_of_a_binomial_share(table):
+    rng = np.random.default_rng(1)
+    counts = np.stack([rng.random(400) < 0.2, np.ones(400)])
+    assert abs(table.interval([counts]) - 100 * 1.96 * (0.16 / 400) ** 0.5) < 0.6
+
+
+def test_a_run_that_is_missing_is_named(table, tmp_path):
+    with pytest.raises(table.UserError, match="epoch-3.pt, let run_streaming.sh"):
+        table.recognise(tmp_path, 3, tmp_path, tmp_path)
