@@ -14,6 +14,10 @@ class KDError(ValueError):
         return str(self).strip().rsplit("KDError: ", 1)[-1]
 
 
+class NotFiniteError(KDError):
+    """Numbers of one batch are inf or NaN; the next batch may be well again."""
+
+
 def _report(error: KDError) -> None:
     print(f"icefall_kd: error: {error.sentence}", file=sys.stderr)
 

@@ -4,7 +4,7 @@ from typing import Dict, Optional, Tuple
 
 import torch
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, NotFiniteError
 from icefall_kd.losses.alignment import align_late_student
 from icefall_kd.losses.kl import (
     FLOOR,
@@ -359,11 +359,11 @@ def _refuse_nan(student, teacher: Distribution, valid: torch.Tensor) -> None:
     ):
         bad = int((~(x[valid] < torch.inf)).any(-1).sum())
         if bad:
-            raise KDError(
+            raise NotFiniteError(
                 f"kd_ctc_loss is nan: {name}, of shape {tuple(x.shape)}, is not finite "
                 f"in {bad} of {int(valid.sum())} valid frames: {remedy}"
             )
-    raise KDError(
+    raise NotFiniteError(
         "kd_ctc_loss is nan, and the student's and the teacher's outputs are finite: "
         "look at the weights of the CTC layer"
     )

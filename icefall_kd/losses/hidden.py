@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, NotFiniteError
 from icefall_kd.losses.kl import valid_frames, wide
 
 KINDS = ("mse", "cosine")
@@ -61,7 +61,7 @@ def hidden_kd_loss(
         y = teacher.detach().to(student.device)[valid].to(dtype)
         for name, values in (("student", x), ("teacher", y)):
             if not torch.isfinite(values).all():
-                raise KDError(
+                raise NotFiniteError(
                     f"the {name}'s layer, of shape {tuple(student.shape)}, has numbers "
                     "that are not finite in its valid frames: check its checkpoint and "
                     "the features"

@@ -1,12 +1,13 @@
 """The recipe's loss and the distillation terms, weighed and added."""
 
-import math
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, NotFiniteError
+from icefall_kd.losses.batch_checks import check_frames, check_labels, count_copies
 from icefall_kd.losses.ctc import FRAMES, ctc_kd_loss
+from icefall_kd.losses.finite import NonFiniteBatches, finite_number
 from icefall_kd.losses.full_sum import full_sum_kd_loss
 from icefall_kd.losses.kl import check_temperature
 from icefall_kd.losses.layers import HiddenLayers
@@ -124,6 +125,7 @@ class JointKDLoss:
         self.ctc_frames, self.ctc_delay = ctc_frames, ctc_delay
         self.hidden = hidden if "hidden" in self.terms else None
         self.schedule = schedule or Schedule()
+        self.non_finite = NonFiniteBatches()
 
     @property
     def needs_lattice(self) -> bool:
@@ -205,26 +207,39 @@ class JointKDLoss:
           the other terms, which are 0 where a term is off in this batch.
 
         Raises:
-          KDError: numbers of frames or symbols of student and teacher that differ.
+          KDError: numbers of frames or symbols of student and teacher that differ, or
+            many batches in a row whose terms are not finite. A term that is not finite
+            in one batch is left out of it; see :mod:`icefall_kd.losses.finite`.
         """
         weights = self.weights(epoch)
-        loss = (weights["hard"] if transcribed else 0.0) * hard_loss
+        loss = _weighted(
+            weights["hard"] if transcribed else 0.0, hard_loss, student, model
+        )
         info: Dict[str, float] = {}
-        copies = _copies(student, targets)
+        copies = count_copies(student, targets)
         targets = targets.repeat(copies)
-        _check_frames(student, targets)
+        check_frames(student, targets)
         targets = targets.to(student.encoder_out.device)
         if self.hidden is not None:  # in every process, whatever its batch has
             self.hidden.build(student, targets)
         on = [name for name in self.terms if weights[name]]
         batch = _Batch(self, on, student, targets, model, blank_id)
+        errors: List[NotFiniteError] = []
         for name in self.terms:
             term: Callable[[], Term] = getattr(batch, name)
-            value, frames = term() if name in on else (loss.new_zeros(()), 0.0)
-            value, frames = value / copies, frames / copies
-            loss = loss + weights[name] * value
-            info[f"kd_{name}_loss"] = _number(value, f"kd_{name}_loss")
-            info["kd_frames" if name == "ctc" else f"kd_{name}_frames"] = frames
+            value, frames, number = loss.new_zeros(()), 0.0, 0.0
+            try:
+                if name in on:
+                    value, frames = term()
+                    number = finite_number(value, f"kd_{name}_loss") / copies
+            except NotFiniteError as e:
+                errors.append(e)
+                value, frames = loss.new_zeros(()), 0.0
+            loss = loss + weights[name] * value / copies
+            info[f"kd_{name}_loss"] = number
+            frames_name = "kd_frames" if name == "ctc" else f"kd_{name}_frames"
+            info[frames_name] = frames / copies
+        self.non_finite.saw(errors)
         return loss, info
 
 
@@ -279,7 +294,7 @@ class _Batch:
             if nodes is None:
                 nodes = stored_nodes(self.targets.lattices or [])
             if nodes is not None:
-                _check_labels(self.student.symbols, nodes)
+                check_labels(self.student.symbols, nodes)
             self._found = nodes
         return self._found
 
@@ -360,55 +375,16 @@ class _Batch:
         return value, float(student.encoder_out_lens.to(some.device)[some].sum())
 
 
+def _weighted(
+    weight: float, loss: torch.Tensor, student: EncoderOut, model: Optional[Any]
+) -> torch.Tensor:
+    """The recipe's loss as it counts; without weight it is no term, inf or not."""
+    if weight or torch.isfinite(loss):
+        return weight * loss
+    # DDP waits for a gradient of each parameter that the recipe's loss was made of.
+    return _nothing(student.encoder_out, *(model.parameters() if model else ()))
+
+
 def _nothing(*of: torch.Tensor) -> torch.Tensor:
     """0, whose gradient is 0 whatever stands there."""
     return sum(x[:0].sum() for x in of)
-
-
-def _number(value: torch.Tensor, name: str) -> float:
-    found = value.detach().cpu().item()
-    if not math.isfinite(found):
-        raise KDError(
-            f"{name} is {found}: the student's outputs are not finite; lower "
-            "--base-lr, or train without --use-fp16 to find where it begins"
-        )
-    return found
-
-
-def _copies(student: EncoderOut, targets: Targets) -> int:
-    rows, said = len(student.encoder_out_lens), len(targets.lens)
-    if rows not in (said, 2 * said):
-        raise KDError(
-            f"the student has {rows} rows and the teacher's targets {said}: give "
-            "targets of the batch that the student heard"
-        )
-    return 2 if said and rows == 2 * said else 1
-
-
-def _check_frames(student: EncoderOut, targets: Targets) -> None:
-    lens = student.encoder_out_lens
-    moved = targets.whole.cpu() & (targets.lens.cpu() != lens.cpu())
-    if targets.mask.any() and moved.any():
-        raise KDError(
-            f"the student gives {lens.tolist()} frames for the cuts of a batch and "
-            f"the teacher's targets have {targets.lens.tolist()}: the cuts were "
-            "changed after the targets were made, or the frame rates differ; run "
-            "`icefall-kd dump` on the cuts that are trained on"
-        )
-
-
-def _check_labels(symbols: torch.Tensor, nodes: Nodes) -> None:
-    """Refuse a lattice of other transcripts than the student's."""
-    some = (nodes.label >= 0).nonzero().squeeze(1)
-    row, position = nodes.row[some], nodes.position[some] + 1
-    inside = position < symbols.size(1)
-    mine = symbols[row, position.clamp(max=symbols.size(1) - 1)]
-    wrong = ~inside | (mine != nodes.label[some].to(mine.dtype))
-    if wrong.any():
-        i = int(wrong.nonzero()[0])
-        raise KDError(
-            f"label {int(position[i])} of row {int(row[i])} of the batch is "
-            f"{int(mine[i])} for the student and {int(nodes.label[some[i]])} in the "
-            "teacher's lattice: the transcripts or their BPE model changed after the "
-            "targets were made; run `icefall-kd dump` on the cuts that are trained on"
-        )

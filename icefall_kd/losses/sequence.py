@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, NotFiniteError
 from icefall_kd.losses.kl import check_temperature, valid_frames, wide
 from icefall_kd.rnnt import get_engine
 
@@ -241,7 +241,7 @@ def _valid(x: torch.Tensor, lengths: torch.Tensor, name: str) -> torch.Tensor:
         raise KDError(f"the {name} have shape {tuple(x.shape)} and must be (N, T, ...)")
     x = x.masked_fill(~valid_frames(x, lengths, None, name).unsqueeze(-1), 0.0)
     if not torch.isfinite(x).all():
-        raise KDError(
+        raise NotFiniteError(
             f"the student's {name}, of shape {tuple(x.shape)}, are not finite: lower "
             "the learning rate or train in float32"
         )

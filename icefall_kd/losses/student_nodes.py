@@ -6,7 +6,7 @@ from typing import Optional, Tuple
 import torch
 from torch import nn
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, NotFiniteError
 from icefall_kd.losses.kl import linear_kl, row_kl
 from icefall_kd.types import Distribution, Nodes, sparse
 
@@ -138,7 +138,7 @@ def _only(x: torch.Tensor, row: torch.Tensor, index: torch.Tensor) -> torch.Tens
 def refuse_nan(x: torch.Tensor, name: str) -> None:
     """Refuse a student that gives NaN."""
     if torch.isnan(x).any():
-        raise KDError(
+        raise NotFiniteError(
             f"the student's {name} of shape {tuple(x.shape)} have NaN: lower "
             "--base-lr, or train without --use-fp16 to find where it begins"
         )

@@ -7,6 +7,7 @@ import torch
 
 from icefall_kd import JointKDLoss, TeacherHook, ctc_kd_loss
 from icefall_kd.errors import KDError
+from icefall_kd.losses.finite import PATIENCE
 from icefall_kd.losses.transducer import nodes_of, transducer_kd_loss
 from icefall_kd.types import EncoderOut, SparseDistribution, Targets
 
@@ -258,12 +259,55 @@ def test_lattices_of_other_transcripts_are_refused(transducer):
         JointKDLoss(rnnt_weight=1.0)(hard(), student, targets, model)
 
 
-def test_a_student_that_is_not_finite_is_refused():
+def not_finite():
     student, targets = pair()
     student.ctc_logits = student.ctc_logits.detach().clone()
     student.ctc_logits[1, 2, 3] = math.nan
-    with pytest.raises(KDError, match="kd_ctc_loss is nan"):
-        JointKDLoss()(hard(), student, targets)
+    return student, targets
+
+
+def test_a_batch_that_is_not_finite_is_left_to_the_recipe_and_counted(caplog):
+    joint = JointKDLoss(hard_weight=1.0)
+    recipe_loss = hard()
+    for count in (1, 2):
+        caplog.clear()
+        loss, info = joint(recipe_loss, *not_finite())
+        assert loss == recipe_loss and info["kd_ctc_loss"] == info["kd_frames"] == 0
+        (warning,) = caplog.messages
+        assert f"the {count}. that is not finite: kd_ctc_loss is nan" in warning
+        caplog.clear()
+        loss, info = joint(recipe_loss, *pair())
+        assert info["kd_ctc_loss"] > 0 and not caplog.messages
+
+
+def test_distillation_that_stays_not_finite_is_ended():
+    joint = JointKDLoss()
+    for _ in range(PATIENCE - 1):
+        joint(hard(), *not_finite())
+    joint(hard(), *pair())  # and the count begins anew
+    for _ in range(PATIENCE - 1):
+        joint(hard(), *not_finite())
+    with pytest.raises(
+        KDError, match=f"{PATIENCE} batches in a row: kd_ctc_loss is nan"
+    ):
+        joint(hard(), *not_finite())
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_recipe_loss_without_weight_is_no_term(bad):
+    student, targets = pair()
+    student.ctc_logits.retain_grad()
+    recipe_loss = student.ctc_logits.sum() * bad
+    loss, info = JointKDLoss(hard_weight=0.0)(recipe_loss, student, targets)
+    loss.backward()
+    assert torch.isfinite(loss) and loss > 0
+    assert torch.isfinite(student.ctc_logits.grad).all()
+
+
+def test_a_recipe_loss_with_weight_stays_as_it_is():
+    """So that the recipe's GradScaler skips the step, as it does without KD."""
+    loss, _ = JointKDLoss(hard_weight=0.5)(hard() * math.inf, *pair())
+    assert loss == math.inf
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""Batches whose distillation is not finite: left out, counted, and said."""
+
+import logging
+import math
+from typing import List
+
+import torch
+
+from icefall_kd.errors import KDError, NotFiniteError
+
+PATIENCE = 20  # batches in a row
+
+
+class NonFiniteBatches:
+    """Counts the batches where a KD term could not be computed.
+
+    Half precision overflows now and then. A recipe's GradScaler skips such a step when
+    the recipe's own loss or its gradient is not finite, so distillation leaves its term
+    out of the batch and lets the recipe decide.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.in_a_row = 0
+
+    def saw(self, errors: List[NotFiniteError]) -> None:
+        """Count a batch, and warn of it where it has ``errors``, one of each term.
+
+        Raises:
+          KDError: it is the last of PATIENCE such batches in a row.
+        """
+        if not errors:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row >= PATIENCE:
+            raise KDError(f"{self.in_a_row} batches in a row: {errors[0].sentence}")
+        logging.warning(
+            f"Distillation is left out of this batch, the {self.total}. that is not "
+            f"finite: {'; '.join(e.sentence for e in errors)}"
+        )
+
+
+def finite_number(value: torch.Tensor, name: str) -> float:
+    """The number in a scalar.
+
+    Raises:
+      NotFiniteError: it is inf or NaN.
+    """
+    number = value.detach().cpu().item()
+    if not math.isfinite(number):
+        raise NotFiniteError(
+            f"{name} is {number}: the student's outputs are not finite; lower "
+            "--base-lr, or train without --use-fp16 to find where it begins"
+        )
+    return number
