@@ -17,8 +17,6 @@ from icefall_kd.types import Distribution, SparseDistribution, select, sparse
 FLOOR = -1e30  # in place of -inf: 0 * FLOOR is 0
 # Elements of a chunk: a few of them fit a CPU's cache; a GPU needs large ones.
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
-# Keeps a gradient of 6e-8 above float16's range until the loss's own scale is known.
-HALF_SCALE = 1024.0
 
 
 def check_temperature(temperature: float) -> None:
@@ -150,24 +148,26 @@ class _RowKL(torch.autograd.Function):
     @staticmethod
     def _both(student, rows: _Rows, needed: bool):
         grad = None
-        scale = HALF_SCALE if student.dtype == torch.float16 else 1.0
+        dtype = wide(student.dtype)
         whole = rows.student_rows is None
+        # Of float16 inputs the gradient stays in float32 until the loss's own scale is
+        # known: weights, temperature and 1e-8 of a symbol don't share float16's range.
+        kept = dtype if student.dtype == torch.float16 else student.dtype
         if needed:
-            grad = (torch.empty_like if whole else torch.zeros_like)(student)
+            make = torch.empty_like if whole else torch.zeros_like
+            grad = make(student, dtype=kept)
 
-        in_place = needed and whole and student.dtype == wide(student.dtype)
+        in_place = needed and whole and kept == dtype
 
         def logits(part) -> Tuple[torch.Tensor, Optional[torch.Tensor], Callable]:
             def take(g: torch.Tensor) -> None:
                 if needed and not in_place:
-                    grad[part] = (g if scale == 1 else g.mul_(scale)).to(grad.dtype)
+                    grad[part] = g.to(kept)
 
             return student[part], grad[part] if in_place else None, take
 
         with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-            value = rows.sum(
-                *student.shape, student.device, wide(student.dtype), logits
-            )
+            value = rows.sum(*student.shape, student.device, dtype, logits)
         return value, grad
 
     @staticmethod
@@ -177,9 +177,7 @@ class _RowKL(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             _, grad = _RowKL._both(student, ctx.rows, True)
-        if student.dtype == torch.float16:
-            g = g / HALF_SCALE
-        return grad.mul_(g), None
+        return grad.mul_(g).to(student.dtype), None
 
 
 class _LinearKL(torch.autograd.Function):
