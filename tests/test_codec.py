@@ -361,6 +361,13 @@ def test_a_lattices_frame_comes_back(name, padding):
     assert len(rows) == int((found.occupancy > 0).sum()) < 21
 
 
+def arcs_of(given, found, blank_id):
+    """Blank and next label of each node; blank twice behind the last label."""
+    y = [*given.symbols[0].tolist(), blank_id]
+    position = given.ranges[0][found.occupancy > 0].tolist()
+    return torch.tensor([[blank_id, y[u]] for u in position])
+
+
 @pytest.mark.parametrize("name", ["dense", "top:3", "adaptive:.9:5@2", "sampled:7"])
 def test_nodes_are_kept_as_their_codec_keeps_them(name):
     given = lattice()
@@ -368,7 +375,7 @@ def test_nodes_are_kept_as_their_codec_keeps_them(name):
     found = codec.decode(codec.encode(given, "c1"), 11)
     logits = given.logits[0][found.occupancy > 0]
     inner = Codec.parse(name)
-    data = inner.encode(inner.keep(logits, "c1"), 11)
+    data = inner.encode(inner.keep(logits, "c1", arcs_of(given, found, 0)), 11)
     expected = inner.decode([data], [len(logits)], 11)
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found.nodes, expected)
@@ -378,6 +385,47 @@ def test_nodes_are_kept_as_their_codec_keeps_them(name):
     else:
         for field in ("indices", "log_probs", "log_tail"):
             assert torch.equal(getattr(found.nodes, field), getattr(expected, field))
+
+
+@pytest.mark.parametrize("blank_id", [0, 5])
+@pytest.mark.parametrize("scale", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("name", ["adaptive:.9:5", "top:1", "top:255", "adaptive:.5:9"])
+def test_a_sparse_node_keeps_next_label_and_blank_however_improbable(
+    name, scale, blank_id
+):
+    given = lattice(s=4)
+    given.logits *= scale
+    codec = LatticeCodec.parse(name, blank_id)
+    found = codec.decode(codec.encode(given), 11)
+    p = given.logits[0][found.occupancy > 0].double().softmax(-1)
+    nodes, arcs = found.nodes, arcs_of(given, found, blank_id)
+    for symbols in arcs.t():
+        at = (nodes.indices == symbols[:, None]) & (nodes.log_probs > -torch.inf)
+        assert at.sum(1).eq(1).all()  # once each
+        kept = nodes.log_probs.exp().masked_fill(~at, 0).sum(1).double()
+        own = p.gather(1, symbols[:, None])[:, 0]
+        # A step of the square root, and what the whole row was brought to 1 by.
+        assert (kept.sqrt() - own.sqrt()).abs().max() < 2 / 255
+        assert kept.min() > 0.9 / 255**2
+    torch.testing.assert_close(mass_of(nodes), torch.ones(len(arcs)))
+    kept = (nodes.log_probs > -torch.inf).sum(1)
+    assert kept.max() <= codec.nodes.entries + 2
+
+
+def test_a_store_of_before_is_read_as_it_was_written():
+    """Its nodes keep what the codec chose, and perhaps no next label."""
+    given = lattice()
+    data = LatticeCodec.parse("top:2", 0).encode(given)
+    head = zlib.decompressobj()
+    head.decompress(data)
+    head = data[: len(data) - len(head.unused_data)]
+    inner = Codec.parse("top:2")
+    found = LatticeCodec.parse("top:2", 0).decode(data, 11)
+    logits = given.logits[0][found.occupancy > 0]
+    old = head + inner.encode(inner.keep(logits), 11)
+    nodes = LatticeCodec.parse("top:2", 0).decode(old, 11).nodes
+    expected = logits.log_softmax(-1).topk(2).indices
+    assert torch.equal(nodes.indices, expected)
 
 
 @pytest.mark.parametrize("blank_id", [0, 5])
