@@ -16,16 +16,16 @@ top-k KL is biased and can be negative (arXiv:2503.16870). ``sampled`` gives an 
 estimate of the gradient.
 
 Of a sparse row each probability p, the tail's too, is one byte, the square root of p in
-steps of 1/255, and the row is brought to a sum of 1 when it is read. So its error is
-small where p is small: of a row with n entries above 0 and its tail
+steps of 1/255, and the row is brought to a sum of 1 when it is read. For a row of n
+symbols and a tail, p' being read for p,
 
     |sqrt(p') - sqrt(p)| <= (h + d sqrt(p)) / (1 - d),  h = 1/510,  d = h sqrt(n + 1),
 
-p' being read for p. A symbol below h^2 (4e-6) goes into the tail, and p of the tail
-counts it. Where the row is sharp, n being 1 to 16, this is 0.006 to 0.010 sqrt(p) for
-a large p; of ``top:255`` and a flat teacher 0.067 sqrt(p) for the tail. All of an
-utterance's rows are deflated together (zlib). ``dense`` has an error of 2^-11 |log p|
-in log p, and ``sampled`` keeps its counts exactly.
+which is small where p is small: 0.002 + 0.003 sqrt(p) for n = 1, 0.002 + 0.008 sqrt(p)
+for 16, 0.002 + 0.032 sqrt(p) for 255. A symbol below h^2 (4e-6) goes into the tail,
+whose p counts it. All of an utterance's rows are deflated together (zlib). ``dense``
+rounds log p to float16, for an error of 2^-11 (|log p| + H) at most, H the row's
+entropy; ``sampled`` keeps its counts.
 
 ``@T`` behind the name, as in ``adaptive:.999:32@2``, keeps softmax(z / T) in place of
 softmax(z). A sparse target can't be brought to another temperature: what its tail
@@ -311,7 +311,7 @@ class LatticeCodec:
     others' occupancy is a byte, in steps of 1/255. ``top`` and ``adaptive`` keep the
     next label and blank at every node, beside the symbols that they choose, so that
     what is made of those (collapsed forms, sums over paths) is as fine as the
-    teacher's.
+    teacher's. Stores that were made before they did are read as they are.
 
     Args:
       nodes: For each node's distribution; None keeps {next label, blank, rest} alone
