@@ -16,8 +16,16 @@ top-k KL is biased and can be negative (arXiv:2503.16870). ``sampled`` gives an 
 estimate of the gradient.
 
 Of a sparse row each probability p, the tail's too, is one byte, the square root of p in
-steps of 1/255: an error of at most 0.004 sqrt(p), small where p is small. All of an
-utterance's rows are deflated together (zlib).
+steps of 1/255, and the row is brought to a sum of 1 when it is read. For a row of n
+symbols and a tail, p' being read for p,
+
+    |sqrt(p') - sqrt(p)| <= (h + d sqrt(p)) / (1 - d),  h = 1/510,  d = h sqrt(n + 1),
+
+which is small where p is small: 0.002 + 0.003 sqrt(p) for n = 1, 0.002 + 0.008 sqrt(p)
+for 16, 0.002 + 0.032 sqrt(p) for 255. A symbol below h^2 (4e-6) goes into the tail,
+whose p counts it. All of an utterance's rows are deflated together (zlib). ``dense``
+rounds log p to float16, for an error of 2^-11 (|log p| + H) at most, H the row's
+entropy; ``sampled`` keeps its counts.
 
 ``@T`` behind the name, as in ``adaptive:.999:32@2``, keeps softmax(z / T) in place of
 softmax(z). A sparse target can't be brought to another temperature: what its tail
@@ -26,6 +34,7 @@ at that one only; ``dense`` serves all.
 """
 
 import hashlib
+import math
 import re
 import zlib
 from dataclasses import dataclass
@@ -36,7 +45,7 @@ import numpy as np
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.lattice import best_path
+from icefall_kd.lattice import best_path, passed_nodes
 from icefall_kd.types import (
     Distribution,
     LatticeTargets,
@@ -46,6 +55,7 @@ from icefall_kd.types import (
 
 FORMS = "dense, top:K, adaptive:MASS:MAX or sampled:N, with @T for a temperature"
 MAX_ENTRIES = 255  # a row's count is one byte
+LEAST_LOG_PROB = 2 * math.log(1 / 255)  # what a byte of 1 stands for
 
 
 def _bad(text: str, reason: str) -> KDError:
@@ -115,19 +125,28 @@ class Codec:
                 f"--kd-temperature {self.temperature:g}, or dump with {option} dense"
             )
 
-    def keep(self, logits: torch.Tensor, key: str = "") -> Distribution:
+    def keep(
+        self,
+        logits: torch.Tensor,
+        key: str = "",
+        always: Optional[torch.Tensor] = None,
+    ) -> Distribution:
         """What stays of ``logits``, before it becomes bytes.
 
         Args:
           logits: (M, V), finite, up to a constant per row.
           key: "sampled" draws the same symbols for the same key.
+          always: (M, A), int64, symbols that "top" and "adaptive" keep beside those
+            that they choose, however improbable: with the smallest probability that a
+            byte holds, 1/255^2, or their own. "sampled" stays a draw.
         """
         log_probs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
         if self.kind == "dense":
             return log_probs
-        k = min(self.entries, log_probs.size(1))
         if self.kind == "sampled":
             return _sample(log_probs, self.entries, key)
+        room = MAX_ENTRIES - (0 if always is None else always.size(1))
+        k = min(self.entries, log_probs.size(1), room)
         top, indices = log_probs.topk(k, dim=-1)
         keep = torch.ones_like(top, dtype=torch.bool)
         if self.kind == "adaptive":
@@ -135,6 +154,13 @@ class Codec:
             keep = before < self.mass
             keep[:, 0] = True
         rest = log_probs.scatter(1, indices, top.masked_fill(keep, -torch.inf))
+        if always is not None:
+            own = log_probs.gather(1, always).clamp(min=LEAST_LOG_PROB)
+            keep &= ~(indices.unsqueeze(2) == always.unsqueeze(1)).any(2)
+            once = (always.unsqueeze(2) == always.unsqueeze(1)).tril(-1).any(2)
+            top, indices = torch.cat((own, top), 1), torch.cat((always, indices), 1)
+            keep = torch.cat((~once, keep), 1)
+            rest.scatter_(1, always, -torch.inf)
         return SparseDistribution(
             indices.masked_fill(~keep, 0),
             top.masked_fill(~keep, -torch.inf),
@@ -281,11 +307,15 @@ def _sample(log_probs: torch.Tensor, n: int, key: str) -> SparseDistribution:
 class LatticeCodec:
     """How the nodes of a pruned lattice are kept.
 
-    Nodes that the path passes with a probability below 1/510 are left out.
+    Nodes that the path passes with a probability below 1/510 are left out, and the
+    others' occupancy is a byte, in steps of 1/255. ``top`` and ``adaptive`` keep the
+    next label and blank at every node, beside the symbols that they choose, so that
+    what is made of those (collapsed forms, sums over paths) is as fine as the
+    teacher's. Stores that were made before they did are read as they are.
 
     Args:
       nodes: For each node's distribution; None keeps {next label, blank, rest} alone
-        (collapsed, arXiv:2011.06110).
+        (collapsed, arXiv:2011.06110), log-probabilities in float16.
       blank_id: Of the teacher.
       path: Keep the nodes of the best alignment alone, each with an occupancy of 1
         (arXiv:2110.03334).
@@ -328,18 +358,21 @@ class LatticeCodec:
         occupancy = lattice.occupancy[0, :t].cpu()
         if self.path:
             occupancy = best_path(lattice, self.blank_id)[0, :t].cpu().float()
-        occupancy = (occupancy * 255).round().to(torch.uint8)
+        mask = passed_nodes(occupancy)
+        steps = (occupancy * 255).round().clamp(min=1).masked_fill(~mask, 0)
         v = logits.size(-1)
         kind = _index_type(v)
-        mask = occupancy > 0
         head = np.array([t, u, ranges.size(1)], np.uint32)
         parts = [head, ranges[:, 0].numpy().astype(np.uint16)]
-        parts += [symbols.numpy().astype(kind), occupancy.numpy()]
+        parts += [symbols.numpy().astype(kind), steps.to(torch.uint8).numpy()]
         data = zlib.compress(b"".join(p.tobytes() for p in parts))
-        if self.nodes is not None:
-            return data + self.nodes.encode(self.nodes.keep(logits[mask], key), v)
-        log_probs = logits[mask].log_softmax(-1)
         label = _next_labels(ranges[mask], symbols)
+        if self.nodes is not None:
+            blank = torch.full_like(label, self.blank_id)
+            always = torch.stack((blank, torch.where(label < 0, blank, label)), -1)
+            kept = self.nodes.keep(logits[mask], key, always)
+            return data + self.nodes.encode(kept, v)
+        log_probs = logits[mask].log_softmax(-1)
         log_y = log_probs.gather(1, label.clamp(min=0)[:, None])[:, 0]
         log_y = log_y.masked_fill(label < 0, -torch.inf)
         pair = torch.stack((log_y, log_probs[:, self.blank_id]), -1)

@@ -37,11 +37,20 @@ def hidden_rows(out: EncoderOut, layer: Layer) -> torch.Tensor:
     Args:
       out: With the stack ``layer`` among its ``hidden``.
       layer: A stack's index, or ``OUT``.
+
+    Raises:
+      KDError: a stack of another rate than twice that of the encoder's output.
     """
     if layer == OUT:
         return out.encoder_out.unsqueeze(2)
     x = out.hidden[layer]
     n, t = out.encoder_out.shape[:2]
+    if (x.size(1) + 1) // 2 != t:
+        raise KDError(
+            f"stack {layer} gives {x.size(1)} frames where the encoder's output has "
+            f"{t}, and a row holds two of a stack: take {OUT}, the encoder's output, "
+            "of an encoder that doesn't subsample by 4"
+        )
     frames = torch.arange(2 * t, device=x.device).unsqueeze(0)
     last = out.hidden_lens.to(x.device).unsqueeze(1) - 1
     index = torch.minimum(frames, last).unsqueeze(-1).expand(-1, -1, x.size(2))

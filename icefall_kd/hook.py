@@ -15,6 +15,7 @@ from icefall_kd.types import EncoderOut, PrunedLattice
 
 # Zipformer's front end makes (T - 7) // 2 frames of T.
 MIN_FRAMES = 9
+UNFINISHED = "unfinished"  # in a hook's store while the model's forward() runs
 
 
 def encoder_frames(num_frames: int) -> int:
@@ -36,6 +37,23 @@ def ctc_linear(model: nn.Module) -> nn.Linear:
 
 # Plain functions: copy.deepcopy shares them, where it would copy a bound method
 # together with its owner. So they run in a copy of the model too, and ignore it.
+def _tap_begin(store: Dict[str, Any], owner: nn.Module) -> Callable:
+    def hook(module, args):
+        if module is owner:
+            store.clear()
+            store[UNFINISHED] = True
+
+    return hook
+
+
+def _tap_end(store: Dict[str, Any], owner: nn.Module) -> Callable:
+    def hook(module, args, output):  # torch calls it only where forward() returned
+        if module is owner:
+            store.pop(UNFINISHED, None)
+
+    return hook
+
+
 def _tap_encoder(store: Dict[str, Any], owner: nn.Module, embeds: bool) -> Callable:
     def hook(module, args, output):
         if module is not owner:
@@ -44,14 +62,21 @@ def _tap_encoder(store: Dict[str, Any], owner: nn.Module, embeds: bool) -> Calla
         store["encoder_out"] = output[0] if embeds else output[0].permute(1, 0, 2)
         store["encoder_out_lens"] = output[1]
         store["hidden_lens"] = args[1] if len(args) > 1 and not embeds else None
-        store.pop("ctc_logits", None)
+        if UNFINISHED not in store:  # a pass of the model's parts, asked by hand
+            for name in ("ctc_logits", "decoder_out", "symbols"):
+                store.pop(name, None)
 
     return hook
 
 
+def _in_pass(store: Dict[str, Any]) -> bool:
+    """Whether a head that is asked now belongs to a pass that take() will give."""
+    return UNFINISHED in store or "encoder_out" in store
+
+
 def _tap_ctc(store: Dict[str, Any], owner: nn.Module) -> Callable:
     def hook(module, args, output):
-        if module is owner:
+        if module is owner and _in_pass(store):
             store["ctc_logits"] = output
 
     return hook
@@ -59,7 +84,8 @@ def _tap_ctc(store: Dict[str, Any], owner: nn.Module) -> Callable:
 
 def _tap_decoder(store: Dict[str, Any], owner: nn.Module) -> Callable:
     def hook(module, args, output):
-        if module is owner:
+        # A loss may ask the decoder again, of other labels, behind take().
+        if module is owner and _in_pass(store):
             store["decoder_out"], store["symbols"] = output, args[0]
 
     return hook
@@ -223,7 +249,10 @@ class TeacherHook:
                     f"{len(stacks)} stacks: give 0 to {len(stacks) - 1}"
                 )
             taps.append((stacks[i], _tap_stack(self._store, stacks[i], i)))
+        taps.append((model, _tap_end(self._store, model)))
         self._handles: List[Any] = [m.register_forward_hook(tap) for m, tap in taps]
+        begin = _tap_begin(self._store, model)
+        self._handles.append(model.register_forward_pre_hook(begin))
 
     def __enter__(self) -> "TeacherHook":
         return self
@@ -241,8 +270,15 @@ class TeacherHook:
         """Return what the last forward pass of the model gave, and forget it.
 
         Raises:
-          KDError: if the model made no forward pass since the last call.
+          KDError: if the model made no forward pass since the last call, or the last
+            one failed.
         """
+        if self._store.pop(UNFINISHED, False):
+            self._store.clear()
+            raise KDError(
+                "the last forward pass of TeacherHook's model failed before its end, "
+                "and what it left is forgotten: run the model again before take()"
+            )
         if "encoder_out" not in self._store:
             raise KDError(
                 "TeacherHook has seen no forward pass of its model since the last "
@@ -251,6 +287,15 @@ class TeacherHook:
         out = EncoderOut(**self._store)
         self._store.clear()
         return out
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Keep nothing of a pass that fails."""
+        try:
+            yield
+        except BaseException:
+            self._store.clear()
+            raise
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor, x_lens: torch.Tensor) -> EncoderOut:
@@ -273,7 +318,8 @@ class TeacherHook:
                 f"an utterance has {shortest} feature frames and the encoder needs "
                 f"{MIN_FRAMES} for one frame of output: leave it out"
             )
-        with as_found(model):
+        self._store.clear()
+        with as_found(model), self._forgetting():
             model.eval()
             with _alone(model, (x_lens - 7) // 2):
                 if self.embeds:

@@ -7,6 +7,22 @@ import torch
 from icefall_kd.rnnt import get_engine
 from icefall_kd.types import PrunedLattice
 
+# A node that the path passes less likely is left out, by stored targets (whose
+# occupancy is a byte, in steps of 1/255) and by a teacher that is asked online alike.
+LEAST_OCCUPANCY = 1 / 510
+
+
+def passed_nodes(occupancy: torch.Tensor) -> torch.Tensor:
+    """Which nodes the path passes with a probability above LEAST_OCCUPANCY.
+
+    Args:
+      occupancy: Of any shape; that of a byte's 255 steps gives those above 0.
+
+    Returns:
+      bool, of the same shape.
+    """
+    return occupancy > LEAST_OCCUPANCY
+
 
 def _arcs(
     logits: torch.Tensor, ranges: torch.Tensor, symbols: torch.Tensor, blank_id: int
@@ -31,7 +47,8 @@ def node_occupancy(
     """The probability that the path of a pruned lattice passes each node.
 
     From the engine's forward-backward pass over log P(label) and log P(blank), with
-    -inf outside the ranges. Sums to T_n + U_n.
+    -inf outside the ranges. Sums to T_n + U_n, or to 0 for an utterance that no path
+    gets through.
 
     Args:
       logits: (N, T, S, V). Of the other arguments see
@@ -50,13 +67,15 @@ def node_occupancy(
         return full.scatter(2, ranges, pruned)[..., : u + 1].transpose(1, 2)
 
     px = torch.nn.functional.pad(spread(px_pruned)[:, :u], (0, 1), value=-torch.inf)
-    _, (px_grad, py_grad) = get_engine().mutual_information_recursion(
+    sums, (px_grad, py_grad) = get_engine().mutual_information_recursion(
         px, spread(py_pruned).contiguous(), boundary, return_grad=True
     )
     passed = py_grad.clone()
     passed[:, :u] += px_grad[..., :t]
     passed = torch.nn.functional.pad(passed.transpose(1, 2), (0, s + 1))
-    return passed.gather(2, ranges).masked_fill(padding, 0.0)
+    # Where no path is complete the engine's gradients mean nothing.
+    nowhere = padding | ~torch.isfinite(sums)[:, None, None]
+    return passed.gather(2, ranges).masked_fill(nowhere, 0.0)
 
 
 def path_sums(
@@ -94,7 +113,8 @@ def path_sums(
 def best_path(lattice: PrunedLattice, blank_id: int) -> torch.Tensor:
     """The nodes on each utterance's best alignment (Viterbi), (N, T, S), bool.
 
-    A path has T_n + U_n nodes: from each it goes on by one arc, a label or a blank.
+    A path has T_n + U_n nodes: from each it goes on by one arc, a label or a blank. No
+    node is on it where no path is complete.
     """
     px, py = _arcs(lattice.logits, lattice.ranges, lattice.symbols, blank_id)
     on_path = torch.zeros_like(lattice.ranges, dtype=torch.bool)
@@ -122,6 +142,8 @@ def _viterbi(px, py, first, last_position) -> list:
             scores[u], came[u] = max((by_blank, False), (label, True))
         by_label.append(came)
         before = {u: score + blanks[u - first[frame]] for u, score in scores.items()}
+    if before.get(last_position, lowest) == lowest:
+        return []
     nodes, frame, u = [], len(px) - 1, last_position
     while frame >= 0:
         nodes.append((frame, u))

@@ -305,6 +305,71 @@ def test_bytes_too_many_are_an_error(name):
             Codec.parse(name).decode([data + more], [13], 11)
 
 
+def bound_and_error(name, logits):
+    """What the module's docstring says of each kept symbol and the tail; its error."""
+    codec, v = Codec.parse(name), logits.size(1)
+    found = codec.decode([codec.encode(codec.keep(logits), v)], [len(logits)], v)
+    kept = found.log_probs > -INF
+    p = logits.double().softmax(-1).gather(1, found.indices).masked_fill(~kept, 0.0)
+    p = torch.cat((p, 1 - p.sum(-1, keepdim=True)), 1).clamp(min=0.0).sqrt()
+    read = torch.cat((found.log_probs, found.log_tail[:, None]), 1).double().exp()
+    h = 1 / 510
+    d = h * (kept.sum(-1, keepdim=True) + 1.0).sqrt()
+    counted = torch.nn.functional.pad(kept, (0, 1), value=True)
+    bound = ((h + d * p) / (1 - d))[counted]
+    return bound, (read.sqrt() - p).abs()[counted]
+
+
+def half_steps(k, step, side, others=5000):
+    """K symbols just beside where a byte is rounded, all to the same side."""
+    root = (step + 0.5 + 0.02 * side) / 255
+    rest = (1 - k * root**2) / others
+    return torch.tensor([[root**2] * k + [rest] * others]).log()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    v=st.integers(2, 600),
+    scale=st.sampled_from([0.0, 0.1, 1.0, 4.0, 30.0]),
+    name=st.sampled_from(["top:1", "top:16", "top:255", "adaptive:.9:5", "adaptive:1:255"]),
+)
+def test_a_bytes_error_is_within_its_bound(seed, v, scale, name):
+    bound, error = bound_and_error(name, logits_of(5, v, seed, scale))
+    assert (error <= bound + 1e-6).all()
+
+
+@given(
+    k=st.integers(1, 255),
+    share=st.floats(0.001, 0.99),
+    side=st.sampled_from([-1, 1]),
+)
+def test_rows_that_round_to_one_side_are_within_the_bound(k, share, side):
+    step = int(255 * (share / k) ** 0.5)
+    bound, error = bound_and_error(f"top:{k}", half_steps(k, step, side))
+    assert (error <= bound + 1e-6).all()
+
+
+def test_the_bound_is_nearly_reached():
+    """And 0.004 sqrt(p), what it is without the sum of 1 and a byte's h^2, is not."""
+    bound, error = bound_and_error("top:4", half_steps(4, 127, -1))
+    assert (error / bound).max() > 0.95
+    bound, error = bound_and_error("top:255", torch.zeros(1, 500))
+    assert error[-1] > 0.011 and error[-1] < bound[-1] < 0.026  # of the tail
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    v=st.integers(2, 600),
+    scale=st.sampled_from([0.0, 1.0, 4.0, 30.0]),
+)
+def test_a_dense_rows_error_is_within_its_bound(seed, v, scale):
+    logits = logits_of(5, v, seed, scale)
+    _, found, _ = there_and_back("dense", logits)
+    log_p = logits.double().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
+    assert ((found - log_p).abs() <= 2**-11 * (log_p.abs() + entropy) + 1e-5).all()
+
+
 def test_an_index_beyond_the_vocabulary_is_an_error():
     logits = torch.zeros(3, 11)
     logits[:, 10] = 5.0
@@ -361,6 +426,13 @@ def test_a_lattices_frame_comes_back(name, padding):
     assert len(rows) == int((found.occupancy > 0).sum()) < 21
 
 
+def arcs_of(given, found, blank_id):
+    """Blank and next label of each node; blank twice behind the last label."""
+    y = [*given.symbols[0].tolist(), blank_id]
+    position = given.ranges[0][found.occupancy > 0].tolist()
+    return torch.tensor([[blank_id, y[u]] for u in position])
+
+
 @pytest.mark.parametrize("name", ["dense", "top:3", "adaptive:.9:5@2", "sampled:7"])
 def test_nodes_are_kept_as_their_codec_keeps_them(name):
     given = lattice()
@@ -368,7 +440,7 @@ def test_nodes_are_kept_as_their_codec_keeps_them(name):
     found = codec.decode(codec.encode(given, "c1"), 11)
     logits = given.logits[0][found.occupancy > 0]
     inner = Codec.parse(name)
-    data = inner.encode(inner.keep(logits, "c1"), 11)
+    data = inner.encode(inner.keep(logits, "c1", arcs_of(given, found, 0)), 11)
     expected = inner.decode([data], [len(logits)], 11)
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found.nodes, expected)
@@ -378,6 +450,47 @@ def test_nodes_are_kept_as_their_codec_keeps_them(name):
     else:
         for field in ("indices", "log_probs", "log_tail"):
             assert torch.equal(getattr(found.nodes, field), getattr(expected, field))
+
+
+@pytest.mark.parametrize("blank_id", [0, 5])
+@pytest.mark.parametrize("scale", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("name", ["adaptive:.9:5", "top:1", "top:255", "adaptive:.5:9"])
+def test_a_sparse_node_keeps_next_label_and_blank_however_improbable(
+    name, scale, blank_id
+):
+    given = lattice(s=4)
+    given.logits *= scale
+    codec = LatticeCodec.parse(name, blank_id)
+    found = codec.decode(codec.encode(given), 11)
+    p = given.logits[0][found.occupancy > 0].double().softmax(-1)
+    nodes, arcs = found.nodes, arcs_of(given, found, blank_id)
+    for symbols in arcs.t():
+        at = (nodes.indices == symbols[:, None]) & (nodes.log_probs > -torch.inf)
+        assert at.sum(1).eq(1).all()  # once each
+        kept = nodes.log_probs.exp().masked_fill(~at, 0).sum(1).double()
+        own = p.gather(1, symbols[:, None])[:, 0]
+        # A step of the square root, and what the whole row was brought to 1 by.
+        assert (kept.sqrt() - own.sqrt()).abs().max() < 2 / 255
+        assert kept.min() > 0.9 / 255**2
+    torch.testing.assert_close(mass_of(nodes), torch.ones(len(arcs)))
+    kept = (nodes.log_probs > -torch.inf).sum(1)
+    assert kept.max() <= codec.nodes.entries + 2
+
+
+def test_a_store_of_before_is_read_as_it_was_written():
+    """Its nodes keep what the codec chose, and perhaps no next label."""
+    given = lattice()
+    data = LatticeCodec.parse("top:2", 0).encode(given)
+    head = zlib.decompressobj()
+    head.decompress(data)
+    head = data[: len(data) - len(head.unused_data)]
+    inner = Codec.parse("top:2")
+    found = LatticeCodec.parse("top:2", 0).decode(data, 11)
+    logits = given.logits[0][found.occupancy > 0]
+    old = head + inner.encode(inner.keep(logits), 11)
+    nodes = LatticeCodec.parse("top:2", 0).decode(old, 11).nodes
+    expected = logits.log_softmax(-1).topk(2).indices
+    assert torch.equal(nodes.indices, expected)
 
 
 @pytest.mark.parametrize("blank_id", [0, 5])

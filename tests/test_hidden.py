@@ -77,6 +77,18 @@ def test_a_row_of_a_stack_is_a_pair_of_its_vectors(make_model, encoder_frames, l
         assert twice == bool(t50_of(n) % 2), n
 
 
+@pytest.mark.parametrize("t", [13, 7, 4])
+def test_a_stack_of_another_rate_is_refused(t):
+    """Of an encoder that subsamples by 2 or 8, whose rows hold another number."""
+    out = EncoderOut(torch.zeros(1, t, 3), torch.tensor([t]))
+    out.hidden, out.hidden_lens = {2: torch.zeros(1, 13, 5)}, torch.tensor([13])
+    if t == 7:
+        assert hidden_rows(out, 2).shape == (1, 7, 2, 5)
+        return
+    with pytest.raises(KDError, match=f"stack 2 gives 13 frames .* has {t}, .* out"):
+        hidden_rows(out, 2)
+
+
 def test_the_rows_of_the_encoders_output_are_its_frames(make_model, features):
     with TeacherHook(make_model(), hidden=[OUT]) as hook:
         out = hook.encode(*features)

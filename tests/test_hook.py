@@ -1,6 +1,7 @@
 """TeacherHook on real models: what it reads, and that it leaves no trace."""
 
 import copy
+import dataclasses
 import itertools
 import random
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 
 from icefall_kd import TeacherHook
+from icefall_kd.codec import LatticeCodec
 from icefall_kd.errors import KDError
 from icefall_kd.hook import ctc_linear
+from icefall_kd.losses.transducer import nodes_of, path_nodes, stored_nodes
+from icefall_kd.types import PrunedLattice
 
 LOG_EPS = -15.94  # icefall's padding
 
@@ -349,6 +353,29 @@ def test_a_range_of_all_labels_makes_the_full_lattice(make_model, features):
         assert torch.equal(getattr(full, name), getattr(more, name))
 
 
+def test_a_lattice_that_no_path_gets_through_has_no_nodes(make_model, features):
+    """Row 1's ranges jump by more than a frame can; the others' don't."""
+    y = [[3, 4, 3], [5, 6], [7]]
+    with TeacherHook(make_model()) as hook:
+        out = hook.encode(*features)
+        whole = hook.lattice(out, y, 2)
+        cut = whole.ranges.clone()
+        cut[1, :4], cut[1, 4:] = torch.tensor([0, 1]), torch.tensor([2, 3])
+        found = hook.lattice(out, y, ranges=cut)
+    assert found.occupancy[1].eq(0).all()
+    for row in (0, 2):
+        assert torch.equal(found.occupancy[row], whole.occupancy[row])
+    assert set(nodes_of(found).row.tolist()) == {0, 2}
+    assert set(path_nodes(found, 0).row.tolist()) == {0, 2}
+    for name in ("dense", "adaptive:.9:4", "collapsed", "path:top:1"):
+        one = PrunedLattice(
+            *(getattr(found, f.name)[1:2] for f in dataclasses.fields(found))
+        )
+        codec = LatticeCodec.parse(name, 0)
+        stored = codec.decode(codec.encode(one), 11)
+        assert len(stored_nodes([stored])) == 0
+
+
 def test_lattice_logits_are_the_joiners(make_model, features):
     model = make_model().eval()
     with TeacherHook(model) as hook, torch.no_grad():
@@ -499,7 +526,7 @@ def test_a_tapped_model_trains_as_an_untapped_one(make_model, features):
 def test_close_takes_the_hooks_off(make_model, features):
     model = make_model()
     hook = TeacherHook(model)
-    assert len(hooks_of(model)) == 2
+    assert hooks_of(model) == ["", "encoder", "ctc_output.1"]
     hook.encode(*features)
     hook.close()
     assert hooks_of(model) == []
@@ -529,6 +556,71 @@ def test_close_forgets_a_forward_pass(make_model, features):
     hook.close()
     with pytest.raises(KDError, match="no forward pass"):
         hook.take()
+
+
+# Passes that fail, and passes that lack a part
+
+
+def fail(*args):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("at", ["encoder_embed", "encoder", "ctc_output", "joiner"])
+def test_a_forward_pass_that_fails_is_refused_and_forgotten(make_model, features, at):
+    model = make_model().train()
+    with TeacherHook(model, hidden=[0], decoder=True) as hook:
+        forward(model, *features)  # an earlier one that nobody took
+        handle = model.get_submodule(at).register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            forward(model, *features)
+        handle.remove()
+        with pytest.raises(KDError, match="failed before its end.*run the model again"):
+            hook.take()
+        with pytest.raises(KDError, match="has seen no forward pass"):
+            hook.take()
+        forward(model, *features)
+        assert hook.take().decoder_out is not None
+
+
+@pytest.mark.parametrize("at", ["encoder_embed", "encoder", "ctc_output.1"])
+def test_an_encode_that_fails_leaves_nothing(make_model, features, at):
+    model = make_model()
+    with TeacherHook(model, hidden=[0]) as hook:
+        handle = model.get_submodule(at).register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            hook.encode(*features)
+        handle.remove()
+        with pytest.raises(KDError, match="has seen no forward pass"):
+            hook.take()
+
+
+def test_a_pass_without_decoder_or_head_has_nothing_of_an_earlier_one(
+    make_model, features
+):
+    model = make_model().eval()
+    x, x_lens = features
+    with TeacherHook(model, decoder=True) as hook, torch.no_grad():
+        forward(model, x, x_lens)
+        model.forward_encoder(x, x_lens)  # by hand
+        out = hook.take()
+        assert out.decoder_out is out.symbols is out.ctc_logits is None
+        forward(model, x, x_lens)
+        model.use_transducer = False
+        model(x=x, x_lens=x_lens, y=[[3], [5], [7]])
+        out = hook.take()
+        assert out.decoder_out is out.symbols is None
+        assert out.ctc_logits is not None
+
+
+def test_a_head_that_is_asked_behind_take_leaves_nothing(make_model, features):
+    """As the loss of n-best lists asks the decoder."""
+    model = make_model().eval()
+    with TeacherHook(model, decoder=True) as hook:
+        forward(model, *features)
+        out = hook.take()
+        model.decoder(torch.tensor([[0, 9]]))
+        model.ctc_output(out.encoder_out)
+        assert hook._store == {}
 
 
 # Copies

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 import torch
 from lhotse.cut import Cut
 
-from icefall_kd.cli.cuts import fits, labels_of
+from icefall_kd.cli.cuts import labels_of
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer, hidden_rows
 from icefall_kd.recipe.loader import load_recipe_model
@@ -59,7 +59,7 @@ class Teacher:
             said.ctc = self.group.ctc(outs, cuts).cpu()
         if self.s_range:
             y = labels_of(cuts, self.sp)
-            fit = [fits(cut, labels) for cut, labels in zip(cuts, y)]
+            fit = [len(labels) <= frames for labels, frames in zip(y, said.lens)]
             y = [labels if ok else labels[:1] for labels, ok in zip(y, fit)]
             found = _split(self.group.lattice(outs, y, self.s_range, cuts))
             said.lattices = [

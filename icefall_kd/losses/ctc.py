@@ -183,7 +183,10 @@ def frame_weights(
 
     "entropy": w_t = (H_t + e) / (mean of H over the utterance's valid frames + e), H_t
     the entropy of softmax(z~_t / T) in nats (a sparse teacher's tail is one class), e =
-    LEAST_ENTROPY: mean 1 over those frames, and 1 for each where none is uncertain.
+    LEAST_ENTROPY: mean 1 over those frames, and 1 for each where none is uncertain. A
+    frame may have up to as much weight as the utterance has frames. As uncertain frames
+    are those where student and teacher differ, the gradient of the whole is larger than
+    that of "all", 3.6 times on a trained digits teacher.
 
     "confidence": the teacher's largest probability, among the symbols it keeps.
 

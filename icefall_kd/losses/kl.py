@@ -17,8 +17,6 @@ from icefall_kd.types import Distribution, SparseDistribution, select, sparse
 FLOOR = -1e30  # in place of -inf: 0 * FLOOR is 0
 # Elements of a chunk: a few of them fit a CPU's cache; a GPU needs large ones.
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
-# Keeps a gradient of 6e-8 above float16's range until the loss's own scale is known.
-HALF_SCALE = 1024.0
 
 
 def check_temperature(temperature: float) -> None:
@@ -128,8 +126,7 @@ class _Rows:
             x = x.to(dtype) * (1 / self.temperature)
             which = part if self.teacher_rows is None else self.teacher_rows[part]
             said = _cast(select(self.teacher, which), dtype, self.temperature)
-            kl, grad = (_sparse if sparse(said) else _dense)(x, said, out)
-            kl.clamp_(min=0.0)  # what rounding leaves of an equal pair
+            kl, grad = self.divergences(x, said, out, part)
             if self.weights is not None:
                 weights = self.weights[part].to(dtype)
                 kl *= weights
@@ -137,6 +134,42 @@ class _Rows:
             total += kl.sum(dtype=torch.float64)
             take(grad.mul_(self.temperature))
         return (total * self.temperature**2).to(dtype)
+
+    def divergences(
+        self, x: torch.Tensor, said: Distribution, out: Optional[torch.Tensor], part
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """KL of a chunk's rows, ``part`` of all, and its gradient towards ``x``."""
+        kl, grad = (_sparse if sparse(said) else _dense)(x, said, out)
+        return kl.clamp_(min=0.0), grad  # what rounding leaves of an equal pair
+
+
+class NormalisedRows(_Rows):
+    """Rows of dense logits whose KL and normalisers are known: the gradient is left."""
+
+    def __init__(
+        self,
+        teacher: torch.Tensor,
+        teacher_rows: torch.Tensor,
+        student_rows: torch.Tensor,
+        weights: Optional[torch.Tensor],
+        temperature: float,
+        kl: torch.Tensor,
+        student_norms: torch.Tensor,
+        teacher_norms: torch.Tensor,
+    ) -> None:
+        """
+        Args:
+          kl: (R,), of each pair of rows.
+          student_norms, teacher_norms: (R,), logsumexp of both rows / T.
+        """
+        super().__init__(teacher, teacher_rows, student_rows, weights, temperature)
+        self.kl = kl
+        self.student_norms, self.teacher_norms = student_norms, teacher_norms
+
+    def divergences(self, x, said, out, part):
+        x.clamp_(min=FLOOR).sub_(self.student_norms[part, None]).exp_()
+        said.clamp_(min=FLOOR).sub_(self.teacher_norms[part, None]).exp_()
+        return self.kl[part].clone(), x.sub_(said)
 
 
 class _RowKL(torch.autograd.Function):
@@ -150,28 +183,29 @@ class _RowKL(torch.autograd.Function):
     @staticmethod
     def _both(student, rows: _Rows, needed: bool):
         grad = None
-        scale = HALF_SCALE if student.dtype == torch.float16 else 1.0
+        dtype = wide(student.dtype)
         whole = rows.student_rows is None
+        # Of float16 inputs the gradient stays in float32 until the loss's own scale is
+        # known: weights, temperature and 1e-8 of a symbol don't share float16's range.
+        kept = dtype if student.dtype == torch.float16 else student.dtype
         if needed:
-            grad = (torch.empty_like if whole else torch.zeros_like)(student)
+            make = torch.empty_like if whole else torch.zeros_like
+            grad = make(student, dtype=kept)
 
-        in_place = needed and whole and student.dtype == wide(student.dtype)
+        in_place = needed and whole and kept == dtype
 
         def logits(part) -> Tuple[torch.Tensor, Optional[torch.Tensor], Callable]:
             def take(g: torch.Tensor) -> None:
                 if needed and not in_place:
-                    g = (g if scale == 1 else g.mul_(scale)).to(grad.dtype)
                     if whole:
-                        grad[part] = g
+                        grad[part] = g.to(kept)
                     else:  # a row may stand there more than once
-                        grad.index_add_(0, part, g)
+                        grad.index_add_(0, part, g.to(kept))
 
             return student[part], grad[part] if in_place else None, take
 
         with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-            value = rows.sum(
-                *student.shape, student.device, wide(student.dtype), logits
-            )
+            value = rows.sum(*student.shape, student.device, dtype, logits)
         return value, grad
 
     @staticmethod
@@ -181,9 +215,7 @@ class _RowKL(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             _, grad = _RowKL._both(student, ctx.rows, True)
-        if student.dtype == torch.float16:
-            g = g / HALF_SCALE
-        return grad.mul_(g), None
+        return grad.mul_(g).to(student.dtype), None
 
 
 class _LinearKL(torch.autograd.Function):
@@ -300,6 +332,11 @@ def row_kl(
       weights: (R,), 0 or more; by default 1.
     """
     rows = _Rows(teacher, teacher_rows, student_rows, weights, float(temperature))
+    return kl_of_rows(student, rows)
+
+
+def kl_of_rows(student: torch.Tensor, rows: _Rows) -> torch.Tensor:
+    """:func:`row_kl` of rows that stand in a record already."""
     return _RowKL.apply(student, rows)
 
 

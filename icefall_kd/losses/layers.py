@@ -63,6 +63,39 @@ class _Projector(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
+class _FromScale(torch.autograd.Function):
+    """A term, behind which its gradient is that of the unweighted term.
+
+    So neither the weight nor the scale of fp16 training reach a projector, whatever
+    they are in each of several passes that add up. ``scale`` takes them for
+    :class:`_ToScale`.
+    """
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor, scale: List[torch.Tensor]) -> torch.Tensor:
+        ctx.scale = scale
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, g: torch.Tensor) -> Tuple[torch.Tensor, None]:
+        ctx.scale[:] = [g]
+        # Of a term that is off 0, of an overflow NaN.
+        return torch.where(g == 0, g, g / g), None
+
+
+class _ToScale(torch.autograd.Function):
+    """What a projector gets, whose gradient is that of the weighted term again."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, scale: List[torch.Tensor]) -> torch.Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g: torch.Tensor) -> Tuple[torch.Tensor, None]:
+        return g * ctx.scale[0], None
+
+
 class HiddenLayers:
     """The hidden-layer term: sum over pairs of the distance of their layers.
 
@@ -90,7 +123,6 @@ class HiddenLayers:
         self.optimizer: Optional[torch.optim.Optimizer] = None
         self.widths: Dict[Layer, Tuple[int, bool]] = {}  # of the teacher; codes or not
         self._loaded: Optional[Dict[str, Any]] = None
-        self._scale: Optional[torch.Tensor] = None
 
     def __str__(self) -> str:
         pairs = ",".join(f"{t}:{s}" for t, s in self.pairs)
@@ -138,20 +170,24 @@ class HiddenLayers:
                 said = targets.hidden[pair[0]].to(rows.device)
                 value = self._distance(module, rows[:, :t], said[:, :t], mask)
             total = value if total is None else total + value
-        if total.requires_grad:
-            total.register_hook(self._keep_scale)
         return total
 
     def _distance(self, module, rows, said, mask) -> torch.Tensor:
         lengths = torch.full((len(mask),), mask.size(1), device=mask.device)
         with torch.autocast(rows.device.type, enabled=False):
             rows = rows.to(wide(rows.dtype))
+            if isinstance(module, nn.Identity):
+                return hidden_kd_loss(rows, said, lengths, self.kind, mask)
+            scale: List[torch.Tensor] = []
+            rows = _ToScale.apply(rows, scale)
             if said.is_floating_point():
-                return hidden_kd_loss(module(rows), said, lengths, self.kind, mask)
+                value = hidden_kd_loss(module(rows), said, lengths, self.kind, mask)
+                return _FromScale.apply(value, scale)
             x, codes = rows[mask], said[mask]
             if not len(x):
-                return x.sum()
-            return module(x, codes) / (codes.size(-1) * codes.size(-2))
+                return rows[:0].sum()
+            value = module(x, codes) / (codes.size(-1) * codes.size(-2))
+            return _FromScale.apply(value, scale)
 
     def build(self, student: EncoderOut, targets: Targets) -> None:
         """Make what is missing between the pairs, once both widths are known."""
@@ -192,22 +228,13 @@ class HiddenLayers:
             return predictor(c, width, is_joint=False, checkpoint=False)
         return nn.Identity() if c == width else _Projector(c, width)
 
-    def _keep_scale(self, grad: torch.Tensor) -> None:
-        self._scale = grad.detach()
-
     def reduce(self) -> bool:
-        """Average the gradients over the processes; say whether they can be used.
-
-        They are brought to the scale of the unweighted term: neither the weight nor
-        the scale of fp16 training stays in them.
-        """
+        """Average the gradients over the processes; say whether they can be used."""
         parameters = list(self.modules.parameters())
         if not parameters:
             return False
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.flatten() for g in grads])
-        if self._scale is not None and self._scale != 0:  # else the term was off
-            flat /= self._scale
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
@@ -215,7 +242,6 @@ class HiddenLayers:
         for p in parameters:
             p.grad = flat[begin : begin + p.numel()].view_as(p)
             begin += p.numel()
-        self._scale = None
         return bool(torch.isfinite(flat).all() and flat.any())
 
     def step(self) -> None:
@@ -228,7 +254,6 @@ class HiddenLayers:
         """Leave out the last backward pass, which was of no training batch."""
         for p in self.modules.parameters():
             p.grad = None
-        self._scale = None
 
     def state_dict(self) -> Dict[str, Any]:
         if self.optimizer is None:

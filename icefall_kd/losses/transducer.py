@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from icefall_kd.errors import KDError
-from icefall_kd.lattice import best_path
+from icefall_kd.lattice import best_path, passed_nodes
 from icefall_kd.losses.kl import FLOOR, check_temperature, linear_kl, row_kl, wide
 from icefall_kd.losses.student_nodes import StudentNodes, refuse_nan
 from icefall_kd.types import (
@@ -23,8 +23,11 @@ FORMS = ("nodes", "collapsed", "mean_u", "sampled_u")
 
 
 def nodes_of(lattice: PrunedLattice) -> Nodes:
-    """All nodes of a batch's lattice that its teacher may pass."""
-    row, frame, s = (lattice.occupancy > 0).nonzero(as_tuple=True)
+    """The nodes of a batch's lattice that its teacher passes: those that a store keeps.
+
+    See :func:`icefall_kd.lattice.passed_nodes`.
+    """
+    row, frame, s = passed_nodes(lattice.occupancy).nonzero(as_tuple=True)
     position = lattice.ranges[row, frame, s]
     return Nodes(
         row,
@@ -51,7 +54,7 @@ def stored_nodes(lattices: List[Optional[LatticeTargets]]) -> Optional[Nodes]:
     for row, lattice in enumerate(lattices):
         if lattice is None:
             continue
-        frame, s = (lattice.occupancy > 0).nonzero(as_tuple=True)
+        frame, s = passed_nodes(lattice.occupancy).nonzero(as_tuple=True)
         position = lattice.ranges[frame, s]
         symbols = lattice.symbols.unsqueeze(0)
         lens = torch.tensor([symbols.size(1)], device=symbols.device)
@@ -162,8 +165,9 @@ def nodes_kd_loss(
     "mean_u"
         sum over frames (n, t) of T^2 KL(softmax(m~_t / T) || softmax(m_t / T)), m~_t
         and m_t the mean of the logits over the frame's nodes, all weighing the same.
-        The mean is over the label positions that the teacher's path may take; others
-        are no nodes. Each frame counts once, whatever ``occupancy`` says.
+        The mean is over the label positions that the teacher's path takes with a
+        probability above 1/510; others are no nodes. Each frame counts once, whatever
+        ``occupancy`` says.
 
     Nodes of the best path alone (arXiv:2110.03334) come from :func:`path_nodes`, or
     from a store kept as ``path:...``.
@@ -367,7 +371,7 @@ def lattice_kd_loss(
             f"teacher's {tuple(teacher.logits.shape)}, and both must stand on the same "
             "ranges: ask the student with ranges=teacher.ranges"
         )
-    rows = (teacher.occupancy.flatten() > 0).nonzero().squeeze(1)
+    rows = passed_nodes(teacher.occupancy.flatten()).nonzero().squeeze(1)
     weights = teacher.occupancy.flatten()[rows] if occupancy else None
     return row_kl(
         student.logits.flatten(0, 2),

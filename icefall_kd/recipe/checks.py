@@ -110,6 +110,21 @@ def check_kept(joint, found, store: str) -> None:
             ) from None
 
 
+def check_path(params: Dict[str, Any], joint, found, store: str) -> None:
+    """Refuse a store of whole lattices where the best path alone is asked for.
+
+    Args:
+      found: The store's fingerprint.
+    """
+    _, lattice = found.codecs()
+    if params["kd_path_only"] and joint.needs_lattice and not lattice.path:
+        raise KDError(
+            f"--kd-path-only is {params['kd_path_only']} and the store {store} keeps "
+            f"its lattices as {found.lattice}, all nodes of them: dump with "
+            f"--keep-lattice path:{found.lattice}, or give --kd-path-only 0"
+        )
+
+
 def check_lattices_stay(joint, what: str, store: str) -> None:
     """Refuse lattice terms where targets are rearranged, and lattices can't be.
 

@@ -18,6 +18,39 @@ def process_of() -> Tuple[int, int]:
     return 0, 1
 
 
+def tokens_file(params: Dict[str, Any]) -> str:
+    """The recipe's ``bpe.model``, or its folder of tokens; "" where there is none."""
+    path = Path(params.get("bpe_model") or "")
+    if path.is_file():
+        return str(path)
+    folder = Path(params.get("lang_dir") or "")
+    files = (folder / "bpe.model", folder / "tokens.txt")
+    there = bool(params.get("lang_dir")) and any(f.is_file() for f in files)
+    return str(folder) if there else ""
+
+
+def _check_tokens(params: Dict[str, Any], settings: Dict[str, Any], folder) -> None:
+    """Refuse a teacher of other symbols, as far as the files tell.
+
+    Args:
+      params: The student's.
+      settings: Those in the teacher's checkpoint.
+      folder: Of that checkpoint.
+    """
+    from icefall_kd.targets.fingerprint import load_bpe_model, pieces
+
+    mine, its = tokens_file(params), tokens_file(settings)
+    if not (mine and its) or Path(mine).resolve() == Path(its).resolve():
+        return
+    if pieces(load_bpe_model(mine)) != pieces(load_bpe_model(its)):
+        raise KDError(
+            f"the student's tokens are those of {mine} and the teacher in {folder} was "
+            f"trained with {its}, whose symbols or their order differ: train the "
+            "student with the teacher's --bpe-model, or store the targets with "
+            "`icefall-kd dump`, which are reordered where they are read"
+        )
+
+
 def online_teacher(params: Dict[str, Any], hidden: Sequence = (), ctc: bool = True):
     """The teachers that ``--kd-teacher-exp-dir`` names, or None, and their name.
 
@@ -49,6 +82,7 @@ def online_teacher(params: Dict[str, Any], hidden: Sequence = (), ctc: bool = Tr
                     f"in {folder} is {its}: train the student with the "
                     "teacher's --bpe-model"
                 )
+        _check_tokens(params, settings, folder)
         models.append(model)
         if params["kd_cache_dir"]:  # a hash of all parameters takes its time
             names.append(name_of(model, settings))

@@ -22,7 +22,7 @@ class _Batch(dict):
 
     def __getitem__(self, key: str) -> Any:
         if key == "inputs" and _current is not None:
-            _current.coming = super().__getitem__("kd_targets")
+            _current.expect(super().__getitem__("kd_targets"))
         return super().__getitem__(key)
 
 
@@ -63,12 +63,16 @@ class TeacherRanges:
         self._tap.remove()
         _current = None
 
+    def expect(self, targets: Optional[Targets]) -> None:
+        """Forget the last batch, whose pass may have failed; these come next."""
+        self.coming, self._ranges, self._logits = targets, None, None
+
     def take(self) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
         """The ranges of the last batch, (N, T, S), and the joiner's logits there; None
         where the student's own ranges stood."""
-        found = self._ranges, self._logits
-        self.coming = self._ranges = self._logits = None
-        return found
+        taken = self._ranges, self._logits
+        self.expect(None)
+        return taken
 
     def _keep(self, module, args, output) -> None:
         if self._ranges is not None and self._logits is None:
@@ -76,7 +80,8 @@ class TeacherRanges:
 
     def _guided(self, px_grad, py_grad, boundary, s_range: int) -> torch.Tensor:
         ranges = self.own(px_grad, py_grad, boundary, s_range)
-        targets, self.coming = self.coming, None
+        targets = self.coming
+        self.expect(None)
         if targets is None or not targets.lattices or not torch.is_grad_enabled():
             return ranges
         width, last = ranges.size(2), px_grad.size(1)

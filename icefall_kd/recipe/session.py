@@ -20,7 +20,6 @@ everything as it is.
 
 import argparse
 import logging
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from icefall_kd.errors import KDError, install_excepthook
@@ -69,7 +68,7 @@ class Session:
 
     def __init__(self, params: Dict[str, Any], model, progress) -> None:
         from icefall_kd.hook import TeacherHook
-        from icefall_kd.recipe.online import online_teacher
+        from icefall_kd.recipe.online import online_teacher, tokens_file
 
         self.settings = dict(params)
         self.progress = progress
@@ -78,7 +77,7 @@ class Session:
         checks.leave_out_heads(self.joint, model)
         self.vocab_size = params["vocab_size"]
         self.blank_id = params.get("blank_id", 0)  # k2's, where there is CTC alone
-        self.bpe_model = _tokens_of(params)
+        self.bpe_model = tokens_file(params)
         self.missing = params["kd_missing"]
         self.cache_dir = params["kd_cache_dir"]
         asked = bool(params["kd_teacher_exp_dir"])
@@ -159,6 +158,7 @@ class Session:
         found, store = store_fingerprint(cuts, self.missing)
         how: Dict[str, Any] = {"missing": self.missing}
         checks.check_kept(self.joint, found, store)
+        checks.check_path(self.settings, self.joint, found, store)
         how["lattice"] = self.joint.needs_lattice
         if self.joint.hidden:
             self.joint.hidden.learn_widths(_first_layers(cuts.cuts))
@@ -290,17 +290,6 @@ class Session:
         if self.untranscribed:
             info["kd_hard_frames"] = frames if transcribed else 0.0
         return loss
-
-
-def _tokens_of(params: Dict[str, Any]) -> str:
-    """The recipe's ``bpe.model``, or its folder of tokens; "" where there is none."""
-    path = Path(params.get("bpe_model") or "")
-    if path.is_file():
-        return str(path)
-    folder = Path(params.get("lang_dir") or "")
-    files = (folder / "bpe.model", folder / "tokens.txt")
-    there = bool(params.get("lang_dir")) and any(f.is_file() for f in files)
-    return str(folder) if there else ""
 
 
 class _Counted:

@@ -34,6 +34,7 @@ from icefall_kd.types import (
 )
 
 MISSING = ("refuse", "hard")
+ROUNDING = 1e-6  # seconds; what sums and differences of times leave is below
 SHAR_SAMPLE = 1000  # cuts
 
 
@@ -68,7 +69,8 @@ def _piece(offset: float, cut: MonoCut, pointer: Pointer) -> _Piece:
     check_unmoved(cut, pointer)
     shift = fingerprint_of(pointer).frame_shift
     at = _frames(offset, shift)
-    if cut.start == pointer.start and cut.duration == pointer.duration:
+    moved = max(abs(cut.start - pointer.start), abs(cut.duration - pointer.duration))
+    if moved < ROUNDING:
         return _Piece(at, 0, pointer.frames, pointer, offset == 0)
     first = _frames(cut.start - pointer.start, shift)
     last = first + max(1, _frames(cut.duration, shift))
@@ -235,13 +237,13 @@ def resample_frames(
     The student's frame j takes the teacher's frame that is spoken at its middle,
     floor((j + 1/2) wanted_shift / frame_shift); the mask goes with it.
     """
-    if frame_shift == wanted_shift:
+    # In whole microseconds: 3 frames / (0.01 s / 0.03 s) are 8.999 in floating point.
+    mine, wanted = round(1e6 * frame_shift), round(1e6 * wanted_shift)
+    if mine == wanted:
         return targets
-    ratio = wanted_shift / frame_shift
-    n = int(targets.mask.size(1) / ratio)
-    index = ((torch.arange(n) + 0.5) * ratio).long()
-    at = (slice(None), index)
-    lens = (targets.lens / ratio).long()
+    frames = torch.arange(targets.mask.size(1) * mine // wanted)
+    at = (slice(None), (2 * frames + 1) * wanted // (2 * mine))
+    lens = targets.lens * mine // wanted
     whole = torch.zeros_like(targets.whole)  # front ends differ at the edges
     ctc = None if targets.ctc is None else select(targets.ctc, at)
     hidden = {layer: x[at] for layer, x in targets.hidden.items()}
@@ -373,18 +375,24 @@ class KDDataset(torch.utils.data.Dataset):
         batch = self.dataset[cuts]
         rows = cuts_of_rows(batch)
         targets = collate_targets(rows, self.missing, self.lattice, self.hidden)
-        if self.frame_shift is not None:
-            shift = self._teacher_shift(rows)
-            targets = resample_frames(targets, shift, self.frame_shift)
+        teacher = _first_fingerprint(rows)
+        if teacher is None:  # no row has targets
+            batch["kd_targets"] = targets
+            return batch
+        shift = self.frame_shift or teacher.frame_shift
+        targets = resample_frames(targets, teacher.frame_shift, shift)
         if self.symbols is not None:
             targets = map_symbols(targets, self.symbols)
         if self.time_warp is not None:
-            targets = self.time_warp.move(targets)
+            factor = round(shift / teacher.feature_shift)
+            targets = self.time_warp.move(targets, factor)
         batch["kd_targets"] = targets
         return batch
 
-    def _teacher_shift(self, cuts: List[Cut]) -> float:
-        for cut in cuts:
-            for _, _, pointer in tracks_with_targets(cut):
-                return read_fingerprint(pointer.store).frame_shift
-        return self.frame_shift
+
+def _first_fingerprint(cuts: List[Cut]) -> Optional[Fingerprint]:
+    """That of the first targets that a batch's cuts carry; all of them share it."""
+    for cut in cuts:
+        for _, _, pointer in tracks_with_targets(cut):
+            return read_fingerprint(pointer.store)
+    return None

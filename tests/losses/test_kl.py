@@ -159,6 +159,49 @@ def test_a_small_half_gradient_survives_until_it_is_scaled():
     assert float(student.grad[0, 1]) == pytest.approx(float(expected), rel=0.05)
 
 
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("weight, temperature", [(4000.0, 1.0), (1.0, 100.0)])
+def test_a_half_gradient_is_finite_where_the_scaled_loss_lets_it_be(
+    k, chosen, fused, weight, temperature
+):
+    """A loss of 1e-3 of it: the gradient is small, whatever the weight is alone."""
+    student, teacher, weights = rows(dtype=torch.float32)
+    weights = weight * weights
+    said = teacher if k is None else sparse_of(teacher, k, temperature)
+    which = torch.tensor([9, 2, 3, 7]) if chosen else None
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(7, 7)
+
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        if fused:
+            value = linear_kl(x, layer, said, temperature, weights)
+        else:
+            some = weights[:4] if chosen else weights
+            value = row_kl(x, said, temperature, which, which, some)
+        (1e-3 * value).backward()
+        return x.grad
+
+    half = student.half()
+    found, expected = gradient(half), gradient(half.float())
+    assert found.dtype == torch.float16 and torch.isfinite(found).all()
+    tolerance = 0.03 if fused else 2e-3
+    torch.testing.assert_close(
+        found.float(), expected, rtol=tolerance, atol=tolerance * float(expected.max())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_that_is_held_is_of_the_students_type(dtype):
+    """So that no second copy of the logits waits for the backward pass."""
+    student, teacher, _ = rows(dtype=dtype)
+    student.requires_grad_()
+    held = row_kl(student, teacher).grad_fn.grad
+    assert held.dtype == dtype and held.shape == student.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_fused_half_layer_is_close_to_float32(dtype):
     _, teacher, _ = rows(dtype=torch.float32)

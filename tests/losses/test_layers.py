@@ -99,6 +99,54 @@ def test_neither_weight_nor_loss_scale_reach_the_projectors_gradient(factor):
     assert bias.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("codes", [False, True])
+def test_passes_of_several_weights_add_up_as_unweighted_ones(codes):
+    """As with accumulation, while the weight moves and the loss scale with it."""
+
+    def batch(seed):
+        said, heard = student(seed=seed), teacher({"out": 8}, seed=seed + 9)
+        if codes:
+            g = torch.Generator().manual_seed(seed)
+            heard.hidden = {"out": torch.randint(256, (2, 7, 1, 4), generator=g)}
+        return said, heard
+
+    if codes:
+        pytest.importorskip("multi_quantization")
+    batches = [batch(seed) for seed in range(3)]
+
+    def run(weights, together=False):
+        layers = HiddenLayers(parse_layers("out"))
+        terms = []
+        for (said, heard), weight in zip(batches, weights):
+            said.encoder_out.grad = None
+            terms.append(weight * term(layers, said, heard))
+            if not together:
+                terms.pop().backward()
+        if together:
+            sum(terms).backward()
+        assert layers.reduce()
+        ours = [p.grad for p in layers.modules.parameters()]
+        return ours, [said.encoder_out.grad for said, _ in batches]
+
+    expected, students = run([1.0, 1.0, 1.0])
+    for weights in ([0.5, 0.1, 2.0], [65536.0, 32768.0, 1e-3]):
+        for together in (False, True):
+            found, moved = run(weights, together)
+            torch.testing.assert_close(found, expected)
+            scaled = [w * g for w, g in zip(weights, students)]
+            torch.testing.assert_close(moved, scaled, rtol=1e-5, atol=1e-6)
+    without, moved = run([1.0, 0.0, 1.0])
+    assert moved[1].abs().max() == 0
+    assert not all(map(torch.equal, without, expected))
+
+
+def test_an_infinite_scale_is_not_learned_from():
+    said, heard = student(), teacher({"out": 8})
+    layers = HiddenLayers(parse_layers("out"))
+    (torch.inf * term(layers, said, heard)).backward()
+    assert not layers.reduce()
+
+
 def test_an_overflow_is_not_learned_from():
     said, heard = student(), teacher({"out": 8})
     layers = HiddenLayers(parse_layers("out"))

@@ -220,6 +220,10 @@ def test_nodes_give_the_loss_of_the_whole_lattice(pair, occupancy):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def all_of(t, u):
+    return [(i, j) for i in range(t) for j in range(u)]
+
+
 def test_a_range_over_all_labels_gives_the_full_lattice(make_model, features):
     """Pruned equals full where s_range covers U: every (t, u) is there once."""
     y = [[3, 4, 3], [5, 6], [7]]
@@ -231,11 +235,13 @@ def test_a_range_over_all_labels_gives_the_full_lattice(make_model, features):
         mine = nodes.row == row
         t, u = int(out.encoder_out_lens[row]), len(labels) + 1
         found = set(zip(nodes.frame[mine].tolist(), nodes.position[mine].tolist()))
+        passed = {(i, j): float(lattice.occupancy[row, i, j]) for i, j in all_of(t, u)}
         # Of the last frame only the last label's node has an arc that ends a path,
         # yet all of them may be passed.
-        assert found == {(i, j) for i in range(t) for j in range(u)}
-        total = float(nodes.occupancy[mine].sum())
-        assert total == pytest.approx(t + len(labels), rel=1e-4)
+        assert min(passed.values()) > 0
+        assert sum(passed.values()) == pytest.approx(t + len(labels), rel=1e-4)
+        assert found == {node for node, p in passed.items() if p > 1 / 510}
+    assert 0 < len(nodes) < int((lattice.occupancy > 0).sum())
 
 
 def test_stored_nodes_are_the_lattices_nodes(pair):
@@ -248,12 +254,10 @@ def test_stored_nodes_are_the_lattices_nodes(pair):
         )
         stored.append(codec.decode(codec.encode(one), teacher.logits.size(-1)))
     found, nodes = stored_nodes(stored), nodes_of(teacher)
-    likely = (nodes.occupancy * 255).round() > 0
-    expected = nodes.select(likely.nonzero().squeeze(1))
     for name in ("row", "frame", "position", "label"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    assert (found.occupancy - expected.occupancy).abs().max() < 0.51 / 255
-    log_probs = expected.teacher.log_softmax(-1)
+        assert torch.equal(getattr(found, name), getattr(nodes, name)), name
+    assert (found.occupancy - nodes.occupancy).abs().max() < 0.51 / 255
+    log_probs = nodes.teacher.log_softmax(-1)
     torch.testing.assert_close(found.teacher, log_probs, rtol=2**-9, atol=2**-7)
     some = stored_nodes([None, stored[1], None])
     assert some.row.unique().tolist() == [1]
@@ -263,7 +267,7 @@ def test_stored_nodes_are_the_lattices_nodes(pair):
 def test_sparse_lattices_of_several_widths_are_joined(pair):
     _, _, _, teacher = pair
     stored = []
-    for i, k in enumerate((2, 5)):
+    for i, k in enumerate((1, 5)):
         codec = LatticeCodec.parse(f"top:{k}", 0)
         one = PrunedLattice(
             *(getattr(teacher, f.name)[i : i + 1] for f in dataclasses.fields(teacher))
@@ -278,7 +282,8 @@ def test_sparse_lattices_of_several_widths_are_joined(pair):
         assert torch.equal(found.log_probs[rows, :width], one.nodes.log_probs)
         assert torch.equal(found.log_tail[rows], one.nodes.log_tail)
         assert found.log_probs[rows, width:].eq(-torch.inf).all()
-    assert begin == len(found.indices) and found.indices.size(1) == 5
+    # Next label and blank beside five others.
+    assert begin == len(found.indices) and found.indices.size(1) == 7
 
 
 # Refusals

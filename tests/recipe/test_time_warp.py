@@ -4,11 +4,12 @@ import logging
 
 import pytest
 import torch
+from lhotse import CutSet
 from lhotse.dataset import K2SpeechRecognitionDataset, SpecAugment
 
 from icefall_kd.errors import KDError
 from icefall_kd.recipe import session
-from icefall_kd.targets import KDDataset
+from icefall_kd.targets import KDDataset, LogitWriter
 from icefall_kd.targets.warp import WarpRecord
 
 
@@ -61,6 +62,30 @@ def test_targets_follow_it_where_asked(make_model, make_params, cuts):
         assert torch.equal(targets.ctc, record.move(still).ctc)
         moved |= not torch.equal(targets.ctc, still.ctc)
     assert moved
+
+
+@pytest.mark.parametrize("wanted", [None, 0.04])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_the_encoders_frames_are_those_of_the_store_or_the_student(
+    make_cut, make_fingerprint, tmp_path, factor, wanted
+):
+    """A teacher of any subsampling, and targets that a student takes at 40 ms."""
+    cut, shift = make_cut("c1", 347), factor / 100
+    fingerprint = make_fingerprint(subsampling_factor=factor, frame_shift=shift)
+    with LogitWriter(tmp_path / "kd.jsonl", tmp_path / "kd", fingerprint) as writer:
+        generator = torch.Generator().manual_seed(1)
+        writer.write(cut, torch.randn(340 // factor, 11, generator=generator))
+    cuts = CutSet.from_file(tmp_path / "kd.jsonl").to_eager()
+    still = KDDataset(K2SpeechRecognitionDataset(), frame_shift=wanted)
+    still = still[cuts]["kd_targets"]
+    record = WarpRecord(SpecAugment(time_warp_factor=80, p=1.0))
+    bare = K2SpeechRecognitionDataset(input_transforms=[record])
+    moving = KDDataset(bare, frame_shift=wanted, time_warp=record)
+    targets = moving[cuts]["kd_targets"]
+    expected = record.move(still, 4 if wanted else factor)
+    assert torch.equal(targets.ctc, expected.ctc)
+    assert not torch.equal(targets.ctc, still.ctc)
+    assert not torch.equal(targets.ctc, record.move(still, 3).ctc)
 
 
 def test_cr_ctcs_own_time_warp_is_switched_off(make_model, make_params, caplog):

@@ -702,6 +702,28 @@ def test_a_students_frame_has_what_is_spoken_at_its_middle(wanted, frames):
     assert not found.whole.any()
 
 
+@pytest.mark.parametrize("mine", [1, 2, 3, 4, 5, 6, 8, 12, 16])
+@pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5, 6, 8, 12, 16])
+def test_rounding_loses_no_frame(mine, wanted):
+    """Feature frames of 10 ms an encoder frame; as whole numbers have it."""
+    lens = torch.tensor([1, 3, 59, 60, 299])
+    targets = Targets(torch.arange(299.0)[None, :, None].repeat(5, 1, 1), lens)
+    found = resample_frames(targets, mine * 0.01, wanted * 0.01)
+    assert found.lens.tolist() == [n * mine // wanted for n in lens.tolist()]
+    frames = found.ctc[0, :, 0].tolist()
+    middles = [(2 * j + 1) * wanted // (2 * mine) for j in range(299 * mine // wanted)]
+    assert frames == middles
+
+
+def test_the_rounding_of_times_leaves_a_cut_whole(make_cut, make_store):
+    """Sums of times differ from what was written in the last bit."""
+    (cut,) = make_store([make_cut("c1", 47, start=0.3)])
+    cut.start = 0.1 + 0.2  # 0.30000000000000004
+    assert collate_targets([cut]).whole.all()
+    cut.duration -= 0.01
+    assert not collate_targets([cut]).whole.any()
+
+
 def test_the_mask_goes_with_the_frames():
     targets = frame_targets()
     targets.mask[0, 3:5] = False

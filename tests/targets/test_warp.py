@@ -7,7 +7,7 @@ import pytest
 import torch
 from lhotse.dataset import SpecAugment, signal_transforms
 
-from icefall_kd.targets.warp import WarpRecord
+from icefall_kd.targets.warp import WarpRecord, first_center
 from icefall_kd.types import SparseDistribution, Targets
 
 
@@ -60,6 +60,27 @@ def test_targets_stand_where_the_features_went():
         moved = max(moved, float((targets.ctc[row, :n, 0] - source).abs().max()))
         assert torch.equal(found.hidden["out"][row, :n, 0, 0], says)
     assert moved > 10  # which would be the error without
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("factor, center", [(2, 4), (4, 5), (6, 6), (8, 7)])
+def test_any_number_of_feature_frames_an_encoder_frame_is_followed(
+    factor, center, told
+):
+    """The centers by hand: of 50 Hz frames around 4, 6, 8 ... half a factor's mean."""
+    assert first_center(factor) == center
+    n = 500
+    x = torch.arange(float(n))[None, :, None].expand(1, n, 3).clone()
+    t = (n - 7) // 2 // (factor // 2)
+    middles = factor * torch.arange(t) + center
+    targets = Targets(middles[None, :, None].float(), torch.tensor([t]))
+    record = WarpRecord(warping(80, frames_mask_size=1))
+    warped = record(x, torch.tensor([[0, 0, n]]))[0, :, 0]
+    found = record.move(targets, *[factor] * told).ctc[0, :, 0]
+    source = warped[middles]
+    # Half a frame of the encoder, and what bicubic edges add.
+    assert (found - source)[2:-2].abs().max() <= factor / 2 + 1
+    assert (middles - source).abs().max() > 20  # which would be the error without
 
 
 def test_the_features_are_those_that_lhotse_makes():

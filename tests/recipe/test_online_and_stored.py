@@ -1,0 +1,223 @@
+"""One teacher, batch and flags: the same terms and gradients, asked online or stored.
+
+The store is that of ``icefall-kd dump``, read by the session's own dataset. Run it with
+``-s`` for the largest relative difference of each term.
+"""
+
+import random
+
+import pytest
+import torch
+from lhotse import CutSet
+from lhotse.dataset import K2SpeechRecognitionDataset
+from zipformer.modules.scaling import Balancer, Whiten
+from zipformer.utils import MetricsTracker
+
+from icefall_kd.cli import cli
+from icefall_kd.recipe import session
+from icefall_kd.targets.fingerprint import load_bpe_model
+
+# Some with nodes that the path passes with a probability below 1/510.
+CUTS = {
+    "c1": (261, "zero one two three four five six"),
+    "c2": (97, "seven eight nine"),
+    "c3": (33, "six"),
+}
+HIDDEN = "out:half,0:half"
+
+
+def ctc(**flags):
+    return {"ctc": 1.0, **{f"kd_ctc_{name}": x for name, x in flags.items()}}
+
+
+def rnnt(form="nodes", **flags):
+    return {"kd_rnnt_weight": 1.0, "kd_rnnt_form": form, **flags}
+
+
+FRAMES = ("all", "non-blank", "symmetric", "entropy", "confidence")
+FULL_SUM = {"kd_full_sum_weight": 1.0}
+EQUAL = {"kd_node_weights": "equal"}
+PATH = {"kd_path_only": 1}
+LAYERS = {"kd_hidden_weight": 1.0, "kd_hidden_layers": "out,0:1"}
+
+DENSE = [
+    *(ctc(frames=f, delay=d) for f in FRAMES for d in (0, 2)),
+    *(ctc(frames=f, delay=2) | {"temperature": 2.0} for f in FRAMES[::3]),
+    *(rnnt(form) for form in ("nodes", "collapsed", "mean_u", "total")),
+    rnnt("sampled_u"),
+    *(rnnt(form, **EQUAL) for form in ("nodes", "collapsed", "mean_u", "sampled_u")),
+    *(rnnt(form) | {"temperature": 3.0} for form in ("nodes", "mean_u", "total")),
+    *(rnnt(form, kd_rnnt_shift=2) for form in ("nodes", "mean_u")),
+    rnnt("collapsed", kd_rnnt_shift=1, **EQUAL),
+    FULL_SUM,
+    LAYERS,
+    LAYERS | {"kd_hidden_kind": "cosine"},
+    ctc() | rnnt() | FULL_SUM | LAYERS,
+]
+# How the targets are kept, the terms, and how far they may be apart: of float16, of a
+# byte for an occupancy, of a byte for a square root and of symbols that are in the tail.
+STORES = {
+    "dense": ("dense", "dense", 5, 1e-3, DENSE),
+    "dense, s_range 3": (
+        "none",
+        "dense",
+        3,
+        1e-3,
+        [rnnt("mean_u"), rnnt(**EQUAL), FULL_SUM],
+    ),
+    "path": (
+        "dense",
+        "path:dense",
+        5,
+        1e-3,
+        [rnnt(form, **PATH) for form in ("nodes", "collapsed", "mean_u", "total")]
+        + [rnnt(**EQUAL, **PATH), FULL_SUM | PATH],
+    ),
+    "collapsed": (
+        "none",
+        "collapsed",
+        5,
+        1e-3,
+        [rnnt("collapsed"), rnnt("collapsed", **EQUAL), FULL_SUM],
+    ),
+    "sparse arcs": (
+        "none",
+        "top:1",
+        5,
+        5e-3,
+        [rnnt("collapsed"), rnnt("collapsed", **EQUAL), FULL_SUM],
+    ),
+    "sparse": (
+        "adaptive:.9999:24",
+        "adaptive:.9999:24",
+        5,
+        5e-3,
+        [ctc(frames=f, delay=d) for f in FRAMES for d in (0, 2)]
+        + [rnnt(), rnnt(**EQUAL), rnnt("collapsed"), rnnt("sampled_u", **EQUAL)]
+        + [rnnt(kd_rnnt_shift=2), FULL_SUM],
+    ),
+    "sparse, temperature 2": (
+        "adaptive:.9999:24@2",
+        "adaptive:.9999:24@2",
+        5,
+        5e-3,
+        [ctc() | {"temperature": 2.0}, rnnt() | {"temperature": 2.0}],
+    ),
+}
+
+
+@pytest.fixture
+def sp(bpe_models):
+    return load_bpe_model(bpe_models.a)
+
+
+@pytest.fixture
+def student(make_model):
+    model = make_model(seed=3, vocab_size=25)
+    for module in model.modules():  # which change gradients at random
+        if isinstance(module, (Balancer, Whiten)):
+            module.forward = lambda x: x
+    model.eval()
+    return model
+
+
+@pytest.fixture
+def peaky(teacher_exp, tmp_path):
+    """The teacher's folder, its heads sharper and mostly blank, as of a trained one."""
+    folder = tmp_path / "peaky"
+    folder.mkdir()
+    checkpoint = torch.load(teacher_exp.folder / "epoch-2.pt", weights_only=False)
+    state = checkpoint["model"]
+    for name, scale, blank in (("ctc_output.1", 4, 9.7), ("joiner.output_linear", 3, 2)):
+        state[f"{name}.weight"] *= scale
+        state[f"{name}.bias"][0] += blank
+    torch.save(checkpoint, folder / "epoch-2.pt")
+    return folder
+
+
+@pytest.fixture
+def bare(make_cut, tmp_path):
+    path = tmp_path / "in.jsonl.gz"
+    cuts = [make_cut(name, n, text=text) for name, (n, text) in CUTS.items()]
+    CutSet.from_cuts(cuts).to_file(path)
+    return path
+
+
+@pytest.fixture
+def dumped(bare, teacher_exp, peaky, bpe_models, tmp_path):
+    """The cuts with the targets that ``icefall-kd dump`` makes."""
+
+    def dump(keep, lattice, s_range):
+        out = tmp_path / "kd.jsonl.gz"
+        words = ["dump", bare, out, "--recipe", teacher_exp.recipe, "--keep", keep]
+        words += ["--exp-dir", peaky, "--epoch", 2, "--num-threads", 1]
+        words += ["--use-averaged-model", 0, "--bpe-model", bpe_models.a]
+        words += ["--keep-lattice", lattice, "--s-range", s_range]
+        words += ["--keep-hidden", HIDDEN, "--num-workers", 0]
+        with pytest.raises(SystemExit) as e:
+            cli([str(w) for w in words], prog_name="icefall-kd")
+        assert e.value.code == 0
+        return CutSet.from_file(out).to_eager()
+
+    return dump
+
+
+@pytest.fixture
+def taught(student, sp):
+    """The KD terms of one batch, and their gradient towards all parameters."""
+
+    def run(params, cuts):
+        session.attach(params, student)
+        batch = session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)[cuts]
+        supervisions, info = batch["supervisions"], MetricsTracker()
+        random.seed(0)
+        losses = student(
+            x=batch["inputs"],
+            x_lens=supervisions["num_frames"],
+            y=sp.encode(supervisions["text"], out_type=int),
+            prune_range=3,
+        )
+        torch.manual_seed(0)
+        loss = session.joint_loss(losses[1].sum(), info, student, batch)
+        student.zero_grad()
+        loss.backward()
+        grads = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+        return dict(info), torch.cat(grads)
+
+    return run
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_stored_targets_teach_what_the_teacher_teaches_online(
+    name, dumped, bare, taught, make_params, online, peaky, bpe_models
+):
+    keep, lattice, s_range, tolerance, terms = STORES[name]
+    stored, cuts = dumped(keep, lattice, s_range), CutSet.from_file(bare).to_eager()
+    off = {"ctc": 0.0, "hard": 0.0, "temperature": 1.0}
+    off |= {"bpe_model": str(bpe_models.a)}
+    apart = {}
+    for flags in terms:
+        flags = {**off, **flags}
+        teacher = {"kd_teacher_exp_dir": str(peaky), "kd_s_range": s_range}
+        asked = taught(online(**flags, **teacher), cuts)
+        read = taught(make_params(**flags, vocab_size=25), stored)
+        given = {k: v for k, v in flags.items() if off.get(k) != v}
+        key = " ".join(f"{k.removeprefix('kd_')}={v}" for k, v in given.items())
+        assert list(asked[0]) == list(read[0]), key
+        for term, value in asked[0].items():
+            if term.endswith("_frames"):
+                assert read[0][term] == value > 0, (key, term)
+            else:
+                assert value > 1e-3, (key, term)
+                difference = abs(read[0][term] - value) / value
+                apart[f"{key}: {term}"] = difference
+        change = (read[1] - asked[1]).norm() / asked[1].norm()
+        assert asked[1].norm() > 1e-3
+        apart[f"{key}: gradient"] = float(change)
+    print(f"\n{name} ({keep}, {lattice}, s_range {s_range})")
+    for key, difference in apart.items():
+        print(f"  {difference:.1e} {key}")
+    far = {key: x for key, x in apart.items() if not x < tolerance}
+    assert not far
+
+
