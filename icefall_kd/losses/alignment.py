@@ -1,12 +1,22 @@
 """Monotone alignments of a late student's frames with its teacher's."""
 
-from typing import Optional, Tuple
+import math
+from typing import NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 
-from icefall_kd.losses.kl import FLOOR, chunk_rows, wide
+from icefall_kd.losses.kl import FLOOR, cast_teacher, chunk_rows, log_sum_exp, wide
 from icefall_kd.types import Distribution, select, sparse
+
+
+class FramePairs(NamedTuple):
+    """P pairs of frames, numbered from 0 to R - 1 among the R valid ones."""
+
+    student: torch.Tensor  # (P,), int64
+    teacher: torch.Tensor  # (P,), int64, in rising order
+    weights: Optional[torch.Tensor]  # (P,), or None: 1
+    kl: torch.Tensor  # (P,), unweighted, without T^2
 
 
 @torch.no_grad()
@@ -18,7 +28,8 @@ def align_late_student(
     valid: torch.Tensor,
     weights: Optional[torch.Tensor],
     delay: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+    softmax: Optional[torch.Tensor] = None,
+) -> FramePairs:
     """Find the alignments of least loss for a student that is up to ``delay`` late.
 
     An alignment is a path of pairs (t, s), teacher's frame and student's, from the
@@ -45,10 +56,11 @@ def align_late_student(
       valid: (N, T), bool, frames that count on both sides. Others are never read.
       weights: (R,), w of the R valid frames, 0 or more; None: 1.
       delay: In frames, above 0.
+      softmax: (N * T, V), takes the softmax of the student's valid rows; None: is not
+        wanted.
 
     Returns:
-      The student's and the teacher's frames of all P pairs, (P,) int64 each, numbered
-      from 0 to R - 1 among the valid ones, in the order of the teacher's.
+      The pairs of all stretches.
     """
     rows = valid.flatten().nonzero().squeeze(1)
     starts = torch.ones_like(valid)
@@ -56,11 +68,15 @@ def align_late_student(
     stretch = starts.flatten()[rows].cumsum(0) - 1  # (R,), which one a row is in
     lengths = stretch.bincount()
     delay = min(delay, int(lengths.max()) - 1)
-    costs = _costs(student, linear, teacher, temperature, rows, delay)
+    costs = _costs(student, linear, teacher, temperature, rows, delay, softmax)
+    unweighted = costs
     if weights is not None:
-        costs[:, 0] *= weights
+        costs = costs * weights.unsqueeze(1)
         for j in range(1, delay + 1):
-            costs[:-j, j] *= torch.maximum(weights[:-j], weights[j:])
+            larger = torch.maximum(weights[:-j], weights[j:])
+            costs[:-j, j] = unweighted[:-j, j] * larger
+    else:
+        costs = costs.clone()
     for j in range(1, delay + 1):  # a pair lies in one stretch
         costs[len(rows) - j :, j] = torch.inf
         costs[:-j, j].masked_fill_(stretch[j:] != stretch[:-j], torch.inf)
@@ -82,10 +98,15 @@ def align_late_student(
     # The pairs of a teacher's frame are numbered from its first one on.
     first_pair = (count.cumsum(0) - count)[teacher_index]
     number = torch.arange(len(teacher_index), device=rows.device) - first_pair
-    return teacher_index + low[teacher_index] + number, teacher_index
+    late_by = low[teacher_index] + number
+    student_index = teacher_index + late_by
+    kl = unweighted[teacher_index, late_by]
+    if weights is not None:
+        weights = torch.maximum(weights[student_index], weights[teacher_index])
+    return FramePairs(student_index, teacher_index, weights, kl)
 
 
-def _costs(student, linear, teacher, temperature, rows, delay) -> torch.Tensor:
+def _costs(student, linear, teacher, temperature, rows, delay, softmax) -> torch.Tensor:
     """KL of the i-th of ``rows`` and the student's (i + j)-th, (R, delay + 1).
 
     Cells of i + j beyond R - 1 hold anything.
@@ -98,49 +119,57 @@ def _costs(student, linear, teacher, temperature, rows, delay) -> torch.Tensor:
         for begin in range(0, len(rows), step):
             part = rows[begin : begin + step]
             # The student's rows reach as far behind the chunk as the delay does.
-            x = student[rows[begin : begin + step + delay]].to(dtype)
+            x = student.index_select(0, rows[begin : begin + step + delay]).to(dtype)
             if linear is not None:
                 bias = None if linear.bias is None else linear.bias.to(dtype)
                 x = torch.nn.functional.linear(x, linear.weight.to(dtype), bias)
-            log_q = (x * (1 / temperature)).clamp_(min=FLOOR).log_softmax(-1)
-            log_q.clamp_(min=FLOOR)
-            p = select(teacher, part)
-            cell = _sparse_costs if sparse(p) else _dense_costs
-            cell(log_q, p, temperature, costs[begin : begin + step])
+            x = (x * (1 / temperature)).clamp_(min=FLOOR)
+            q = x.softmax(-1)
+            if softmax is not None:
+                softmax.index_copy_(0, part, q[: len(part)])
+            norms = log_sum_exp(x, q)
+            cell = _sparse_costs if sparse(teacher) else _dense_costs
+            y = cast_teacher(select(teacher, part), dtype, temperature)
+            cell(x, norms, y, costs[begin : begin + step])
     return costs.clamp_(min=0.0)
 
 
-def _dense_costs(log_q, teacher, temperature: float, costs) -> None:
-    log_p = (teacher.to(log_q.dtype) * (1 / temperature)).clamp_(min=FLOOR)
-    log_p = log_p.log_softmax(-1).clamp_(min=FLOOR)
-    p = log_p.exp()
-    # Of equal rows both sums are the same, bit by bit, and the cost is 0.
-    negative_entropy = (p * log_p).sum(-1)
+def _dense_costs(x, norms, y, costs) -> None:
+    p = y.clamp_(min=FLOOR).softmax(-1)
+    # Of equal rows both sides are the same, bit by bit, and the cost is 0.
+    negative_entropy = (p * y).sum(-1) - log_sum_exp(y, p)
     for j in range(costs.size(1)):
-        n = max(0, min(len(p), len(log_q) - j))
-        costs[:n, j] = negative_entropy[:n] - (p[:n] * log_q[j : j + n]).sum(-1)
+        n = max(0, min(len(p), len(x) - j))
+        cross = (p[:n] * x[j : j + n]).sum(-1) - norms[j : j + n]
+        costs[:n, j] = negative_entropy[:n] - cross
 
 
-def _sparse_costs(log_q, teacher, temperature: float, costs) -> None:
+def _sparse_costs(x, norms, teacher, costs) -> None:
     """What a row does not keep is one class; its mass at the student is 1 - kept."""
-    log_p = teacher.log_probs.to(log_q.dtype)
-    log_p_tail = teacher.log_tail.to(log_q.dtype)
+    log_p, log_p_tail = teacher.log_probs, teacher.log_tail
     kept = log_p > -torch.inf
     p, p_tail = log_p.exp(), log_p_tail.exp()
     negative_entropy = (p * log_p.clamp(min=FLOOR)).sum(-1)
     negative_entropy += p_tail * log_p_tail.clamp(min=FLOOR)
-    least = torch.finfo(log_q.dtype).tiny
-    for j in range(costs.size(1)):
-        n = max(0, min(len(p), len(log_q) - j))
-        log_q_kept = log_q[j : j + n].gather(1, teacher.indices[:n])
-        q_kept = log_q_kept.exp().masked_fill_(~kept[:n], 0.0).sum(-1)
-        log_q_tail = (1 - q_kept).clamp_(min=least).log_()
-        cross = (p[:n] * log_q_kept).sum(-1) + p_tail[:n] * log_q_tail
-        costs[:n, j] = negative_entropy[:n] - cross
+    # The student's row i + j at the symbols that the teacher's row i keeps, (n, D, K).
+    n, n_delays = costs.shape
+    at = torch.arange(n, device=x.device)[:, None] + torch.arange(
+        n_delays, device=x.device
+    )
+    at.clamp_(max=len(x) - 1)
+    flat_index = at[:, :, None] * x.size(1) + teacher.indices[:, None]
+    log_q = x.take(flat_index) - norms[at].unsqueeze(-1)
+    q_kept = (log_q.exp() * kept[:, None]).sum(-1)
+    log_q_tail = (1 - q_kept).clamp_(min=torch.finfo(x.dtype).tiny).log_()
+    cross = (p[:, None] * log_q).sum(-1) + p_tail[:, None] * log_q_tail
+    costs.copy_(negative_entropy[:, None] - cross)
 
 
 def _best_paths(costs: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     """The path of least cost through each of M tables.
+
+    A table is walked in blocks of about sqrt(L) frames, all blocks side by side: within
+    each from every delay that it may be entered with, then from block to block.
 
     Args:
       costs: (L, D, M), c(t, j). A path starts at (0, 0) and ends at (L - 1, 0).
@@ -149,33 +178,176 @@ def _best_paths(costs: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
       (L, M) each, int64: the path visits (t, low) to (t, high) and all between.
     """
     length, n_delays, n_tables = costs.shape
-    # Where the path that reaches (t, j) entered frame t, and whether it came there
-    # from (t - 1, j + 1), the teacher alone having moved on, and not from (t - 1, j).
-    entry = np.zeros((length, n_delays, n_tables), np.int64)
-    teacher_moved = np.zeros((length, n_delays, n_tables), np.int64)
-    entry[:] = np.arange(n_delays)[:, None]
-    before = np.full(
-        (n_delays + 1, n_tables), np.inf
-    )  # D(t - 1, .), and a column of inf
-    before[0] = 0.0
-    for t in range(length):
-        if t:
-            np.less(before[1:], before[:-1], out=teacher_moved[t])
-            total = np.minimum(before[1:], before[:-1])
-        else:
-            total = before[:-1].copy()
-        total += costs[t]
-        for j in range(1, n_delays):  # the student alone moves on
-            student_moved = total[j - 1] + costs[t, j]
-            better = student_moved < total[j]
-            if better.any():
-                total[j] = np.where(better, student_moved, total[j])
-                entry[t, j] = np.where(better, entry[t, j - 1], j)
-        before[:-1] = total
-    low, high = np.zeros((2, length, n_tables), np.int64)
+    n_steps = math.isqrt(length - 1) + 1
+    n_blocks = -(-length // n_steps)
+    # (n_steps, D, n_blocks, M); what is added goes on along j = 0 without cost.
+    blocks = np.full((n_blocks * n_steps, n_delays, n_tables), np.inf)
+    blocks[:length], blocks[length:, 0] = costs, 0.0
+    blocks = blocks.reshape(n_blocks, n_steps, n_delays, n_tables)
+    totals, entry, teacher_moved = _walk(blocks.transpose(1, 2, 0, 3))
+
+    # From block to block: the least total at its last frame, and where it was entered.
+    best = np.full((n_delays, n_tables), np.inf)
+    best[0] = 0.0
+    entered = np.zeros((n_blocks, n_delays, n_tables), np.int64)
+    for block in range(n_blocks):
+        candidates = totals[:, :, block] + best
+        entered[block] = candidates.argmin(1)
+        best = candidates.min(1)
     tables, j = np.arange(n_tables), np.zeros(n_tables, np.int64)
-    for t in range(length - 1, -1, -1):
-        high[t] = j
-        low[t] = entry[t, j, tables]
-        j = low[t] + teacher_moved[t, low[t], tables]
-    return low, high
+    first, last = np.zeros((2, n_blocks, n_tables), np.int64)
+    for block in range(n_blocks - 1, -1, -1):
+        last[block] = j
+        first[block] = j = entered[block, j, tables]
+
+    # Back through all blocks at once.
+    low, high = np.zeros((2, n_blocks, n_steps, n_tables), np.int64)
+    where, j = (first, np.arange(n_blocks)[:, None], tables), last
+    for t in range(n_steps - 1, -1, -1):
+        high[:, t] = j
+        low[:, t] = entry[(t, j, *where)]
+        j = low[:, t] + teacher_moved[(t, low[:, t], *where)]
+    return low.reshape(-1, n_tables)[:length], high.reshape(-1, n_tables)[:length]
+
+
+def _walk(blocks: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Walk through blocks from every delay i of the frame before them.
+
+    Args:
+      blocks: (n_steps, D, n_blocks, M), c(t, j).
+
+    Returns:
+      (D, D, n_blocks, M), the least cost from i to delay j at the last frame, j first.
+      And (n_steps, D, D, n_blocks, M) each, j before i: the delay with which the path
+      to (t, j) entered frame t; and 1 where it came there from (t - 1, j + 1), the
+      teacher alone having moved on, 0 where from (t - 1, j).
+    """
+    n_steps, n_delays = blocks.shape[:2]
+    shape = (n_delays, n_delays, *blocks.shape[2:])
+    entry = np.zeros((n_steps, *shape), np.int16)
+    entry[:] = np.arange(n_delays)[:, None, None, None]
+    teacher_moved = np.zeros((n_steps, *shape), np.int8)
+    before = np.full((n_delays + 1, *shape[1:]), np.inf)  # and a delay out of reach
+    before[np.arange(n_delays), np.arange(n_delays)] = 0.0
+    for t in range(n_steps):
+        np.less(before[1:], before[:-1], out=teacher_moved[t], casting="unsafe")
+        total = np.minimum(before[1:], before[:-1])
+        total += blocks[t][:, None]
+        for j in range(1, n_delays):  # the student alone moves on
+            student_moved = total[j - 1] + blocks[t, j]
+            better = student_moved < total[j]
+            np.copyto(total[j], student_moved, where=better)
+            np.copyto(entry[t, j], entry[t, j - 1], where=better)
+        before[:-1] = total
+    return before[:-1], entry, teacher_moved
+
+
+class LateKL(torch.autograd.Function):
+    """T^2 sum of w KL over the pairs of the alignments.
+
+    The gradient towards the student's row s, T sum of w (q_s - p_t) over its pairs (t,
+    s), is formed in the forward pass: the softmax q, which the costs ask for, stands
+    already where the gradient is to stand. What a sparse teacher's row does not keep is
+    one class there, as in :func:`icefall_kd.losses.kl.row_kl`.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, temperature, valid, weights, delay):
+        ctx.save_for_backward(student)
+        ctx.options = (teacher, temperature, valid, weights, delay)
+        value, ctx.grad = LateKL._both(student, *ctx.options)
+        return value
+
+    @staticmethod
+    def _both(student, teacher, temperature, valid, weights, delay):
+        grad = torch.zeros_like(student, dtype=wide(student.dtype))
+        pairs = align_late_student(
+            student, None, teacher, temperature, valid, weights, delay, grad
+        )
+        rows = valid.flatten().nonzero().squeeze(1)
+        teach = _teach_sparse if sparse(teacher) else _teach_dense
+        with torch.autocast(student.device.type, enabled=False):
+            kl = teach(grad, teacher, temperature, rows, pairs)
+        if pairs.weights is not None:
+            kl = (kl * pairs.weights).masked_fill(pairs.weights == 0, 0.0)  # 0 * inf
+        return (kl.sum(dtype=torch.float64) * temperature**2).to(grad.dtype), grad
+
+    @staticmethod
+    def backward(ctx, g):
+        (student,) = ctx.saved_tensors
+        # The first call hands out the gradient itself; another makes it again.
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            _, grad = LateKL._both(student, *ctx.options)
+        return grad.mul_(g).to(student.dtype), None, None, None, None, None
+
+
+def _shares(pairs: FramePairs, temperature: float) -> torch.Tensor:
+    """T w of each pair, (P,)."""
+    share = torch.full_like(pairs.kl, temperature)
+    return share if pairs.weights is None else share * pairs.weights.to(share.dtype)
+
+
+def _teach_dense(grad, teacher, temperature, rows, pairs) -> torch.Tensor:
+    """Turn the student's softmax, in ``grad``, into the gradient; KL of each pair."""
+    share = _shares(pairs, temperature)
+    sums = share.new_zeros(len(rows)).index_add_(0, pairs.student, share)
+    scaled = (sums != 1).nonzero().squeeze(1)  # few, without weights and at T = 1
+    step = chunk_rows(grad.device, grad.size(1))
+    for part in scaled.split(step):
+        row = rows[part]
+        grad.index_copy_(0, row, grad.index_select(0, row) * sums[part, None])
+    weighted = pairs.weights is not None or temperature != 1
+    for begin in range(0, len(share), step):
+        part = slice(begin, begin + step)
+        y = select(teacher, rows[pairs.teacher[part]])
+        p = cast_teacher(y, grad.dtype, temperature).clamp_(min=FLOOR).softmax(-1)
+        if weighted:
+            p *= share[part, None]
+        grad.index_add_(0, rows[pairs.student[part]], p, alpha=-1)
+    return pairs.kl
+
+
+def _teach_sparse(grad, teacher, temperature, rows, pairs) -> torch.Tensor:
+    """The same of a sparse teacher."""
+    share = _shares(pairs, temperature)
+    kl = torch.empty_like(share)
+    # Pairs stand in the order of the student's rows too. A row's first pair takes the
+    # place of the softmax; the others, which are few, work on a copy of it.
+    again = torch.zeros_like(pairs.student, dtype=torch.bool)
+    again[1:] = pairs.student[1:] == pairs.student[:-1]
+    others = again.nonzero().squeeze(1)
+    copies = grad.index_select(0, rows[pairs.student[others]])
+    step = chunk_rows(grad.device, grad.size(1))
+    for part in (~again).nonzero().squeeze(1).split(step):
+        row = rows[pairs.student[part]]
+        y = cast_teacher(select(teacher, rows[pairs.teacher[part]]), grad.dtype, 1.0)
+        kl[part], g = _sparse_of_softmax(grad.index_select(0, row), y, share[part])
+        grad.index_copy_(0, row, g)
+    for part, q in zip(others.split(step), copies.split(step)):
+        y = cast_teacher(select(teacher, rows[pairs.teacher[part]]), grad.dtype, 1.0)
+        kl[part], g = _sparse_of_softmax(q, y, share[part])
+        grad.index_add_(0, rows[pairs.student[part]], g)
+    return kl
+
+
+def _sparse_of_softmax(q, teacher, share) -> Tuple[torch.Tensor, torch.Tensor]:
+    """KL of rows whose softmax is ``q``, and ``share`` times its gradient, in ``q``.
+
+    Masses below the smallest number of the type, 1e-38 in float32, count as that.
+    """
+    log_p, log_p_tail = teacher.log_probs, teacher.log_tail
+    kept = (log_p > -torch.inf).to(q.dtype)
+    p, p_tail = log_p.exp(), log_p_tail.exp()
+    q_kept = q.gather(1, teacher.indices) * kept
+    # What is left is the rest. Padding entries share index 0 with a symbol that may be
+    # kept: they take nothing.
+    q.scatter_add_(1, teacher.indices, -q_kept)
+    q_tail = q.sum(-1)
+    tiny = torch.finfo(q.dtype).tiny
+    kl = (p * (log_p.clamp(min=FLOOR) - q_kept.clamp(min=tiny).log())).sum(-1)
+    least_tail = q_tail.clamp(min=tiny)
+    kl += p_tail * (log_p_tail.clamp(min=FLOOR) - least_tail.log())
+    q *= (share * (q_tail - p_tail) / least_tail)[:, None]
+    q.scatter_add_(1, teacher.indices, (q_kept - p) * share[:, None])
+    return kl.clamp_(min=0.0), q

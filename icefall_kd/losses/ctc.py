@@ -5,7 +5,7 @@ from typing import Dict, Optional, Tuple
 import torch
 
 from icefall_kd.errors import KDError, NotFiniteError
-from icefall_kd.losses.alignment import align_late_student
+from icefall_kd.losses.alignment import LateKL, align_late_student
 from icefall_kd.losses.kl import (
     FLOOR,
     check_temperature,
@@ -135,27 +135,34 @@ def _loss(
     if frames != "all":
         weights = frame_weights(teacher, valid, frames, blank_id, temperature)
         weights = weights.flatten()[rows]
-    student_rows = teacher_rows = rows
+    pair = (flat, linear, said, temperature)
     if delay and len(rows):
-        ours, theirs = align_late_student(
-            flat, linear, said, temperature, valid, weights, delay
-        )
-        student_rows, teacher_rows = rows[ours], rows[theirs]
-        if weights is not None:
-            weights = torch.maximum(weights[ours], weights[theirs])
-    if weights is not None:  # rows without weight need no work
-        counted = weights != 0
-        student_rows, teacher_rows = student_rows[counted], teacher_rows[counted]
-        weights = weights[counted]
-    value = _kl(flat, linear, said, temperature, student_rows, teacher_rows, weights)
+        value = _late_kl(*pair, rows, valid, weights, delay)
+    else:
+        value = _kl(*pair, rows, rows, weights)
     if value.isnan():
         _refuse_nan(student, teacher, valid)
     return value
 
 
+def _late_kl(
+    flat, linear, said, temperature, rows, valid, weights, delay
+) -> torch.Tensor:
+    """The least loss of a student that may be late, over monotone alignments."""
+    if linear is None:
+        return LateKL.apply(flat, said, float(temperature), valid, weights, delay)
+    pair = (flat, linear, said, temperature)
+    pairs = align_late_student(*pair, valid, weights, delay)
+    return _kl(*pair, rows[pairs.student], rows[pairs.teacher], pairs.weights)
+
+
 def _kl(
     flat, linear, said, temperature, student_rows, teacher_rows, weights
 ) -> torch.Tensor:
+    if weights is not None:  # rows without weight need no work
+        counted = weights != 0
+        student_rows, teacher_rows = student_rows[counted], teacher_rows[counted]
+        weights = weights[counted]
     if linear is None:
         return row_kl(flat, said, temperature, student_rows, teacher_rows, weights)
     x = flat.index_select(0, student_rows)

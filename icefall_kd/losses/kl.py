@@ -37,7 +37,7 @@ def chunk_rows(device: torch.device, v: int) -> int:
     return max(1, CHUNK.get(device.type, CHUNK["cuda"]) // max(1, v))
 
 
-def _lse(x: torch.Tensor, softmax: torch.Tensor) -> torch.Tensor:
+def log_sum_exp(x: torch.Tensor, softmax: torch.Tensor) -> torch.Tensor:
     """logsumexp of rows whose softmax is known: max(x) - log(max softmax)."""
     return x.amax(-1) - softmax.amax(-1).log()
 
@@ -54,7 +54,7 @@ def _dense(
     x.clamp_(min=FLOOR)
     y = teacher.clamp_(min=FLOOR)
     q, p = torch.softmax(x, -1, out=out), y.softmax(-1)
-    offset = _lse(x, q) - _lse(y, p)
+    offset = log_sum_exp(x, q) - log_sum_exp(y, p)
     q -= p
     kl = p.mul_(y.sub_(x)).sum(-1).add_(offset)
     return kl, q
@@ -74,7 +74,7 @@ def _sparse(
     # Padding entries share index 0 with a symbol that may be kept: they add 0.
     x.scatter_add_(1, teacher.indices, kept.to(x.dtype).mul_(2 * FLOOR))
     rest = torch.softmax(x, -1, out=out)
-    log_rest = _lse(x, rest)
+    log_rest = log_sum_exp(x, rest)
     log_all = torch.logaddexp(log_rest, top.logsumexp(-1))
     log_q, log_q_tail = (top - log_all[:, None]), log_rest - log_all
     p, p_tail = log_p.exp(), log_p_tail.exp()
@@ -84,7 +84,7 @@ def _sparse(
     return kl, rest.scatter_add_(1, teacher.indices, log_q.exp() - p)
 
 
-def _cast(teacher: Distribution, dtype: torch.dtype, temperature: float):
+def cast_teacher(teacher: Distribution, dtype: torch.dtype, temperature: float):
     if sparse(teacher):  # at this temperature already
         log_probs, tail = teacher.log_probs.to(dtype), teacher.log_tail.to(dtype)
         return SparseDistribution(teacher.indices, log_probs, tail)
@@ -125,8 +125,9 @@ class _Rows:
             x, out, take = logits(rows)
             x = x.to(dtype) * (1 / self.temperature)
             which = part if self.teacher_rows is None else self.teacher_rows[part]
-            said = _cast(select(self.teacher, which), dtype, self.temperature)
-            kl, grad = self.divergences(x, said, out, part)
+            said = cast_teacher(select(self.teacher, which), dtype, self.temperature)
+            kl, grad = (_sparse if sparse(said) else _dense)(x, said, out)
+            kl.clamp_(min=0.0)  # what rounding leaves of an equal pair
             if self.weights is not None:
                 weights = self.weights[part].to(dtype)
                 kl *= weights
@@ -134,42 +135,6 @@ class _Rows:
             total += kl.sum(dtype=torch.float64)
             take(grad.mul_(self.temperature))
         return (total * self.temperature**2).to(dtype)
-
-    def divergences(
-        self, x: torch.Tensor, said: Distribution, out: Optional[torch.Tensor], part
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """KL of a chunk's rows, ``part`` of all, and its gradient towards ``x``."""
-        kl, grad = (_sparse if sparse(said) else _dense)(x, said, out)
-        return kl.clamp_(min=0.0), grad  # what rounding leaves of an equal pair
-
-
-class NormalisedRows(_Rows):
-    """Rows of dense logits whose KL and normalisers are known: the gradient is left."""
-
-    def __init__(
-        self,
-        teacher: torch.Tensor,
-        teacher_rows: torch.Tensor,
-        student_rows: torch.Tensor,
-        weights: Optional[torch.Tensor],
-        temperature: float,
-        kl: torch.Tensor,
-        student_norms: torch.Tensor,
-        teacher_norms: torch.Tensor,
-    ) -> None:
-        """
-        Args:
-          kl: (R,), of each pair of rows.
-          student_norms, teacher_norms: (R,), logsumexp of both rows / T.
-        """
-        super().__init__(teacher, teacher_rows, student_rows, weights, temperature)
-        self.kl = kl
-        self.student_norms, self.teacher_norms = student_norms, teacher_norms
-
-    def divergences(self, x, said, out, part):
-        x.clamp_(min=FLOOR).sub_(self.student_norms[part, None]).exp_()
-        said.clamp_(min=FLOOR).sub_(self.teacher_norms[part, None]).exp_()
-        return self.kl[part].clone(), x.sub_(said)
 
 
 class _RowKL(torch.autograd.Function):
@@ -202,7 +167,8 @@ class _RowKL(torch.autograd.Function):
                     else:  # a row may stand there more than once
                         grad.index_add_(0, part, g.to(kept))
 
-            return student[part], grad[part] if in_place else None, take
+            x = student[part] if whole else student.index_select(0, part)
+            return x, grad[part] if in_place else None, take
 
         with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
             value = rows.sum(*student.shape, student.device, dtype, logits)
@@ -332,11 +298,6 @@ def row_kl(
       weights: (R,), 0 or more; by default 1.
     """
     rows = _Rows(teacher, teacher_rows, student_rows, weights, float(temperature))
-    return kl_of_rows(student, rows)
-
-
-def kl_of_rows(student: torch.Tensor, rows: _Rows) -> torch.Tensor:
-    """:func:`row_kl` of rows that stand in a record already."""
     return _RowKL.apply(student, rows)
 
 

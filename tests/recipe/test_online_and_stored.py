@@ -128,7 +128,10 @@ def peaky(teacher_exp, tmp_path):
     folder.mkdir()
     checkpoint = torch.load(teacher_exp.folder / "epoch-2.pt", weights_only=False)
     state = checkpoint["model"]
-    for name, scale, blank in (("ctc_output.1", 4, 9.7), ("joiner.output_linear", 3, 2)):
+    for name, scale, blank in (
+        ("ctc_output.1", 4, 9.7),
+        ("joiner.output_linear", 3, 2),
+    ):
         state[f"{name}.weight"] *= scale
         state[f"{name}.bias"][0] += blank
     torch.save(checkpoint, folder / "epoch-2.pt")
@@ -219,5 +222,3 @@ def test_stored_targets_teach_what_the_teacher_teaches_online(
         print(f"  {difference:.1e} {key}")
     far = {key: x for key, x in apart.items() if not x < tolerance}
     assert not far
-
-
