@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator, List, Sequence
 from uuid import uuid4
 
 from icefall_kd.errors import KDError
@@ -38,6 +38,11 @@ def check_new_folder(path: str, name: str) -> None:
             if not folder.is_dir():
                 raise KDError(f"{name} is {path}, and {folder} is a file: give another")
             return
+
+
+def missing_folders(path: Path) -> List[Path]:
+    """The folders that ``path.mkdir(parents=True)`` would make, innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 @contextmanager

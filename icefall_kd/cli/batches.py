@@ -8,8 +8,12 @@ from lhotse.cut import Cut
 
 from icefall_kd.cli.cuts import Seconds, is_within, name_unreadable
 from icefall_kd.cli.memory import enough_memory
-from icefall_kd.errors import KDError
 from icefall_kd.targets.heard import collate_heard, why_unheard
+
+
+def is_heard(cut: Cut, seconds: Seconds) -> bool:
+    """Whether the teacher is asked about ``cut``; see :class:`Plan`."""
+    return is_within(cut, seconds) and not why_unheard(cut)
 
 
 def _windows(cuts: Iterator[Cut], seconds: float) -> Iterator[List[Cut]]:
@@ -65,7 +69,6 @@ class Plan:
       window: Seconds of a stretch.
       seconds: Shorter and longer cuts go without targets, as those that can't be heard.
       done: Ids of cuts that the manifest has already.
-      left_out: Those of them that have no targets there.
     """
 
     def __init__(
@@ -77,31 +80,18 @@ class Plan:
         window: float,
         seconds: Seconds,
         done: Container[str],
-        left_out: Container[str],
     ) -> None:
         self.cuts, self.max_duration, self.seconds = cuts, max_duration, seconds
         self.window = window
         self.job, self.num_jobs = job, num_jobs
-        self.done, self.left_out = done, left_out
-
-    def _is_heard(self, cut: Cut) -> bool:
-        if not is_within(cut, self.seconds) or why_unheard(cut):
-            return False
-        if cut.id in self.left_out:
-            raise KDError(
-                f"the cut {cut.id} of {cut.duration:g} s was left without targets by a "
-                "run with another --cut-seconds: give the same, or --overwrite"
-            )
-        return True
+        self.done = done
 
     def __iter__(self) -> Iterator[Batch]:
         windows = _windows(self.cuts, self.window)
         for i, window in enumerate(windows):
-            if i % self.num_jobs != self.job:
+            if i % self.num_jobs != self.job or all(c.id in self.done for c in window):
                 continue
-            heard = [cut for cut in window if self._is_heard(cut)]
-            if all(cut.id in self.done for cut in window):
-                continue
+            heard = [cut for cut in window if is_heard(cut, self.seconds)]
             batches = list(_batches(heard, self.max_duration)) or [[]]
             for j, batch in enumerate(batches):
                 yield Batch(batch, window if j == len(batches) - 1 else None)

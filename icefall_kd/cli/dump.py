@@ -9,20 +9,20 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Deque, Dict, Sequence, Tuple, Union
+from typing import Any, Deque, Dict, Iterator, Sequence, Tuple, Union
 
 import click
 import torch
 from lhotse import CutSet
+from lhotse.cut import Cut
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.batches import Batch, Plan, Reader, read_features
+from icefall_kd.cli.batches import Batch, Plan, Reader, is_heard, read_features
 from icefall_kd.cli.cuts import (
     Seconds,
     Survey,
     fits,
     is_unknown,
-    is_within,
     labels_of,
     open_cuts,
     parse_seconds,
@@ -50,7 +50,7 @@ from icefall_kd.targets.fingerprint import (
     pieces,
     write_symbols,
 )
-from icefall_kd.targets.heard import check_supervision, why_unheard
+from icefall_kd.targets.heard import check_supervision
 from icefall_kd.targets.manifest import combine, job_manifest
 from icefall_kd.targets.record import Encoder, Record
 from icefall_kd.targets.writer import LogitWriter
@@ -221,6 +221,7 @@ def dump(
         _write_small_files(storage_dir, sp, codecs, quantizers)
         if len(writer):
             logging.warning("%d cuts have their targets already", len(writer))
+        _check_left_out(readable(cuts, in_cuts), seconds, writer)
         plan = Plan(
             readable(cuts, in_cuts),
             max_duration,
@@ -229,7 +230,6 @@ def dump(
             WINDOW,
             seconds,
             done=writer,
-            left_out=writer.left_out,
         )
         bar = stack.enter_context(
             tqdm(
@@ -286,6 +286,18 @@ def _write_small_files(
                 shutil.copyfile(quantizers[codec.layer], temporary)
 
 
+def _check_left_out(cuts: Iterator[Cut], seconds: Seconds, writer: LogitWriter) -> None:
+    """Refuse to go on with a store whose --cut-seconds were narrower."""
+    if not writer.left_out:
+        return
+    for cut in cuts:
+        if cut.id in writer.left_out and is_heard(cut, seconds):
+            raise KDError(
+                f"the cut {cut.id} of {cut.duration:g} s was left without targets by a "
+                "run with another --cut-seconds: give the same, or --overwrite"
+            )
+
+
 def _rehearse(
     teacher: Teacher,
     fingerprint: Fingerprint,
@@ -299,7 +311,7 @@ def _rehearse(
     What it can't give, or what can't be kept as it is to be kept, is refused so before
     there is a store.
     """
-    cut = next(c for c in cuts if is_within(c, seconds) and not why_unheard(c))
+    cut = next(cut for cut in cuts if is_heard(cut, seconds))
     encoder = Encoder(
         fingerprint,
         lambda codec: load_quantizer(quantizers[codec.layer]) if codec.codes else None,

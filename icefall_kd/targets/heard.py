@@ -11,6 +11,8 @@ from lhotse.utils import supervision_to_frames
 from icefall_kd.errors import KDError
 from icefall_kd.hook import MIN_FRAMES
 
+SLACK = 2e-3  # seconds, as in lhotse's validate_for_asr
+
 
 def heard_frames(cut: Cut) -> int:
     """How many of the feature frames of ``cut`` a recipe's model hears.
@@ -54,10 +56,13 @@ def why_unheard(cut: Cut) -> str:
 
 
 def check_supervision(cut: Cut) -> None:
-    """Refuse a cut whose supervisions are not one: a batch has one text for a row.
+    """Refuse a cut that no recipe can train on for its supervisions.
+
+    A batch has one text for a row, and lhotse's dataset refuses a supervision that
+    reaches beyond its cut.
 
     Raises:
-      KDError: none, or several.
+      KDError: no supervision, several, or one beyond the cut.
     """
     count = len(cut.supervisions)
     if count != 1:
@@ -69,4 +74,11 @@ def check_supervision(cut: Cut) -> None:
         raise KDError(
             f"the cut {cut.id} has {count} supervisions, and a recipe trains on cuts "
             f"of one: {remedy}"
+        )
+    (supervision,) = cut.supervisions
+    if supervision.start < -SLACK or supervision.end > cut.duration + SLACK:
+        raise KDError(
+            f"the supervision of cut {cut.id} spans {supervision.start:g} to "
+            f"{supervision.end:g} s of its {cut.duration:g} s, and lhotse's dataset "
+            "takes none beyond a cut: shorten it, or leave the cut out"
         )

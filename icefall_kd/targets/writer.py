@@ -14,7 +14,7 @@ import torch
 from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
-from icefall_kd.files import replacing
+from icefall_kd.files import missing_folders, replacing
 from icefall_kd.hidden import Layer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.manifest import (
@@ -94,19 +94,34 @@ class LogitWriter:
         if not overwrite:
             self._refuse_strangers()
         with self._told():
-            self.manifest.parent.mkdir(parents=True, exist_ok=True)
-            self.storage_dir.mkdir(parents=True, exist_ok=True)
-            self._records = open(self._path, "ab")
-            self._lock()
+            self._open(overwrite)
+
+    def _open(self, overwrite: bool) -> None:
+        """Make the folders and open the files; nothing new is left if that fails."""
+        made = missing_folders(self.storage_dir) + missing_folders(self.manifest.parent)
+        is_new = not self._path.exists()
+        self.manifest.parent.mkdir(parents=True, exist_ok=True)
+        self.storage_dir.mkdir(parents=True, exist_ok=True)
+        self._records = open(self._path, "ab")
+        self._lock()
+        try:
             if overwrite:  # first, lest another teacher's cuts be taken for these
                 self.manifest.unlink(missing_ok=True)
                 self.partial.unlink(missing_ok=True)
                 read_fingerprint.cache_clear()
-            fingerprint.write(self.storage_dir)
             end = self._start_partial()
-            self._records.truncate(end)
-            self._records.seek(end)
-            self._lines = open(self.partial, "ab")
+            self.fingerprint.write(self.storage_dir)
+        except BaseException:
+            if is_new:
+                self._path.unlink()
+            self._records.close()
+            for folder in dict.fromkeys(made):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
+        self._records.truncate(end)
+        self._records.seek(end)
+        self._lines = open(self.partial, "ab")
 
     def _refuse_strangers(self) -> None:
         """Refuse records that no manifest or fingerprint here knows of."""
