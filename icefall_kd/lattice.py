@@ -4,6 +4,7 @@ from typing import Tuple
 
 import torch
 
+from icefall_kd.errors import KDError
 from icefall_kd.rnnt import get_engine
 from icefall_kd.types import PrunedLattice
 
@@ -22,6 +23,20 @@ def passed_nodes(occupancy: torch.Tensor) -> torch.Tensor:
       bool, of the same shape.
     """
     return occupancy > LEAST_OCCUPANCY
+
+
+def check_s_range(s_range: int, option: str) -> None:
+    """Refuse a number of label positions at a frame that makes no lattice.
+
+    Args:
+      s_range: 0 for all positions.
+      option: Its name on the command line.
+    """
+    if s_range != 0 and s_range < 2:
+        raise KDError(
+            f"{option} is {s_range}, and no path gets through fewer than 2 label "
+            "positions: give 2 or more, or 0 for all of them"
+        )
 
 
 def _arcs(

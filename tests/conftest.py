@@ -333,6 +333,26 @@ def make_cut(tmp_path):
     return make
 
 
+@pytest.fixture
+def multi_cut(make_cut):
+    """A cut of two channels, whose features are of one."""
+    from dataclasses import replace
+
+    from lhotse import MultiCut
+
+    def make(cut_id, num_frames):
+        cut = make_cut(cut_id, num_frames)
+        recording = replace(
+            cut.recording,
+            sources=[replace(cut.recording.sources[0], channels=[0, 1])],
+            channel_ids=[0, 1],
+        )
+        values = dict(vars(cut), channel=[0, 1], recording=recording)
+        return MultiCut(**values)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def make_fingerprint():
     from icefall_kd.targets import Fingerprint

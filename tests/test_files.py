@@ -1,8 +1,18 @@
-"""replacing: the new file whole, or the old one as it was, and nothing beside it."""
+"""Files to be written: places that can't be are refused; one is there whole, or the
+old one as it was, and nothing beside it."""
+
+from pathlib import Path
 
 import pytest
 
-from icefall_kd.files import replacing
+from icefall_kd.errors import KDError
+from icefall_kd.files import (
+    MANIFEST,
+    check_new_file,
+    check_new_folder,
+    missing_folders,
+    replacing,
+)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -32,3 +42,48 @@ def test_two_writers_of_a_shared_file_do_not_meet(tmp_path):
         a.write_text("first")
         b.write_text("second")
     assert path.read_text() == "first"  # b leaves first
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "new/deep/a.b.jsonl"])
+def test_places_for_a_manifest(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for path in (name, str(tmp_path / name)):
+        check_new_file(path, "OUT", MANIFEST)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("", "OUT is empty: give it the name of a file that ends with .jsonl.gz or "),
+        (".", r"OUT is the folder \."),
+        ("folder", "OUT is the folder folder"),
+        ("folder/", "OUT is the folder folder/"),
+        ("new/", "OUT is the folder new/"),
+        ("a.json", "OUT is a.json: .* so that Lhotse can read it"),
+        (".jsonl.gz", "OUT is .jsonl.gz"),
+        ("file/a.jsonl", "the folder of OUT is file, and file is a file"),
+        ("file/b/a.jsonl", "the folder of OUT is file/b, and file is a file"),
+    ],
+)
+def test_places_where_no_manifest_can_be(tmp_path, monkeypatch, path, said):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    with pytest.raises(KDError, match=said):
+        check_new_file(path, "OUT", MANIFEST)
+
+
+def test_places_for_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("", "new", "new/deep"):
+        check_new_folder(str(tmp_path / name), "DIR")
+    for name in ("file", "file/new"):
+        with pytest.raises(KDError, match="DIR is .*file, and .*file is a file: give"):
+            check_new_folder(str(tmp_path / name), "DIR")
+
+
+def test_folders_that_are_missing(tmp_path):
+    assert missing_folders(tmp_path) == []
+    deep = tmp_path / "a" / "b"
+    assert missing_folders(deep) == [deep, tmp_path / "a"]

@@ -116,7 +116,15 @@ def doctor(**options) -> None:
     default="",
     help="Of several teachers: the field of a cut that holds the number of its own.",
 )
-@click.option("--s-range", default=5, help="Label positions of a lattice at a frame.")
+@click.option(
+    "--s-range", default=5, help="Label positions of a lattice at a frame; 0: all."
+)
+@click.option(
+    "--cut-seconds",
+    default="",
+    metavar="SHORTEST:LONGEST",
+    help="Leave cuts out that the recipe's training leaves out, such as 1:20.",
+)
 @click.option("--max-duration", default=200.0, help="Seconds of audio in a batch.")
 @click.option("--num-jobs", default=1, help="How many jobs share the manifest.")
 @click.option("--job", default=0, help="Which of them this is, from 0 on.")

@@ -108,8 +108,18 @@ def _check_targets(
     from icefall_kd.recipe.checks import check_kept
     from icefall_kd.targets.dataset import store_fingerprint
     from icefall_kd.targets.fingerprint import hash_tokens, pieces
+    from icefall_kd.targets.store import is_left_out
 
-    found, store = store_fingerprint(readable(open_cuts(path), path))
+    left_out = 0
+
+    def cuts_of_training():
+        nonlocal left_out
+        for cut in readable(open_cuts(path), path):
+            left_out += is_left_out(cut)
+            if not is_left_out(cut):
+                yield cut
+
+    found, store = store_fingerprint(cuts_of_training())
     tokens = hash_tokens(pieces(sp)) if sp is not None else None
     found.check_student(settings["vocab_size"], settings.get("blank_id", 0), tokens)
     kept = [("CTC", found.ctc), ("lattice", found.lattice), ("hidden", found.hidden)]
@@ -121,6 +131,8 @@ def _check_targets(
             "--epoch and --avg that they were dumped with, or dump them again"
         )
     _row("targets", f"{said}, of this teacher, in {store}")
+    if left_out:
+        _row("", f"{left_out} cuts go without: train with --kd-missing hard")
     if kd:
         joint = _loss_of(kd)
         check_kept(joint, found, store)
@@ -169,22 +181,30 @@ def doctor(
             "--cuts and --student-dir are looked at beside a teacher: give --recipe "
             "and --exp-dir"
         )
-    from icefall_kd.cli.cuts import open_cuts, readable, survey
+    from icefall_kd.cli.cuts import survey
     from icefall_kd.targets.fingerprint import name_of
+    from icefall_kd.targets.heard import check_supervision
     from icefall_kd.targets.store import tracks_with_targets
 
     click.echo()
     options = {"recipe_dir": recipe, "exp_dir": exp_dir, **which}
     model, settings, sp = _teacher("teacher", options)
     if cuts:
-        features, total = survey(cuts, int(settings["feature_dim"]))
+        with_targets = []
+
+        def look(cut) -> None:
+            if not with_targets and tracks_with_targets(cut):
+                with_targets.append(cut.id)
+
+        surveyed = survey(cuts, int(settings["feature_dim"]), [check_supervision, look])
+        features = surveyed.features
         _row(
             "cuts",
-            f"{total} in {cuts}, {features.num_features} features of {features.type}, "
-            f"{features.sampling_rate} Hz",
+            f"{surveyed.total} in {cuts}, {features.num_features} features of "
+            f"{features.type}, {features.sampling_rate} Hz",
         )
-        first = next(readable(open_cuts(cuts), cuts))
-        if tracks_with_targets(first):
+        surveyed.warn()
+        if with_targets:
             _check_targets(cuts, name_of(model, settings), settings, sp, kd)
         elif kd:
             raise KDError(

@@ -1,33 +1,36 @@
 """Stores what a teacher says on cuts."""
 
 import logging
+import math
 import os
 import shutil
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Deque, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Deque, Dict, Iterator, Sequence, Tuple, Union
 
 import click
 import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
-from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
+from icefall_kd.cli.batches import Batch, Plan, Reader, is_heard, read_features
 from icefall_kd.cli.cuts import (
+    Seconds,
+    Survey,
     fits,
     is_unknown,
     labels_of,
-    name_unreadable,
     open_cuts,
+    parse_seconds,
     readable,
     survey,
 )
 from icefall_kd.cli.heap import Heap
+from icefall_kd.cli.memory import enough_memory
 from icefall_kd.cli.teachers import (
     Said,
     Teacher,
@@ -37,8 +40,9 @@ from icefall_kd.cli.teachers import (
     numbers,
 )
 from icefall_kd.errors import KDError
-from icefall_kd.files import replacing
-from icefall_kd.hidden import from_command_line
+from icefall_kd.files import MANIFEST, check_new_file, check_new_folder, replacing
+from icefall_kd.hidden import HiddenCodec, Layer, from_command_line, load_quantizer
+from icefall_kd.lattice import check_s_range
 from icefall_kd.targets.fingerprint import (
     Fingerprint,
     check_vocabulary,
@@ -46,77 +50,16 @@ from icefall_kd.targets.fingerprint import (
     pieces,
     write_symbols,
 )
+from icefall_kd.targets.heard import check_supervision
 from icefall_kd.targets.manifest import combine, job_manifest
-from icefall_kd.targets.writer import LogitWriter, Record
+from icefall_kd.targets.record import Encoder, Record
+from icefall_kd.targets.writer import LogitWriter
 
 # Seconds of a stretch of the manifest, which one job hears as a whole and an
 # interruption does again. No option changes it: jobs that go on under another
 # --max-duration still share the stretches as they did.
 WINDOW = 1000.0
 WARM_UP = 5  # batches
-
-
-def _windows(cuts: Iterator[Cut], seconds: float) -> Iterator[List[Cut]]:
-    """Stretches of at most so many seconds, in file order."""
-    window: List[Cut] = []
-    total = 0.0
-    for cut in cuts:
-        if window and total + cut.duration > seconds:
-            yield window
-            window, total = [], 0.0
-        window.append(cut)
-        total += cut.duration
-    if window:
-        yield window
-
-
-def _batches(window: List[Cut], max_duration: float) -> Iterator[List[Cut]]:
-    """Batches of at most ``max_duration`` seconds, padding counted, longest first."""
-    batch: List[Cut] = []
-    for cut in sorted(window, key=lambda c: (-c.duration, c.id)):
-        if batch and batch[0].duration * (len(batch) + 1) > max_duration:
-            yield batch
-            batch = []
-        batch.append(cut)
-    if batch:
-        yield batch
-
-
-@dataclass
-class _Batch:
-    cuts: List[Cut]
-    window: Optional[List[Cut]]  # the whole stretch, with its last batch
-
-
-class _Plan:
-    """The batches of one job, in their order.
-
-    They are the same whatever was done before and whichever job does them, so each
-    cut's targets are the same to the last bit: a stretch of cuts goes to one job.
-    """
-
-    def __init__(self, cuts, max_duration, job, num_jobs, done) -> None:
-        self.cuts, self.max_duration = cuts, max_duration
-        self.job, self.num_jobs, self.done = job, num_jobs, done
-
-    def __iter__(self) -> Iterator[_Batch]:
-        windows = _windows(self.cuts, WINDOW)
-        for i, window in enumerate(windows):
-            if i % self.num_jobs != self.job or all(c.id in self.done for c in window):
-                continue
-            batches = list(_batches(window, self.max_duration))
-            for j, batch in enumerate(batches):
-                yield _Batch(batch, window if j == len(batches) - 1 else None)
-
-
-class _Reader(torch.utils.data.Dataset):
-    def __getitem__(self, batch: _Batch):
-        try:
-            x, x_lens = collate_features(CutSet.from_cuts(batch.cuts))
-        except Exception:  # the storage behind lhotse raises what it likes
-            name_unreadable(batch.cuts)
-            raise
-        return batch, x, x_lens
 
 
 class _Sink:
@@ -128,18 +71,20 @@ class _Sink:
         self.pool = ThreadPoolExecutor(1)
         self.pending: Deque[Future] = deque()
 
-    def put(self, batch: _Batch, said: Said) -> None:
+    def put(self, batch: Batch, said: Said) -> None:
         while len(self.pending) > 2:
             self.pending.popleft().result()
         self.pending.append(self.pool.submit(self._do, batch, said))
 
-    def _do(self, batch: _Batch, said: Said) -> None:
+    def _do(self, batch: Batch, said: Said) -> None:
         for i, cut in enumerate(batch.cuts):
             if cut.id not in self.writer:
                 self.records[cut.id] = self.writer.encode(cut, *said.of(i))
         for cut in batch.window or []:
             if cut.id in self.records:
                 self.writer.append(cut, self.records.pop(cut.id))
+            elif cut.id not in self.writer:
+                self.writer.leave_out(cut)
 
     def close(self, failed: bool) -> None:
         if failed:
@@ -162,6 +107,22 @@ class _Long:
         if not fits(cut, labels):
             self.count += 1
             self.first = self.first or cut.id
+
+    def check(self, surveyed: Survey) -> None:
+        """Refuse tokens that know nothing of the transcripts; tell of long ones."""
+        total = surveyed.total
+        if 2 * self.unknown > total:
+            raise KDError(
+                f"the tokens know nothing of {self.unknown} of the {total} transcripts "
+                f"in {surveyed.path}: give the tokens that the recipe trains with, "
+                "which byte-level BPE can't be here, or dump without --keep-lattice"
+            )
+        if self.count:
+            logging.warning(
+                f"{self.count} of {total} cuts have more labels than frames, "
+                f"{self.first} the first: they go without lattices, as icefall trains "
+                "without them"
+            )
 
 
 def job_of(num_jobs: int, job: int) -> Tuple[int, int]:
@@ -193,6 +154,7 @@ def dump(
     s_range: int,
     weights: str,
     teacher_field: str,
+    cut_seconds: str,
     max_duration: float,
     num_jobs: int,
     job: int,
@@ -201,10 +163,13 @@ def dump(
     overwrite: bool,
     stats: bool,
 ) -> None:
-    if max_duration <= 0:
-        raise KDError(f"--max-duration is {max_duration}, and must be above 0")
-    if Path(in_cuts).resolve() == Path(out_cuts).resolve():
-        raise KDError(f"{in_cuts} is both read and written: give OUT_CUTS another name")
+    if not 0 < max_duration < math.inf:
+        raise KDError(f"--max-duration is {max_duration}, and must be a number above 0")
+    cuts = open_cuts(in_cuts)
+    storage_dir = storage_dir or _default_store(out_cuts)
+    _check_places(in_cuts, out_cuts, storage_dir)
+    check_s_range(s_range, "--s-range")
+    seconds = parse_seconds(cut_seconds)
     if keep_lattice and not bpe_model:
         raise KDError(
             "--keep-lattice needs the labels of the transcripts: give --bpe-model"
@@ -212,29 +177,19 @@ def dump(
     if weights and teacher_field:
         raise KDError("--weights and --teacher-field are both given: give one of them")
     job, num_jobs = job_of(num_jobs, job)
-    cuts = open_cuts(in_cuts)
     shares = numbers(weights)
     codecs, quantizers = from_command_line(keep_hidden)
     which = (epoch, iteration, avg, use_averaged_model, flags, bpe_model)
     models, settings, names = load_teachers(recipe, exp_dir.split(","), *which)
     sp = check_vocabulary(bpe_model, settings) if bpe_model else None
-    asked = [chooser(teacher_field)] if teacher_field else []
-    choose = asked[0] if asked else None
+    choose = chooser(teacher_field) if teacher_field else None
+    asked = [check_supervision, *([choose] if choose else [])]
     if keep_lattice:
         long = _Long(sp)
         asked.append(long)
-    features, total = survey(in_cuts, int(settings["feature_dim"]), asked)
-    if keep_lattice and 2 * long.unknown > total:
-        raise KDError(
-            f"the tokens know nothing of {long.unknown} of the {total} transcripts in "
-            f"{in_cuts}: give the tokens that the recipe trains with, which byte-level "
-            "BPE can't be here, or dump without --keep-lattice"
-        )
-    if keep_lattice and long.count:
-        logging.warning(
-            f"{long.count} of {total} cuts have more labels than frames, {long.first} "
-            "the first: they go without lattices, as icefall trains without them"
-        )
+    surveyed = survey(in_cuts, int(settings["feature_dim"]), asked, seconds)
+    if keep_lattice:
+        long.check(surveyed)
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -242,7 +197,7 @@ def dump(
     fingerprint = Fingerprint.of(
         joined(names, shares, teacher_field),
         settings,
-        features,
+        surveyed.features,
         hash_tokens(pieces(sp)) if sp is not None else None,
         ctc="" if keep == "none" else keep,
         lattice=keep_lattice,
@@ -252,29 +207,44 @@ def dump(
     teacher = Teacher(fingerprint, models, shares, choose, sp)
     teacher.group.to(device)
     out = Path(out_cuts)
-    storage_dir = storage_dir or str(out.with_name(out.name.split(".jsonl")[0] + "_kd"))
+    remedy = (
+        f"give --max-duration less than {max_duration:g}, or if one cut is too long "
+        "for it --cut-seconds; the same command then goes on where this one stopped"
+    )
     with ExitStack() as stack:
         stack.callback(teacher.group.close)
+        _rehearse(teacher, fingerprint, quantizers, cuts, seconds, device)
+        surveyed.warn()
         writer = stack.enter_context(
             LogitWriter(out, storage_dir, fingerprint, overwrite, job, num_jobs)
         )
-        if sp is not None:
-            write_symbols(storage_dir, pieces(sp))
-        for codec in codecs:
-            if codec.layer in quantizers:
-                target = codec.quantizer_file(storage_dir)
-                with replacing(target, shared=True) as temporary:
-                    shutil.copyfile(quantizers[codec.layer], temporary)
+        _write_small_files(storage_dir, sp, codecs, quantizers)
         if len(writer):
             logging.warning("%d cuts have their targets already", len(writer))
-        plan = _Plan(readable(cuts, in_cuts), max_duration, job, num_jobs, writer)
+        _check_left_out(readable(cuts, in_cuts), seconds, writer)
+        plan = Plan(
+            readable(cuts, in_cuts),
+            max_duration,
+            job,
+            num_jobs,
+            WINDOW,
+            seconds,
+            done=writer,
+        )
         bar = stack.enter_context(
-            tqdm(desc="Teacher's targets", unit=" cuts", total=-(-total // num_jobs))
+            tqdm(
+                desc="Teacher's targets",
+                unit=" cuts",
+                total=-(-surveyed.total // num_jobs),
+            )
         )
         bar.update(len(writer))
-        _ask(teacher, plan, writer, bar, device, num_workers)
+        _ask(teacher, plan, writer, bar, device, num_workers, remedy)
     size = f"{writer.bytes_written / 1e6:.1f} MB"
-    told = f"{len(writer)} cuts with targets, {size} written, records in {storage_dir}"
+    told = f"{len(writer)} cuts with targets, "
+    if writer.left_out:
+        told += f"{len(writer.left_out)} without, "
+    told += f"{size} written, records in {storage_dir}"
     _tell(in_cuts, out, told, num_jobs, overwrite)
     if stats and out.is_file():
         from icefall_kd.targets.stats import print_stats
@@ -282,23 +252,107 @@ def dump(
         print_stats(CutSet.from_file(out))
 
 
+def _default_store(out_cuts: str) -> str:
+    out = Path(out_cuts)
+    return str(out.parent / (out.name.split(".jsonl")[0] + "_kd"))
+
+
+def _check_places(in_cuts: str, out_cuts: str, storage_dir: str) -> None:
+    """Refuse an output that can't be written, or that would be written over."""
+    check_new_file(out_cuts, "OUT_CUTS", MANIFEST)
+    check_new_folder(storage_dir, "the folder of the targets")
+    if Path(in_cuts).resolve() == Path(out_cuts).resolve():
+        raise KDError(f"{in_cuts} is both read and written: give OUT_CUTS another name")
+    if Path(storage_dir).resolve() == Path(out_cuts).resolve():
+        raise KDError(
+            f"--storage-dir and OUT_CUTS are both {out_cuts}: give --storage-dir the "
+            "name of a folder"
+        )
+
+
+def _write_small_files(
+    storage_dir: str,
+    sp: Any,
+    codecs: Sequence[HiddenCodec],
+    quantizers: Dict[Layer, Path],
+) -> None:
+    """Put the teacher's symbols and quantizers beside the records."""
+    if sp is not None:
+        write_symbols(storage_dir, pieces(sp))
+    for codec in codecs:
+        if codec.layer in quantizers:
+            target = codec.quantizer_file(storage_dir)
+            with replacing(target, shared=True) as temporary:
+                shutil.copyfile(quantizers[codec.layer], temporary)
+
+
+def _check_left_out(cuts: Iterator[Cut], seconds: Seconds, writer: LogitWriter) -> None:
+    """Refuse to go on with a store whose --cut-seconds were narrower."""
+    if not writer.left_out:
+        return
+    for cut in cuts:
+        if cut.id in writer.left_out and is_heard(cut, seconds):
+            raise KDError(
+                f"the cut {cut.id} of {cut.duration:g} s was left without targets by a "
+                "run with another --cut-seconds: give the same, or --overwrite"
+            )
+
+
+def _rehearse(
+    teacher: Teacher,
+    fingerprint: Fingerprint,
+    quantizers: Dict[Layer, Path],
+    cuts: CutSet,
+    seconds: Seconds,
+    device: torch.device,
+) -> None:
+    """Ask the teacher for one cut's targets, and store nothing.
+
+    What it can't give, or what can't be kept as it is to be kept, is refused so before
+    there is a store.
+    """
+    cut = next(cut for cut in cuts if is_heard(cut, seconds))
+    encoder = Encoder(
+        fingerprint,
+        lambda codec: load_quantizer(quantizers[codec.layer]) if codec.codes else None,
+    )
+    remedy = (
+        f"it is the first cut, of {cut.duration:g} s, alone; free memory, or give "
+        "--cut-seconds if it is too long"
+    )
+    with enough_memory(f"the teacher's pass over the cut {cut.id}", remedy):
+        x, x_lens = read_features([cut])
+        said = teacher(x.to(device), x_lens.to(device), [cut])
+        encoder.encode(cut, *said.of(0))
+
+
 def _ask(
     teacher: Teacher,
-    plan: _Plan,
+    plan: Plan,
     writer: LogitWriter,
     bar: tqdm,
     device: torch.device,
     num_workers: int,
+    remedy: str,
 ) -> None:
+    """Store what the teacher says on the batches of ``plan``.
+
+    Args:
+      remedy: What helps where memory runs out.
+    """
     loader = torch.utils.data.DataLoader(
-        _Reader(), sampler=plan, batch_size=None, num_workers=num_workers
+        Reader(remedy), sampler=plan, batch_size=None, num_workers=num_workers
     )
     sink, heap = _Sink(writer), Heap(WARM_UP)
     frames, begun = 0, time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(enough_memory("reading features or storing", remedy))
         stack.push(lambda kind, *exc: sink.close(failed=kind is not None))
         for batch, x, x_lens in loader:
-            said = teacher(x.to(device), x_lens.to(device), batch.cuts)
+            said = Said([])
+            if batch.cuts:
+                with enough_memory(f"the teacher's pass over {batch}", remedy):
+                    said = teacher(x.to(device), x_lens.to(device), batch.cuts)
             sink.put(batch, said)
             heap.after_batch()
             frames += sum(said.lens)
@@ -326,6 +380,9 @@ def _tell(in_cuts, out, told: str, num_jobs: int, overwrite: bool) -> None:
 
 def combine_jobs(in_cuts: str, out_cuts: Union[str, Path], num_jobs: int) -> None:
     """Join the manifests of all jobs, in the order of ``in_cuts``."""
+    check_new_file(str(out_cuts), "OUT_CUTS", MANIFEST)
+    if Path(in_cuts).resolve() == Path(out_cuts).resolve():
+        raise KDError(f"{in_cuts} is both read and written: give OUT_CUTS another name")
     counts = combine(
         out_cuts, num_jobs, (c.id for c in readable(open_cuts(in_cuts, True), in_cuts))
     )

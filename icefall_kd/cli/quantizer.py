@@ -6,12 +6,13 @@ from typing import Iterator, List, Tuple
 
 import click
 import torch
-from lhotse import CutSet
-from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
+from icefall_kd.cli.batches import read_features
 from icefall_kd.cli.cuts import open_cuts, readable, survey
+from icefall_kd.cli.memory import enough_memory
 from icefall_kd.errors import KDError
+from icefall_kd.files import check_new_file
 from icefall_kd.hidden import (
     HiddenCodec,
     hidden_rows,
@@ -20,6 +21,7 @@ from icefall_kd.hidden import (
     save_quantizer,
 )
 from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.targets.heard import why_unheard
 from icefall_kd.teacher import OnlineTeacher
 
 BATCH = 600  # vectors in a step of training
@@ -28,9 +30,14 @@ BATCH = 600  # vectors in a step of training
 def vectors(teacher: OnlineTeacher, cuts, layer, device) -> Iterator[torch.Tensor]:
     """A layer's vectors, (M, C), cut by cut."""
     for cut in cuts:
-        x, x_lens = collate_features(CutSet.from_cuts([cut]))
-        (out,) = teacher.encode(x.to(device), x_lens.to(device))
-        yield hidden_rows(out, layer)[0].flatten(0, 1)
+        if why_unheard(cut):
+            continue
+        work = f"the teacher's pass over the cut {cut.id} of {cut.duration:g} s"
+        with enough_memory(work, "leave it out, or free memory"):
+            x, x_lens = read_features([cut])
+            (out,) = teacher.encode(x.to(device), x_lens.to(device))
+            rows = hidden_rows(out, layer)[0].flatten(0, 1)
+        yield rows
 
 
 def gather(found: Iterator[torch.Tensor], wanted: int) -> torch.Tensor:
@@ -69,18 +76,21 @@ def quantizer(
             f"--iters is {iters} and --num-vectors {num_vectors}: give 1 or more, and "
             f"{BATCH} or more"
         )
+    cuts = open_cuts(in_cuts)
+    check_new_file(out, "OUT")
     if Path(in_cuts).resolve() == Path(out).resolve():
         raise KDError(f"{in_cuts} is both read and written: give OUT another name")
     package = import_quantization()
-    cuts = open_cuts(in_cuts)
     model, settings = load_recipe_model(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model
     )
-    survey(in_cuts, int(settings["feature_dim"]))
+    survey(in_cuts, int(settings["feature_dim"])).warn()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = OnlineTeacher([model], hidden=[layer], ctc=False).to(device)
     heard = vectors(teacher, readable(cuts, in_cuts), layer, device)
-    data = gather(heard, num_vectors)
+    fewer = f"give --num-vectors less than {num_vectors}"
+    with enough_memory(f"gathering {num_vectors} vectors", fewer):
+        data = gather(heard, num_vectors)
     torch.manual_seed(seed)
     random.seed(seed)  # the trainer draws from both
     trainer = package.QuantizerTrainer(
@@ -90,7 +100,11 @@ def quantizer(
         phase_one_iters=iters,
         phase_two_iters=iters,
     )
-    with tqdm(desc="Quantizer", unit=" steps", total=2 * iters) as bar:
+    training = f"training on {len(data)} vectors of {data.size(1)}"
+    with (
+        enough_memory(training, fewer),
+        tqdm(desc="Quantizer", unit=" steps", total=2 * iters) as bar,
+    ):
         while not trainer.done():
             trainer.step(data[torch.randint(len(data), (BATCH,), device=device)])
             bar.update()

@@ -6,7 +6,7 @@ import shutil
 import zlib
 from base64 import b64encode
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Optional
 
 import click
 from lhotse.cut import Cut
@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 
 from icefall_kd.cli.cuts import open_cuts
 from icefall_kd.errors import KDError
-from icefall_kd.targets.store import FIELD, Pointer
+from icefall_kd.targets.store import FIELD, Pointer, is_left_out
 
 
-def _value(cut: Cut, store: str) -> dict:
-    """The pointer of ``cut``, and its record with it."""
+def _value(cut: Cut, store: str) -> Optional[dict]:
+    """The pointer of ``cut``, and its record with it; None if it was left out."""
+    if is_left_out(cut):
+        return None
     pointer = Pointer.of(cut)
     if pointer is None:
         raise KDError(

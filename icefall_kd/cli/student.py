@@ -3,19 +3,19 @@
 import argparse
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, ContextManager, Dict, List, Tuple
 
 import click
 import torch
-from lhotse import CutSet
 from lhotse.cut import Cut
-from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
 from icefall_kd.cli.account import account
-from icefall_kd.cli.cuts import checked, labels_of, name_unreadable, refuse_long
+from icefall_kd.cli.batches import read_features
+from icefall_kd.cli.cuts import Survey, checked, labels_of, why_long
+from icefall_kd.cli.memory import enough_memory
 from icefall_kd.errors import KDError
-from icefall_kd.files import replacing
+from icefall_kd.files import check_new_folder, replacing
 from icefall_kd.recipe.loader import (
     import_train,
     load_recipe_model,
@@ -29,6 +29,7 @@ from icefall_kd.student.keep import Kept, keep_first
 from icefall_kd.student.presets import preset
 from icefall_kd.student.search import nearest, parse_goal
 from icefall_kd.targets.fingerprint import check_vocabulary
+from icefall_kd.targets.heard import check_supervision, why_unheard
 
 BATCH = 8  # cuts that the teacher hears at once
 FLAGS, ACCOUNT = "student_flags", "student_account.txt"
@@ -89,8 +90,13 @@ def flags_of(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def _check_place(path: Path) -> None:
-    """Refuse to write over a checkpoint that is no student of ours."""
+def _check_place(path: Path, exp_dir: str) -> None:
+    """Refuse to write over a checkpoint that is no student of ours, or beside it."""
+    if path.parent.resolve() == Path(exp_dir).resolve():
+        raise KDError(
+            f"--student-dir and --exp-dir are both {exp_dir}, where another training, "
+            "the teacher's, has its checkpoints: give another --student-dir"
+        )
     if path.exists() and not path.with_name(FLAGS).exists():
         raise KDError(
             f"the folder {path.parent} has an {path.name} of another training, which "
@@ -135,31 +141,47 @@ def read_batches(
     """The first ``num_cuts`` cuts: features, lengths and labels."""
     if num_cuts < 1:
         raise KDError(f"--num-cuts is {num_cuts}, and must be 1 or more")
-    words = ("the measure of a student", "label it first")
+    use = "the measure of a student"
 
     def labels(some: List[Cut]) -> List[List[int]]:
-        y = labels_of(some, sp, *words)
-        refuse_long(some, y, words[0])
-        return y
+        return labels_of(some, sp, use, "label it first")
 
-    checks = [lambda cut: labels([cut])]
+    def why_not(cut: Cut) -> str:
+        reason = why_unheard(cut)
+        if reason:
+            return reason
+        check_supervision(cut)
+        return why_long(cut, labels([cut])[0], use)
+
+    survey = Survey(path, why_not=why_not)
     dims = int(settings["feature_dim"])
-    cuts = list(islice(checked(path, dims, checks, light=False), num_cuts))
+    cuts = list(islice(checked(survey, dims, light=False), num_cuts))
+    survey.check()
+    survey.warn()
     batches = []
-    for i in range(0, len(cuts), BATCH):
-        some = cuts[i : i + BATCH]
-        try:
-            x, x_lens = collate_features(CutSet.from_cuts(some))
-        except Exception:  # the storage behind lhotse raises what it likes
-            name_unreadable(some)
-            raise
-        batches.append((x, x_lens, labels(some)))
+    with enough_memory(
+        f"reading the features of {len(cuts)} cuts", "give --num-cuts fewer"
+    ):
+        for i in range(0, len(cuts), BATCH):
+            some = cuts[i : i + BATCH]
+            batches.append((*read_features(some), labels(some)))
     return batches
+
+
+def _enough_memory(batches: List[Batch]) -> ContextManager[None]:
+    frames = max(x.size(1) for x, _, _ in batches)
+    return enough_memory(
+        f"a pass over {BATCH} cuts of --cuts of up to {frames} feature frames",
+        "give --cuts shorter ones, or free memory",
+    )
 
 
 def _judged(models, batches: List[Batch], sp, blank_id: int) -> List[Judgement]:
     total = len(models) * len(batches)
-    with tqdm(desc="Before training", unit=" batches", total=total) as bar:
+    with (
+        _enough_memory(batches),
+        tqdm(desc="Before training", unit=" batches", total=total) as bar,
+    ):
         return [judge(m, batches, sp, blank_id, bar.update) for m in models]
 
 
@@ -170,7 +192,10 @@ def _choose(
     if not any(which.values()):
         return keep_first(settings, student)
     total = num_passes(settings, student, len(batches), **which)
-    with tqdm(desc="Importance", unit=" batches", total=total) as bar:
+    with (
+        _enough_memory(batches),
+        tqdm(desc="Importance", unit=" batches", total=total) as bar,
+    ):
         return keep_important(
             teacher, settings, student, batches, advance=bar.update, **which
         )
@@ -209,7 +234,8 @@ def student(
     if cuts and not bpe_model:
         raise KDError("--cuts need the labels of the transcripts: give --bpe-model")
     path = Path(student_dir) / "epoch-1.pt"
-    _check_place(path)
+    check_new_folder(student_dir, "--student-dir")
+    _check_place(path, exp_dir)
     teacher, settings = load_recipe_model(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model
     )

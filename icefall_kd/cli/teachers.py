@@ -48,6 +48,7 @@ class Teacher:
     ) -> None:
         self.layers = [codec.layer for codec in fingerprint.hidden_codecs()]
         self.with_ctc = bool(fingerprint.ctc)
+        self.with_lattice = bool(fingerprint.lattice)
         self.s_range = fingerprint.s_range
         self.sp = sp
         self.group = OnlineTeacher(models, weights, choose, self.layers, self.with_ctc)
@@ -57,11 +58,13 @@ class Teacher:
         said = Said(outs[0].encoder_out_lens.tolist())
         if self.with_ctc:
             said.ctc = self.group.ctc(outs, cuts).cpu()
-        if self.s_range:
+        if self.with_lattice:
             y = labels_of(cuts, self.sp)
             fit = [len(labels) <= frames for labels, frames in zip(y, said.lens)]
             y = [labels if ok else labels[:1] for labels, ok in zip(y, fit)]
             found = _split(self.group.lattice(outs, y, self.s_range, cuts))
+            if not self.s_range:  # the positions of the batch's longest transcript
+                found = [_as_alone(lattice) for lattice in found]
             said.lattices = [
                 x if ok else NoPath(n) for x, ok, n in zip(found, fit, said.lens)
             ]
@@ -138,3 +141,11 @@ def _split(lattice: PrunedLattice) -> List[PrunedLattice]:
         )
         for i in range(len(lattice.boundary))
     ]
+
+
+def _as_alone(lattice: PrunedLattice) -> PrunedLattice:
+    """A full lattice, N = 1, with the label positions of its own transcript alone."""
+    size = int(lattice.boundary[0, 2]) + 1
+    names = ("ranges", "logits", "occupancy")
+    narrow = {name: getattr(lattice, name)[:, :, :size] for name in names}
+    return dataclasses.replace(lattice, **narrow)

@@ -46,13 +46,10 @@ def check_online(params: Dict[str, Any], joint, asked: bool) -> None:
       asked: Whether there is one.
     """
     from icefall_kd.codec import Codec
+    from icefall_kd.lattice import check_s_range
 
-    s_range, cache = params["kd_s_range"], params["kd_cache_dir"]
-    if s_range != 0 and s_range < 2:
-        raise KDError(
-            f"--kd-s-range is {s_range}, and no path gets through fewer than 2 label "
-            "positions: give 2 or more, or 0 for all of them"
-        )
+    check_s_range(params["kd_s_range"], "--kd-s-range")
+    cache = params["kd_cache_dir"]
     if not cache:
         return
     if not asked:

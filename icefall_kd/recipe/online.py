@@ -111,7 +111,7 @@ def open_cache(
         cache / "cuts.jsonl.gz", cache, fingerprint, job=rank, num_jobs=ranks
     )
     atexit.register(_finish, writer)
-    return CachingTeacher(teacher, writer)
+    return CachingTeacher(teacher, writer, settings["kd_missing"])
 
 
 def _finish(writer) -> None:

@@ -188,6 +188,8 @@ class Session:
 
     def ask(self, batch, student, device):
         """What the online teacher says on a batch."""
+        from icefall_kd.targets.dataset import cuts_of_rows
+
         supervisions = batch["supervisions"]
         self.teacher.to(device)
         if not self.cache_dir:
@@ -201,12 +203,13 @@ class Session:
             return self.teacher.targets(
                 x,
                 lens,
+                cuts_of_rows(batch),
                 y=y,
                 s_range=self.settings["kd_s_range"],
                 path_only=bool(self.settings["kd_path_only"]),
+                missing=self.missing,
             )
         from icefall_kd.recipe.online import open_cache
-        from icefall_kd.targets.dataset import cuts_of_rows
 
         cuts = cuts_of_rows(batch)
         if self.cache is None:
@@ -300,6 +303,7 @@ class _Counted:
 
     def __iter__(self):
         from icefall_kd.targets.dataset import SHAR_SAMPLE
+        from icefall_kd.targets.heard import check_supervision
         from icefall_kd.targets.transcripts import is_bare
 
         total = untranscribed = 0
@@ -307,6 +311,7 @@ class _Counted:
             if total == SHAR_SAMPLE and (cut.custom or {}).get("shard_origin"):
                 return
             total += 1
+            check_supervision(cut)
             untranscribed += is_bare(cut)
             yield cut
         self.total, self.untranscribed = total, untranscribed

@@ -21,6 +21,7 @@ from icefall_kd.targets.store import (
     Pointer,
     check_unmoved,
     fingerprint_of,
+    is_left_out,
     read_fingerprint,
     tracks_with_targets,
 )
@@ -295,7 +296,7 @@ def store_fingerprint(
       KDError: if any cut has no targets (with ``missing="hard"``: if none has), or if
         the stores are of different teachers.
     """
-    bare, total, first, stores = 0, 0, "", Counter()
+    bare, left_out, total, first, stores = 0, 0, 0, "", Counter()
     for cut in cuts:
         if total == SHAR_SAMPLE and (cut.custom or {}).get("shard_origin"):
             break  # all of a Shar would be read; the workers check each cut again
@@ -304,11 +305,19 @@ def store_fingerprint(
         stores.update(found)
         if not found:
             bare += 1
+            left_out += is_left_out(cut)
             first = first or cut.id
     if bare and (missing == "refuse" or bare == total):
+        words = f"{bare} of {total} training cuts have no targets ({FIELD}), {first} "
+        if bare == left_out:
+            raise KDError(
+                f"{words}the first, as `icefall-kd dump` left them out: let such cuts "
+                "have the hard loss alone with --kd-missing hard, or leave them out of "
+                "the training"
+            )
         raise KDError(
-            f"{bare} of {total} training cuts have no targets ({FIELD}), {first} "
-            f"the first: {REMEDY}, or switch distillation off with --kd-ctc-weight 0"
+            f"{words}the first: {REMEDY}, let such cuts have the hard loss alone with "
+            "--kd-missing hard, or switch distillation off with --kd-ctc-weight 0"
         )
     if not stores:
         raise KDError("there are no training cuts: check --manifest-dir")

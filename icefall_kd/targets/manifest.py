@@ -9,7 +9,7 @@ from typing import BinaryIO, Dict, Iterable, Iterator, Tuple, Union
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
-from icefall_kd.targets.store import FIELD, Pointer
+from icefall_kd.targets.store import FIELD, Pointer, is_left_out
 
 
 def open_manifest(path: Path, mode: str) -> BinaryIO:
@@ -55,7 +55,8 @@ def read_pointers(partial: Path, offset: int) -> Tuple[Dict[str, Pointer], int]:
                 break
             offset += len(line)
             cut = json.loads(line)
-            found[cut["id"]] = Pointer(**cut["custom"][FIELD])
+            if not is_left_out(cut):
+                found[cut["id"]] = Pointer(**cut["custom"][FIELD])
     return found, offset
 
 
@@ -67,7 +68,7 @@ def combine(
     Memory does not grow with the corpus: each job's manifest is in that order already.
 
     Returns:
-      How many cuts there are of each job.
+      How many cuts with targets there are of each job.
 
     Raises:
       KDError: a job's manifest that is not there, or cuts of no job.
@@ -88,9 +89,10 @@ def combine(
             lines_of(stack.enter_context(open_manifest(p, "rb")), p) for p in paths
         ]
         heads = [next(it, None) for it in lines]
-        ids = [head and json.loads(head)["id"] for head in heads]
+        cuts = [head and json.loads(head) for head in heads]
         with open_manifest(temporary, "wb") as out:
             for cut_id in order:
+                ids = [cut and cut["id"] for cut in cuts]
                 if cut_id not in ids:
                     raise KDError(
                         f"the cut {cut_id} has targets of none of the {num_jobs} jobs: "
@@ -98,9 +100,10 @@ def combine(
                     )
                 job = ids.index(cut_id)
                 out.write(heads[job])
-                counts[str(paths[job])] += 1
+                counts[str(paths[job])] += not is_left_out(cuts[job])
                 heads[job] = next(lines[job], None)
-                ids[job] = heads[job] and json.loads(heads[job])["id"]
+                cuts[job] = heads[job] and json.loads(heads[job])
+        ids = [cut and cut["id"] for cut in cuts]
         left = [i for i in ids if i]
         if left:
             raise KDError(

@@ -14,12 +14,14 @@ from icefall_kd.types import sparse
 
 def print_stats(cuts: Iterable[Cut]) -> None:
     """Print bytes a frame, entropy, share of blanks, kept symbols and mean tail."""
-    frames = cut_count = blanks = 0
+    frames = cut_count = bare = blanks = 0
     entropy = tail = kept = 0.0
     sizes = {}
     found = None
     for cut in cuts:
-        for _, inner, pointer in tracks_with_targets(cut):
+        tracks = tracks_with_targets(cut)
+        bare += not tracks
+        for _, inner, pointer in tracks:
             found = read_fingerprint(pointer.store)
             rows = read_ctc(inner, pointer)
             cut_count += 1
@@ -47,6 +49,8 @@ def print_stats(cuts: Iterable[Cut]) -> None:
         click.echo("no cut has targets")
         return
     rows = [("cuts", f"{cut_count:,}"), ("frames", f"{frames:,}")]
+    if bare:
+        rows.insert(1, ("cuts without targets", f"{bare:,}"))
     rows += [(f"bytes a frame, {n}", f"{s / frames:.2f}") for n, s in sizes.items()]
     kept_as = filter(None, (found.ctc, found.lattice, found.hidden))
     rows.append(("kept as", ", ".join(kept_as)))

@@ -11,7 +11,7 @@ import zlib
 from base64 import b64decode
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple, Union
 
 from lhotse.cut import Cut, MonoCut
 
@@ -109,6 +109,26 @@ class Pointer:
             parts[name] = record[at : at + size]
             at += size
         return parts
+
+
+def leave_out(cut: Dict[str, Any]) -> None:
+    """Mark a cut's dictionary: `icefall-kd dump` left it without targets.
+
+    A mixed cut has no custom fields of its own: its first track carries the mark.
+    """
+    owner = cut["tracks"][0]["cut"] if cut.get("tracks") else cut
+    owner["custom"] = {**(owner.get("custom") or {}), FIELD: None}
+
+
+def is_left_out(cut: Union[Cut, Dict[str, Any]]) -> bool:
+    """Whether a cut, or a cut's dictionary, has the mark of :func:`leave_out`."""
+    if isinstance(cut, dict):
+        owner = cut["tracks"][0]["cut"] if cut.get("tracks") else cut
+        custom = owner.get("custom") or {}
+    else:
+        tracks = getattr(cut, "tracks", None)
+        custom = (tracks[0].cut if tracks else cut).custom or {}
+    return FIELD in custom and custom[FIELD] is None
 
 
 # One descriptor a file and process: a forked worker must not share its parent's.

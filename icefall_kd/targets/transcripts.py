@@ -8,6 +8,7 @@ from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 
 from icefall_kd.errors import KDError
+from icefall_kd.targets.heard import check_supervision
 
 
 def is_bare(cut: Cut) -> bool:
@@ -53,6 +54,7 @@ class StandInTranscripts(torch.utils.data.Dataset):
     def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
         ids: Dict[bool, str] = {}
         for cut in cuts:
+            check_supervision(cut)
             ids.setdefault(is_bare(cut), cut.id)
         if len(ids) == 2:
             raise KDError(

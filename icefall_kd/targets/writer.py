@@ -5,17 +5,17 @@ import fcntl
 import json
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Set, Union
 
 import numpy as np
 import torch
-from lhotse.cut import MonoCut
+from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
-from icefall_kd.files import replacing
-from icefall_kd.hidden import HiddenCodec, Layer
+from icefall_kd.files import missing_folders, replacing
+from icefall_kd.hidden import Layer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.manifest import (
     job_manifest,
@@ -23,18 +23,18 @@ from icefall_kd.targets.manifest import (
     open_manifest,
     partial_of,
 )
-from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint, source_duration
+from icefall_kd.targets.record import Encoder, Record
+from icefall_kd.targets.store import (
+    FIELD,
+    Pointer,
+    is_left_out,
+    leave_out,
+    read_fingerprint,
+    source_duration,
+)
 from icefall_kd.types import NoPath, PrunedLattice
 
 SHAR_NOTES = ("shard_origin", "shar_epoch", "dataloading_info")
-
-
-@dataclass(frozen=True)
-class Record:
-    """A cut's targets as bytes."""
-
-    frames: int  # of the teacher's encoder
-    parts: Dict[str, bytes]
 
 
 class LogitWriter:
@@ -81,36 +81,47 @@ class LogitWriter:
         self.whole, self.num_jobs = Path(manifest), num_jobs
         self.storage_dir = Path(storage_dir)
         self.fingerprint = fingerprint
-        self.ctc, self.lattice = fingerprint.codecs()
-        self.hidden = fingerprint.hidden_codecs()
-        self._quantizers: Dict[Layer, Any] = {}
-        if not (self.ctc or self.lattice or self.hidden):
-            raise KDError(
-                f"the store {storage_dir} would keep nothing: name a form for CTC "
-                "targets, lattices or hidden layers"
-            )
+        self.encoder = Encoder(
+            fingerprint, lambda codec: codec.stored_quantizer(self.storage_dir)
+        )
         self.bytes_written = 0
         if not overwrite and (self.storage_dir / FILENAME).exists():
             Fingerprint.read(self.storage_dir).check_same(fingerprint, storage_dir)
         name = "targets.bin" if num_jobs == 1 else f"targets.{job}-of-{num_jobs}.bin"
         self._path = self.storage_dir / name
         self._done: Set[str] = set()
+        self.left_out: Set[str] = set()  # cuts of the manifest without targets
         if not overwrite:
             self._refuse_strangers()
         with self._told():
-            self.manifest.parent.mkdir(parents=True, exist_ok=True)
-            self.storage_dir.mkdir(parents=True, exist_ok=True)
-            self._records = open(self._path, "ab")
-            self._lock()
+            self._open(overwrite)
+
+    def _open(self, overwrite: bool) -> None:
+        """Make the folders and open the files; nothing new is left if that fails."""
+        made = missing_folders(self.storage_dir) + missing_folders(self.manifest.parent)
+        is_new = not self._path.exists()
+        self.manifest.parent.mkdir(parents=True, exist_ok=True)
+        self.storage_dir.mkdir(parents=True, exist_ok=True)
+        self._records = open(self._path, "ab")
+        self._lock()
+        try:
             if overwrite:  # first, lest another teacher's cuts be taken for these
                 self.manifest.unlink(missing_ok=True)
                 self.partial.unlink(missing_ok=True)
                 read_fingerprint.cache_clear()
-            fingerprint.write(self.storage_dir)
             end = self._start_partial()
-            self._records.truncate(end)
-            self._records.seek(end)
-            self._lines = open(self.partial, "ab")
+            self.fingerprint.write(self.storage_dir)
+        except BaseException:
+            if is_new:
+                self._path.unlink()
+            self._records.close()
+            for folder in dict.fromkeys(made):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
+        self._records.truncate(end)
+        self._records.seek(end)
+        self._lines = open(self.partial, "ab")
 
     def _refuse_strangers(self) -> None:
         """Refuse records that no manifest or fingerprint here knows of."""
@@ -175,6 +186,11 @@ class LogitWriter:
                     cut = json.loads(line)
                 except ValueError:
                     continue  # where an earlier run was cut short
+                if is_left_out(cut):
+                    if cut["id"] not in self:
+                        self.left_out.add(cut["id"])
+                        out.write(line.rstrip(b"\n") + b"\n")
+                    continue
                 stored = (cut.get("custom") or {}).get(FIELD) or {}
                 folder = stored.get("store")
                 if folder is None or Path(folder) != self.storage_dir:
@@ -211,7 +227,8 @@ class LogitWriter:
             self.close()
 
     def __contains__(self, cut_id: str) -> bool:
-        return cut_id in self._done
+        """Whether the manifest has that cut, be it without targets."""
+        return cut_id in self._done or cut_id in self.left_out
 
     def partials(self) -> List[Path]:
         """The manifests that this and the other jobs are writing."""
@@ -221,6 +238,7 @@ class LogitWriter:
         return [partial_of(path) for path in jobs]
 
     def __len__(self) -> int:
+        """How many cuts have targets."""
         return len(self._done)
 
     def write(
@@ -253,42 +271,7 @@ class LogitWriter:
         hidden: Optional[Dict[Layer, torch.Tensor]] = None,
     ) -> Record:
         """What :meth:`write` stores, made and checked and not yet stored."""
-        parts, frames = {}, []
-        if self.ctc is not None:
-            if logits is None:
-                raise _missing(cut, "CTC logits", self.ctc)
-            logits = torch.as_tensor(logits).detach().float().cpu()
-            parts["ctc"] = self._ctc_part(cut, logits)
-            frames.append(len(logits))
-        if self.lattice is not None:
-            if lattice is None:
-                raise _missing(cut, "a lattice", self.lattice)
-            if isinstance(lattice, NoPath):
-                frames.append(lattice.frames)
-            else:
-                check_finite(lattice.logits, f"lattice on cut {cut.id}")
-                parts["lattice"] = self.lattice.encode(lattice, cut.id)
-                frames.append(int(lattice.boundary[0, 3]))
-        for codec in self.hidden:
-            rows = (hidden or {}).get(codec.layer)
-            if rows is None:
-                raise _missing(cut, f"layer {codec.layer}", codec)
-            quantizer = self._quantizer(codec)
-            codec.check(rows, quantizer, cut.id)
-            parts[codec.part] = codec.encode(rows.detach(), quantizer)
-            frames.append(len(rows))
-        if len(set(frames)) > 1 or not frames[0]:
-            raise KDError(
-                f"the cut {cut.id} comes with {frames} frames of {list(parts)}: give "
-                "each the same number, one or more"
-            )
-        return Record(frames[0], parts)
-
-    def _quantizer(self, codec: HiddenCodec) -> Any:
-        if codec.layer not in self._quantizers:
-            found = codec.stored_quantizer(self.storage_dir)
-            self._quantizers[codec.layer] = found
-        return self._quantizers[codec.layer]
+        return self.encoder.encode(cut, logits, lattice, hidden)
 
     def append(self, cut: MonoCut, encoded: Record) -> Pointer:
         """Store what :meth:`encode` made of ``cut``."""
@@ -297,8 +280,7 @@ class LogitWriter:
                 f"the cut {cut.id} is a {type(cut).__name__}, and targets are stored "
                 "on MonoCuts: dump the teacher before mixing, padding or appending"
             )
-        if cut.id in self._done:
-            raise KDError(f"the cut id {cut.id} occurs twice: make cut ids unique")
+        self._check_new(cut)
         record = b"".join(encoded.parts.values())
         pointer = Pointer(
             store=str(self.storage_dir),
@@ -314,29 +296,31 @@ class LogitWriter:
             fingerprint=self.fingerprint.digest,
         )
         pointer = replace(pointer, crc32=pointer.checksum(record))
-        # A copy, the caller's cut stays as it is, and without what a Shar put there.
-        cut = cut.drop_in_memory_data().with_id(cut.id)
-        custom = {k: v for k, v in (cut.custom or {}).items() if k not in SHAR_NOTES}
-        cut.custom = {**custom, FIELD: pointer.to_dict()}
-        line = json.dumps(cut.to_dict(), ensure_ascii=False) + "\n"
-        with self._told():
-            self._records.write(record)
-            self._records.flush()
-            self._lines.write(line.encode())
-            self._lines.flush()
+        line = _without_shar(cut)
+        line["custom"] = {**(line.get("custom") or {}), FIELD: pointer.to_dict()}
+        self._write(record, line)
         self.bytes_written += len(record)
         self._done.add(cut.id)
         return pointer
 
-    def _ctc_part(self, cut: MonoCut, logits: torch.Tensor) -> bytes:
-        v = self.fingerprint.vocab_size
-        if logits.ndim != 2 or logits.size(1) != v or not len(logits):
-            raise KDError(
-                f"the logits of cut {cut.id} have shape {tuple(logits.shape)} and must "
-                f"be (frames, {v}) with at least one frame"
-            )
-        check_finite(logits, f"logits on cut {cut.id}")
-        return self.ctc.encode(self.ctc.keep(logits, cut.id), v)
+    def leave_out(self, cut: Cut) -> None:
+        """Let the manifest have ``cut`` without targets, and remember that."""
+        self._check_new(cut)
+        line = _without_shar(cut)
+        leave_out(line)
+        self._write(b"", line)
+        self.left_out.add(cut.id)
+
+    def _check_new(self, cut: Cut) -> None:
+        if cut.id in self:
+            raise KDError(f"the cut id {cut.id} occurs twice: make cut ids unique")
+
+    def _write(self, record: bytes, line: Dict[str, Any]) -> None:
+        with self._told():
+            self._records.write(record)
+            self._records.flush()
+            self._lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            self._lines.flush()
 
     def close(self) -> None:
         """Leave what was written for another run to continue."""
@@ -360,23 +344,10 @@ class LogitWriter:
             self.partial.unlink()
 
 
-def _missing(cut: MonoCut, name: str, kept: Any) -> KDError:
-    return KDError(
-        f"the cut {cut.id} comes without {name}, and the store keeps that as {kept}: "
-        "give it to write()"
-    )
-
-
-def check_finite(logits: torch.Tensor, name: str) -> None:
-    """Refuse what float16 can't hold."""
-    if not torch.isfinite(logits).all():
-        raise KDError(
-            f"the teacher's {name} are not finite: check the teacher's checkpoint and "
-            "the cut's features"
-        )
-    spread = float((logits.amax(-1) - logits.amin(-1)).max()) if logits.numel() else 0
-    if spread > 6e4:
-        raise KDError(
-            f"the teacher's {name} span {spread:.3g} in a frame, and float16 holds "
-            "60000: check the teacher's checkpoint and the cut's features"
-        )
+def _without_shar(cut: Cut) -> Dict[str, Any]:
+    """The dictionary of ``cut``, without arrays and what a Shar put there."""
+    values = cut.drop_in_memory_data().to_dict()
+    custom = values.get("custom")
+    if custom:
+        values["custom"] = {k: v for k, v in custom.items() if k not in SHAR_NOTES}
+    return values

@@ -5,20 +5,19 @@ from dataclasses import replace
 from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
-from lhotse import CutSet
-from lhotse.cut import Cut, MonoCut
-from lhotse.dataset.collation import collate_features
+from lhotse.cut import Cut, MonoCut, MultiCut
 from torch import nn
 
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer, hidden_rows
-from icefall_kd.hook import TeacherHook
+from icefall_kd.hook import MIN_FRAMES, TeacherHook
 from icefall_kd.losses.transducer import nodes_of, path_nodes
 from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.heard import collate_heard, why_unheard
 from icefall_kd.targets.manifest import read_pointers
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.targets.writer import LogitWriter
-from icefall_kd.types import EncoderOut, PrunedLattice, Targets
+from icefall_kd.types import EncoderOut, Nodes, PrunedLattice, Targets
 
 
 class OnlineTeacher:
@@ -90,8 +89,11 @@ class OnlineTeacher:
         y: Optional[Sequence[Sequence[int]]] = None,
         s_range: int = 5,
         path_only: bool = False,
+        missing: str = "refuse",
     ) -> Targets:
         """What the teachers say on a batch.
+
+        A row with more labels than frames has no nodes, as a stored one has no lattice.
 
         Args:
           x: (N, T, F), features.
@@ -100,20 +102,53 @@ class OnlineTeacher:
           y: The labels of each row, for lattices.
           s_range: Label positions of a lattice at a frame; 0: all of them.
           path_only: Of a lattice the nodes of its best alignment alone.
+          missing: What becomes of a row that is too short to be heard: "refuse", or
+            "hard", a row whose mask is False throughout.
+
+        Raises:
+          KDError: such a row, if it is to be refused.
         """
+        heard = x_lens >= MIN_FRAMES
+        if missing == "hard":
+            x_lens = x_lens.clamp(min=MIN_FRAMES)
+        elif cuts and not heard.all():
+            cut = cuts[int((~heard).nonzero()[0])]
+            raise KDError(
+                f"the cut {cut.id} {why_unheard(cut)}: leave it out, or let such cuts "
+                "have the hard loss alone with --kd-missing hard"
+            )
         outs = self.encode(x, x_lens)
-        found = Targets(None, outs[0].encoder_out_lens)
+        lens = outs[0].encoder_out_lens
+        found = Targets(None, lens * heard, whole=heard)
         if self.hooks[0].ctc:
             found.ctc = self.ctc(outs, cuts).float().log_softmax(-1)
         found.hidden = {layer: hidden_rows(outs[0], layer) for layer in self.hidden}
         if y is not None:
-            s_range = s_range or 1 + max(len(labels) for labels in y)
-            lattice = self.lattice(outs, y, s_range, cuts)
-            blank_id = int(self.hooks[0].model.decoder.blank_id)
-            found.nodes = (
-                path_nodes(lattice, blank_id) if path_only else nodes_of(lattice)
-            )
+            found.nodes = self._nodes(outs, y, s_range, cuts, path_only)
         return found
+
+    def _nodes(
+        self,
+        outs: List[EncoderOut],
+        y: Sequence[Sequence[int]],
+        s_range: int,
+        cuts: Optional[Sequence[Cut]],
+        path_only: bool,
+    ) -> Optional[Nodes]:
+        """The nodes of all rows that have as many frames as labels; None for none."""
+        lens = outs[0].encoder_out_lens
+        fits = [len(labels) <= n for labels, n in zip(y, lens.tolist())]
+        y = [labels if ok else labels[:1] for labels, ok in zip(y, fits)]
+        lattice = self.lattice(outs, y, s_range, cuts)
+        if path_only:
+            blank_id = int(self.hooks[0].model.decoder.blank_id)
+            nodes = path_nodes(lattice, blank_id)
+        else:
+            nodes = nodes_of(lattice)
+        if all(fits):
+            return nodes
+        rows = torch.tensor(fits, device=lens.device)
+        return nodes.select(rows[nodes.row]) if any(fits) else None
 
     def encode(self, x: torch.Tensor, x_lens: torch.Tensor) -> List[EncoderOut]:
         """Each model's forward pass."""
@@ -135,7 +170,15 @@ class OnlineTeacher:
         s_range: int = 5,
         cuts: Optional[Sequence[Cut]] = None,
     ) -> PrunedLattice:
-        """The transducers' outputs, averaged on the nodes of the first of each row."""
+        """The transducers' outputs, averaged on the nodes of the first of each row.
+
+        Args:
+          outs: Of :meth:`encode`.
+          y: The labels of each row.
+          s_range: Label positions at a frame; 0: all of them.
+          cuts: The cut of each row, where a teacher is chosen for each.
+        """
+        s_range = s_range or 1 + max(len(labels) for labels in y)
         found = [h.lattice(o, y, s_range) for h, o in zip(self.hooks, outs)]
         if len(found) == 1:
             return found[0]
@@ -205,11 +248,16 @@ class CachingTeacher:
       teacher: Who is asked.
       writer: Where the answers go. Each process of a DDP training has its own, a job
         of the same manifest, and reads what the others have stored.
+      missing: What becomes of a cut that can't be heard: "refuse" or "hard"; see
+        :func:`icefall_kd.targets.dataset.collate_targets`.
     """
 
-    def __init__(self, teacher: OnlineTeacher, writer: LogitWriter) -> None:
+    def __init__(
+        self, teacher: OnlineTeacher, writer: LogitWriter, missing: str = "refuse"
+    ) -> None:
         self.teacher = teacher
         self.writer = writer
+        self.missing = missing
         self.pointers: Dict[str, Pointer] = {}
         self._offsets = dict.fromkeys(writer.partials(), 0)
         self._learn()
@@ -218,15 +266,26 @@ class CachingTeacher:
         """What the teacher says on the cuts of a batch, row by row.
 
         Raises:
-          KDError: a cut that is made of two cuts with speech, or has no features.
+          KDError: a cut that is made of two cuts with speech, has no features, or
+            can't be heard and is to be refused.
         """
         carriers = [speech_of(cut) for cut in cuts]
-        if any(c.id not in self.pointers for c in carriers):
+        heard = [cut for cut in carriers if self._is_heard(cut)]
+        if any(c.id not in self.pointers for c in heard):
             self._learn()
-        new = {c.id: c for c in carriers if c.id not in self.pointers}
+        new = {c.id: c for c in heard if c.id not in self.pointers}
         if new:
             self._ask(list(new.values()), device)
-        return collate_targets([self._with_pointer(c) for c in carriers])
+        return collate_targets([self._with_pointer(c) for c in carriers], self.missing)
+
+    def _is_heard(self, cut: Cut) -> bool:
+        reason = why_unheard(cut)
+        if reason and self.missing == "refuse":
+            raise KDError(
+                f"the cut {cut.id} {reason}: leave it out, or let such cuts have the "
+                "hard loss alone with --kd-missing hard"
+            )
+        return not reason
 
     def _learn(self) -> None:
         """Take up what this and the other processes have stored since."""
@@ -235,20 +294,25 @@ class CachingTeacher:
             self.pointers.update(found)
 
     def _ask(self, cuts: List[MonoCut], device: torch.device) -> None:
-        x, x_lens = collate_features(CutSet.from_cuts(cuts))
+        x, x_lens = collate_heard(cuts)
         found = self.teacher.targets(x.to(device), x_lens.to(device), cuts)
         for cut, logits, n in zip(cuts, found.ctc, found.lens.tolist()):
             self.pointers[cut.id] = self.writer.write(cut, logits[:n])
 
-    def _with_pointer(self, cut: MonoCut) -> MonoCut:
+    def _with_pointer(self, cut: Cut) -> Cut:
+        """A copy of ``cut`` with the pointer at its targets, if it has any."""
+        if cut.id not in self.pointers:
+            return cut
         cut = cut.with_id(cut.id)
         pointer = replace(self.pointers[cut.id])
         cut.custom = {**(cut.custom or {}), FIELD: pointer.to_dict()}
         return cut
 
 
-def speech_of(cut: Cut) -> MonoCut:
-    """The one MonoCut in ``cut`` that has a supervision."""
+def speech_of(cut: Cut) -> Cut:
+    """The one MonoCut in ``cut`` that has a supervision; a MultiCut stays itself."""
+    if isinstance(cut, MultiCut):
+        return cut
     tracks = getattr(cut, "tracks", None)
     inner = [t.cut for t in tracks] if tracks else [cut]
     found = [c for c in inner if isinstance(c, MonoCut) and c.supervisions]

@@ -136,3 +136,41 @@ def test_a_loss_that_the_targets_can_not_serve_is_refused(doctor, dumped, words,
 def test_a_loss_needs_cuts_with_targets(doctor, in_cuts):
     done = doctor("--cuts", in_cuts, "--kd", "--kd-ctc-weight 1")
     assert "have no targets" in refusal(done)
+
+
+def test_cuts_that_a_dump_left_out_are_counted(
+    doctor, invoke, dump_words, make_cut, tmp_path, teacher_exp, caplog
+):
+    cuts = [make_cut("bad", 5), *(make_cut(f"c{i}", 47) for i in range(20))]
+    path, out = tmp_path / "given.jsonl.gz", tmp_path / "targets.jsonl.gz"
+    CutSet.from_cuts(cuts).to_file(path)
+    words = dump_words("--bpe-model", teacher_exp.bpe_model, cuts=path, out=out)
+    assert invoke(*words).code == 0
+    done = doctor("--cuts", out, "--kd", "--kd-ctc-weight 1 --kd-missing hard")
+    assert done.code == 0, done
+    assert "of this teacher" in rows(done)["targets"]
+    assert "1 cuts go without: train with --kd-missing hard" in done.out
+    assert "1 of 21 cuts can't be used and are left out: the cut bad" in caplog.text
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_cut_of_no_supervision_or_two_does_not_fit(doctor, make_cut, tmp_path, count):
+    bad = make_cut("bad", 61)
+    bad.supervisions = count * bad.supervisions
+    path = tmp_path / "given.jsonl.gz"
+    CutSet.from_cuts([make_cut("a", 61), bad]).to_file(path)
+    said = refusal(doctor("--cuts", path))
+    assert f"the cut bad has {count} supervisions" in said
+
+
+def test_cuts_longer_than_their_supervisions_are_told(
+    doctor, make_cut, tmp_path, caplog
+):
+    long = make_cut("long", 150)
+    long.supervisions[0].duration = 1.0
+    path = tmp_path / "given.jsonl.gz"
+    CutSet.from_cuts([make_cut("a", 61), long]).to_file(path)
+    assert doctor("--cuts", path).code == 0
+    assert "1 of 2 cuts are longer than their supervision, long the first" in (
+        caplog.text
+    )

@@ -385,6 +385,78 @@ def test_cuts_that_cannot_be_used_are_refused(
     assert words in error and "--keep-lattice" not in error
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_cuts_of_no_supervision_or_two_are_refused(
+    refused, student_words, cut_words, make_cut, tmp_path, count
+):
+    bad = make_cut("bad", 47, text="one")
+    bad.supervisions = count * bad.supervisions
+    CutSet.from_cuts([bad]).to_file(tmp_path / "bad.jsonl")
+    error = refused(*student_words(*cut_words, "--cuts", tmp_path / "bad.jsonl"))
+    assert f"the cut bad has {count} supervisions" in error
+
+
+def test_one_cut_of_twenty_that_can_not_be_used_is_left_out(
+    make_cut, multi_cut, tmp_path, teacher_exp, bpe_models, caplog
+):
+    good = [make_cut(f"g{i}", 47 + i, text="one") for i in range(57)]
+    bad = [
+        make_cut("short", 5, text="one"),
+        make_cut("long", 15, text="one " * 9),
+        multi_cut("multi", 61),
+    ]
+    path = str(tmp_path / "some.jsonl")
+    CutSet.from_cuts([bad[0], *good, *bad[1:]]).to_file(path)
+    sp, settings = load_bpe_model(bpe_models.a), teacher_exp.settings
+    batches = read_batches(path, 100, settings, sp)
+    assert sum(len(x) for x, _, _ in batches) == 57
+    assert "3 of 60 cuts can't be used and are left out: the cut short" in caplog.text
+    with pytest.raises(KDError, match="cut short .* and 1 of the 3 cuts are such"):
+        read_batches(path, 2, settings, sp)
+
+
+def test_a_cut_is_measured_on_the_frames_that_the_recipe_hears(
+    make_cut, tmp_path, teacher_exp, bpe_models
+):
+    long = make_cut("long", 93, text="one")
+    long.supervisions[0].duration = 0.61
+    path = str(tmp_path / "some.jsonl")
+    CutSet.from_cuts([long]).to_file(path)
+    sp = load_bpe_model(bpe_models.a)
+    ((x, x_lens, _),) = read_batches(path, 9, teacher_exp.settings, sp)
+    assert x.shape[1] == 61 and x_lens.tolist() == [61]
+
+
+@pytest.mark.parametrize("what", ["judge", "keep_important"])
+def test_where_memory_runs_out_the_batches_are_named(
+    invoke, student_words, cut_words, folder, monkeypatch, what
+):
+    def full(*args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(f"icefall_kd.cli.student.{what}", full)
+    words = (*SET, *cut_words, "--layers", "important")
+    done = invoke(*student_words(*words))
+    assert done.code == 1 and not folder.exists()
+    assert "a pass over 8 cuts of --cuts of up to 90 feature frames" in done.err[-1]
+
+
+def test_a_student_does_not_stand_beside_its_teachers_checkpoints(
+    refused, student_words, teacher_exp, tmp_path
+):
+    """Even where no file of theirs would be replaced."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "epoch-2.pt").write_bytes((teacher_exp.folder / "epoch-2.pt").read_bytes())
+    words = student_words("--exp-dir", alone, "--student-dir", f"{alone}/../alone")
+    assert "--student-dir and --exp-dir are both" in refused(*words)
+
+
+def test_a_student_dir_that_is_a_file_is_refused(refused, student_words, cuts):
+    assert "is a file" in refused(*student_words("--student-dir", cuts))
+    assert "is a file" in refused(*student_words("--student-dir", f"{cuts}/student"))
+
+
 def test_features_that_are_gone_are_refused(
     refused, student_words, cut_words, make_cut, tmp_path
 ):

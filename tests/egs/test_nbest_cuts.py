@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -111,7 +112,9 @@ def run(teacher, bpe_models, tmp_path, capsys):
         argv += [str(tmp_path / "in.jsonl.gz"), str(tmp_path / "out" / "o.jsonl.gz")]
         threads = torch.get_num_threads()
         model = mock.patch.object(
-            teacher_utils, "load_recipe_model", lambda *_, **__: (teacher, {})
+            teacher_utils,
+            "load_recipe_model",
+            lambda *_, **__: (teacher, {"feature_dim": 20}),
         )
         try:
             with mock.patch.object(sys, "argv", argv), model:
@@ -122,6 +125,23 @@ def run(teacher, bpe_models, tmp_path, capsys):
         return out, capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def refused(run, capsys, tmp_path):
+    """One sentence, and no output."""
+
+    def refused(cuts, *words):
+        with pytest.raises(SystemExit) as e:
+            run(cuts, *words)
+        err = capsys.readouterr().err
+        *bars, error = err.splitlines()
+        assert e.value.code == 1 and error.startswith("nbest_cuts.py: error: ")
+        assert all("Decoding" in bar for bar in filter(None, bars))
+        assert not (tmp_path / "out").exists()
+        return error
+
+    return refused
 
 
 def test_cuts_come_out_in_order_with_their_lists(run, make_cut):
@@ -167,3 +187,61 @@ def test_a_manifest_or_checkpoint_that_is_missing_is_refused(
         err = capsys.readouterr().err
         assert e.value.code == 1 and said in err and err.count("\n") == 1
         CutSet.from_cuts([make_cut("a", 61)]).to_file(cuts)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda cut: cut.drop_supervisions(), "cut b has 0 supervisions"),
+        (
+            lambda cut: setattr(cut, "supervisions", 2 * cut.supervisions) or cut,
+            "cut b has 2 supervisions",
+        ),
+        (lambda cut: cut.drop_features(), "cut b of .* has no features"),
+    ],
+    ids="none two features".split(),
+)
+def test_a_cut_that_no_recipe_trains_on_is_refused(refused, make_cut, change, said):
+    cuts = [make_cut("a", 61), change(make_cut("b", 61))]
+    assert re.search(said, refused(cuts))
+
+
+def test_a_cut_of_several_channels_gets_no_list(run, make_cut, multi_cut):
+    out, said = run([make_cut("a", 61), multi_cut("m", 61), make_cut("c", 33)])
+    assert [cut.id for cut in out] == ["a", "m", "c"]
+    assert [FIELD in (cut.custom or {}) for cut in out] == [True, False, True]
+    assert "2 cuts with n-best lists, 1 without" in said.out
+
+
+@pytest.mark.parametrize("threads", ["-1", "2147483648"])
+def test_numbers_of_threads_that_cannot_be_are_refused(refused, make_cut, threads):
+    error = refused([make_cut("a", 61)], "--num-threads", threads)
+    assert f"--num-threads is {threads}, give 0 to 1024" in error
+
+
+@pytest.mark.parametrize("name", ["", ".", "o.json", "o.yaml", "o", "in.jsonl.gz"])
+def test_an_output_that_cannot_be_is_refused(
+    teacher, make_cut, tmp_path, bpe_models, capsys, tree_of, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    CutSet.from_cuts([make_cut("a", 61)]).to_file(tmp_path / "in.jsonl.gz")
+    before = tree_of(tmp_path)
+    argv = ["nbest_cuts.py", "--exp-dir", "exp", "--epoch", "1", "--num-threads", "1"]
+    argv += ["--bpe-model", str(bpe_models.ab), "in.jsonl.gz", name]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        nbest_cuts.run_script(nbest_cuts.main)
+    err = capsys.readouterr().err
+    assert "OUT_CUTS" in err and err.count("\n") == 1
+    assert tree_of(tmp_path) == before
+
+
+def test_where_memory_runs_out_the_batch_is_named(
+    refused, make_cut, teacher, monkeypatch
+):
+    def full(*args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: no")
+
+    monkeypatch.setattr(TeacherHook, "encode", full)
+    error = refused([make_cut("a", 61), make_cut("b", 100)])
+    assert "pass over 2 cuts, 2.0 s with padding: free memory, or leave b" in error

@@ -747,3 +747,59 @@ def test_an_online_teacher_teaches_the_transducer(
     loss.backward()
     assert info["kd_rnnt_loss"] > 0.1
     assert model.decoder.embedding.weight.grad.abs().max() > 0
+
+
+# Cuts at the edges
+
+
+@pytest.fixture
+def long_cuts(make_cut):
+    """Cuts of which the second is longer than its supervision, and not the longest."""
+    cuts = [make_cut("c1", 150), make_cut("c2", 93), make_cut("c3", 33)]
+    cuts[1].supervisions[0].duration = 0.61
+    return cuts
+
+
+def test_student_and_stored_teacher_hear_as_many_frames(
+    make_model, make_params, long_cuts, make_fingerprint, tmp_path
+):
+    from icefall_kd.targets import LogitWriter
+    from icefall_kd.targets.heard import collate_heard
+
+    manifest = tmp_path / "kd.jsonl.gz"
+    with (
+        LogitWriter(manifest, tmp_path / "kd", make_fingerprint()) as writer,
+        TeacherHook(make_model(seed=5)) as hook,
+    ):
+        for cut in long_cuts:
+            writer.write(cut, hook.encode(*collate_heard([cut])).ctc_logits[0])
+    cuts = load_manifest(manifest).to_eager()
+    model = make_model().train()
+    session.attach(make_params(), model)
+    dataset = session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
+    batch, info = dataset[cuts], MetricsTracker()
+    assert batch["kd_targets"].lens.tolist() == [36, 14, 7]
+    loss = session.joint_loss(recipe_loss(model, batch), info, model, batch)
+    assert torch.isfinite(loss) and info["kd_frames"] == 36 + 14 + 7
+
+
+@pytest.mark.parametrize("count, remedy", [(0, "give it one"), (2, "trim-to-superv")])
+@pytest.mark.parametrize("where", ["start", "batch"])
+def test_a_cut_of_no_supervision_or_two_is_refused(
+    make_model, make_params, online, cuts, bpe_models, count, remedy, where
+):
+    """At the start; of an online teacher, which reads no cuts there, in its batch."""
+    cuts = cuts.to_eager()
+    cuts["c2"].supervisions = count * cuts["c2"].supervisions
+    said = f"the cut c2 has {count} supervisions.*{remedy}"
+    dataset = K2SpeechRecognitionDataset()
+    if where == "start":
+        session.attach(make_params(), make_model())
+        with pytest.raises(KDError, match=said):
+            session.wrap_dataset(dataset, cuts)
+        return
+    params = online(bpe_model=str(bpe_models.a))
+    session.attach(params, make_model(vocab_size=25))
+    dataset = session.wrap_dataset(dataset, cuts)
+    with pytest.raises(KDError, match=said):
+        dataset[CutSet.from_cuts([cuts["c2"]])]

@@ -160,7 +160,7 @@ def test_rows_with_a_graph_and_of_half_precision_are_stored(cuts, opened):
 
 def test_a_store_that_would_keep_nothing_is_refused(opened, tmp_path):
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(KDError, match="kd would keep nothing: name a form"):
+    with pytest.raises(KDError, match="the store would keep nothing: name a form"):
         opened(hidden="")
     assert sorted(tmp_path.iterdir()) == before
 

@@ -942,3 +942,48 @@ def test_a_job_does_not_go_on_with_the_cuts_of_another_teacher(
     opened(job=0, num_jobs=2, overwrite=True, teacher="b" * 64).close()
     with pytest.raises(KDError, match="targets of another teacher or form"):
         opened(job=1, num_jobs=2, teacher="b" * 64)
+
+
+# Cuts that are left out
+
+
+def test_cuts_without_targets_stand_in_the_manifest(
+    opened, cuts, make_logits, multi_cut, tmp_path
+):
+    from icefall_kd.targets.store import is_left_out
+
+    multi, mixed = multi_cut("m", 61), cuts[4].pad(duration=2.0, preserve_id=True)
+    with opened() as writer:
+        writer.write(cuts[0], make_logits(cuts[0]))
+        writer.leave_out(cuts[1])
+        writer.leave_out(multi)
+        writer.leave_out(mixed)
+        assert len(writer) == 1 and writer.left_out == {"c2", "m", "c5"}
+        assert all(name in writer for name in ("c1", "c2", "m", "c5"))
+        with pytest.raises(KDError, match="cut id m occurs twice"):
+            writer.leave_out(multi)
+        with pytest.raises(KDError, match="cut id c2 occurs twice"):
+            writer.write(cuts[1], make_logits(cuts[1]))
+    found = list(load_manifest(tmp_path / "kd.jsonl.gz"))
+    assert [c.id for c in found] == ["c1", "c2", "m", "c5"]
+    assert [is_left_out(c) for c in found] == [False, True, True, True]
+    assert not any(is_left_out(c) for c in (*cuts, multi, mixed))
+    # Another run takes them over, in their order.
+    with opened() as writer:
+        assert len(writer) == 1 and writer.left_out == {"c2", "m", "c5"}
+        writer.write(cuts[3], make_logits(cuts[3]))
+    found = [c.id for c in load_manifest(tmp_path / "kd.jsonl.gz")]
+    assert found == ["c1", "c2", "m", "c5", "c4"]
+
+
+@pytest.mark.parametrize("folder", ["", "new/deep"])
+def test_a_strangers_manifest_is_refused_and_nothing_new_is_left(
+    opened, cuts, tmp_path, tree_of, folder
+):
+    place = tmp_path / "place"
+    place.mkdir()
+    CutSet.from_cuts(cuts).to_file(place / "kd.jsonl.gz")
+    before, folders = tree_of(tmp_path), sorted(tmp_path.rglob("*"))
+    with pytest.raises(KDError, match="has targets in None"):
+        opened(folder=place, storage=f"{folder}/kd" if folder else "kd")
+    assert tree_of(tmp_path) == before and sorted(tmp_path.rglob("*")) == folders

@@ -187,6 +187,52 @@ def test_hidden_layers_are_those_of_one_teacher(make_model, features):
         OnlineTeacher([make_model(), make_model()], hidden=[1])
 
 
+# Rows that are too short, or have too many labels
+
+
+def test_a_row_too_short_to_be_heard_has_no_targets(make_model, features):
+    x, lens = features
+    teacher = OnlineTeacher([make_model(seed=1)])
+    y = [[3, 4], [5], [6]]
+    expected = teacher.targets(x, lens, y=y)
+    lens = torch.tensor([61, 5, 23])
+    found = teacher.targets(x, lens, y=y, missing="hard")
+    assert found.lens.tolist() == [14, 0, 4]
+    assert found.mask.sum(1).tolist() == [14, 0, 4]
+    assert found.whole.tolist() == [True, False, True]
+    assert torch.equal(found.ctc[0], expected.ctc[0])
+    assert torch.equal(found.ctc[2, :4], expected.ctc[2, :4])
+    for row in (0, 2):
+        a, b = (t.nodes.select(t.nodes.row == row) for t in (found, expected))
+        assert len(a) and torch.equal(a.occupancy, b.occupancy)
+
+
+def test_a_row_too_short_to_be_heard_is_refused_by_its_cut(
+    make_model, features, make_cut
+):
+    x, _ = features
+    cuts = [make_cut("a", 61), make_cut("b", 5), make_cut("c", 23)]
+    teacher = OnlineTeacher([make_model(seed=1)])
+    lens = torch.tensor([61, 5, 23])
+    with pytest.raises(KDError, match="cut b has 5 feature frames .*kd-missing hard"):
+        teacher.targets(x, lens, cuts)
+    with pytest.raises(KDError, match="an utterance has 5 feature frames"):
+        teacher.targets(x, lens)
+
+
+@pytest.mark.parametrize("path_only", [False, True])
+def test_a_row_of_more_labels_than_frames_has_no_nodes(make_model, features, path_only):
+    teacher = OnlineTeacher([make_model(seed=1)])
+    y = [[3, 4], [5], [6, 7, 8, 9, 3]]  # of 14, 9 and 4 frames
+    found = teacher.targets(*features, y=y, path_only=path_only)
+    fitting = teacher.targets(*features, y=[*y[:2], [6]], path_only=path_only).nodes
+    fitting = fitting.select(fitting.row < 2)
+    assert found.mask.sum(1).tolist() == [14, 9, 4]
+    assert torch.equal(found.nodes.row, fitting.row)
+    assert torch.equal(found.nodes.occupancy, fitting.occupancy)
+    assert teacher.targets(*features, y=[[3] * 15] * 3).nodes is None
+
+
 # With a cache
 
 
@@ -248,6 +294,33 @@ def test_a_finished_cache_is_a_store_like_any_other(make_model, cuts, opened, tm
     stored = load_manifest(tmp_path / "kd.jsonl.gz")
     found = collate_targets([stored[c.id] for c in cuts])
     assert torch.equal(found.ctc, expected.ctc)
+
+
+def test_a_cache_hears_as_many_frames_as_the_student(make_model, make_cut, opened):
+    cut = make_cut("long", 93)
+    cut.supervisions[0].duration = 0.61
+    teacher = OnlineTeacher([make_model()])
+    found = CachingTeacher(teacher, opened()).targets([cut, make_cut("b", 100)], CPU)
+    assert found.lens.tolist() == [14, 23]
+    x = torch.from_numpy(cut.load_features())[None, :61]
+    expected = teacher.targets(x, torch.tensor([61])).ctc[0]
+    torch.testing.assert_close(found.ctc[0, :14], expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["short", "multi"])
+def test_a_cache_and_a_cut_that_can_not_be_heard(
+    make_model, make_cut, multi_cut, opened, kind
+):
+    bad = make_cut("bad", 5) if kind == "short" else multi_cut("bad", 61)
+    cuts = [make_cut("a", 61), bad]
+    teacher = Counting([make_model()])
+    with pytest.raises(KDError, match="the cut bad .*--kd-missing hard"):
+        CachingTeacher(teacher, opened()).targets(cuts, CPU)
+    cache = CachingTeacher(teacher, opened(job=1, num_jobs=2), missing="hard")
+    for _ in range(2):
+        found = cache.targets(cuts, CPU)
+        assert found.mask.any(1).tolist() == [True, False]
+    assert teacher.heard == 1
 
 
 # Of several processes

@@ -8,7 +8,8 @@ Usage:
 
 Each list goes to the cut's custom field kd_nbest (icefall_kd.targets.nbest); the
 transcript stays as it is. Scores are log-probabilities of the texts, over all their
-alignments in the beam. A cut too short for the encoder gets no list.
+alignments in the beam. A cut that the teacher can't hear, such as
+one too short for its encoder, gets no list.
 """
 
 import argparse
@@ -18,13 +19,17 @@ from typing import Dict, List, Tuple
 import sentencepiece as spm
 import torch
 from lhotse import CutSet
-from lhotse.dataset.collation import collate_features
-from lhotse.dataset.sampling import SimpleCutSampler
 from script_utils import check_at_least, run_script, staged_dir
-from teacher_utils import load_teacher, teacher_parser
-from tqdm import tqdm
+from teacher_utils import (
+    batches,
+    load_teacher,
+    memory_words,
+    teacher_parser,
+    with_refusals,
+)
 
-from icefall_kd.hook import MIN_FRAMES, TeacherHook
+from icefall_kd.cli.memory import enough_memory
+from icefall_kd.hook import TeacherHook
 from icefall_kd.targets.nbest import write_nbest
 
 
@@ -109,29 +114,27 @@ def texts_of(
     return best_first(texts)[:num_paths]
 
 
+@with_refusals
 def main() -> None:
     args = get_args()
     check_at_least(args.num_paths, 1, "--num-paths")
     check_at_least(args.beam_size, args.num_paths, "--beam-size")
-    model, sp, cuts = load_teacher(args)
-    short = {cut.id for cut in cuts if cut.num_frames < MIN_FRAMES}
-    found = {}
-    heard = cuts.filter(lambda cut: cut.id not in short)
-    bar = tqdm(total=len(cuts) - len(short), desc="Decoding", unit=" cuts")
+    model, sp, cuts, heard = load_teacher(args)
+    decoded = {}
     with TeacherHook(model, ctc=False) as hook:
-        for batch in SimpleCutSampler(heard, max_duration=200.0, shuffle=False):
-            out = hook.encode(*collate_features(batch))
-            lens = out.encoder_out_lens.tolist()
-            hyps = nbest_search(model, out.encoder_out, lens, args.beam_size)
+        for batch, x, x_lens in batches(heard, "Decoding"):
+            with enough_memory(*memory_words(batch)):
+                out = hook.encode(x, x_lens)
+                lens = out.encoder_out_lens.tolist()
+                hyps = nbest_search(model, out.encoder_out, lens, args.beam_size)
             for cut, paths in zip(batch, hyps):
-                found[cut.id] = write_nbest(cut, texts_of(sp, paths, args.num_paths))
-            bar.update(len(batch))
-    bar.close()
+                decoded[cut.id] = write_nbest(cut, texts_of(sp, paths, args.num_paths))
     with staged_dir(args.out_cuts.parent) as scratch:
         target = scratch / args.out_cuts.name
-        CutSet.from_cuts(found.get(cut.id, cut) for cut in cuts).to_file(target)
+        CutSet.from_cuts(decoded.get(cut.id, cut) for cut in cuts).to_file(target)
         target.replace(args.out_cuts)
-    print(f"{args.out_cuts}: {len(found)} cuts with n-best lists, {len(short)} without")
+    bare = len(cuts) - len(decoded)
+    print(f"{args.out_cuts}: {len(decoded)} cuts with n-best lists, {bare} without")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,25 @@
 
 import argparse
 import os
+from functools import wraps
 from pathlib import Path
-from typing import Tuple
+from typing import Callable, Iterator, Tuple
 
 import sentencepiece as spm
 import torch
 from lhotse import CutSet
+from lhotse.dataset.sampling import SimpleCutSampler
 from script_utils import UserError
+from tqdm import tqdm
 
+from icefall_kd.cli.cuts import Survey, checked
 from icefall_kd.errors import KDError
+from icefall_kd.files import MANIFEST, check_new_file
 from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.targets.fingerprint import load_bpe_model
+from icefall_kd.targets.heard import check_supervision, collate_heard
 
+MOST_THREADS = 1024
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 
 
@@ -32,21 +40,72 @@ def teacher_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def with_refusals(main: Callable[[], None]) -> Callable[[], None]:
+    """``main``, whose refusals by icefall_kd are those of a script of this folder."""
+
+    @wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except KDError as e:
+            raise UserError(e.sentence) from None
+
+    return run
+
+
 def load_teacher(
     args: argparse.Namespace,
-) -> Tuple[torch.nn.Module, spm.SentencePieceProcessor, CutSet]:
-    """The teacher, its BPE model and the cuts that it is to hear."""
+) -> Tuple[torch.nn.Module, spm.SentencePieceProcessor, CutSet, CutSet]:
+    """The teacher, its BPE model, all cuts, and those of them that it can hear.
+
+    Raises:
+      UserError: a number of threads out of bounds, or a manifest that does not exist.
+      KDError: an output that can't be written, a checkpoint or BPE model that can't be
+        read, or a cut that no recipe can train on.
+    """
     if not args.in_cuts.is_file():
         raise UserError(
             f"the manifest {args.in_cuts} does not exist, make the features"
         )
-    torch.set_num_threads(args.num_threads or os.cpu_count() or 1)
-    try:
-        model, _ = load_recipe_model(
-            RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
+    check_new_file(str(args.out_cuts), "OUT_CUTS", MANIFEST)
+    if args.in_cuts.resolve() == args.out_cuts.resolve():
+        raise UserError(
+            f"{args.in_cuts} is both read and written, give OUT_CUTS another name"
         )
-    except KDError as e:
-        raise UserError(str(e)) from None
-    sp = spm.SentencePieceProcessor()
-    sp.load(args.bpe_model)
-    return model, sp, CutSet.from_file(args.in_cuts).to_eager()
+    if not 0 <= args.num_threads <= MOST_THREADS:
+        raise UserError(
+            f"--num-threads is {args.num_threads}, give 0 to {MOST_THREADS}"
+        )
+    torch.set_num_threads(args.num_threads or os.cpu_count() or 1)
+    model, settings = load_recipe_model(
+        RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
+    )
+    sp = load_bpe_model(args.bpe_model)
+    survey = Survey(str(args.in_cuts))
+    num_features = int(settings["feature_dim"])
+    # Not survey.check(): these scripts say at the end how many cuts they left out.
+    heard = list(checked(survey, num_features, [check_supervision]))
+    survey.warn()
+    cuts = CutSet.from_file(args.in_cuts).to_eager()
+    return model, sp, cuts, CutSet.from_cuts(heard)
+
+
+def batches(
+    cuts: CutSet, description: str
+) -> Iterator[Tuple[CutSet, torch.Tensor, torch.Tensor]]:
+    """Batches of ``cuts``, their features and the frames of each, behind a bar."""
+    bar = tqdm(total=len(cuts), desc=description, unit=" cuts")
+    for batch in SimpleCutSampler(cuts, max_duration=200.0, shuffle=False):
+        yield batch, *collate_heard(list(batch))
+        bar.update(len(batch))
+    bar.close()
+
+
+def memory_words(batch: CutSet) -> Tuple[str, str]:
+    """What :func:`icefall_kd.cli.memory.enough_memory` says of a batch."""
+    longest = max(batch, key=lambda cut: cut.duration)
+    seconds = longest.duration * len(batch)
+    return (
+        f"the teacher's pass over {len(batch)} cuts, {seconds:.1f} s with padding",
+        f"free memory, or leave {longest.id}, the longest, out",
+    )
