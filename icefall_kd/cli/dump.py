@@ -39,6 +39,7 @@ from icefall_kd.cli.teachers import (
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
 from icefall_kd.hidden import from_command_line
+from icefall_kd.recipe.loader import teacher_folders
 from icefall_kd.targets.fingerprint import (
     Fingerprint,
     check_vocabulary,
@@ -216,7 +217,7 @@ def dump(
     shares = numbers(weights)
     codecs, quantizers = from_command_line(keep_hidden)
     which = (epoch, iteration, avg, use_averaged_model, flags, bpe_model)
-    models, settings, names = load_teachers(recipe, exp_dir.split(","), *which)
+    models, settings, names = load_teachers(recipe, teacher_folders(exp_dir), *which)
     sp = check_vocabulary(bpe_model, settings) if bpe_model else None
     asked = [chooser(teacher_field)] if teacher_field else []
     choose = asked[0] if asked else None

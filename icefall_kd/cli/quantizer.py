@@ -19,7 +19,7 @@ from icefall_kd.hidden import (
     load_quantizer,
     save_quantizer,
 )
-from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.recipe.loader import load_recipe_model, one_teacher_folder
 from icefall_kd.teacher import OnlineTeacher
 
 BATCH = 600  # vectors in a step of training
@@ -71,6 +71,7 @@ def quantizer(
         )
     if Path(in_cuts).resolve() == Path(out).resolve():
         raise KDError(f"{in_cuts} is both read and written: give OUT another name")
+    exp_dir = one_teacher_folder(exp_dir, "quantizer")
     package = import_quantization()
     cuts = open_cuts(in_cuts)
     model, settings = load_recipe_model(

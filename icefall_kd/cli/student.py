@@ -21,6 +21,7 @@ from icefall_kd.recipe.loader import (
     load_recipe_model,
     model_maker,
     need_functions,
+    one_teacher_folder,
 )
 from icefall_kd.student.build import build_student, check_settings, check_slices
 from icefall_kd.student.importance import Batch, keep_important, num_passes
@@ -208,6 +209,7 @@ def student(
         raise KDError("importance is measured on cuts: give --cuts, with features")
     if cuts and not bpe_model:
         raise KDError("--cuts need the labels of the transcripts: give --bpe-model")
+    exp_dir = one_teacher_folder(exp_dir, "student")
     path = Path(student_dir) / "epoch-1.pt"
     _check_place(path)
     teacher, settings = load_recipe_model(
