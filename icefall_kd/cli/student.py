@@ -1,6 +1,7 @@
 """Builds a student from a teacher, as a checkpoint that train.py starts from."""
 
 import argparse
+import shlex
 from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -247,4 +248,4 @@ def student(
     save_start(path, model, student_params)
     click.echo(text)
     click.echo(f"\nThe student stands in {path}. Train it with\n")
-    click.echo(f"  --exp-dir {student_dir} --start-epoch 2 {line}")
+    click.echo(f"  --exp-dir {shlex.quote(student_dir)} --start-epoch 2 {line}")
