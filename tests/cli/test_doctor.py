@@ -164,6 +164,9 @@ def test_heads_and_chunks_of_a_causal_teacher_are_among_its_flags(
         ("--chunk-size", "4,-1"),
     ):
         assert flags[flags.index(option) + 1] == value
+    chunks = ("--chunk-size", "-1", "--left-context-frames", "-1")
+    assert invoke("doctor", *words, "--write-flags", path, *chunks).code == 0
+    assert "--chunk-size=-1 --left-context-frames=-1" in path.read_text()
 
 
 def test_flags_that_can_not_be_written_are_refused(doctor, tmp_path):
