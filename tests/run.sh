@@ -2,7 +2,7 @@
 # Make an environment for the tests, and run them: all, or those that the words name.
 # Usage: bash tests/run.sh [PYTEST_OPTION ...]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 
 bash tools/make_env.sh --prefix .venv-test --dev
 # A file's tests share what they make, so a file stays with one of the two processes.

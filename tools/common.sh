@@ -1,6 +1,6 @@
 # What make_env.sh and make_k2_env.sh share. To be sourced, not run.
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 
 # die SENTENCE: say what is wrong and what to do, and stop.
 die() {

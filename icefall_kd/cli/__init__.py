@@ -43,7 +43,9 @@ def teacher_options(command, required=True):
         ),
         click.option("--epoch", default=0, help="Use epoch-EPOCH.pt."),
         click.option(
-            "--exp-dir", required=required, help="The teacher's experiment folder."
+            "--exp-dir",
+            required=required,
+            help="The teacher's experiment folder; `dump` takes several, with commas.",
         ),
         click.option(
             "--recipe",
@@ -68,6 +70,12 @@ def teacher_options(command, required=True):
     default="",
     metavar="OPTIONS",
     help="Those that train.py will get, such as '--kd-config kd.yaml'.",
+)
+@click.option(
+    "--write-flags",
+    default="",
+    metavar="FILE",
+    help="Write the teacher's model flags, which its decode.py needs, into this file.",
 )
 def doctor(**options) -> None:
     """Say what is installed, and how to get what is missing.

@@ -1,6 +1,7 @@
 """What is installed and what is missing; whether a teacher, cuts and a student fit."""
 
 import argparse
+import re
 import shlex
 from importlib import import_module, metadata
 from pathlib import Path
@@ -20,6 +21,8 @@ _PARTS: List[Tuple[str, str, str, str]] = [
     ("sentencepiece", "sentencepiece", "recipe", "pip install sentencepiece"),
     ("torchaudio", "torchaudio", "recipe", "pip install torchaudio"),
     ("kaldialign", "kaldialign", "recipe", "pip install kaldialign"),
+    ("onnx", "onnx", "export", "pip install onnx"),
+    ("onnxruntime", "onnxruntime", "export", "pip install onnxruntime"),
     ("matplotlib", "matplotlib", "report", "pip install matplotlib"),
     ("zipformer.modules", "zipformer", "egs/digits", "pip install zipformer==0.1.3"),
     ("icefall", "icefall", "egs/librispeech", "put icefall on PYTHONPATH"),
@@ -100,6 +103,34 @@ def _loss_of(words: str):
     return joint_of(params, 1)
 
 
+def _is_among(teacher: str, teachers: str) -> bool:
+    """Whether a teacher is one of those that a fingerprint names.
+
+    Args:
+      teacher: Its name, which has commas where a causal teacher has several chunks.
+      teachers: The fingerprint's: one name, or several with commas, with a weight
+        behind each (``name*2``) or the field that chooses among them at the end.
+    """
+    return bool(re.search(rf"(^|,){re.escape(teacher)}($|[,*]| by )", teachers))
+
+
+def _write_flags(path: str, recipe: str, settings: Dict[str, Any]) -> None:
+    """Write the options by which the recipe's scripts build a model, in one line."""
+    from icefall_kd.cli.student import flags_of, model_names
+    from icefall_kd.files import replacing
+    from icefall_kd.recipe.loader import import_train
+
+    line = flags_of(settings, model_names(import_train(recipe)))
+    try:
+        with replacing(Path(path), shared=True) as temporary:
+            temporary.write_text(line + "\n")
+    except OSError as e:
+        raise KDError(
+            f"--write-flags {path} can't be written ({e.strerror}): give a file in a "
+            "folder that is there"
+        ) from None
+
+
 def _check_targets(
     path: str, teacher: str, settings: Dict[str, Any], sp: Any, kd: str
 ) -> None:
@@ -124,7 +155,7 @@ def _check_targets(
     found.check_student(settings["vocab_size"], settings.get("blank_id", 0), tokens)
     kept = [("CTC", found.ctc), ("lattice", found.lattice), ("hidden", found.hidden)]
     said = ", ".join(f"{name} {how}" for name, how in kept if how)
-    if teacher and teacher not in found.teacher.split(","):
+    if teacher and not _is_among(teacher, found.teacher):
         raise KDError(
             f"the targets in {store} are of the teacher {found.teacher[:8]} and this "
             f"one is {teacher[:8]} (hashes of their parameters): give the --exp-dir, "
@@ -171,21 +202,29 @@ def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
 
 
 def doctor(
-    cuts: str, student_dir: str, kd: str, recipe: str, exp_dir: str, **which
+    cuts: str,
+    student_dir: str,
+    kd: str,
+    write_flags: str,
+    recipe: str,
+    exp_dir: str,
+    **which,
 ) -> None:
     _installed()
-    if not (exp_dir or cuts or student_dir):
+    if not (exp_dir or cuts or student_dir or write_flags):
         return
     if not (exp_dir and recipe):
         raise KDError(
-            "--cuts and --student-dir are looked at beside a teacher: give --recipe "
-            "and --exp-dir"
+            "--cuts, --student-dir and --write-flags are about a teacher: give "
+            "--recipe and --exp-dir"
         )
     from icefall_kd.cli.cuts import survey
+    from icefall_kd.recipe.loader import one_teacher_folder
     from icefall_kd.targets.fingerprint import name_of
     from icefall_kd.targets.heard import check_supervision
     from icefall_kd.targets.store import tracks_with_targets
 
+    exp_dir = one_teacher_folder(exp_dir, "doctor")
     click.echo()
     options = {"recipe_dir": recipe, "exp_dir": exp_dir, **which}
     model, settings, sp = _teacher("teacher", options)
@@ -212,4 +251,6 @@ def doctor(
             )
     if student_dir:
         _student(student_dir, recipe, settings)
+    if write_flags:
+        _write_flags(write_flags, recipe, settings)
     click.echo("These fit together.")

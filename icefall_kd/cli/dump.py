@@ -43,6 +43,7 @@ from icefall_kd.errors import KDError
 from icefall_kd.files import MANIFEST, check_new_file, check_new_folder, replacing
 from icefall_kd.hidden import HiddenCodec, Layer, from_command_line, load_quantizer
 from icefall_kd.lattice import check_s_range
+from icefall_kd.recipe.loader import teacher_folders
 from icefall_kd.targets.fingerprint import (
     Fingerprint,
     check_vocabulary,
@@ -180,7 +181,7 @@ def dump(
     shares = numbers(weights)
     codecs, quantizers = from_command_line(keep_hidden)
     which = (epoch, iteration, avg, use_averaged_model, flags, bpe_model)
-    models, settings, names = load_teachers(recipe, exp_dir.split(","), *which)
+    models, settings, names = load_teachers(recipe, teacher_folders(exp_dir), *which)
     sp = check_vocabulary(bpe_model, settings) if bpe_model else None
     choose = chooser(teacher_field) if teacher_field else None
     asked = [check_supervision, *([choose] if choose else [])]

@@ -20,7 +20,7 @@ from icefall_kd.hidden import (
     load_quantizer,
     save_quantizer,
 )
-from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.recipe.loader import load_recipe_model, one_teacher_folder
 from icefall_kd.targets.heard import why_unheard
 from icefall_kd.teacher import OnlineTeacher
 
@@ -80,6 +80,7 @@ def quantizer(
     check_new_file(out, "OUT")
     if Path(in_cuts).resolve() == Path(out).resolve():
         raise KDError(f"{in_cuts} is both read and written: give OUT another name")
+    exp_dir = one_teacher_folder(exp_dir, "quantizer")
     package = import_quantization()
     model, settings = load_recipe_model(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model

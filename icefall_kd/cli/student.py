@@ -1,6 +1,7 @@
 """Builds a student from a teacher, as a checkpoint that train.py starts from."""
 
 import argparse
+import shlex
 from itertools import islice
 from pathlib import Path
 from typing import Any, ContextManager, Dict, List, Tuple
@@ -21,6 +22,7 @@ from icefall_kd.recipe.loader import (
     load_recipe_model,
     model_maker,
     need_functions,
+    one_teacher_folder,
 )
 from icefall_kd.student.build import build_student, check_settings, check_slices
 from icefall_kd.student.importance import Batch, keep_important, num_passes
@@ -233,6 +235,7 @@ def student(
         raise KDError("importance is measured on cuts: give --cuts, with features")
     if cuts and not bpe_model:
         raise KDError("--cuts need the labels of the transcripts: give --bpe-model")
+    exp_dir = one_teacher_folder(exp_dir, "student")
     path = Path(student_dir) / "epoch-1.pt"
     check_new_folder(student_dir, "--student-dir")
     _check_place(path, exp_dir)
@@ -271,4 +274,4 @@ def student(
     save_start(path, model, student_params)
     click.echo(text)
     click.echo(f"\nThe student stands in {path}. Train it with\n")
-    click.echo(f"  --exp-dir {student_dir} --start-epoch 2 {line}")
+    click.echo(f"  --exp-dir {shlex.quote(student_dir)} --start-epoch 2 {line}")

@@ -157,6 +157,46 @@ def checkpoint_files(
     return files
 
 
+def teacher_folders(exp_dir: str) -> List[str]:
+    """The experiment folders that ``--exp-dir A,B`` of several teachers names.
+
+    A folder whose own name has a comma, such as ``exp,lr0.045``, is one teacher's.
+
+    Raises:
+      KDError: an empty name, or both readings are there.
+    """
+    folders = exp_dir.split(",")
+    if len(folders) == 1 or Path(exp_dir).is_dir():
+        if len(folders) > 1 and all(Path(folder).is_dir() for folder in folders):
+            raise KDError(
+                f"{exp_dir} is a folder, and so are {' and '.join(folders)}: rename "
+                "the first, as it can't be told whether one teacher or "
+                f"{len(folders)} are meant"
+            )
+        return [exp_dir]
+    if not all(folders):
+        raise KDError(
+            f"--exp-dir is {exp_dir!r}, which is no folder and has an empty name "
+            "between its commas: give the teachers' folders, such as A,B"
+        )
+    return folders
+
+
+def one_teacher_folder(exp_dir: str, command: str) -> str:
+    """``exp_dir`` as it is, or refused where it names several teachers.
+
+    Args:
+      command: What takes one teacher alone, for the error.
+    """
+    folders = teacher_folders(exp_dir)
+    if len(folders) > 1:
+        raise KDError(
+            f"--exp-dir {exp_dir} names {len(folders)} teachers (there is no folder "
+            f"of that name), and {command} takes one: give {folders[0]}"
+        )
+    return folders[0]
+
+
 def _load_data(path: Path) -> Optional[Dict[str, Any]]:
     """Load without running pickled code; None where torch can't do so."""
     safe = getattr(torch.serialization, "safe_globals", None)  # from torch 2.5 on

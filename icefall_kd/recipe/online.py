@@ -61,12 +61,12 @@ def online_teacher(params: Dict[str, Any], hidden: Sequence = (), ctc: bool = Tr
     """
     if not params["kd_teacher_exp_dir"]:
         return None, ""
-    from icefall_kd.recipe.loader import load_recipe_model
+    from icefall_kd.recipe.loader import load_recipe_model, teacher_folders
     from icefall_kd.targets.fingerprint import name_of
     from icefall_kd.teacher import OnlineTeacher
 
     models, names = [], []
-    for folder in params["kd_teacher_exp_dir"].split(","):
+    for folder in teacher_folders(params["kd_teacher_exp_dir"]):
         model, settings = load_recipe_model(
             params["kd_teacher_recipe"] or Path(sys.argv[0]).resolve().parent,
             folder,

@@ -174,3 +174,77 @@ def test_cuts_longer_than_their_supervisions_are_told(
     assert "1 of 2 cuts are longer than their supervision, long the first" in (
         caplog.text
     )
+
+
+def test_the_teachers_flags_are_written_as_its_decode_py_needs_them(
+    doctor, tmp_path, teacher_exp, recipe
+):
+    path = tmp_path / "flags"
+    assert doctor("--write-flags", path).code == 0
+    args = recipe.get_parser().parse_args(path.read_text().split())
+    for name in ("encoder_dim", "joiner_dim", "causal", "use_ctc", "context_size"):
+        assert getattr(args, name) == teacher_exp.settings[name]
+
+
+def test_heads_and_chunks_of_a_causal_teacher_are_among_its_flags(
+    invoke, teacher_exp, another_exp, tmp_path
+):
+    settings = {"causal": True, "chunk_size": "4,-1", "left_context_frames": "8"}
+    folder, _ = another_exp(seed=3, use_transducer=False, **settings)
+    words = ["--recipe", teacher_exp.recipe, "--exp-dir", folder, "--epoch", 2]
+    words += ["--use-averaged-model", 0]
+    path = tmp_path / "flags"
+    assert invoke("doctor", *words, "--write-flags", path).code == 0
+    flags = path.read_text().split()
+    for option, value in (
+        ("--causal", "True"),
+        ("--use-transducer", "False"),
+        ("--chunk-size", "4,-1"),
+    ):
+        assert flags[flags.index(option) + 1] == value
+    chunks = ("--chunk-size", "-1", "--left-context-frames", "-1")
+    assert invoke("doctor", *words, "--write-flags", path, *chunks).code == 0
+    assert "--chunk-size=-1 --left-context-frames=-1" in path.read_text()
+
+
+def test_flags_that_can_not_be_written_are_refused(doctor, tmp_path):
+    said = refusal(doctor("--write-flags", tmp_path / "none" / "flags"))
+    assert "can't be written" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_are_of_a_teacher(doctor, tmp_path):
+    said = refusal(doctor("--write-flags", tmp_path / "flags", words=()))
+    assert "give --recipe and --exp-dir" in said
+
+
+def test_targets_of_several_chunks_are_known_as_this_teachers(
+    invoke, teacher_exp, another_exp, in_cuts, tmp_path
+):
+    """Its name in the fingerprint has commas, as those of several teachers have."""
+    settings = {"causal": True, "chunk_size": "4,-1", "left_context_frames": "8,-1"}
+    folder, _ = another_exp(seed=3, **settings)
+    words = ["--recipe", teacher_exp.recipe, "--exp-dir", folder, "--epoch", 2]
+    words += ["--use-averaged-model", 0]
+    out = tmp_path / "causal.jsonl.gz"
+    assert invoke("dump", in_cuts, out, *words, "--num-threads", 1).code == 0
+    assert invoke("doctor", *words, "--cuts", out).code == 0
+    said = refusal(invoke("doctor", *words, "--cuts", out, "--chunk-size", "4"))
+    assert "dump them again" in said
+
+
+@pytest.mark.parametrize("weights", [(), ("--weights", "2,1")], ids=["same", "weights"])
+def test_targets_of_several_teachers_are_known_as_each_ones(
+    invoke, teacher_exp, another_exp, in_cuts, tmp_path, weights
+):
+    folder, _ = another_exp()
+    usual = ["--recipe", teacher_exp.recipe, "--epoch", 2, "--use-averaged-model", 0]
+    both = ["--exp-dir", f"{teacher_exp.folder},{folder}"]
+    out = tmp_path / "both.jsonl.gz"
+    words = [*usual, *both, *weights, "--num-threads", 1]
+    assert invoke("dump", in_cuts, out, *words).code == 0
+    for one in (teacher_exp.folder, folder):
+        assert invoke("doctor", *usual, "--exp-dir", one, "--cuts", out).code == 0
+    other, _ = another_exp(seed=8)
+    done = invoke("doctor", *usual, "--exp-dir", other, "--cuts", out)
+    assert "dump them again" in refusal(done)

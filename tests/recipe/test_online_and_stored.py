@@ -55,7 +55,7 @@ DENSE = [
     ctc() | rnnt() | FULL_SUM | LAYERS,
 ]
 # How the targets are kept, the terms, and how far they may be apart: of float16, of a
-# byte for an occupancy, of a byte for a square root and of symbols that are in the tail.
+# byte for an occupancy, of a byte for a square root and of symbols in the tail.
 STORES = {
     "dense": ("dense", "dense", 5, 1e-3, DENSE),
     "dense, s_range 3": (

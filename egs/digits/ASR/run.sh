@@ -2,7 +2,7 @@
 # The digits recipe, from nothing to a table of WERs. See README.md.
 set -eou pipefail
 caller=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 stage=0
 stop_stage=9

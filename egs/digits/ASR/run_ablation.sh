@@ -3,7 +3,7 @@
 # teachers, first parameters, steps and seeds. About 5 minutes a run on one core.
 # Usage, when run_fsdd.sh has run: ./run_ablation.sh [--work-dir work/fsdd]
 set -eou pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 work_dir=work/fsdd
 seeds="1 2 3"

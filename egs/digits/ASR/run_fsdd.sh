@@ -4,7 +4,7 @@
 # Usage: ./run_fsdd.sh --corpus-dir DIR [--work-dir work/fsdd] [--seeds "1 2 3"]
 set -eou pipefail
 caller=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 corpus_dir=
 work_dir=work/fsdd

@@ -5,7 +5,7 @@
 # makes them.
 # Usage, when run_fsdd.sh has run: ./run_slices.sh [--work-dir work/fsdd]
 set -eou pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 work_dir=work/fsdd
 seeds="1 2 3"

@@ -2,11 +2,9 @@
 # The transducer of icefall's RESULTS.md: 170 h and their three speeds.
 teacher_epoch=55
 teacher_avg=17
-teacher_flags="--context-size 1"
 tokens="--lang-dir data/lang_char"
 tokens_file=data/lang_char/tokens.txt
 train_manifests=aishell_cuts_train.jsonl.gz
-train_flags="--context-size 1 --max-duration 1000 --use-fp16 1 --lr-batches 7500 --lr-epochs 18"
-use_ctc=0
+train_flags="--max-duration 1000 --use-fp16 1 --lr-batches 7500 --lr-epochs 18"
 decode="decode.py:greedy_search decode.py:modified_beam_search"
 unit=CER

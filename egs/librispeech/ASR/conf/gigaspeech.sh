@@ -2,7 +2,6 @@
 # 10,000 h in 1,000 manifests.
 train_manifests="gigaspeech_XL_split/gigaspeech_cuts_XL.*.jsonl.gz"
 train_flags="--subset XL --max-duration 700 --use-fp16 1 --lr-epochs 1"
-use_ctc=0
 warmup_epochs=1
 kd_epochs=8
 finetune_epochs=1

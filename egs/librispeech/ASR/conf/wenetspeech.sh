@@ -6,7 +6,6 @@ tokens="--lang-dir data/lang_char"
 tokens_file=data/lang_char/tokens.txt
 train_manifests=cuts_L_fixed.jsonl.gz
 train_flags="--training-subset L --max-duration 450 --use-fp16 1 --lr-epochs 1.5"
-use_ctc=0
 warmup_epochs=1
 kd_epochs=8
 finetune_epochs=1
