@@ -33,10 +33,10 @@ in_background() {
   (stoppable; "$@") &
 }
 
-# alone FOLDER: wait until no other process works there. What a script that was killed
-# had started counts, until it ends.
+# alone FOLDER: wait until no other process works there, if there is such a folder. What
+# a script that was killed had started counts, until it ends.
 alone() {
-  command -v flock > /dev/null || return 0
+  [ -d "$1" ] && command -v flock > /dev/null || return 0
   exec 9>> "$1/.lock"
   if ! flock -n 9; then
     echo "${0##*/}: another run works in $1 (or what is left of one that was killed:" \
