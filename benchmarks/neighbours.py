@@ -167,7 +167,9 @@ def main() -> None:
         "seconds": measure(args),
     }
     heads = [f"{n} busy" if n else "alone" for n in args.neighbours]
-    print(f"\nSeconds of a step, medians; {args.num_threads} threads, batches of", end="")
+    print(
+        f"\nSeconds of a step, medians; {args.num_threads} threads, batches of", end=""
+    )
     print(f" {args.max_duration:g} s, {os.cpu_count()} cores\n")
     print(f"| threads wait | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     figures["medians"] = {

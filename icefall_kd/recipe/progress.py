@@ -129,7 +129,9 @@ class Progress:
             self.at.pop(behind, None)
             self.at[behind] = {**self._present(), "ended": ended}
             for kind in (True, False):
-                batches = [b for b, s in self.at.items() if s.get("ended", False) == kind]
+                batches = [
+                    b for b, s in self.at.items() if s.get("ended", False) == kind
+                ]
                 for old in batches[:-CHECKPOINTS]:
                     del self.at[old]
             self.learned = True
@@ -149,7 +151,9 @@ class Progress:
 
     def _present(self) -> Dict[str, Any]:
         names = ("epoch", "seen", "per_epoch", "from_start")
-        state: Dict[str, Any] = {"counted": {name: getattr(self, name) for name in names}}
+        state: Dict[str, Any] = {
+            "counted": {name: getattr(self, name) for name in names}
+        }
         if self.hidden is not None:
             state["hidden"] = copy.deepcopy(self.hidden.state_dict())
         return state

@@ -169,9 +169,7 @@ def stop_once(
     wait_until(lambda: not processes_of(session), 60)
     after = tree(folder)
     found.differs = sorted(
-        name
-        for name in {*expected, *after}
-        if expected.get(name) != after.get(name)
+        name for name in {*expected, *after} if expected.get(name) != after.get(name)
     )
     found.twice = scenario.done_twice(folder, log.read_text(errors="replace"))
     return found

@@ -1,4 +1,4 @@
-"""``kd.sh`` to be stopped: icefall and ``icefall-kd`` are stand-ins that take their time.
+"""``kd.sh`` to be stopped: icefall and ``icefall-kd`` are stand-ins that take time.
 
 A checkpoint of a stand-in tells from which one before it was trained, and is written as
 torch writes it: a zip archive, piece by piece, under its own name.

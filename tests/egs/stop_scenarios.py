@@ -79,7 +79,10 @@ def _of_checkpoint(path: Path) -> bytes:
         return f"can't be read: {e}".encode()
     names = "model model_avg optimizer scheduler sampler hidden first_epoch"
     digest = hashlib.sha256()
-    for name in [*names.split(), *sorted(k for k in state if "best" in k or "idx" in k)]:
+    for name in [
+        *names.split(),
+        *sorted(k for k in state if "best" in k or "idx" in k),
+    ]:
         _numbers(state.get(name), digest)
     return digest.digest()
 
@@ -193,7 +196,9 @@ def commands(base: Path) -> List[Scenario]:
         return [sys.executable, "-c", PROGRAM, *map(str, words)]
 
     def dump(folder: Path, *words) -> List[str]:
-        return program("dump", *teacher, *kept, *words, fbank, folder / "train.jsonl.gz")
+        return program(
+            "dump", *teacher, *kept, *words, fbank, folder / "train.jsonl.gz"
+        )
 
     def two_jobs(folder: Path) -> List[str]:
         job = dump(folder, "--num-jobs", 2, "--job")
