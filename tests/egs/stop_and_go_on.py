@@ -33,6 +33,7 @@ from stop_scenarios import Scenario, scenarios, tree  # noqa: E402
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")
 PATIENCE = 600.0  # seconds for any one run
+END = 10.0  # seconds that a stopped command's processes may take to end
 
 
 @dataclass
@@ -72,7 +73,7 @@ def processes_of(session: int) -> List[str]:
             fields = stat.read_text().rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] != "Z":
                 words = (stat.parent / "cmdline").read_bytes().split(b"\0")
-                found.append(b" ".join(words).decode(errors="replace")[:200])
+                found.append(b" ".join(words).decode(errors="replace")[:200].strip())
         except OSError:
             continue  # it ended meanwhile
     return found
@@ -161,7 +162,7 @@ def stop_once(
     found = Stop(scenario.name, moment, stopped, run.finish())
     session = run.process.pid
     orphans = moment.signal == "SIGKILL" and not moment.whole_session
-    if not orphans and not wait_until(lambda: not processes_of(session), 10):
+    if not orphans and not wait_until(lambda: not processes_of(session), END):
         found.left = processes_of(session)
     begun = time.monotonic()
     found.again = Run(scenario, folder, log).finish()

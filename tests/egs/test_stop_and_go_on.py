@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import stop_and_go_on
 from stop_and_go_on import Moment, stop_once, undisturbed
 from stop_scenarios import Scenario, kd_sh
 
@@ -57,13 +58,13 @@ def test_a_command_that_takes_half_a_file_for_done_is_found_out(tmp_path):
     assert stop.stopped and stop.differs == ["out"] and not stop.good
 
 
-def test_what_lives_on_is_found_out(tmp_path):
-    code = "(trap '' TERM HUP INT; sleep 30) & echo begun; wait"
+def test_what_lives_on_is_found_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(stop_and_go_on, "END", 0.2)
     leaves = Scenario(
-        "leaves", lambda folder: folder.mkdir(parents=True), lambda folder: [code]
+        "leaves",
+        lambda folder: folder.mkdir(parents=True),
+        lambda folder: ["bash", "-c", "(trap '' TERM; echo begun; sleep 3) & wait"],
     )
-    leaves.command = lambda folder: ["bash", "-c", code.replace("30", "0.1")]
     whole = undisturbed(leaves, tmp_path)
-    leaves.command = lambda folder: ["bash", "-c", code]
     stop = stop_once(leaves, tmp_path, Moment("SIGTERM", True, output=0.9), whole)
-    assert stop.stopped and any("sleep 30" in command for command in stop.left)
+    assert stop.stopped and "sleep 3" in stop.left and not stop.good
