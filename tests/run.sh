@@ -3,6 +3,7 @@
 # Usage: bash tests/run.sh [PYTEST_OPTION ...]
 set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
+. egs/digits/ASR/shared/threads.sh
 
 bash tools/make_env.sh --prefix .venv-test --dev
 # A file's tests share what they make, so a file stays with one of the two processes.

@@ -1,6 +1,7 @@
 """Files to be written: places that can't be are refused; one is there whole, or the
 old one as it was, and nothing beside it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from icefall_kd.files import (
     check_new_file,
     check_new_folder,
     missing_folders,
+    own_name,
     replacing,
 )
 
@@ -79,7 +81,7 @@ def test_places_for_a_folder(tmp_path):
     for name in ("", "new", "new/deep"):
         check_new_folder(str(tmp_path / name), "DIR")
     for name in ("file", "file/new"):
-        with pytest.raises(KDError, match="DIR is .*file, and .*file is a file: give"):
+        with pytest.raises(KDError, match="DIR is .*, and .*file is a file: give"):
             check_new_folder(str(tmp_path / name), "DIR")
 
 
@@ -87,3 +89,32 @@ def test_folders_that_are_missing(tmp_path):
     assert missing_folders(tmp_path) == []
     deep = tmp_path / "a" / "b"
     assert missing_folders(deep) == [deep, tmp_path / "a"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path, in_child):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def killed():
+        with replacing(path, shared=True) as temporary:
+            temporary.write_text("half")
+            own_name(path).mkdir()  # a folder, as `plug` stages one
+            os.kill(os.getpid(), 9)
+
+    assert in_child(killed) == -9
+    assert len(list(tmp_path.iterdir())) == 3
+    with replacing(path, shared=True) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_others_are_writing_stays(tmp_path):
+    """Of a process that lives, of another machine, or of another file."""
+    path = tmp_path / "a.json"
+    mine = own_name(path)
+    names = [mine.name, ".tmp.elsewhere.999999999.0a.a.json", mine.name + ".gz"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    with replacing(path, shared=True) as temporary:
+        temporary.write_text("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "a.json"])

@@ -383,4 +383,7 @@ def report(**options) -> None:
 
 
 def main() -> None:
+    from icefall_kd.cli.stops import clean_up_when_stopped
+
+    clean_up_when_stopped()
     cli(prog_name="icefall-kd")

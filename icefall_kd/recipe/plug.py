@@ -13,11 +13,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional
-from uuid import uuid4
 
 from icefall_kd import __version__
 from icefall_kd.errors import KDError
-from icefall_kd.files import replacing
+from icefall_kd.files import own_name, replacing
 from icefall_kd.recipe.copies import (
     Plan,
     hash_bare,
@@ -108,7 +107,7 @@ def plug(
     there = os.path.lexists(new) and not (new.is_dir() and not any(new.iterdir()))
     if there and _is_up_to_date(new, recipe, leave_out):
         return None
-    stage = target.with_name(f".tmp.{uuid4().hex}.{target.name}")
+    stage = own_name(target)
     try:
         stage.mkdir()
         _stage(plan, new, stage)

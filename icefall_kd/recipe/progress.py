@@ -14,7 +14,7 @@ from icefall_kd.files import replacing
 from icefall_kd.recipe.online import process_of
 
 FILE = "kd.pt"
-CHECKPOINTS = 5  # whose states are kept
+CHECKPOINTS = 5  # within an epoch, and as many at an epoch's end, whose states are kept
 
 
 class Progress:
@@ -44,6 +44,10 @@ class Progress:
             self.state = None
         # By the batch of each checkpoint: projectors, and how far its epoch was.
         self.at: Dict[int, Dict[str, Any]] = dict((self.state or {}).get("at", {}))
+        # Behind the last batch that may have a checkpoint, and not among those yet.
+        self.newest: Optional[Dict[str, Any]] = (self.state or {}).get("newest")
+        if self.newest and self.newest["batch"] not in self.at:
+            self.at[self.newest["batch"]] = {**self.newest, "ended": not self.goes_on}
         self.from_checkpoint = self.at.get(int(params.get("batch_idx_train") or 0))
         # Parts that thawed, and the batch of the whole training that was their first.
         self.thawed: Dict[str, int] = dict((self.state or {}).get("thawed", {}))
@@ -122,16 +126,37 @@ class Progress:
         every = int(self.params.get("save_every_n") or 0)
         ended = self.epoch is not None and epoch != self.epoch
         if behind > 0 and (ended or (every and behind % every == 0)):
-            names = ("epoch", "seen", "per_epoch", "from_start")
             self.at.pop(behind, None)
-            self.at[behind] = {"counted": {name: getattr(self, name) for name in names}}
-            if self.hidden is not None:
-                state = copy.deepcopy(self.hidden.state_dict())
-                self.at[behind]["hidden"] = state
-            for old in list(self.at)[:-CHECKPOINTS]:
-                del self.at[old]
+            self.at[behind] = {**self._present(), "ended": ended}
+            for kind in (True, False):
+                batches = [
+                    b for b, s in self.at.items() if s.get("ended", False) == kind
+                ]
+                for old in batches[:-CHECKPOINTS]:
+                    del self.at[old]
             self.learned = True
             self.save()
+
+    def before_checkpoint(self) -> None:
+        """Keep what belongs to the checkpoint that may be about to be written.
+
+        A training that is killed before its next batch goes on from that one too.
+        """
+        if not (self.kept and self.params.get("cur_epoch") and self.epoch is not None):
+            return
+        batch = int(self.params.get("batch_idx_train") or 0)
+        self.newest = {**self._present(), "batch": batch}
+        self.learned = True
+        self.save()
+
+    def _present(self) -> Dict[str, Any]:
+        names = ("epoch", "seen", "per_epoch", "from_start")
+        state: Dict[str, Any] = {
+            "counted": {name: getattr(self, name) for name in names}
+        }
+        if self.hidden is not None:
+            state["hidden"] = copy.deepcopy(self.hidden.state_dict())
+        return state
 
     def keep(self, hidden: Optional[Any]) -> None:
         """Begin to keep the file, with the projectors of ``hidden``."""
@@ -153,6 +178,8 @@ class Progress:
         if not (self.kept and self.learned and self.file.parent.is_dir()):
             return
         state: Dict[str, Any] = {"first_epoch": self.first, "at": self.at}
+        if self.newest:
+            state["newest"] = self.newest
         if self.hidden is not None:
             state["hidden"] = self.hidden.state_dict()
         if self.thawed:

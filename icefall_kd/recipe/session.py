@@ -25,6 +25,7 @@ from typing import Any, Dict, List, Optional
 from icefall_kd.errors import KDError, install_excepthook
 from icefall_kd.recipe import checks
 from icefall_kd.recipe.arguments import WEIGHTS, add_options
+from icefall_kd.recipe.online import process_of
 from icefall_kd.recipe.time_warp import TimeWarp
 
 _session: Optional["Session"] = None
@@ -111,8 +112,13 @@ class Session:
         self.bpe = None
         self.untranscribed = 0
         self.searched = False  # the last batch, for what fills the memory
+        self.reading: Any = None
         if hidden or self.joint.moves:
             self.progress.keep(hidden)
+            # A plain function, which copies of the model share.
+            self.reading = model._register_state_dict_hook(
+                lambda *_: self.before_checkpoint()
+            )
 
     def _pieces(self) -> Optional[List[str]]:
         from icefall_kd.targets.fingerprint import pieces
@@ -240,16 +246,27 @@ class Session:
             for row in lists
         ]
 
+    def before_checkpoint(self) -> None:
+        """The recipe reads the student's parameters, perhaps for a checkpoint."""
+        if self.joint.hidden is not None:
+            if process_of()[1] > 1:
+                return  # the projectors learn in all processes at once, and not here
+            self._learn()
+        self.progress.before_checkpoint()
+
     def before_batch(self) -> None:
-        """Let the projectors learn from the last batch's backward pass."""
+        """Let the projectors learn from the last batch, if they have not yet."""
+        self._learn()
+        self.searched = self.progress.searches
+        self.progress.mark()
+
+    def _learn(self) -> None:
         hidden = self.joint.hidden
         if hidden is not None:
             if self.searched:
                 hidden.forget()
             else:
                 hidden.step()
-        self.searched = self.progress.searches
-        self.progress.mark()
 
     def diagnose(self, info, student) -> None:
         """Say of a validation batch how blank and how peaky the CTC head is."""
@@ -265,6 +282,8 @@ class Session:
     def close(self) -> None:
         self.hook.close()
         self.progress.close()
+        if self.reading is not None:
+            self.reading.remove()
         if self.ranges is not None:
             self.ranges.close()
 

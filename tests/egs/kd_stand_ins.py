@@ -10,13 +10,16 @@ SCRIPTS = (
 ).split()
 
 TOOL = """#!{python}
-import json, shutil, sys
+import json, shutil, sys, zipfile
 from pathlib import Path
 name, words = Path(sys.argv[0]).name, sys.argv[1:]
 with open("{calls}", "a") as f:
     f.write(json.dumps([name, *words]) + "\\n")
 def given(option):
     return words[words.index(option) + 1]
+def checkpoint(path, text):  # a zip archive, as torch writes it
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("words", text)
 def flags_of(model):
     path = Path("{calls}").with_name(model)
     return path.read_text() if path.exists() else "--use-ctc True --context-size 1"
@@ -34,14 +37,14 @@ elif name == "icefall-kd" and words[0] == "combine":
     Path(words[-1]).write_text("targets")
 elif name == "icefall-kd" and words[0] == "student":
     folder = Path(given("--student-dir"))
-    folder.mkdir(parents=True)
-    (folder / "epoch-1.pt").write_text("start")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint(folder / "epoch-1.pt", "start")
     (folder / "student_flags").write_text("--encoder-dim 8,8 " + flags_of("student"))
 elif name == "train.py":
     for e in range(int(given("--start-epoch")), int(given("--num-epochs")) + 1):
         if Path("{calls}").with_name("stop").exists() and e == 4:
             sys.exit(1)
-        (Path(given("--exp-dir")) / f"epoch-{{e}}.pt").write_text(" ".join(words))
+        checkpoint(Path(given("--exp-dir")) / f"epoch-{{e}}.pt", " ".join(words))
 elif name in ("decode.py", "ctc_decode.py"):
     folder = Path(given("--exp-dir")) / given("--decoding-method")
     folder.mkdir(parents=True, exist_ok=True)

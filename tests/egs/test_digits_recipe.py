@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ TINY = {
     "num-dev": 8,
     "num-test": 12,
     "teacher-epochs": 2,
-    "student-epochs": 1,
+    "student-epochs": 2,
     "num-threads": 1,
 }
 
@@ -32,11 +34,15 @@ ENV = {
 pytestmark = pytest.mark.recipe
 
 
-def run_sh(work_dir, *words, **options):
+def words_of(work_dir, *words, **options):
     command = ["egs/digits/ASR/run.sh", "--work-dir", str(work_dir)]
     for name, value in {**TINY, **options}.items():
         command += ["--" + name.replace("_", "-"), str(value)]
-    command += [str(w) for w in words]
+    return command + [str(w) for w in words]
+
+
+def run_sh(work_dir, *words, **options):
+    command = words_of(work_dir, *words, **options)
     root = RECIPE.parents[2]  # as the README calls it
     return subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=root)
 
@@ -127,6 +133,108 @@ def test_a_stage_asked_for_again_is_done_again_and_later_ones_are_due(work, tmp_
 
 def test_other_settings_in_the_same_folder_are_refused(work):
     refused(run_sh(work, seed=7), "other settings", "seed=7", "--work-dir")
+
+
+def stopped_sh(work_dir, file, number, *words):
+    """Run the recipe, and stop all of it as soon as a file is there."""
+    process = subprocess.Popen(
+        words_of(work_dir, *words),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENV,
+        cwd=RECIPE.parents[2],
+        start_new_session=True,
+    )
+    while not file.exists():
+        assert process.poll() is None, "it ended before"
+        time.sleep(0.005)
+    os.killpg(process.pid, number)
+    assert process.wait(60) != 0
+
+
+def same_parameters(a, b):
+    a, b = (torch.load(path, weights_only=False) for path in (a, b))
+    assert a["batch_idx_train"] == b["batch_idx_train"]
+    for part in ("model", "model_avg"):
+        for name, value in a[part].items():
+            assert torch.equal(value, b[part][name]), (part, name)
+
+
+@pytest.fixture
+def half_done(work, tmp_path):
+    """A copy of the work folder, in which stage N and what follows is not done."""
+
+    def copy(stage):
+        folder = tmp_path / "copy"
+        shutil.copytree(work, folder)
+        for n in range(stage, 10):
+            for mark in folder.glob(f"exp/.{n}.*"):
+                mark.unlink()
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_teacher_that_was_stopped_goes_on_at_its_next_epoch(work, half_done, number):
+    copy = half_done(4)
+    teacher, stage = copy / "exp/teacher", ("--stage", 4, "--stop-stage", 4)
+    stopped_sh(copy, teacher / "log", number, *stage)
+    assert not (teacher / "epoch-1.pt").exists()  # of the run before
+    stopped_sh(copy, teacher / "epoch-1.pt", number, *stage)
+    first = (teacher / "epoch-1.pt").stat().st_mtime_ns
+    done = run_sh(copy, *stage)
+    assert done.returncode == 0, done.stderr
+    assert "goes on where it was stopped" in done.stdout
+    assert "training from epoch 2 to 2" in done.stdout
+    assert (teacher / "epoch-1.pt").stat().st_mtime_ns == first
+    for n in (1, 2):
+        path = f"exp/teacher/epoch-{n}.pt"
+        same_parameters(work / path, copy / path)
+    assert not list(copy.rglob(".tmp*"))
+
+
+def test_students_that_were_stopped_go_on_with_projectors_and_all(work, half_done):
+    copy = half_done(7)
+    student, stage = copy / "exp/student-kd", ("--stage", 7, "--stop-stage", 7)
+    (student / "epoch-2.pt").unlink()
+    # Right behind a checkpoint, before any other batch.
+    stopped_sh(copy, student / "epoch-2.pt", signal.SIGKILL, *stage)
+    assert not (student / "epoch-3.pt").exists()
+    done = run_sh(copy, *stage)
+    assert done.returncode == 0, done.stderr
+    assert "student-kd: training from epoch 3 to 3" in done.stdout
+    for name in ("student", "student-kd"):
+        same_parameters(
+            work / f"exp/{name}/epoch-3.pt", copy / f"exp/{name}/epoch-3.pt"
+        )
+    projectors, again = (
+        torch.load(f / "exp/student-kd/kd.pt")["newest"]["hidden"]["modules"]
+        for f in (work, copy)
+    )
+    assert projectors.keys() == again.keys()
+    assert all(torch.equal(projectors[k], again[k]) for k in projectors)
+
+
+def test_a_redo_that_was_stopped_is_not_begun_anew(work, half_done):
+    copy = half_done(10)
+    words = ("--stage", 6, "--stop-stage", 7, "--redo", "true")
+    stopped_sh(copy, copy / "exp/.7.begun", signal.SIGTERM, *words)
+    start = (copy / "exp/student/epoch-1.pt").stat().st_mtime_ns
+    done = run_sh(copy, *words)
+    assert done.returncode == 0, done.stderr
+    assert "Stage 6: student: done before" in done.stdout
+    assert (copy / "exp/student/epoch-1.pt").stat().st_mtime_ns == start
+    assert not (copy / "exp/.redo").exists()
+    done = run_sh(copy, "--stage", 6, "--stop-stage", 6, "--redo", "true")
+    assert (copy / "exp/student/epoch-1.pt").stat().st_mtime_ns > start
+
+
+def test_settings_bind_no_folder_that_has_no_results(tmp_path):
+    nothing = ["--corpus", "fsdd", "--corpus-dir", "/nowhere"]
+    for seed in (1, 2):
+        done = run_sh(tmp_path, *nothing, "--seed", seed, "--stop-stage", 1)
+        refused(done, "/nowhere")
 
 
 def test_the_distilled_checkpoint_has_exactly_the_keys_of_the_plain_one(work):

@@ -431,7 +431,8 @@ def test_the_file_has_a_state_for_each_of_the_last_checkpoints(begin, tmp_path):
     batches(progress, 2, 6, 7, 8)  # epoch-1.pt is that of batch 5
     assert list(torch.load(tmp_path / "kd.pt")["at"]) == [3, 5, 6]
     batches(progress, 3, *range(9, 20))
-    assert list(torch.load(tmp_path / "kd.pt")["at"]) == [8, 9, 12, 15, 18]
+    # The last five within an epoch, and those of the last five epochs' ends.
+    assert list(torch.load(tmp_path / "kd.pt")["at"]) == [5, 6, 8, 9, 12, 15, 18]
 
 
 @pytest.mark.parametrize("every", [None, 3])
@@ -500,3 +501,37 @@ def test_a_second_resume_from_a_checkpoint_is_as_the_first(begin, tmp_path):
         again.per_epoch = 40
         again.keep(None)
         assert batches(again, 1, 7, 8) == expected[6:]
+
+
+def test_a_training_killed_right_behind_its_checkpoint_goes_on_from_it(
+    attached, tmp_path, caplog
+):
+    """Its next batch, which would have marked the checkpoint, never came."""
+    changes = {"kd_hidden_weight": 0.5, "kd_hidden_layers": "out", "save_every_n": 9}
+    first = attached(**changes)
+    hidden, model = first.joint.hidden, first.hook.model
+    first.progress.params.update(cur_epoch=1, batch_idx_train=4)
+    first.progress.saw(3)
+    learn(hidden, 0)
+    pending = hidden.optimizer.param_groups[0]["params"]
+    for p in pending:
+        p.grad = torch.ones_like(p)
+    model.state_dict()  # as for epoch-1.pt; the process is killed behind it
+    expected = [p.detach().clone() for p in pending]
+    later = attached(**changes, start_epoch=2, batch_idx_train=4)
+    learned = learn(later.joint.hidden, 0)
+    for a, b, c in zip(learned, expected, learn(layers(), 0)):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    assert later.progress.from_checkpoint["counted"]["seen"] == 3
+    assert "has no projectors" not in caplog.text
+
+
+def test_processes_that_share_projectors_do_not_wait_at_a_checkpoint(
+    attached, monkeypatch
+):
+    """One of them alone writes it, and moving the projectors takes all."""
+    found = attached(kd_hidden_weight=0.5, kd_hidden_layers="out")
+    monkeypatch.setattr(session, "process_of", lambda: (0, 2))
+    monkeypatch.setattr(HiddenLayers, "step", lambda self: pytest.fail("step"))
+    found.progress.params.update(cur_epoch=1, batch_idx_train=4)
+    found.hook.model.state_dict()

@@ -35,11 +35,15 @@ num_threads=0       # 0: all cores
 
 help_message="Usage: $0 [--option value ...]
 Stages: 0 environment, 1 data, 2 features, 3 tokens, 4 teacher, 5 targets,
-  6 student, 7 training, 8 decoding, 9 table. A stage whose work is done is skipped.
+  6 student, 7 training, 8 decoding, 9 table. A stage whose work is done is skipped,
+  and one that was stopped goes on.
 Options (now):
 $(sed -n '/^stage=0/,/^num_threads=/s/^\([a-z_]*\)=\(.*\)$/  --\1 \2/p' run.sh | tr _ -)"
 
 . shared/parse_options.sh
+. shared/threads.sh
+. shared/stoppable.sh
+. local/training.sh
 
 log() {
   local fname=${BASH_SOURCE[1]##*/}
@@ -89,39 +93,59 @@ num_test=$num_test vocab_size=$vocab_size teacher_epochs=$teacher_epochs \
 teacher_dir=$teacher_dir student=$student student_init=$student_init \
 student_epochs=$student_epochs long_factor=$long_factor \
 kd=$(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags"
-if [ -f "$exp/.settings" ] && [ "$(cat "$exp/.settings")" != "$settings" ]; then
+# write FILE TEXT: whole or not at all.
+write() { echo "$2" > "$1.tmp" && mv "$1.tmp" "$1"; }
+
+alone "$exp"
+if [ -f "$exp/.1.done" ] && [ "$(cat "$exp/.settings")" != "$settings" ]; then
   [ "$redo" = true ] || fail "$work_dir holds results of other settings" \
     "($(cat "$exp/.settings")), not these ($settings): give another --work-dir," \
     "or --redo true with the stages to do again"
 fi
-echo "$settings" > "$exp/.settings"
-
-# todo N NAME: whether stage N is asked for and not done yet.
-todo() {
-  [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ] || return 1
-  if [ "$redo" = true ]; then
-    local n
-    for n in $(seq "$1" 9); do rm -f "$exp/.$n.done"; done
+# Of a stage N, .N.begun and .N.done in exp/ say how far it is. A redo that was stopped
+# goes on when it is asked for again: .redo says that its stages are due already.
+redoing="$stage to $stop_stage, $settings"
+if [ "$redo" != true ]; then
+  rm -f "$exp/.redo"
+elif [ ! -f "$exp/.redo" ] || [ "$(cat "$exp/.redo")" != "$redoing" ]; then
+  if [ "$stage" -le "$stop_stage" ]; then
+    for n in $(seq "$stage" 9); do rm -f "$exp/.$n."*; done
   fi
-  if [ -f "$exp/.$1.done" ]; then
-    log "Stage $1: $2: done before (--redo true does it again)"
+fi
+write "$exp/.settings" "$settings"
+if [ "$redo" = true ]; then write "$exp/.redo" "$redoing"; fi
+rm -rf "$work_dir"/{data,exp}/{,*/}.tmp-*  # of a script that was killed
+
+# todo N NAME [OUTPUT ...]: whether stage N is asked for and not done yet. What an
+# earlier stage N left as its outputs goes; what this one did before it was stopped stays.
+todo() {
+  local n=$1 name=$2 before
+  shift 2
+  [ "$stage" -le "$n" ] && [ "$stop_stage" -ge "$n" ] || return 1
+  if [ -f "$exp/.$n.done" ]; then
+    log "Stage $n: $name: done before (--redo true does it again)"
     return 1
   fi
-  local n
-  for n in $(seq 0 $(($1 - 1))); do
-    [ -f "$exp/.$n.done" ] \
-      || fail "stage $1 ($2) needs stage $n, which is not done: run $0 --stage $n"
+  for before in $(seq 0 $((n - 1))); do
+    [ -f "$exp/.$before.done" ] \
+      || fail "stage $n ($name) needs stage $before, which is not done: run $0 --stage" \
+        "$before"
   done
-  log "Stage $1: $2"
+  if [ -f "$exp/.$n.begun" ]; then
+    log "Stage $n: $name: goes on where it was stopped"
+  else
+    log "Stage $n: $name"
+    rm -rf "$@" && touch "$exp/.$n.begun" || fail "$exp can't be written to"
+  fi
 }
 
-finish() { touch "$exp/.$1.done"; }
+finish() { mv "$exp/.$1.begun" "$exp/.$1.done"; }
 
 if todo 0 "environment"; then  # 3 minutes
   if python3 -c "import icefall_kd, lhotse, zipformer.modules" 2>/dev/null; then
     log "Using $(command -v python3)"
   else
-    bash ../../../tools/make_env.sh --prefix "$venv"
+    run bash ../../../tools/make_env.sh --prefix "$venv"
   fi
   finish 0
 fi
@@ -132,42 +156,41 @@ fi
 if [ "$stage" -le 0 ]; then icefall-kd doctor; fi
 
 if todo 1 "data ($corpus)"; then  # 1 minute, 100 MB
+  rm -rf "$data/manifests" "$data/audio"
   common=(--seed "$seed" --num-train "$num_train" --num-dev "$num_dev"
     --num-test "$num_test" --output-dir "$data/manifests" --audio-dir "$data/audio")
   if [ "$corpus" = espeak ]; then
-    ./local/prepare_espeak.py "${common[@]}"
+    run ./local/prepare_espeak.py "${common[@]}"
   else
     if [ -n "$untranscribed_speakers" ]; then
       common+=(--untranscribed-speakers "$untranscribed_speakers"
         --num-untranscribed "$num_untranscribed")
     fi
-    ./local/prepare_fsdd.py --corpus-dir "$corpus_dir" \
+    run ./local/prepare_fsdd.py --corpus-dir "$corpus_dir" \
       --test-speaker "$test_speaker" "${common[@]}"
   fi
   finish 1
 fi
 
-if todo 2 "features"; then  # 1 minute, 60 MB
-  ./local/compute_fbank.py --manifest-dir "$data/manifests" \
-    --output-dir "$data/fbank" --overwrite true
+if todo 2 "features" "$data/fbank"; then  # 1 minute, 60 MB
+  run ./local/compute_fbank.py --manifest-dir "$data/manifests" \
+    --output-dir "$data/fbank"
   finish 2
 fi
 
 if todo 3 "tokens"; then
   if [ -z "$teacher_dir" ]; then
-    ./local/train_bpe_model.py --lang-dir "$lang" --vocab-size "$vocab_size" \
+    run ./local/train_bpe_model.py --lang-dir "$lang" --vocab-size "$vocab_size" \
       --manifest "$data/manifests/digits_cuts_train.jsonl.gz"
   fi
   finish 3
 fi
 bpe=$lang/bpe.model
 
-if todo 4 "teacher"; then  # 8 minutes, 60 MB
+if todo 4 "teacher" "$exp/teacher"; then  # 8 minutes, 60 MB
   if [ -z "$teacher_dir" ]; then
-    rm -rf "$teacher"
-    ./zipformer/train.py --exp-dir "$teacher" --manifest-dir "$data/fbank" \
-      --bpe-model "$bpe" --num-epochs "$teacher_epochs" --seed "$seed" \
-      --num-threads "$num_threads"
+    train "$teacher" 1 "$teacher_epochs" --manifest-dir "$data/fbank" \
+      --bpe-model "$bpe" --seed "$seed" --num-threads "$num_threads"
   fi
   finish 4
 fi
@@ -177,17 +200,16 @@ teacher_flags=(--recipe ./zipformer --exp-dir "$teacher" --epoch "$teacher_epoch
 kd_sets=train
 if [ -n "$untranscribed_speakers" ]; then kd_sets=train,train-labelled; fi
 
-if todo 5 "targets"; then  # 1 minute, 25 MB
-  rm -rf "$data/kd"
+labelled=$data/fbank/digits_cuts_train-labelled.jsonl.gz
+if todo 5 "targets" "$data/kd" "$labelled"; then  # 1 minute, 25 MB
   mkdir -p "$data/kd"
-  if [ -n "$untranscribed_speakers" ]; then
-    ./local/label_cuts.py --exp-dir "$teacher" --epoch "$teacher_epochs" \
+  if [ -n "$untranscribed_speakers" ] && [ ! -f "$labelled" ]; then
+    run ./local/label_cuts.py --exp-dir "$teacher" --epoch "$teacher_epochs" \
       --bpe-model "$bpe" --num-threads "$num_threads" \
-      "$data/fbank/digits_cuts_train-untranscribed.jsonl.gz" \
-      "$data/fbank/digits_cuts_train-labelled.jsonl.gz"
+      "$data/fbank/digits_cuts_train-untranscribed.jsonl.gz" "$labelled"
   fi
   for set in ${kd_sets//,/ }; do
-    icefall-kd dump "${teacher_flags[@]}" --bpe-model "$bpe" \
+    run icefall-kd dump "${teacher_flags[@]}" --bpe-model "$bpe" \
       --num-threads "$num_threads" --keep-lattice dense --keep-hidden out:half \
       "$data/fbank/digits_cuts_$set.jsonl.gz" "$data/kd/digits_cuts_$set.jsonl.gz"
   done
@@ -195,13 +217,12 @@ if todo 5 "targets"; then  # 1 minute, 25 MB
   finish 5
 fi
 
-if todo 6 "student"; then
-  rm -rf "$exp/student" "$exp/student-kd"
+if todo 6 "student" "$exp/student" "$exp/student-kd"; then
   changes=()
   for change in $student; do changes+=(--set "$change"); done
-  icefall-kd student "${teacher_flags[@]}" --bpe-model "$bpe" \
+  run icefall-kd student "${teacher_flags[@]}" --bpe-model "$bpe" \
     --student-dir "$exp/student" "${changes[@]}" --init "$student_init" --seed "$seed"
-  cp -r "$exp/student" "$exp/student-kd"
+  copy_student "$exp/student" "$exp/student-kd"
   finish 6
 fi
 
@@ -212,9 +233,13 @@ hard_mult=1
 if [ -n "$untranscribed_speakers" ]; then hard_mult=2; fi
 hard_last=$((1 + student_epochs * long_factor * hard_mult))
 
-if todo 7 "training, without and with KD"; then  # 3 minutes
+# Of the students' folders, all but what stage 6 made.
+trained=()
+while read -r f; do trained+=("$f"); done < <(find "$exp/student" "$exp/student-kd" \
+  -mindepth 1 -maxdepth 1 ! -name epoch-1.pt ! -name "student_*" 2>/dev/null)
+if todo 7 "training, without and with KD" ${trained[@]+"${trained[@]}"}; then  # 3 minutes
   read -r -a flags < "$exp/student/student_flags"
-  common=(--bpe-model "$bpe" --start-epoch 2 --seed "$seed" "${flags[@]}")
+  common=(--bpe-model "$bpe" --seed "$seed" "${flags[@]}")
   read -r -a more <<< "$kd_flags"
   # Side by side: a small model trains no faster on two cores than on one.
   if [ "$num_threads" -eq 0 ]; then num_threads=$((($(nproc) + 1) / 2)); fi
@@ -222,16 +247,13 @@ if todo 7 "training, without and with KD"; then  # 3 minutes
   mkdir -p "$exp/student/log"
   hard_log=$exp/student/log/stage-7
   log "The student without KD trains meanwhile; its log is $hard_log"
-  ./zipformer/train.py --exp-dir "$exp/student" --manifest-dir "$data/fbank" \
-    --num-epochs "$hard_last" "${common[@]}" > "$hard_log" 2>&1 &
+  in_background train "$exp/student" 2 "$hard_last" --manifest-dir "$data/fbank" \
+    "${common[@]}" >> "$hard_log" 2>&1
   hard=$!
-  trap 'kill "$hard" 2>/dev/null || true' EXIT
-  ./zipformer/train.py --exp-dir "$exp/student-kd" --manifest-dir "$data/kd" \
-    --train-set "$kd_sets" --num-epochs "$last" "${common[@]}" \
-    --kd-config "$kd_config" "${more[@]}"
+  train "$exp/student-kd" 2 "$last" --manifest-dir "$data/kd" --train-set "$kd_sets" \
+    "${common[@]}" --kd-config "$kd_config" "${more[@]}"
   log "Waiting for the student without KD"
   wait "$hard" || fail "the student without KD did not train: see $hard_log"
-  trap - EXIT
   finish 7
 fi
 
@@ -245,19 +267,23 @@ done
 if todo 8 "decoding"; then  # 1 minute
   for m in "${models[@]}"; do
     for method in ctc-greedy-search greedy_search; do
-      ./zipformer/decode.py --exp-dir "${m%:*}" --epoch "${m##*:}" --avg 1 \
+      mark=$exp/.8.$(tr : - <<< "${m##*/}").$method
+      if [ -f "$mark" ]; then continue; fi
+      run ./zipformer/decode.py --exp-dir "${m%:*}" --epoch "${m##*:}" --avg 1 \
         --manifest-dir "$data/fbank" --bpe-model "$bpe" \
         --decoding-method "$method" --num-threads "$num_threads"
+      touch "$mark"
     done
   done
   finish 8
 fi
 
 if todo 9 "table"; then  # 1 minute
-  ./local/make_table.py --seed "$seed" --bpe-model "$bpe" --output "$exp/summary.json" \
+  run ./local/make_table.py --seed "$seed" --bpe-model "$bpe" --output "$exp/summary.json" \
     --manifest "$data/fbank/digits_cuts_test.jsonl.gz" "${models[@]}"
   finish 9
 fi
+rm -f "$exp/.redo"
 if [ "$stop_stage" -ge 9 ] && [ -f "$exp/summary.md" ]; then
   echo
   cat "$exp/summary.md"

@@ -14,6 +14,9 @@ help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
   [--variants '$variants']"
 
 . shared/parse_options.sh
+. shared/threads.sh
+. shared/stoppable.sh
+. local/training.sh
 
 if [ -f ../../../.venv/bin/activate ]; then . ../../../.venv/bin/activate; fi
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
@@ -43,22 +46,23 @@ one() {
   local seed=$1 out=$work_dir/ablation/seed-$1/exp-$2
   local start=$work_dir/seed-$1-random/exp/student set flags student
   [ ! -f "$out/done" ] || return 0
-  rm -rf "$out" && mkdir -p "$out"
-  cp "$start/epoch-1.pt" "$start/student_flags" "$out/"
+  [ -f "$out/epoch-1.pt" ] || copy_student "$start" "$out"
   read -r set flags <<< "$(flags_of "$2")"
   read -r -a flags <<< "$flags"
   read -r -a student < "$out/student_flags"
-  local common=(--exp-dir "$out" --num-threads 1
+  local mark common=(--num-threads 1
     --bpe-model "$work_dir/seed-$seed/data/lang_bpe_54/bpe.model")
-  ./zipformer/train.py "${common[@]}" --seed "$seed" --start-epoch 2 --num-epochs 4 \
-    --save-every-n $((half_step / 6)) \
+  train "$out" 2 4 "${common[@]}" --seed "$seed" --save-every-n $((half_step / 6)) \
     --manifest-dir "$work_dir/ablation/seed-$seed/$set" "${student[@]}" "${flags[@]}"
   for method in ctc-greedy-search greedy_search; do
     for checkpoint in "--epoch 4" "--iter $half_step"; do
+      mark=$out/.decoded-$method-$(tr -d ' ' <<< "$checkpoint")
+      if [ -f "$mark" ]; then continue; fi
       # shellcheck disable=SC2086
-      ./zipformer/decode.py "${common[@]}" $checkpoint --avg 1 \
+      run ./zipformer/decode.py --exp-dir "$out" "${common[@]}" $checkpoint --avg 1 \
         --manifest-dir "$work_dir/seed-$seed-random/data/fbank" \
         --decoding-method "$method"
+      touch "$mark"
     done
   done
   touch "$out/done"
@@ -66,10 +70,11 @@ one() {
 
 for variant in $variants; do flags_of "$variant" > /dev/null; done
 mkdir -p "$work_dir/ablation"
-for seed in $seeds; do run "$work_dir/ablation" targets "$seed"; done
+alone "$work_dir/ablation"
+for seed in $seeds; do start "$work_dir/ablation" targets "$seed"; done
 finished
 for variant in $variants; do
-  for seed in $seeds; do run "$work_dir/ablation" one "$seed" "$variant"; done
+  for seed in $seeds; do start "$work_dir/ablation" one "$seed" "$variant"; done
 done
 finished
 ./local/ablation_table.py --work-dir "$work_dir" --seeds "$seeds" \

@@ -16,11 +16,13 @@ help_message="Usage: $0 --corpus-dir DIR [--work-dir work/fsdd] [--seeds '1 2 3'
   [--jobs 2] [--test-speaker theo] [--untranscribed-speakers nicolas,yweweler]"
 
 . shared/parse_options.sh
+. shared/threads.sh
+. shared/stoppable.sh
 
 [ -n "$corpus_dir" ] || { echo "run_fsdd.sh: error: --corpus-dir is missing, the" \
   "folder of the Free Spoken Digit Dataset's recordings" >&2; exit 1; }
 if [ -d "$caller/$corpus_dir" ]; then corpus_dir=$(cd "$caller/$corpus_dir" && pwd); fi
-./run.sh --stage 0 --stop-stage 0 --work-dir "$work_dir/environment"
+run ./run.sh --stage 0 --stop-stage 0 --work-dir "$work_dir/environment"
 if [ -f ../../../.venv/bin/activate ]; then . ../../../.venv/bin/activate; fi
 mkdir -p "$work_dir/log"
 
@@ -30,17 +32,17 @@ one_seed() {
     --seed "$seed" --num-threads 1 --kd-config conf/ctc.yaml)
   local half=(--untranscribed-speakers "$untranscribed_speakers" --num-train 800)
   local from_random=(--student-init random --student-epochs 3 --teacher-dir "$base")
-  ./run.sh "${common[@]}" --work-dir "$base" --student-epochs 1 --long-factor 3
-  ./run.sh "${common[@]}" "${from_random[@]}" --work-dir "$base-random" \
+  run ./run.sh "${common[@]}" --work-dir "$base" --student-epochs 1 --long-factor 3
+  run ./run.sh "${common[@]}" "${from_random[@]}" --work-dir "$base-random" \
     --long-factor 3
-  ./run.sh "${common[@]}" "${from_random[@]}" "${half[@]}" --work-dir "$base-half"
+  run ./run.sh "${common[@]}" "${from_random[@]}" "${half[@]}" --work-dir "$base-half"
 }
 export OMP_NUM_THREADS=1
 pids=()
 for seed in $seeds; do
-  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 5; done
+  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 2; done
   echo "seed $seed: log in $work_dir/log/seed-$seed"
-  one_seed "$seed" > "$work_dir/log/seed-$seed" 2>&1 &
+  in_background one_seed "$seed" >> "$work_dir/log/seed-$seed" 2>&1
   pids+=($!)
 done
 for pid in "${pids[@]}"; do

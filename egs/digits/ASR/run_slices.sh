@@ -17,6 +17,9 @@ help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
   [--starts '$starts'] [--kinds '$kinds']"
 
 . shared/parse_options.sh
+. shared/threads.sh
+. shared/stoppable.sh
+. local/training.sh
 
 if [ -f ../../../.venv/bin/activate ]; then . ../../../.venv/bin/activate; fi
 export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
@@ -29,9 +32,10 @@ one() {
   local random=$work_dir/seed-$1-random settings change flags student
   local bpe=$base/data/lang_bpe_54/bpe.model fbank=$random/data/fbank
   [ ! -f "$exp/done" ] || return 0
-  rm -rf "$exp" && mkdir -p "$exp"
-  if [ "$2" = random ]; then
-    cp "$random/exp/student/epoch-1.pt" "$random/exp/student/student_flags" "$exp/"
+  if [ -f "$exp/epoch-1.pt" ]; then
+    :  # it was stopped later
+  elif [ "$2" = random ]; then
+    copy_student "$random/exp/student" "$exp"
   else
     settings=()
     for change in encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 \
@@ -39,28 +43,29 @@ one() {
       settings+=(--set "$change")
     done
     [ "$2" = first ] || settings+=(--layers important --channels important)
-    icefall-kd student --recipe ./zipformer --exp-dir "$base/exp/teacher" --epoch 10 \
+    run icefall-kd student --recipe ./zipformer --exp-dir "$base/exp/teacher" --epoch 10 \
       --bpe-model "$bpe" --student-dir "$exp" --seed "$seed" "${settings[@]}" \
       --cuts "$fbank/digits_cuts_train.jsonl.gz"
   fi
   read -r -a student < "$exp/student_flags"
   flags=()
   [ "$3" = none ] || flags=(--kd-config conf/kd.yaml)
-  ./zipformer/train.py --exp-dir "$exp" --bpe-model "$bpe" --num-threads 1 \
-    --seed "$seed" --start-epoch 2 --num-epochs 4 --save-every-n "$every" \
+  train "$exp" 2 4 --bpe-model "$bpe" --num-threads 1 --seed "$seed" \
+    --save-every-n "$every" \
     --manifest-dir "$work_dir/ablation/seed-$seed/kd" "${student[@]}" \
     ${flags[@]+"${flags[@]}"}
-  ./local/learning_curve.py --exp-dir "$exp" --bpe-model "$bpe" \
+  run ./local/learning_curve.py --exp-dir "$exp" --bpe-model "$bpe" \
     --cuts "$fbank/digits_cuts_test.jsonl.gz" --json "$exp/curve.json"
   touch "$exp/done"
 }
 
-mkdir -p "$out"
-for seed in $seeds; do run "$out" targets "$seed"; done
+mkdir -p "$out" "$work_dir/ablation"
+alone "$work_dir/ablation"  # whose targets it makes and uses
+for seed in $seeds; do start "$out" targets "$seed"; done
 finished
 for kind in $kinds; do
   for start in $starts; do
-    for seed in $seeds; do run "$out" one "$seed" "$start" "$kind"; done
+    for seed in $seeds; do start "$out" one "$seed" "$start" "$kind"; done
   done
 done
 finished

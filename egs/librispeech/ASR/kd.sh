@@ -77,6 +77,9 @@ find_file() {
   fail "the file $1 does not exist"
 }
 
+. "$here/shared/threads.sh"
+. "$here/shared/stoppable.sh"
+
 # The file first: options go before it.
 previous=
 for word in "$@"; do
@@ -209,6 +212,10 @@ esac
 # Students of other settings in the same folder would be taken for these. What makes
 # training fit a machine may change on the way.
 own='--(max-duration|num-workers|num-buckets|master-port|save-every-n|keep-last-k) [0-9]+'
+# All that takes its time ends with this script.
+icefall-kd() { run icefall-kd "$@"; }
+python=(run "${python[@]}")
+
 if [ "$stage" -le 7 ] && [ "$stop_stage" -ge 3 ]; then
   settings="teacher $teacher_dir $teacher_epoch $teacher_avg, student $student \
 $student_flags, epochs $warmup_epochs+$kd_epochs+$finetune_epochs, \
@@ -220,12 +227,17 @@ $(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags"
   fi
 fi
 
+# A checkpoint that a killed training was writing has no directory at its end.
+is_whole() {
+  [ -f "$1" ] && "${python[@]}" -m zipfile -l "$1" > /dev/null 2>&1
+}
 # train FOLDER FIRST LAST [FLAGS]: those of the epochs FIRST to LAST that are not done.
 train() {
   local folder=$1 first=$2 end=$3 e
   shift 3
+  alone "$folder"
   for e in $(seq "$end" -1 "$first"); do
-    if [ -f "$folder/epoch-$e.pt" ]; then first=$((e + 1)); break; fi
+    if is_whole "$folder/epoch-$e.pt"; then first=$((e + 1)); break; fi
   done
   if [ "$first" -gt "$end" ]; then log "$folder has its epoch $end"; return; fi
   [ -f "$folder/epoch-$((first - 1)).pt" ] \
@@ -299,17 +311,15 @@ if asked 2 "the teacher's targets, $kd_dir"; then
   else
     log "$nj jobs; their logs are $kd_dir/log/dump-*"
     pids=()
-    trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
     read -r -a gpus <<< "$(tr ',' ' ' <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 63)}")"
     for j in $(seq 0 $((nj - 1))); do
-      CUDA_VISIBLE_DEVICES=${gpus[$((j % ${#gpus[@]}))]} dump "$j" \
-        > "$kd_dir/log/dump-$j" 2>&1 &
+      CUDA_VISIBLE_DEVICES=${gpus[$((j % ${#gpus[@]}))]} in_background dump "$j" \
+        > "$kd_dir/log/dump-$j" 2>&1
       pids+=($!)
     done
     for j in "${!pids[@]}"; do
       wait "${pids[$j]}" || fail "job $j failed: $(tail -n 1 "$kd_dir/log/dump-$j")"
     done
-    trap - EXIT
   fi
 fi
 for m in "${manifests[@]}"; do
@@ -329,7 +339,7 @@ if asked 3 "the student $student, $exp_dir"; then
     *) size=() ;;  # a name, and --student-flags say the size
   esac
   split student_flags
-  if [ -f "$exp_dir/start/epoch-1.pt" ]; then
+  if [ -f "$exp_dir/start/epoch-1.pt" ] && [ -f "$exp_dir/.settings" ]; then
     log "$exp_dir/start has its epoch-1.pt"
   else
     # Without chunks: those are for decoding, and a student trains with several.
@@ -337,7 +347,8 @@ if asked 3 "the student $student, $exp_dir"; then
       ${size[@]+"${size[@]}"} ${words[@]+"${words[@]}"} \
       ${teacher_size[@]+"${teacher_size[@]}"}
   fi
-  [ -f "$exp_dir/.settings" ] || echo "$settings" > "$exp_dir/.settings"
+  echo "$settings" > "$exp_dir/.settings.tmp"
+  mv "$exp_dir/.settings.tmp" "$exp_dir/.settings"
   # Weights that the targets can't serve are refused now, not behind the warm-up.
   icefall-kd doctor "${teacher[@]}" --student-dir "$exp_dir/start" \
     --cuts "$kd_dir/${manifests[0]}" \

@@ -1,4 +1,5 @@
-# What run_ablation.sh and run_slices.sh share; they set work_dir and jobs.
+# What run_ablation.sh and run_slices.sh share, behind shared/stoppable.sh; they set
+# work_dir and jobs.
 
 # targets SEED: what the teacher says on the training cuts, in three sets.
 targets() {
@@ -8,11 +9,12 @@ targets() {
     --bpe-model "$base/data/lang_bpe_54/bpe.model" --num-threads 1)
   [ ! -f "$out/.targets" ] || return 0
   mkdir -p "$out"/kd "$out"/kd-path "$out"/kd-nbest
-  icefall-kd dump --recipe ./zipformer "${teacher[@]}" --keep-lattice dense \
+  run icefall-kd dump --recipe ./zipformer "${teacher[@]}" --keep-lattice dense \
     --keep-hidden out:half "$fbank/$cuts" "$out/kd/$cuts"
-  icefall-kd dump --recipe ./zipformer "${teacher[@]}" --keep-lattice path:dense \
+  run icefall-kd dump --recipe ./zipformer "${teacher[@]}" --keep-lattice path:dense \
     "$fbank/$cuts" "$out/kd-path/$cuts"
-  ./local/nbest_cuts.py "${teacher[@]}" "$out/kd/$cuts" "$out/kd-nbest/$cuts"
+  [ -f "$out/kd-nbest/$cuts" ] \
+    || run ./local/nbest_cuts.py "${teacher[@]}" "$out/kd/$cuts" "$out/kd-nbest/$cuts"
   for set in kd kd-path kd-nbest; do
     cp "$fbank/digits_cuts_dev.jsonl.gz" "$out/$set/"
   done
@@ -20,21 +22,23 @@ targets() {
 }
 
 failed=$(mktemp -u)
-# run DIR FUNCTION ARGS: in the background, when one of the jobs is free; its log in DIR.
-run() {
+trap 'stop_jobs; rm -f "$failed"' EXIT
+# start DIR FUNCTION ARGS: in the background, when one of the jobs is free; its log in DIR.
+start() {
   logs=$1
   local log
   log=$logs/$(tr ' ' - <<< "${*:2}").log
   while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 2; done
   echo "${*:2}: log in $log"
   # No `wait PID`: a long run may see the number of a process a second time.
-  (trap '[ $? -eq 0 ] || touch "$failed"' EXIT; "${@:2}") > "$log" 2>&1 &
+  (stoppable
+    trap '[ $? -eq 0 ] || touch "$failed"; stop_jobs' EXIT
+    "${@:2}") >> "$log" 2>&1 &
 }
 
 finished() {
   wait
   [ ! -e "$failed" ] || { echo "${0##*/}: error: a run failed, see the last lines of" \
     "$logs/*.log: mend it and start again, what is done is kept" >&2
-    rm -f "$failed"
     exit 1; }
 }

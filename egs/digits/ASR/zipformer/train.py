@@ -18,7 +18,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from shutil import copyfile
 from typing import Any, Dict, Optional, Tuple, Union
 
 import sentencepiece as spm
@@ -50,6 +49,7 @@ from zipformer.utils import (
 from zipformer.utils import save_checkpoint as save_checkpoint_impl
 from zipformer.utils import setup_dist, setup_logger, str2bool, update_averaged_model
 
+from icefall_kd.files import replacing
 from icefall_kd.recipe import session as kd
 from icefall_kd.rnnt import get_engine
 
@@ -160,20 +160,19 @@ def save_checkpoint(
     """Save states and ``params``; the file appears whole."""
     if rank != 0:
         return
-    temporary = filename.with_name(f".{filename.name}.{os.getpid()}")
-    save_checkpoint_impl(
-        filename=temporary,
-        model=model,
-        model_avg=model_avg,
-        params={**params, "sampler": sampler.state_dict()},
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=scaler,
-        rank=rank,
-    )
+    with replacing(filename) as temporary:
+        save_checkpoint_impl(
+            filename=temporary,
+            model=model,
+            model_avg=model_avg,
+            params={**params, "sampler": sampler.state_dict()},
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=scaler,
+            rank=rank,
+        )
     if model_avg is not None:
         model_avg.to(torch.float64)
-    temporary.replace(filename)
 
 
 def compute_loss(
@@ -472,22 +471,23 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
                 world_size=world_size,
                 rank=rank,
             )
-            filename = params.exp_dir / f"epoch-{epoch}.pt"
-            save_checkpoint(
-                filename,
-                params,
-                model,
-                model_avg,
-                optimizer,
-                scheduler,
-                train_dl.sampler,
-                scaler,
-                rank,
-            )
-            if rank == 0 and params.best_train_epoch == epoch:
-                copyfile(filename, params.exp_dir / "best-train-loss.pt")
-            if rank == 0 and params.best_valid_epoch == epoch:
-                copyfile(filename, params.exp_dir / "best-valid-loss.pt")
+            best = {
+                "best-train-loss.pt": params.best_train_epoch == epoch,
+                "best-valid-loss.pt": params.best_valid_epoch == epoch,
+            }
+            # The epoch's own comes last: it says that all of them are there.
+            for name in [*filter(best.get, best), f"epoch-{epoch}.pt"]:
+                save_checkpoint(
+                    params.exp_dir / name,
+                    params,
+                    model,
+                    model_avg,
+                    optimizer,
+                    scheduler,
+                    train_dl.sampler,
+                    scaler,
+                    rank,
+                )
     logging.info("Done!")
     if world_size > 1:
         torch.distributed.barrier()

@@ -1,0 +1,23 @@
+# To be sourced, behind shared/stoppable.sh.
+
+# train FOLDER FIRST LAST FLAGS: those of the epochs FIRST to LAST that are not done.
+train() {
+  local folder=$1 first=$2 last=$3
+  shift 3
+  while [ -f "$folder/epoch-$first.pt" ]; do first=$((first + 1)); done
+  if [ "$first" -gt "$last" ]; then
+    echo "$folder has its epoch $last"
+    return
+  fi
+  echo "$folder: training from epoch $first to $last"
+  run ./zipformer/train.py --exp-dir "$folder" --start-epoch "$first" \
+    --num-epochs "$last" "$@"
+}
+
+# copy_student FROM TO: the checkpoint last, as it says that all is there.
+copy_student() {
+  mkdir -p "$2"
+  cp "$1/student_flags" "$2/"
+  cp "$1/epoch-1.pt" "$2/.tmp.epoch-1.pt"
+  mv "$2/.tmp.epoch-1.pt" "$2/epoch-1.pt"
+}

@@ -1,0 +1,70 @@
+"""``kd.sh`` stopped once by each signal; stop_and_go_on.py stops all commands often."""
+
+import sys
+
+import pytest
+import stop_and_go_on
+from stop_and_go_on import Moment, stop_once, undisturbed
+from stop_scenarios import Scenario, kd_sh
+
+
+@pytest.fixture(scope="module")
+def kd_script(tmp_path_factory):
+    work = tmp_path_factory.mktemp("kd.sh")
+    return work, undisturbed(kd_sh(), work)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        Moment("SIGINT", True, output=0.3),
+        Moment("SIGTERM", False, output=0.45),
+        Moment("SIGHUP", True, output=0.6),
+        Moment("SIGKILL", True, output=0.35),
+        Moment("SIGKILL", False, output=0.55),
+    ],
+    ids=lambda m: f"{m.signal}-{'all' if m.whole_session else 'script'}",
+)
+def test_kd_script_goes_on_where_it_was_stopped(kd_script, moment):
+    work, whole = kd_script
+    stop = stop_once(kd_sh(), work, moment, whole)
+    assert stop.stopped and stop.status != 0
+    assert stop.good, stop
+
+
+# Writes a file in two halves, and takes it for done where it is there.
+CARELESS = """
+import sys, time
+from pathlib import Path
+out = Path(sys.argv[1])
+if not out.exists():
+    with open(out, "w") as file:
+        for word in ("first ", "second "):
+            file.write(word)
+            file.flush()
+            print(word, flush=True)
+            time.sleep(0.5)
+"""
+
+
+def test_a_command_that_takes_half_a_file_for_done_is_found_out(tmp_path):
+    careless = Scenario(
+        "careless",
+        lambda folder: folder.mkdir(parents=True),
+        lambda folder: [sys.executable, "-c", CARELESS, str(folder / "out")],
+    )
+    whole = undisturbed(careless, tmp_path)
+    stop = stop_once(careless, tmp_path, Moment("SIGKILL", True, output=0.2), whole)
+    assert stop.stopped and stop.differs == ["out"] and not stop.good
+
+
+def test_what_lives_on_is_found_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(stop_and_go_on, "END", 0.2)
+    leaves = Scenario(
+        "leaves",
+        lambda folder: folder.mkdir(parents=True),
+        lambda folder: ["bash", "-c", "(trap '' TERM; echo begun; sleep 3) & wait"],
+    )
+    whole = undisturbed(leaves, tmp_path)
+    stop = stop_once(leaves, tmp_path, Moment("SIGTERM", True, output=0.9), whole)
+    assert stop.stopped and "sleep 3" in stop.left and not stop.good
