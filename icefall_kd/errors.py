@@ -11,7 +11,8 @@ class KDError(ValueError):
     @property
     def sentence(self) -> str:
         # A DataLoader worker puts its traceback before the message.
-        return str(self).strip().rsplit("KDError: ", 1)[-1]
+        sentence = str(self).strip().rsplit("KDError: ", 1)[-1]
+        return " ".join(sentence.splitlines())  # a file's name may hold line breaks
 
 
 def _report(error: KDError) -> None:
