@@ -23,7 +23,7 @@ import logging
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from icefall_kd.errors import KDError, install_excepthook
+from icefall_kd.errors import KDError, disk_errors, install_excepthook
 from icefall_kd.recipe import checks
 from icefall_kd.recipe.arguments import WEIGHTS, add_options
 from icefall_kd.recipe.time_warp import TimeWarp
@@ -340,6 +340,7 @@ def _first_layers(cuts) -> Dict:
     return {}
 
 
+@disk_errors()
 def attach(params: Dict[str, Any], model) -> None:
     """Begin a session; call it in ``run()`` when the model has its last form.
 
@@ -372,6 +373,7 @@ def attach(params: Dict[str, Any], model) -> None:
         _freezing = freezing
 
 
+@disk_errors()
 def wrap_dataset(dataset, cuts):
     """Let the training dataset bring the targets of its cuts along.
 
