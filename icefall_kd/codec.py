@@ -94,14 +94,14 @@ class Codec:
         wanted = {"dense": 0, "top": 1, "adaptive": 2, "sampled": 1}
         if wanted.get(kind) != len(values):
             raise _bad(text, "is of no known form")
-        if t <= 0:
-            raise _bad(text, "its temperature must be above 0")
+        if not 0 < t < math.inf:
+            raise _bad(text, "its temperature must be above 0, and finite")
         if kind == "dense":
             if t != 1:
                 raise _bad(text, "dense serves every temperature without @T")
             return Codec()
         entries = values[-1]
-        if entries != int(entries) or not 1 <= entries <= MAX_ENTRIES:
+        if not 1 <= entries <= MAX_ENTRIES or entries != int(entries):
             raise _bad(text, f"its number of entries must be 1 to {MAX_ENTRIES}")
         mass = values[0] if kind == "adaptive" else 1.0
         if not 0 < mass <= 1:

@@ -11,7 +11,8 @@ class KDError(ValueError):
     @property
     def sentence(self) -> str:
         # A DataLoader worker puts its traceback before the message.
-        return str(self).strip().rsplit("KDError: ", 1)[-1]
+        sentence = str(self).strip().rsplit("KDError: ", 1)[-1]
+        return " ".join(sentence.splitlines())  # a file's name may hold line breaks
 
 
 class NotFiniteError(KDError):
@@ -44,18 +45,23 @@ def install_excepthook() -> None:
 
 
 @contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what a failed disk or an impossible path raises into a :class:`KDError`."""
+    try:
+        yield
+    except OSError as e:
+        place = f" ({e.filename})" if e.filename else ""
+        raise KDError(
+            f"{e.strerror or e}{place}: free space or mend the path, then retry"
+        ) from None
+
+
+@contextmanager
 def one_sentence() -> Iterator[None]:
     """Turn a :class:`KDError`, or a failed disk, into one sentence and exit 1."""
     try:
-        yield
+        with disk_errors():
+            yield
     except KDError as e:
         _report(e)
-        raise SystemExit(1) from None
-    except OSError as e:
-        place = f" ({e.filename})" if e.filename else ""
-        _report(
-            KDError(
-                f"{e.strerror or e}{place}: free space or mend the path, then retry"
-            )
-        )
         raise SystemExit(1) from None

@@ -68,7 +68,8 @@ class HiddenCodec:
     @staticmethod
     def parse(text: str) -> "HiddenCodec":
         """The codec that ``text`` names, in the form that a fingerprint has."""
-        match = re.fullmatch(r"(\d+|out):(?:half|mvq:([1-9]\d*):([0-9a-f]+))", text)
+        form = r"([0-9]{1,3}|out):(?:half|mvq:([1-9][0-9]{0,2}):([0-9a-f]+))"
+        match = re.fullmatch(form, text)
         if not match:
             raise KDError(f"the hidden layer is {text!r}: give {FORMS}")
         layer, codes, quantizer = match.groups()
@@ -165,7 +166,7 @@ class HiddenCodec:
 
 def parse_hidden(text: str) -> Tuple[HiddenCodec, ...]:
     """The codecs of a list with commas; none of an empty one."""
-    codecs = tuple(HiddenCodec.parse(part) for part in text.split(",") if part)
+    codecs = tuple(HiddenCodec.parse(part) for part in text.split(",") if text)
     layers = [codec.layer for codec in codecs]
     for layer in layers:
         if layers.count(layer) > 1:
@@ -220,7 +221,7 @@ def hash_file(path: Union[str, Path]) -> str:
 def from_command_line(text: str) -> Tuple[Tuple[HiddenCodec, ...], Dict[Layer, Path]]:
     """The codecs that ``--keep-hidden`` asks for, and the quantizer file of each."""
     forms, files = [], {}
-    for part in filter(None, text.split(",")):
+    for part in text.split(",") if text else ():
         layer, _, form = part.partition(":")
         if form == "half" or not form:
             forms.append(str(HiddenCodec.parse(part)))

@@ -49,7 +49,8 @@ def select(rows: Distribution, index: Any) -> Distribution:
         return SparseDistribution(
             rows.indices[index], rows.log_probs[index], rows.log_tail[index]
         )
-    if isinstance(index, torch.Tensor) and index.dtype == torch.int64:
+    is_list = isinstance(index, torch.Tensor) and index.ndim == 1
+    if is_list and index.dtype == torch.int64:
         return rows.index_select(0, index)  # several times as fast on a CPU
     return rows[index]
 

@@ -285,9 +285,7 @@ def encoder_frames():
     return frames_of
 
 
-@pytest.fixture
-def make_cut(tmp_path):
-    """A cut with stored features; its recording has no audio."""
+def _cut_maker(folder):
     from lhotse import AudioSource, Features, MonoCut, Recording, SupervisionSegment
     from lhotse.features.io import NumpyFilesWriter
 
@@ -295,7 +293,7 @@ def make_cut(tmp_path):
         duration = num_frames / 100
         rng = np.random.default_rng(sum(cut_id.encode()) + num_frames)
         array = rng.normal(size=(num_frames, num_features)).astype(np.float32)
-        writer = NumpyFilesWriter(tmp_path / "feats")
+        writer = NumpyFilesWriter(folder / "feats")
         features = Features(
             type="kaldi-fbank",
             num_frames=num_frames,
@@ -351,6 +349,18 @@ def multi_cut(make_cut):
         return MultiCut(**values)
 
     return make
+
+
+@pytest.fixture
+def make_cut(tmp_path):
+    """A cut with stored features; its recording has no audio."""
+    return _cut_maker(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def make_cut_in():
+    """``make_cut`` of a folder."""
+    return _cut_maker
 
 
 @pytest.fixture(scope="session")

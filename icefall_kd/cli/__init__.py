@@ -5,13 +5,26 @@ from functools import partial
 import click
 
 from icefall_kd import __version__
-from icefall_kd.errors import one_sentence
+from icefall_kd.cli.options import (
+    MOST_JOBS,
+    MOST_SEED,
+    MOST_THREADS,
+    Commands,
+    Count,
+    Number,
+    Place,
+    Text,
+    YesNo,
+)
 
 # What train.py knows and a command does not.
 MODEL_FLAGS = {"ignore_unknown_options": True}
 
 
-@click.group(context_settings={"show_default": True})
+@click.group(
+    cls=Commands,
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__)
 def cli() -> None:
     """Knowledge distillation for icefall's Zipformer recipes."""
@@ -27,28 +40,42 @@ def teacher_options(command, required=True):
             "--bpe-model",
             "--lang-dir",
             "bpe_model",
+            type=Place(optional=True),
             default="",
             help="The teacher's bpe.model, or the folder of its tokens.txt where its "
             "symbols are characters.",
         ),
         click.option(
             "--use-averaged-model",
-            type=bool,
+            type=YesNo(),
             default=True,
             help="Average over the steps between two checkpoints, as icefall does.",
         ),
-        click.option("--avg", default=1, help="How many checkpoints to average."),
         click.option(
-            "--iter", "iteration", default=0, help="Use checkpoint-ITER.pt, not epochs."
+            "--avg",
+            type=Count(1, 10_000),
+            default=1,
+            help="How many checkpoints to average.",
         ),
-        click.option("--epoch", default=0, help="Use epoch-EPOCH.pt."),
+        click.option(
+            "--iter",
+            "iteration",
+            type=Count(0, 10**9),
+            default=0,
+            help="Use checkpoint-ITER.pt, not epochs.",
+        ),
+        click.option(
+            "--epoch", type=Count(0, 10**6), default=0, help="Use epoch-EPOCH.pt."
+        ),
         click.option(
             "--exp-dir",
+            type=Place(),
             required=required,
             help="The teacher's experiment folder; `dump` takes several, with commas.",
         ),
         click.option(
             "--recipe",
+            type=Place(),
             required=required,
             help="Folder of the recipe's train.py, such as ./zipformer.",
         ),
@@ -60,13 +87,20 @@ def teacher_options(command, required=True):
 @cli.command(context_settings=MODEL_FLAGS)
 @partial(teacher_options, required=False)
 @click.option(
-    "--cuts", default="", help="Cuts for this teacher, without or with its targets."
+    "--cuts",
+    type=Place(optional=True),
+    default="",
+    help="Cuts for this teacher, without or with its targets.",
 )
 @click.option(
-    "--student-dir", default="", help="What `icefall-kd student` wrote for it."
+    "--student-dir",
+    type=Place(optional=True),
+    default="",
+    help="What `icefall-kd student` wrote for it.",
 )
 @click.option(
     "--kd",
+    type=Text(),
     default="",
     metavar="OPTIONS",
     help="Those that train.py will get, such as '--kd-config kd.yaml'.",
@@ -85,47 +119,57 @@ def doctor(**options) -> None:
     """
     from icefall_kd.cli.doctor import doctor as run
 
-    with one_sentence():
-        run(**options)
+    run(**options)
 
 
 @cli.command(context_settings=MODEL_FLAGS)
-@click.argument("in_cuts")
-@click.argument("out_cuts")
+@click.argument("in_cuts", type=Place())
+@click.argument("out_cuts", type=Place())
 @teacher_options
 @click.option(
     "--storage-dir",
+    type=Place(optional=True),
     default="",
     help="Folder for the arrays; default: beside OUT_CUTS, named as it.",
 )
 @click.option(
     "--keep",
+    type=Text(),
     default="dense",
     help="How CTC targets are kept: dense, top:K, adaptive:MASS:MAX or sampled:N; a "
     "sparse form is for one temperature, 1 or that behind @. none: not at all.",
 )
 @click.option(
     "--keep-lattice",
+    type=Text(),
     default="",
     help="Keep the transducer's pruned lattice too: collapsed, or a form of "
     "--keep; with path: before it, its best alignment alone.",
 )
 @click.option(
     "--keep-hidden",
+    type=Text(),
     default="",
     help="Keep hidden layers too: LAYER:half, or LAYER:FILE of `icefall-kd quantizer`; "
     "LAYER is a stack's index, or out for the encoder's output; several with commas.",
 )
 @click.option(
-    "--weights", default="", help="Of several teachers: their shares, with commas."
+    "--weights",
+    type=Text(),
+    default="",
+    help="Of several teachers: their shares, with commas.",
 )
 @click.option(
     "--teacher-field",
+    type=Text(),
     default="",
     help="Of several teachers: the field of a cut that holds the number of its own.",
 )
 @click.option(
-    "--s-range", default=5, help="Label positions of a lattice at a frame; 0: all."
+    "--s-range",
+    type=Count(0, 1000),
+    default=5,
+    help="Label positions of a lattice at a frame; 0: all.",
 )
 @click.option(
     "--cut-seconds",
@@ -133,12 +177,37 @@ def doctor(**options) -> None:
     metavar="SHORTEST:LONGEST",
     help="Leave cuts out that the recipe's training leaves out, such as 1:20.",
 )
-@click.option("--max-duration", default=200.0, help="Seconds of audio in a batch.")
-@click.option("--num-jobs", default=1, help="How many jobs share the manifest.")
-@click.option("--job", default=0, help="Which of them this is, from 0 on.")
-@click.option("--num-workers", default=1, help="Processes that read features.")
+@click.option(
+    "--max-duration",
+    type=Number(0, 10**6),
+    default=200.0,
+    help="Seconds of audio in a batch.",
+)
+@click.option(
+    "--num-jobs",
+    type=Count(1, MOST_JOBS),
+    default=1,
+    help="How many jobs share the manifest.",
+)
+@click.option(
+    "--job",
+    type=Count(0, MOST_JOBS - 1),
+    default=0,
+    help="Which of them this is, from 0 on.",
+)
+@click.option(
+    "--num-workers",
+    type=Count(0, MOST_THREADS),
+    default=1,
+    help="Processes that read features.",
+)
 @click.option("--stats", is_flag=True, help="Print what the store holds.")
-@click.option("--num-threads", default=0, help="CPU threads; 0: all cores.")
+@click.option(
+    "--num-threads",
+    type=Count(0, MOST_THREADS),
+    default=0,
+    help="CPU threads; 0: all cores.",
+)
 @click.option("--overwrite", is_flag=True, help="Forget targets made earlier.")
 def dump(**options) -> None:
     """Store what the teacher says on IN_CUTS; write OUT_CUTS.
@@ -156,27 +225,31 @@ def dump(**options) -> None:
     """
     from icefall_kd.cli.dump import dump as run
 
-    with one_sentence():
-        run(**options)
+    run(**options)
 
 
 @cli.command()
-@click.argument("in_cuts")
-@click.argument("out_cuts")
-@click.option("--num-jobs", required=True, type=int, help="How many jobs there were.")
+@click.argument("in_cuts", type=Place())
+@click.argument("out_cuts", type=Place())
+@click.option(
+    "--num-jobs",
+    type=Count(1, MOST_JOBS),
+    required=True,
+    help="How many jobs there were.",
+)
 def combine(in_cuts: str, out_cuts: str, num_jobs: int) -> None:
     """Join the manifests that the jobs of a dump wrote beside OUT_CUTS."""
     from icefall_kd.cli.dump import combine_jobs
 
-    with one_sentence():
-        combine_jobs(in_cuts, out_cuts, num_jobs)
+    combine_jobs(in_cuts, out_cuts, num_jobs)
 
 
 @cli.command()
-@click.argument("cuts_path", metavar="CUTS")
-@click.argument("shar_dir")
+@click.argument("cuts_path", metavar="CUTS", type=Place())
+@click.argument("shar_dir", type=Place())
 @click.option(
     "--store",
+    type=Place(optional=True),
     default="",
     help="Where fingerprint.json, tokens.txt and quantizers will be found; default: "
     "the store that CUTS name.",
@@ -189,19 +262,27 @@ def shar(**options) -> None:
     """
     from icefall_kd.cli.shar import shar as run
 
-    with one_sentence():
-        run(**options)
+    run(**options)
 
 
 @cli.command(context_settings=MODEL_FLAGS)
-@click.argument("in_cuts")
-@click.argument("out")
+@click.argument("in_cuts", type=Place())
+@click.argument("out", type=Place())
 @teacher_options
-@click.option("--layer", required=True, help="A stack's index, or out.")
-@click.option("--codes", default=8, help="Codes of one byte for each vector.")
-@click.option("--num-vectors", default=100_000, help="To train on.")
-@click.option("--iters", default=10_000, help="Steps in each of its two phases.")
-@click.option("--seed", default=42)
+@click.option("--layer", type=Text(), required=True, help="A stack's index, or out.")
+@click.option(
+    "--codes", type=Count(1, 32), default=8, help="Codes of one byte for each vector."
+)
+@click.option(
+    "--num-vectors", type=Count(1, 10**8), default=100_000, help="To train on."
+)
+@click.option(
+    "--iters",
+    type=Count(1, 10**7),
+    default=10_000,
+    help="Steps in each of its two phases.",
+)
+@click.option("--seed", type=Count(0, MOST_SEED), default=42)
 def quantizer(**options) -> None:
     """Train the vector quantizer of a teacher's hidden layer on IN_CUTS; write OUT.
 
@@ -209,26 +290,44 @@ def quantizer(**options) -> None:
     """
     from icefall_kd.cli.quantizer import quantizer as run
 
-    with one_sentence():
-        run(**options)
+    run(**options)
 
 
 @cli.command(context_settings=MODEL_FLAGS)
 @click.option("--list", "listed", is_flag=True, help="List the presets, and end.")
 @click.option("--json", "as_json", is_flag=True, help="List them as JSON.")
-@click.option("--vocab-size", default=500, help="For --list.")
+@click.option("--vocab-size", type=Count(1, 10**6), default=500, help="For --list.")
 @partial(teacher_options, required=False)
-@click.option("--student-dir", default="", help="The student's experiment folder.")
-@click.option("--preset", "size", default="", help="A size of --list, such as s.")
 @click.option(
-    "--params", "params_goal", default="", help="Parameters to come near, such as 5M."
+    "--student-dir",
+    type=Place(optional=True),
+    default="",
+    help="The student's experiment folder.",
 )
 @click.option(
-    "--speed", default="", help="How many times fewer multiply-adds, such as 3x."
+    "--preset",
+    "size",
+    type=Text(),
+    default="",
+    help="A size of --list, such as s.",
+)
+@click.option(
+    "--params",
+    "params_goal",
+    type=Text(),
+    default="",
+    help="Parameters to come near, such as 5M.",
+)
+@click.option(
+    "--speed",
+    type=Text(),
+    default="",
+    help="How many times fewer multiply-adds, such as 3x.",
 )
 @click.option(
     "--set",
     "changes",
+    type=Text(),
     multiple=True,
     metavar="NAME=VALUE",
     help="A setting that differs from the teacher's, such as encoder-dim=32,32,32.",
@@ -253,12 +352,18 @@ def quantizer(**options) -> None:
 )
 @click.option(
     "--cuts",
+    type=Place(optional=True),
     default="",
     help="Transcribed cuts with features: for importance, and to say the student's "
     "loss and WER before any training.",
 )
-@click.option("--num-cuts", default=64, help="How many of them, from the first on.")
-@click.option("--seed", default=42, help="For --init random.")
+@click.option(
+    "--num-cuts",
+    type=Count(1, 10**6),
+    default=64,
+    help="How many of them, from the first on.",
+)
+@click.option("--seed", type=Count(0, MOST_SEED), default=42, help="For --init random.")
 def student(listed: bool, as_json: bool, vocab_size: int, **options) -> None:
     """Build a student from a teacher, as a checkpoint that train.py starts from.
 
@@ -267,23 +372,23 @@ def student(listed: bool, as_json: bool, vocab_size: int, **options) -> None:
     student_account.txt.
     """
     if listed or as_json:
+        if options["flags"]:
+            raise click.UsageError(f"--list takes no {options['flags'][0]!r}.")
         from icefall_kd.cli.presets import list_presets
 
-        with one_sentence():
-            list_presets(as_json, vocab_size)
+        list_presets(as_json, vocab_size)
         return
     for name in ("recipe", "exp_dir", "student_dir"):
         if not options[name]:
             raise click.UsageError(f"Missing option '--{name.replace('_', '-')}'.")
     from icefall_kd.cli.student import student as run
 
-    with one_sentence():
-        run(**options)
+    run(**options)
 
 
 @cli.command()
-@click.argument("recipe_dir")
-@click.argument("new_dir", default="")
+@click.argument("recipe_dir", type=Place())
+@click.argument("new_dir", type=Place(optional=True), default="")
 @click.option(
     "--diff", "as_diff", is_flag=True, help="Print the patch, and write nothing."
 )
@@ -298,6 +403,7 @@ def student(listed: bool, as_json: bool, vocab_size: int, **options) -> None:
 )
 @click.option(
     "--leave-out",
+    type=Text(),
     multiple=True,
     metavar="FILE",
     help="A training script that stays as it is; may be given more than once.",
@@ -321,35 +427,41 @@ def plug(**options) -> None:
     """
     from icefall_kd.cli.plug import plug as run
 
-    with one_sentence():
-        run(**options)
+    run(**options)
 
 
 @cli.command()
-@click.argument("out_dir")
+@click.argument("out_dir", type=Place())
 @click.option(
     "--model",
     "models",
+    type=Text(),
     multiple=True,
     required=True,
     metavar="NAME=EXP_DIR",
     help="A model's name and its experiment folder; once for each model.",
 )
 @click.option(
-    "--teacher", default="", help="The teacher's name; default: the first model."
+    "--teacher",
+    type=Text(),
+    default="",
+    help="The teacher's name; default: the first model.",
 )
 @click.option(
     "--baseline",
+    type=Text(),
     default="",
     help="The student that the others are compared with; default: the second model.",
 )
 @click.option(
     "--manifest-dir",
+    type=Place(optional=True),
     default="",
     help="Folder of the test sets' manifests, such as data/fbank: for the RTF.",
 )
 @click.option(
     "--targets",
+    type=Place(),
     multiple=True,
     metavar="MANIFEST",
     help="A manifest that `icefall-kd dump` wrote; may be given more than once.",
@@ -361,7 +473,7 @@ def plug(**options) -> None:
     help="What the recipe's WER is: CER where it scores characters, as in Chinese.",
 )
 @click.option("--lang", type=click.Choice(["en", "zh"]), default="en")
-@click.option("--title", default="", help="Default: what is compared.")
+@click.option("--title", type=Text(), default="", help="Default: what is compared.")
 def report(**options) -> None:
     """Compare teacher and students in OUT_DIR/report.md and OUT_DIR/report.html.
 
@@ -378,8 +490,7 @@ def report(**options) -> None:
     """
     from icefall_kd.cli.report import report as run
 
-    with one_sentence():
-        run(**options)
+    run(**options)
 
 
 def main() -> None:

@@ -94,10 +94,16 @@ def _loss_of(words: str):
     def refuse(message: str) -> None:
         raise KDError(f"--kd {words!r} is no option of distillation: {message}")
 
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.error = refuse
-    add_options(parser, shlex.split(words))
-    params = vars(parser.parse_args(shlex.split(words)))
+    try:
+        options = shlex.split(words)
+    except ValueError as e:
+        raise KDError(
+            f"--kd {words!r} can't be split into words ({e}): close its quotation"
+        ) from None
+    add_options(parser, options)
+    params = vars(parser.parse_args(options))
     if not any(params[f"kd_{name}_weight"] for name in WEIGHTS):
         raise KDError(f"--kd {words!r} gives no term a weight: distillation is off")
     return joint_of(params, 1)
@@ -190,8 +196,10 @@ def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
                 f"{folder} has no {file.name}: give --student-dir the folder that "
                 "`icefall-kd student` wrote"
             )
-    words = flags.read_text().split()
-    given = settings_of(load_checkpoint(path), path, import_train(recipe), words)
+    train = import_train(recipe)
+    words = _words_of(flags)
+    given = settings_of(load_checkpoint(path), path, train, words)
+    _check_whole(flags, words, train, given)
     for name in ("vocab_size", "blank_id"):
         if given.get(name, 0) != settings.get(name, 0):
             raise KDError(
@@ -199,6 +207,31 @@ def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
                 f"teacher's {settings.get(name)}: build it from this teacher"
             )
     _row("student", f"{path}, and its flags fit it")
+
+
+def _words_of(flags: Path) -> List[str]:
+    try:
+        return flags.read_text("utf8").split()
+    except UnicodeDecodeError as e:
+        raise KDError(
+            f"{flags} is not in UTF-8 (byte {e.start}): build the student again with "
+            "`icefall-kd student`"
+        ) from None
+
+
+def _check_whole(flags: Path, words: List[str], train, settings: Dict[str, Any]):
+    """Refuse a file that lacks flags without which the recipe's defaults hold."""
+    from icefall_kd.cli.student import flags_of, model_names
+    from icefall_kd.recipe.loader import given_flags
+
+    needed = given_flags(train, flags_of(settings, model_names(train)).split())
+    given = given_flags(train, words)
+    for name, value in needed.items():
+        if name not in given:
+            raise KDError(
+                f"{flags} lacks --{name.replace('_', '-')} {value}, which the student "
+                "beside it was built with: build it again with `icefall-kd student`"
+            )
 
 
 def doctor(
@@ -210,14 +243,17 @@ def doctor(
     exp_dir: str,
     **which,
 ) -> None:
-    _installed()
-    if not (exp_dir or cuts or student_dir or write_flags):
-        return
-    if not (exp_dir and recipe):
+    more = (cuts, student_dir, kd, write_flags, which["flags"], which["bpe_model"])
+    if any((exp_dir, recipe, *more)) and not (exp_dir and recipe):
         raise KDError(
-            "--cuts, --student-dir and --write-flags are about a teacher: give "
-            "--recipe and --exp-dir"
+            "cuts, a student, tokens, --kd, --write-flags and model flags are about a "
+            "teacher: give --recipe and --exp-dir"
         )
+    if kd and not cuts:
+        raise KDError("--kd is looked at beside targets: give --cuts that carry them")
+    _installed()
+    if not exp_dir:
+        return
     from icefall_kd.cli.cuts import survey
     from icefall_kd.recipe.loader import one_teacher_folder
     from icefall_kd.targets.fingerprint import name_of

@@ -39,6 +39,7 @@ from icefall_kd.cli.teachers import (
     load_teachers,
     numbers,
 )
+from icefall_kd.cli.torchrun import number_of
 from icefall_kd.errors import KDError
 from icefall_kd.files import MANIFEST, check_new_file, check_new_folder, replacing
 from icefall_kd.hidden import HiddenCodec, Layer, from_command_line, load_quantizer
@@ -128,8 +129,16 @@ class _Long:
 
 def job_of(num_jobs: int, job: int) -> Tuple[int, int]:
     """This process's job and the number of jobs: as told, or as torchrun says."""
-    if num_jobs == 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    size = number_of("WORLD_SIZE") or 1
+    if num_jobs == 1 and size > 1:
+        rank = number_of("RANK")
+        if rank is None or rank >= size:
+            raise KDError(
+                f"the environment has WORLD_SIZE {size} and RANK {rank}, and torchrun "
+                f"sets RANK to 0 to {size - 1}: unset WORLD_SIZE, or run this under "
+                "torchrun"
+            )
+        return rank, size
     if not 0 <= job < num_jobs:
         raise KDError(
             f"--job is {job} and --num-jobs {num_jobs}: give --job 0 to {num_jobs - 1}"
@@ -194,7 +203,7 @@ def dump(
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", number_of("LOCAL_RANK") or 0)
     fingerprint = Fingerprint.of(
         joined(names, shares, teacher_field),
         settings,

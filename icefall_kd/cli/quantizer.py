@@ -21,6 +21,7 @@ from icefall_kd.hidden import (
     save_quantizer,
 )
 from icefall_kd.recipe.loader import load_recipe_model, one_teacher_folder
+from icefall_kd.targets.fingerprint import check_vocabulary
 from icefall_kd.targets.heard import why_unheard
 from icefall_kd.teacher import OnlineTeacher
 
@@ -49,6 +50,17 @@ def gather(found: Iterator[torch.Tensor], wanted: int) -> torch.Tensor:
             if sum(map(len, parts)) >= wanted:
                 break
     return torch.cat(parts)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse to write over anything but a quantizer."""
+    if out.exists():
+        try:
+            load_quantizer(out)
+        except KDError:
+            raise KDError(
+                f"{out} is there and is no quantizer: give OUT another name"
+            ) from None
 
 
 def quantizer(
@@ -81,10 +93,13 @@ def quantizer(
     if Path(in_cuts).resolve() == Path(out).resolve():
         raise KDError(f"{in_cuts} is both read and written: give OUT another name")
     exp_dir = one_teacher_folder(exp_dir, "quantizer")
+    _check_place(Path(out))
     package = import_quantization()
     model, settings = load_recipe_model(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model
     )
+    if bpe_model:
+        check_vocabulary(bpe_model, settings)
     survey(in_cuts, int(settings["feature_dim"])).warn()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = OnlineTeacher([model], hidden=[layer], ctc=False).to(device)

@@ -51,6 +51,8 @@ def _write_shard(shard: Path, path: Path, cuts: Iterator[Cut], store: str) -> in
 
 
 def shar(cuts_path: str, shar_dir: str, store: str) -> None:
+    if Path(store).is_file():
+        raise KDError(f"--store {store} is a file: give the folder of a store")
     cuts = iter(open_cuts(cuts_path))
     folder = Path(shar_dir).resolve()
     shards = sorted(folder.glob("cuts.*"))

@@ -1,6 +1,7 @@
 """Builds a student from a teacher, as a checkpoint that train.py starts from."""
 
 import argparse
+import math
 import shlex
 from itertools import islice
 from pathlib import Path
@@ -25,15 +26,18 @@ from icefall_kd.recipe.loader import (
     one_teacher_folder,
 )
 from icefall_kd.student.build import build_student, check_settings, check_slices
+from icefall_kd.student.count import count_parameters
 from icefall_kd.student.importance import Batch, keep_important, num_passes
 from icefall_kd.student.judge import Judgement, judge
 from icefall_kd.student.keep import Kept, keep_first
-from icefall_kd.student.presets import preset
+from icefall_kd.student.presets import per_stack, preset
 from icefall_kd.student.search import nearest, parse_goal
 from icefall_kd.targets.fingerprint import check_vocabulary
 from icefall_kd.targets.heard import check_supervision, why_unheard
 
 BATCH = 8  # cuts that the teacher hears at once
+# Parameters, and layers in a stack, beyond which a model would take hours to build.
+LARGEST, DEEPEST = 10**10, 100
 FLAGS, ACCOUNT = "student_flags", "student_account.txt"
 
 _COUNTERS = (
@@ -64,6 +68,9 @@ def parse_changes(changes: Tuple[str, ...], settings: Dict[str, Any]) -> Dict[st
                 f"--set {change}: {name} takes a {kind.__name__}, as the teacher's "
                 f"{settings[name]}"
             ) from None
+        # Those of a model are sizes; a list of them is looked at stack by stack.
+        if kind in (int, float) and not 0 < parsed[name] < math.inf:
+            raise KDError(f"--set {change}: {name} must be above 0, and finite")
     return parsed
 
 
@@ -135,6 +142,35 @@ def _changes(
         changes = nearest(goal, settings, settings)
     changes.update(parse_changes(asked, settings))
     return changes
+
+
+def _check_random(
+    settings: Dict[str, Any], new: Dict[str, Any], defaults: Dict[str, Any]
+) -> None:
+    """Refuse what a student that is no slice of its teacher must keep to all the same.
+
+    Args:
+      settings: The teacher's.
+      new: What differs in the student.
+      defaults: The options that the recipe's train.py has for its model.
+    """
+    for name, value in new.items():
+        if name not in defaults:
+            raise KDError(
+                f"{name} can't be set to {value}: train.py has no option for it that "
+                f"makes a model; choose of {', '.join(defaults)}"
+            )
+    try:
+        layers = max(per_stack({**settings, **new}, "num_encoder_layers"))
+        size = count_parameters({**settings, **new})["all"]
+    except KDError:  # of a variant that nobody counted yet
+        return
+    if layers > DEEPEST or size > LARGEST:
+        raise KDError(
+            f"the student would have {size:,} parameters and {layers} layers in a "
+            f"stack, and at most {LARGEST:,} and {DEEPEST} are built: give smaller "
+            "numbers"
+        )
 
 
 def read_batches(
@@ -255,6 +291,7 @@ def student(
     if init == "teacher":
         wanted = check_slices(teacher, params, new)
         kept = _choose(teacher, params, wanted, batches, layers, channels)
+    _check_random(params, new, defaults)
     torch.manual_seed(seed)
     model, student_params = build_student(
         teacher, params, new, model_maker(train), init, kept

@@ -6,6 +6,7 @@ checkpoint of the student and DDP doesn't see it: :meth:`HiddenLayers.step` aver
 gradients over the processes and moves it by an Adam of its own.
 """
 
+import re
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -33,7 +34,7 @@ def parse_layers(text: str) -> List[Tuple[Layer, Layer]]:
     """
 
     def layer(name: str) -> Layer:
-        if name == OUT or name.isdigit():
+        if re.fullmatch(f"{OUT}|[0-9]{{1,3}}", name):
             return OUT if name == OUT else int(name)
         raise KDError(
             f"--kd-hidden-layers is {text!r}: give pairs TEACHER:STUDENT with commas, "

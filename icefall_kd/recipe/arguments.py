@@ -2,9 +2,10 @@
 
 import argparse
 import difflib
+import reprlib
 import sys
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence
 
 from icefall_kd.errors import KDError
 
@@ -12,8 +13,18 @@ WEIGHTS = ("ctc", "rnnt", "full_sum", "hidden", "nbest")
 MUST_BE = {
     int: "a whole number",
     float: "a number",
-    str: "one text",
+    str: "one text in UTF-8",
     "weight": "a number, or numbers by epoch",
+}
+# Of whole numbers; what is larger would run out of memory or never end.
+BOUNDS = {
+    "ctc-delay": (0, 1000),
+    "rnnt-shift": (0, 1000),
+    "teacher-ranges": (0, 1),
+    "teacher-epoch": (0, 10**6),
+    "teacher-avg": (1, 10_000),
+    "s-range": (0, 1000),
+    "path-only": (0, 1),
 }
 BY_EPOCH = "A number, or numbers by epoch: 0:0.8,10:0.5 falls in ten epochs."
 
@@ -69,7 +80,8 @@ OPTIONS = (
         "many blank frames beside them), or all weighted by the teacher's entropy or "
         "confidence. The weights of entropy have a mean of 1 in each utterance, a "
         "single frame up to the number of frames, and fall where student and teacher "
-        "differ: its gradient is about 4 times that of all, so give a quarter of the weight.",
+        "differ: its gradient is about 4 times that of all, so give a quarter of the "
+        "weight.",
     ),
     (
         "ctc-delay",
@@ -204,6 +216,43 @@ def weight(text: str) -> Any:
         return text  # Curve.parse has the error's sentence
 
 
+def _must_be(name: str, kind: Any) -> str:
+    """What the value of an option must be, in words."""
+    if name not in BOUNDS:
+        return MUST_BE[kind]
+    least, most = BOUNDS[name]
+    return f"{MUST_BE[kind]} from {least} to {most}"
+
+
+def _read(name: str, kind: Any, text: str) -> Any:
+    """The value of an option.
+
+    Raises:
+      ValueError: a text that is none.
+    """
+    text.encode("utf8")  # an error of its is a ValueError
+    if kind == "weight":
+        return weight(text)
+    value = kind(text)
+    if name in BOUNDS and not BOUNDS[name][0] <= value <= BOUNDS[name][1]:
+        raise ValueError
+    return value
+
+
+def _type_of(name: str, kind: Any) -> Callable[[str], Any]:
+    """What argparse is to read an option with."""
+
+    def read(text: str) -> Any:
+        try:
+            return _read(name, kind, text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{reprlib.repr(text)} is not {_must_be(name, kind)}"
+            ) from None
+
+    return read
+
+
 def add_options(
     parser: argparse.ArgumentParser, words: Optional[Sequence[str]] = None
 ) -> None:
@@ -224,7 +273,7 @@ def add_options(
         "the command line goes before it.",
     )
     for name, kind, default, text in OPTIONS:
-        kind = weight if kind == "weight" else kind
+        kind = _type_of(name, kind)
         group.add_argument(f"--kd-{name}", type=kind, default=default, help=text)
     path = _config_of(sys.argv[1:] if words is None else words)
     if path:
@@ -268,14 +317,13 @@ def read_config(path: str) -> Dict[str, Any]:
                 f"{path} has the option {name!r}, which there is not: did you mean "
                 f"{near[0]!r}?"
             )
-        kind = weight if known[name] == "weight" else known[name]
         try:
             if not isinstance(value, str):
                 raise ValueError
-            values["kd_" + name.replace("-", "_")] = kind(value)
+            values["kd_" + name.replace("-", "_")] = _read(name, known[name], value)
         except ValueError:
             raise KDError(
-                f"{path} has {name}: {value!r}, and {name} must be "
-                f"{MUST_BE[known[name]]}"
+                f"{path} has {name}: {reprlib.repr(value)}, and {name} must be "
+                f"{_must_be(name, known[name])}"
             ) from None
     return values

@@ -22,7 +22,7 @@ import argparse
 import logging
 from typing import Any, Dict, List, Optional
 
-from icefall_kd.errors import KDError, install_excepthook
+from icefall_kd.errors import KDError, disk_errors, install_excepthook
 from icefall_kd.recipe import checks
 from icefall_kd.recipe.arguments import WEIGHTS, add_options
 from icefall_kd.recipe.online import process_of
@@ -353,6 +353,7 @@ def _first_layers(cuts) -> Dict:
     return {}
 
 
+@disk_errors()
 def attach(params: Dict[str, Any], model) -> None:
     """Begin a session; call it in ``run()`` when the model has its last form.
 
@@ -385,6 +386,7 @@ def attach(params: Dict[str, Any], model) -> None:
         _freezing = freezing
 
 
+@disk_errors()
 def wrap_dataset(dataset, cuts):
     """Let the training dataset bring the targets of its cuts along.
 

@@ -191,7 +191,7 @@ def test_dump_takes_the_averaged_model_unless_told(
         (("--iter", 3), "need 1"),
         (("--recipe", "nowhere"), "holds no train.py"),
         (("--exp-dir", "nowhere"), "nowhere/epoch-2.pt does not exist"),
-        (("--max-duration", 0), "--max-duration is 0.0"),
+        (("--max-duration", 0), "--max-duration is 0, and must be a number above 0"),
         (("--bpe-model", "nowhere.model"), "nowhere.model can't be read"),
         (("--avg", 0), "--avg"),
         (("--keep", "topp:3"), "representation is 'topp:3'"),

@@ -355,7 +355,7 @@ def test_cuts_without_a_bpe_model_are_refused(refused, student_words, cuts):
 @pytest.mark.parametrize("n", [0, -3])
 def test_no_cuts_at_all_are_refused(refused, student_words, cut_words, n):
     error = refused(*student_words(*cut_words, "--num-cuts", n))
-    assert f"--num-cuts is {n}, and must be 1 or more" in error
+    assert f"--num-cuts is {n}, and must be a whole number from 1" in error
 
 
 def test_a_missing_manifest_is_refused(refused, student_words, cut_words, tmp_path):

@@ -1,0 +1,262 @@
+"""What the commands are given that they can't use, and the lines that work."""
+
+from typing import Dict, Optional, Sequence, Tuple
+
+from fuzzing import BAD_VALUES, NOT_UTF8
+
+TEACHER = {
+    "recipe": "RECIPE",
+    "exp_dir": "EXP",
+    "epoch": "2",
+    "use_averaged_model": "0",
+    "bpe_model": "BPE",
+}
+# A command line that works, by the names of click's parameters.
+BASE: Dict[str, Dict[str, str]] = {
+    "doctor": {
+        **TEACHER,
+        "cuts": "kd.jsonl.gz",
+        "student_dir": "student",
+        "kd": "--kd-ctc-weight 1",
+    },
+    "dump": {
+        **TEACHER,
+        "in_cuts": "in.jsonl.gz",
+        "out_cuts": "new.jsonl.gz",
+        "max_duration": "5",
+        "num_workers": "0",
+        "num_threads": "1",
+    },
+    "combine": {
+        "in_cuts": "in.jsonl.gz",
+        "out_cuts": "jobs.jsonl.gz",
+        "num_jobs": "2",
+    },
+    "shar": {"cuts_path": "of-shar.jsonl.gz", "shar_dir": "shar"},
+    "quantizer": {
+        **TEACHER,
+        "in_cuts": "in.jsonl.gz",
+        "out": "new.pt",
+        "layer": "1",
+        "codes": "1",
+        "num_vectors": "600",
+        "iters": "1",
+    },
+    "student": {**TEACHER, "student_dir": "new-student", "changes": "joiner-dim=12"},
+    "report": {
+        "out_dir": "new-report",
+        "models": "a=exp",
+        "manifest_dir": "fbank",
+        "targets": "kd.jsonl.gz",
+    },
+    "plug": {"recipe_dir": "toy", "new_dir": "new-toy"},
+}
+
+
+LONG = "9" * 5000  # digits, more than Python reads as a number
+# Of options that have a form of their own: what that form can't mean.
+EXTRA: Dict[Tuple[str, str], Sequence[str]] = {
+    ("doctor", "kd"): (
+        "'x",
+        '"',
+        "--kd-config 'x",
+        "--kd-config a-folder",
+        "--kd-config a-file",
+        "--kd-config in.jsonl.gz",
+        "--kd-ctc-weight",
+        "--kd-ctc-weight nan",
+        "--kd-ctc-weight 1:1",
+        "--kd-ctc-weight 1 --kd-temperature inf",
+        "--kd-ctc-weight 1 --kd-ctc-delay -1",
+        "--help",
+        "-h",
+        "word",
+    ),
+    ("dump", "keep"): (
+        "dense@2",
+        "top:0",
+        "top:1.5",
+        f"top:{LONG}",
+        f"top:8@{LONG}",
+        "top:8@0",
+        "adaptive:2:9",
+        "adaptive:.9:256",
+        "adaptive:0.9",
+        "sampled:0",
+        "none",
+    ),
+    ("dump", "keep_lattice"): ("collapsed", "path:", "path:none", "top:8@0"),
+    ("dump", "keep_hidden"): (
+        "9:half",
+        f"{LONG}:half",
+        "out:a-file",
+        "out:a-folder",
+        "out:no-such.pt",
+        "out:half,out:half",
+        "-1:half",
+        "half",
+    ),
+    ("dump", "weights"): ("1,2", "1,", "-1,1"),
+    ("dump", "exp_dir"): ("EXP,", ",EXP", "EXP,no-such"),
+    ("quantizer", "layer"): ("9", LONG, "out:half", "0,1"),
+    ("student", "changes"): (
+        "=",
+        "x=1",
+        "joiner-dim",
+        "joiner-dim=",
+        "joiner-dim=0",
+        "joiner-dim=-4",
+        "joiner-dim=4.5",
+        "joiner-dim=99999999999",
+        f"joiner-dim={LONG}",
+        "vocab-size=0",
+        "feature-dim=1",
+        "encoder-dim=,",
+        "encoder-dim=0,0",
+        "encoder-dim=16",
+        "encoder-dim=16,24,24",
+        f"encoder-dim={LONG},24",
+        "num-encoder-layers=0,0",
+        "num-encoder-layers=9,9",
+        "num-heads=0,4",
+        "causal=maybe",
+        "causal=1",
+        "context-size=0",
+        f"joiner-dim={NOT_UTF8}",
+    ),
+    ("student", "params_goal"): ("0M", "-5M", "1e9M", "3x", "1", f"{LONG}M", "5MM"),
+    ("student", "speed"): ("0x", "0.5x", "99999x", f"{LONG}x", "5M", "1x"),
+    ("student", "size"): ("S", "xxl", "s,m"),
+    ("report", "models"): ("a=", "=exp", "a=no-such", "a=a-file", "a=a-folder", "a"),
+    ("report", "targets"): ("in.jsonl.gz", "shar", "toy/train.py"),
+    ("combine", "num_jobs"): ("3", "10000"),
+}
+RANDOM = {"init": "random"}
+# Of several options, what can't be said together; None: left out.
+TOGETHER: Sequence[Tuple[str, Dict[str, Optional[str]]]] = (
+    *(
+        ("student", {**RANDOM, "changes": change})
+        for change in (
+            *EXTRA["student", "changes"],
+            "vocab-size=-1",
+            "vocab-size=99999999999",
+            "feature-dim=0",
+            "decoder-dim=6",
+            "encoder-dim=99999999,99999999",
+            "num-encoder-layers=99999,99999",
+            "pos-dim=0",
+            "cnn-module-kernel=0,0",
+            "downsampling-factor=0,0",
+            "blank-id=99",
+            "sample-rate=0",
+        )
+    ),
+    ("student", {"listed": "", "vocab_size": "1000001"}),
+    ("student", {"layers": "important"}),
+    ("student", {"layers": "important", "cuts": "in.jsonl.gz", "num_cuts": "0"}),
+    ("student", {"params_goal": "5M", "speed": "2x"}),
+    ("student", {**RANDOM, "channels": "important", "cuts": "in.jsonl.gz"}),
+    ("student", {"listed": "", "flags": "--nonsense"}),
+    ("student", {"recipe": None}),
+    ("student", {"exp_dir": None}),
+    ("student", {"student_dir": None}),
+    *(
+        ("doctor", {**dict.fromkeys(BASE["doctor"]), **some})
+        for some in (
+            {"flags": "--nonsense"},
+            {"cuts": "kd.jsonl.gz"},
+            {"student_dir": "student"},
+            {"kd": "--kd-ctc-weight 1"},
+            {"bpe_model": "BPE"},
+            {"recipe": "RECIPE"},
+            {"exp_dir": "EXP"},
+        )
+    ),
+    ("doctor", {"cuts": None}),
+    ("dump", {"exp_dir": "EXP,EXP", "weights": "1,nan"}),
+    ("dump", {"exp_dir": "EXP,EXP", "weights": "0,0"}),
+    ("dump", {"exp_dir": "EXP,EXP", "weights": "-1,2"}),
+    ("dump", {"exp_dir": "EXP,EXP", "weights": "inf,1"}),
+    ("dump", {"exp_dir": "EXP,EXP", "teacher_field": "x"}),
+    ("dump", {"keep": "none"}),
+    ("dump", {"num_jobs": "2", "job": "2"}),
+    ("plug", {"check": "", "as_diff": ""}),
+    ("plug", {"check": "", "leave_out": "train.py"}),
+    ("plug", {"check": "", "recipe_dir": "no-such", "new_dir": ""}),
+    ("plug", {"undo_it": "", "new_dir": ""}),
+    ("report", {"teacher": "a", "baseline": "a"}),
+)
+# Bad values that are as good as another one for a text, and for a path.
+FOR_NUMBERS = ("inf", "0", "-0.5", "1.5", "1e400", "2147483648", "1" + 20 * "0")
+FOR_TEXTS = (*FOR_NUMBERS, "x", "nan", "-1", LONG, "a,b", ",", ":")
+NAMES = (" ", "a\nb", "no/such/file")  # that a file may have
+FALSE = {"use_averaged_model": ("0",), "iteration": ("0",)}
+# What a command takes, odd as it is, or right by chance. An empty text is none.
+ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
+    "doctor": {
+        **FALSE,
+        "bpe_model": ("",),
+        "student_dir": ("",),
+        "kd": ("", "--kd-ctc-weight 1:1"),
+    },
+    "dump": {
+        **FALSE,
+        "bpe_model": ("",),
+        "storage_dir": ("", ".", "a-folder", *NAMES),
+        "keep_lattice": ("", "collapsed"),
+        "keep_hidden": ("",),
+        "weights": ("",),
+        "teacher_field": ("",),
+        "s_range": ("0",),
+        "max_duration": ("1.5",),
+        "job": ("0",),
+        "num_workers": ("0",),
+        "num_threads": ("0",),
+    },
+    # Where the small files of a store will be found, perhaps on another machine.
+    "shar": {"store": ("", ".", "a-folder", "a-file/x", *NAMES)},
+    "quantizer": {
+        **FALSE,
+        "out": NAMES,
+        "bpe_model": ("",),
+        "seed": ("0", "2147483648"),
+    },
+    "student": {
+        **FALSE,
+        "bpe_model": ("",),
+        "student_dir": (".", "a-folder", *NAMES),
+        "size": ("",),
+        "params_goal": ("",),
+        "speed": ("", "1x"),
+        "changes": ("encoder-dim=16",),
+        "cuts": ("",),
+        "seed": ("0", "2147483648"),
+    },
+    "report": {
+        "out_dir": (".", "a-folder", *NAMES),
+        "teacher": ("",),
+        "baseline": ("",),
+        "manifest_dir": ("", ".", "a-folder"),
+        "targets": ("in.jsonl.gz", "shar"),
+        "title": tuple({*BAD_VALUES} - {*FOR_NUMBERS, NOT_UTF8}),
+    },
+    "plug": {"new_dir": ("a-folder", " ", "a\nb")},
+}
+ACCEPTED_TOGETHER: Sequence[Tuple[str, Dict[str, Optional[str]]]] = tuple(
+    ("student", {**RANDOM, "changes": change})
+    for change in (
+        "encoder-dim=16",
+        "num-encoder-layers=9,9",
+        "causal=1",
+        "decoder-dim=6",
+    )
+)
+# Faults that are known and to be mended, each kind with its reason: not judged.
+KNOWN: Dict[Tuple[str, str], Tuple[Sequence[str], str]] = {
+    ("dump", "out_cuts"): (
+        (".", "a-folder", "a-file", *NAMES),
+        "OUT_CUTS that is a folder, or of a name that Lhotse can't read",
+    ),
+    ("combine", "out_cuts"): ((".",), "OUT_CUTS that is a folder"),
+}
+FLAG_VALUES = ("=", "=x", "=" + NOT_UTF8)
