@@ -79,7 +79,7 @@ def test_places_for_a_folder(tmp_path):
     for name in ("", "new", "new/deep"):
         check_new_folder(str(tmp_path / name), "DIR")
     for name in ("file", "file/new"):
-        with pytest.raises(KDError, match="DIR is .*file, and .*file is a file: give"):
+        with pytest.raises(KDError, match="DIR is .*, and .*file is a file: give"):
             check_new_folder(str(tmp_path / name), "DIR")
 
 
