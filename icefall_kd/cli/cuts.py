@@ -78,8 +78,8 @@ class Survey:
     longer: int = 0  # cuts of which a recipe hears the first frames alone
     first_longer: str = ""
 
-    def is_heard(self, cut: Cut) -> bool:
-        """Count ``cut``; say whether the teacher is to hear it."""
+    def count(self, cut: Cut) -> bool:
+        """Count ``cut``; return whether the teacher is to hear it."""
         self.total += 1
         if not is_within(cut, self.seconds):
             self.outside += 1
@@ -180,7 +180,7 @@ def checked(
         problem = _problem(cut, num_features, survey.features)
         if problem:
             raise KDError(f"the cut {cut.id} of {path} {problem}")
-        if survey.is_heard(cut):
+        if survey.count(cut):
             for function in asked:
                 function(cut)
             yield cut
@@ -223,9 +223,9 @@ def survey(
     seconds: Seconds = ANY_SECONDS,
 ) -> Survey:
     """Check all cuts before the teacher starts; see :func:`checked`."""
-    found = Survey(path, seconds)
+    counts = Survey(path, seconds)
     bar = tqdm(
-        checked(found, num_features, asked),
+        checked(counts, num_features, asked),
         desc="Checking the cuts",
         unit=" cuts",
         delay=2,
@@ -234,8 +234,8 @@ def survey(
     with bar:
         for _ in bar:
             pass
-    found.check()
-    return found
+    counts.check()
+    return counts
 
 
 def labels_of(

@@ -309,7 +309,7 @@ def store_fingerprint(
             first = first or cut.id
     if bare and (missing == "refuse" or bare == total):
         words = f"{bare} of {total} training cuts have no targets ({FIELD}), {first} "
-        if bare == left_out:
+        if missing == "refuse" and bare == left_out:
             raise KDError(
                 f"{words}the first, as `icefall-kd dump` left them out: let such cuts "
                 "have the hard loss alone with --kd-missing hard, or leave them out of "
