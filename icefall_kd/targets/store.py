@@ -80,7 +80,7 @@ class Pointer:
         try:
             if self.record is not None:
                 return b64decode(self.record)
-            return os.pread(_descriptor(path, os.getpid()), self.size, self.offset)
+            return _bytes_at(path, self.size, self.offset)
         except ValueError:
             return b""  # its checksum will tell
         except OSError as e:
@@ -111,6 +111,14 @@ class Pointer:
         return parts
 
 
+def _bytes_at(path: str, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(_opened(path, os.getpid()).descriptor, size, offset)
+    with open(path, "rb") as f:  # on Windows
+        f.seek(offset)
+        return f.read(size)
+
+
 # One descriptor a file and process: a forked worker must not share its parent's.
 @lru_cache(maxsize=256)
 def _opened(path: str, pid: int) -> "_File":
@@ -126,10 +134,6 @@ class _File:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-
-
-def _descriptor(path: str, pid: int) -> int:
-    return _opened(path, pid).descriptor
 
 
 def fingerprint_of(pointer: Pointer) -> Fingerprint:

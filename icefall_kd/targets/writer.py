@@ -1,9 +1,9 @@
 """Stores what a teacher said on Lhotse cuts."""
 
 import errno
-import fcntl
 import json
 import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,11 @@ from icefall_kd.targets.manifest import (
 )
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint, source_duration
 from icefall_kd.types import NoPath, PrunedLattice
+
+try:
+    import fcntl
+except ImportError:  # Windows, where targets are read alone
+    fcntl = None
 
 SHAR_NOTES = ("shard_origin", "shar_epoch", "dataloading_info")
 
@@ -60,7 +65,8 @@ class LogitWriter:
 
     Raises:
       KDError: if the folder holds targets of another teacher, or the manifest is
-        there and its cuts have no targets in that folder.
+        there and its cuts have no targets in that folder; on a system without POSIX
+        file locks.
     """
 
     def __init__(
@@ -75,6 +81,12 @@ class LogitWriter:
         if not 0 <= job < num_jobs:
             raise KDError(
                 f"the job is {job} of {num_jobs}, and must be 0 to {num_jobs - 1}"
+            )
+        if fcntl is None:
+            raise KDError(
+                f"targets can't be written on {sys.platform}, where Python has no file "
+                "locks (the module fcntl): dump them on Linux or macOS, and copy the "
+                "manifest and its store here to train on them"
             )
         self.manifest = job_manifest(manifest, job, num_jobs)
         self.partial = partial_of(self.manifest)
