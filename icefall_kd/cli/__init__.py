@@ -6,6 +6,7 @@ import click
 
 from icefall_kd import __version__
 from icefall_kd.errors import one_sentence
+from icefall_kd.files import run_in_utf8
 
 # What train.py knows and a command does not.
 MODEL_FLAGS = {"ignore_unknown_options": True}
@@ -367,4 +368,5 @@ def report(**options) -> None:
 
 
 def main() -> None:
+    run_in_utf8()
     cli(prog_name="icefall-kd")

@@ -147,7 +147,7 @@ def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
                 f"{folder} has no {file.name}: give --student-dir the folder that "
                 "`icefall-kd student` wrote"
             )
-    words = flags.read_text().split()
+    words = flags.read_text("utf8").split()
     given = settings_of(load_checkpoint(path), path, import_train(recipe), words)
     for name in ("vocab_size", "blank_id"):
         if given.get(name, 0) != settings.get(name, 0):

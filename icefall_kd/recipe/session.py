@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from icefall_kd.errors import KDError, install_excepthook
+from icefall_kd.files import text_encoding
 from icefall_kd.recipe import checks
 from icefall_kd.recipe.arguments import WEIGHTS, add_options
 from icefall_kd.recipe.time_warp import TimeWarp
@@ -358,6 +359,11 @@ def attach(params: Dict[str, Any], model) -> None:
         return
     from icefall_kd.recipe.progress import Progress
 
+    if text_encoding() != "utf-8":
+        logging.warning(
+            f"Lhotse reads manifests as {text_encoding()} in this locale, and they are "
+            "UTF-8: set PYTHONUTF8=1 where cut ids, paths or transcripts are not ASCII"
+        )
     progress = Progress(params)
     freezing = None
     if params["kd_freeze"]:
