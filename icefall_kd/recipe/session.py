@@ -136,7 +136,7 @@ class Session:
         from icefall_kd.targets.dataset import KDDataset
         from icefall_kd.targets.transcripts import StandInTranscripts, stand_in
 
-        read = _Counted(cuts)
+        read = _first_look(cuts)
         if self.teacher is None and self.joint.needs_targets:
             how = self.read_store(read)
             dataset = KDDataset(dataset, **how, time_warp=self.time_warp.followed)
@@ -304,30 +304,12 @@ def _tokens_of(params: Dict[str, Any]) -> str:
     return str(folder) if there else ""
 
 
-class _Counted:
-    """Cuts that are counted as they are read; 0 of a Shar, which is not read whole."""
+def _first_look(cuts):
+    """All processes look at all cuts at once; one of them says how far it is."""
+    from icefall_kd.recipe.online import process_of
+    from icefall_kd.targets.look import FirstLook
 
-    def __init__(self, cuts) -> None:
-        self.cuts, self.total, self.untranscribed = cuts, 0, 0
-
-    def __iter__(self):
-        from icefall_kd.targets.dataset import SHAR_SAMPLE
-        from icefall_kd.targets.transcripts import is_bare
-
-        total = untranscribed = 0
-        for cut in self.cuts:
-            if total == SHAR_SAMPLE and (cut.custom or {}).get("shard_origin"):
-                return
-            total += 1
-            untranscribed += is_bare(cut)
-            yield cut
-        self.total, self.untranscribed = total, untranscribed
-
-    def all(self) -> int:
-        """Read them all; return how many there are."""
-        for _ in self:
-            pass
-        return self.total
+    return FirstLook(cuts, silent=process_of()[0] != 0)
 
 
 def _first_layers(cuts) -> Dict:
@@ -388,7 +370,7 @@ def wrap_dataset(dataset, cuts):
         dataset = _session.wrap(dataset, cuts)
     if _freezing is not None and _freezing.asks_for_fractions:
         progress = _freezing.progress
-        progress.per_epoch = progress.per_epoch or _Counted(cuts).all()
+        progress.per_epoch = progress.per_epoch or _first_look(cuts).all()
     return dataset
 
 

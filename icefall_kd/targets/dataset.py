@@ -15,6 +15,7 @@ from lhotse.utils import compute_num_frames
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer
 from icefall_kd.targets.fingerprint import Fingerprint
+from icefall_kd.targets.look import FirstLook
 from icefall_kd.targets.store import (
     FIELD,
     REMEDY,
@@ -34,7 +35,6 @@ from icefall_kd.types import (
 )
 
 MISSING = ("refuse", "hard")
-SHAR_SAMPLE = 1000  # cuts
 
 
 @dataclass
@@ -289,14 +289,16 @@ def store_fingerprint(
     """The fingerprint of the stores that carry the targets of ``cuts``, and the first
     store's folder.
 
+    Args:
+      cuts: The training cuts, or a :class:`~icefall_kd.targets.look.FirstLook` at them.
+      missing: Whether to "refuse" cuts without targets, or to train "hard" on them.
+
     Raises:
       KDError: if any cut has no targets (with ``missing="hard"``: if none has), or if
         the stores are of different teachers.
     """
     bare, total, first, stores = 0, 0, "", Counter()
-    for cut in cuts:
-        if total == SHAR_SAMPLE and (cut.custom or {}).get("shard_origin"):
-            break  # all of a Shar would be read; the workers check each cut again
+    for cut in cuts if isinstance(cuts, FirstLook) else FirstLook(cuts):
         total += 1
         found = {pointer.store for _, _, pointer in tracks_with_targets(cut)}
         stores.update(found)

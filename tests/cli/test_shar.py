@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import OUT
-from icefall_kd.targets import KDDataset, dataset
+from icefall_kd.targets import KDDataset, look
 from icefall_kd.targets.dataset import collate_targets, store_fingerprint
 from icefall_kd.targets.fingerprint import load_bpe_model
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
@@ -278,7 +278,7 @@ def test_a_shar_without_its_fingerprint_is_refused(filled, tmp_path):
 
 
 def test_the_first_cuts_of_a_shar_stand_for_all(filled, monkeypatch):
-    monkeypatch.setattr(dataset, "SHAR_SAMPLE", 2)
+    monkeypatch.setattr(look, "SAMPLE", 2)
     cuts = iter(CutSet.from_shar(in_dir=filled))
     assert store_fingerprint(cuts)[0].vocab_size == 25
     assert [c.id for c in cuts] == ["c4", "ç5"]  # the third was looked at
@@ -288,7 +288,7 @@ def test_the_first_cuts_of_a_shar_stand_for_all(filled, monkeypatch):
 
 
 def test_all_cuts_of_a_plain_manifest_are_looked_at(plain, monkeypatch):
-    monkeypatch.setattr(dataset, "SHAR_SAMPLE", 2)
+    monkeypatch.setattr(look, "SAMPLE", 2)
     cuts = [*list(plain)[:4], plain["ç5"].drop_custom(FIELD)]
     with pytest.raises(KDError, match="1 of 5 training cuts have no targets.*ç5"):
         store_fingerprint(cuts)
