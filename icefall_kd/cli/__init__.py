@@ -164,7 +164,7 @@ def combine(in_cuts: str, out_cuts: str, num_jobs: int) -> None:
     "--store",
     default="",
     help="Where fingerprint.json, tokens.txt and quantizers will be found; default: "
-    "the store that CUTS name.",
+    "in the Shar, into which they are copied.",
 )
 def shar(**options) -> None:
     """Put the targets of CUTS into SHAR_DIR, the Lhotse Shar of the same cuts.
@@ -362,6 +362,29 @@ def report(**options) -> None:
     The Markdown is for icefall's RESULTS.md, the HTML has the curves too.
     """
     from icefall_kd.cli.report import report as run
+
+    with one_sentence():
+        run(**options)
+
+
+@cli.command()
+@click.argument("cuts_path", metavar="CUTS")
+@click.option(
+    "--storage-dir",
+    "folders",
+    multiple=True,
+    help="The folder where a store lies now, if it is not beside CUTS; may be given "
+    "more than once.",
+)
+def repoint(**options) -> None:
+    """Let CUTS point at their targets where these lie now.
+
+    CUTS is a manifest that `icefall-kd dump` wrote, and is written anew; or the folder
+    of a Shar with targets, into which the store's small files are copied. It is needed
+    where a store was moved, and not to the folder of the manifest too: there it is
+    found.
+    """
+    from icefall_kd.cli.repoint import repoint as run
 
     with one_sentence():
         run(**options)

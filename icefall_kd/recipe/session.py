@@ -156,9 +156,12 @@ class Session:
         """Check the store of ``cuts``; say how :class:`KDDataset` is to read it."""
         from icefall_kd.targets.dataset import store_fingerprint
         from icefall_kd.targets.fingerprint import hash_tokens, symbol_map
+        from icefall_kd.targets.places import look_beside
 
+        folder = str(self.settings.get("manifest_dir") or "")
+        look_beside(folder)
         found, store = store_fingerprint(cuts, self.missing)
-        how: Dict[str, Any] = {"missing": self.missing}
+        how: Dict[str, Any] = {"missing": self.missing, "manifest_dir": folder}
         checks.check_kept(self.joint, found, store)
         how["lattice"] = self.joint.needs_lattice
         if self.joint.hidden:

@@ -16,6 +16,7 @@ from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer
 from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.look import FirstLook
+from icefall_kd.targets.places import look_beside
 from icefall_kd.targets.store import (
     FIELD,
     REMEDY,
@@ -343,6 +344,8 @@ class KDDataset(torch.utils.data.Dataset):
       lattice: Read lattices too, ``Targets.lattices``.
       hidden: Read hidden layers too, ``Targets.hidden``.
       time_warp: What the dataset's time warps do, which targets are to follow.
+      manifest_dir: The manifest's folder, in which a store is looked for that is no
+        longer where its cuts say.
     """
 
     def __init__(
@@ -354,6 +357,7 @@ class KDDataset(torch.utils.data.Dataset):
         lattice: bool = False,
         hidden: bool = False,
         time_warp: Optional[WarpRecord] = None,
+        manifest_dir: str = "",
     ) -> None:
         if not hasattr(dataset, "return_cuts"):
             raise KDError(
@@ -370,6 +374,13 @@ class KDDataset(torch.utils.data.Dataset):
         self.lattice = lattice
         self.hidden = hidden
         self.time_warp = time_warp
+        self.manifest_dir = manifest_dir
+        look_beside(manifest_dir)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """In a worker that is a new process, and not forked."""
+        self.__dict__.update(state)
+        look_beside(self.manifest_dir)
 
     def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
         batch = self.dataset[cuts]

@@ -3,7 +3,8 @@
 A store is a folder: ``fingerprint.json``, and one append-only file of records for each
 job that wrote to it. A cut points at its record by a plain dictionary in its custom
 fields, so a manifest loads, truncates, mixes and saves with Lhotse alone. In a Shar the
-dictionary holds the record too, and the store is asked for its small files alone.
+dictionary holds the record too, and the Shar the store's small files. Where a store
+lies that was moved, :mod:`icefall_kd.targets.places` knows.
 """
 
 import os
@@ -16,7 +17,8 @@ from typing import Dict, Optional, Tuple
 from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets.fingerprint import Fingerprint
+from icefall_kd.targets.fingerprint import MOVED, Fingerprint
+from icefall_kd.targets.places import place_of
 
 FIELD = "kd_targets"
 # Seconds. Resampling moves a recording's end by less; no change of speed does.
@@ -55,12 +57,17 @@ class Pointer:
 
     @staticmethod
     def of(cut: MonoCut) -> Optional["Pointer"]:
-        """The pointer that ``cut`` carries, or None."""
+        """The pointer that ``cut`` carries, or None; with its store's present place."""
         value = (cut.custom or {}).get(FIELD)
         if value is None:
             return None
         try:
-            return Pointer(**value)
+            pointer = Pointer(**value)
+            shard = cut.custom.get("shard_origin") if pointer.record else None
+            pointer.store = place_of(
+                pointer.store, pointer.fingerprint, str(shard or "")
+            )
+            return pointer
         except TypeError:
             raise KDError(
                 f"the field {FIELD} of cut {cut.id} is damaged or of another version: "
@@ -86,7 +93,7 @@ class Pointer:
         except OSError as e:
             raise KDError(
                 f"the targets of cut {self.cut} can't be read from {path} "
-                f"({e.strerror}): mend the path, or {REMEDY}"
+                f"({e.strerror}): {MOVED}, or {REMEDY}"
             ) from None
 
     def read(self) -> Dict[str, bytes]:

@@ -189,11 +189,13 @@ class LogitWriter:
                     continue  # where an earlier run was cut short
                 stored = (cut.get("custom") or {}).get(FIELD) or {}
                 folder = stored.get("store")
-                if folder is None or Path(folder) != self.storage_dir:
+                if folder is None or not _is_same(folder, self.storage_dir):
                     raise KDError(
                         f"{path} is there, and its cut {cut.get('id')} has targets in "
                         f"{folder} and not in {self.storage_dir}: name another "
-                        "manifest, or give --overwrite"
+                        "manifest, give --overwrite, or if the store was moved there "
+                        f"run `icefall-kd repoint {path} --storage-dir "
+                        f"{self.storage_dir}`"
                     )
                 pointer = Pointer(**stored)
                 if pointer.fingerprint != self.fingerprint.digest:
@@ -370,6 +372,11 @@ class LogitWriter:
                 ):
                     shutil.copyfileobj(f, out)
             self.partial.unlink()
+
+
+def _is_same(folder: str, other: Path) -> bool:
+    """Whether two paths are of one folder, be one of them relative."""
+    return Path(folder) == other or Path(folder).resolve() == other.resolve()
 
 
 def _missing(cut: MonoCut, name: str, kept: Any) -> KDError:
