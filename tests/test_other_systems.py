@@ -93,7 +93,7 @@ def test_a_file_system_without_links_is_named(monkeypatch, tmp_path):
 
     recipe = shutil.copytree(RECIPE, tmp_path / "zipformer")
     (recipe / "README.md").write_text("A file that is linked.\n", "utf8")
-    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
     new = tmp_path / "zipformer_kd"
     with pytest.raises(KDError, match="symbolic links.*another file system") as e:
         plug(recipe, new)

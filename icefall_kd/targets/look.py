@@ -82,4 +82,6 @@ class FirstLook:
 
 
 def _of_a_shar(cut: Cut) -> bool:
-    return bool((cut.custom or {}).get("shard_origin"))
+    # A mixed cut has no custom fields of its own in older versions of Lhotse.
+    inner = [t.cut for t in getattr(cut, "tracks", None) or []] or [cut]
+    return any((c.custom or {}).get("shard_origin") for c in inner)
