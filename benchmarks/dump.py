@@ -193,7 +193,7 @@ def main() -> None:
                 )
         figures["memory"] = memory(args, cuts, Path(folder))
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", "utf8")
 
 
 if __name__ == "__main__":

@@ -193,14 +193,14 @@ def peak_memory(case: str, way: str, args: argparse.Namespace) -> int:
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - held
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak begins anew
     before = status("VmRSS")
     run()
     return status("VmHWM") - before
 
 
 def status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text("utf8").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {name} in /proc/self/status")
@@ -212,7 +212,9 @@ def memory_in_a_process(case: str, way: str, args: argparse.Namespace) -> int:
     command += ["--num-threads", str(args.num_threads)]
     # Freed memory goes back at once, so that the process's size is what is in use.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        command, check=True, capture_output=True, encoding="utf8", env=env
+    )
     return int(done.stdout.split()[-1])
 
 
@@ -255,7 +257,7 @@ def main() -> None:
                 f"{f'{100 * share:.0f} %' if share else '-'} |"
             )
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", "utf8")
 
 
 if __name__ == "__main__":

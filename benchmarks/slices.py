@@ -105,7 +105,7 @@ def main() -> None:
             cells.append("-" if row[name] is None else f"{row[name]:.2f}")
         print(f"| {' | '.join(cells)} |")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", "utf8")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ class Side:
     def __init__(self, train, args: argparse.Namespace, flags: List[str]) -> None:
         parser = train.get_parser()
         train.DigitsAsrDataModule.add_arguments(parser)
-        flags = [*(args.student_dir / "student_flags").read_text().split(), *flags]
+        flags = [
+            *(args.student_dir / "student_flags").read_text("utf8").split(),
+            *flags,
+        ]
         flags += ["--bpe-model", str(args.bpe_model), "--exp-dir", ""]
         self.params = train.get_params()
         self.params.update(vars(parser.parse_args(flags)))
@@ -121,7 +124,7 @@ def main() -> None:
             seconds[name].append(sides[name].step(batch))
     figures = report(seconds, args)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", "utf8")
 
 
 def report(seconds, args: argparse.Namespace) -> List[Dict[str, Any]]:

@@ -314,7 +314,7 @@ def report(rows: Dict[str, Dict[str, Row]], args: argparse.Namespace) -> None:
                 f"{f['kl_error_p99']:.1e} | {f['gradient_bias']:.1e} |"
             )
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", "utf8")
 
 
 if __name__ == "__main__":

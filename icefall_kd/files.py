@@ -1,8 +1,12 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and their encoding."""
 
+import codecs
+import locale
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List, Sequence
@@ -97,3 +101,24 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def text_encoding() -> str:
+    """How Python reads a text file that does not say its encoding."""
+    return codecs.lookup(locale.getpreferredencoding(False)).name
+
+
+def run_in_utf8() -> None:
+    """Begin this program anew in Python's UTF-8 mode, where the locale is another.
+
+    Lhotse opens its manifests, which are UTF-8, by the locale's encoding. What is
+    printed keeps that encoding, as the terminal expects.
+    """
+    if text_encoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    printed = f"{sys.stdout.encoding}:backslashreplace"
+    env = {"PYTHONIOENCODING": printed, **os.environ, "PYTHONUTF8": "1"}
+    command = [sys.executable, *sys.orig_argv[1:]]
+    if os.name == "nt":  # where another process can't take this one's place
+        raise SystemExit(subprocess.run(command, env=env).returncode)
+    os.execve(sys.executable, command, env)

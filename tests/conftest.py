@@ -83,6 +83,9 @@ def as_found():
     if session is not None and session._session is not None:
         session._session.hook.close()
         session._session = None
+    places = sys.modules.get("icefall_kd.targets.places")
+    if places is not None:
+        places.forget()
 
 
 # Programs

@@ -166,7 +166,8 @@ def try_package(name: str) -> str | None:
     done = subprocess.run(
         [sys.executable, "-c", CHECKS[name]],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         cwd=sys.prefix,
     )
     if done.returncode == 0:
@@ -185,7 +186,8 @@ def find_torch() -> Torch:
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         cwd=sys.prefix,
     )
     if done.returncode == 0:
@@ -216,7 +218,9 @@ def find_tools() -> None:
             f"'{sys.executable} -m pip install cmake' or your system's package "
             "manager."
         )
-    done = subprocess.run([cmake, "--version"], capture_output=True, text=True)
+    done = subprocess.run(
+        [cmake, "--version"], capture_output=True, encoding="utf-8", errors="replace"
+    )
     match = re.search(r"version (\d+)\.(\d+)", done.stdout)
     if match is None:
         raise InstallError(
@@ -306,7 +310,10 @@ def install_build_requirements(env: dict[str, str], log: Path) -> None:
     missing = []
     for name, requirement in BUILD_REQUIREMENTS.items():
         done = subprocess.run(
-            [sys.executable, "-c", code, name], capture_output=True, text=True
+            [sys.executable, "-c", code, name],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
         )
         minimum = re.search(r">=(\d+)\.(\d+)", requirement)
         found = re.match(r"(\d+)\.(\d+)", done.stdout)
@@ -330,7 +337,8 @@ def write_shims(folder: Path, torch: Torch) -> list[str]:
     pybind11.mkdir()
     (pybind11 / "CMakeLists.txt").write_text(
         "set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL ON)\n"
-        "find_package(pybind11 CONFIG REQUIRED)\n"
+        "find_package(pybind11 CONFIG REQUIRED)\n",
+        encoding="utf-8",
     )
     config = folder / "torch"
     config.mkdir()
@@ -350,12 +358,14 @@ include_directories(SYSTEM
   ${{TORCH_INCLUDE_DIRS}}
   "{sysconfig.get_path("include")}"
 )
-"""
+""",
+        encoding="utf-8",
     )
     done = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode != 0:
         raise InstallError(

@@ -155,7 +155,7 @@ def main() -> None:
 
     def git(*words: str) -> List[str]:
         command = ["git", "-C", str(args.icefall), *words]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, capture_output=True, encoding="utf8")
         return done.stdout.split("\n")[:-1]
 
     head = git("log", "-1", "--format=%h, %cs")[0]

@@ -16,6 +16,7 @@ from icefall_kd.cli.options import (
     Text,
     YesNo,
 )
+from icefall_kd.files import run_in_utf8
 
 # What train.py knows and a command does not.
 MODEL_FLAGS = {"ignore_unknown_options": True}
@@ -252,7 +253,7 @@ def combine(in_cuts: str, out_cuts: str, num_jobs: int) -> None:
     type=Place(optional=True),
     default="",
     help="Where fingerprint.json, tokens.txt and quantizers will be found; default: "
-    "the store that CUTS name.",
+    "in the Shar, into which they are copied.",
 )
 def shar(**options) -> None:
     """Put the targets of CUTS into SHAR_DIR, the Lhotse Shar of the same cuts.
@@ -493,7 +494,30 @@ def report(**options) -> None:
     run(**options)
 
 
+@cli.command()
+@click.argument("cuts_path", metavar="CUTS")
+@click.option(
+    "--storage-dir",
+    "folders",
+    multiple=True,
+    help="The folder where a store lies now, if it is not beside CUTS; may be given "
+    "more than once.",
+)
+def repoint(**options) -> None:
+    """Let CUTS point at their targets where these lie now.
+
+    CUTS is a manifest that `icefall-kd dump` wrote, and is written anew; or the folder
+    of a Shar with targets, into which the store's small files are copied. It is needed
+    where a store was moved, and not to the folder of the manifest too: there it is
+    found.
+    """
+    from icefall_kd.cli.repoint import repoint as run
+
+    run(**options)
+
+
 def main() -> None:
+    run_in_utf8()
     from icefall_kd.cli.stops import clean_up_when_stopped
 
     clean_up_when_stopped()

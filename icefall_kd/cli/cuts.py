@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from icefall_kd.errors import KDError
 from icefall_kd.hook import encoder_frames
 from icefall_kd.targets.heard import heard_frames, why_unheard
+from icefall_kd.targets.places import look_beside
 
 SPACE = "\u2581"  # sentencepiece's
 UNHEARD_AT_MOST = 1 / 20  # of the cuts
@@ -27,10 +28,10 @@ def open_cuts(path: str, light: bool = False) -> CutSet:
     if not Path(path).exists():
         raise KDError(f"the manifest {path} does not exist: make the features first")
     try:
+        look_beside(Path(path).parent)
         is_shar = Path(path).is_dir()
         if is_shar and light:
-            shards = sorted(Path(path).glob("cuts.*"))
-            cuts = CutSet.from_shar(fields={"cuts": shards})
+            cuts = CutSet.from_shar(fields={"cuts": shards_of(Path(path))})
         elif is_shar:
             cuts = CutSet.from_shar(in_dir=path)
         else:
@@ -42,6 +43,11 @@ def open_cuts(path: str, light: bool = False) -> CutSet:
     if cuts is None or next(iter(cuts), None) is None:
         raise KDError(f"the manifest {path} holds no cuts: make the data again")
     return cuts
+
+
+def shards_of(shar: Path, field: str = "cuts") -> List[Path]:
+    """The jsonl files of a Shar's field, in their order."""
+    return sorted(p for p in shar.glob(f"{field}.*") if ".jsonl" in p.suffixes)
 
 
 def readable(cuts: CutSet, path: str) -> Iterator[Cut]:

@@ -20,14 +20,14 @@ class Heap:
         self.warm_up, self.batches, self.limit = warm_up, 0, 0
         try:
             self.trim = ctypes.CDLL(None).malloc_trim
-        except (OSError, AttributeError):  # another C library
+        except (OSError, AttributeError, TypeError):  # another C library, or Windows
             self.trim = None
 
     def after_batch(self) -> None:
         if self.trim is None or not STATUS.exists():
             return
         self.batches += 1
-        pages = int(STATUS.read_text().split()[1])
+        pages = int(STATUS.read_text("ascii").split()[1])
         if self.batches <= self.warm_up:
             self.limit = max(self.limit, pages)
         elif pages > 0.9 * self.limit:

@@ -13,27 +13,52 @@ from lhotse.cut import Cut
 from lhotse.serialization import load_jsonl
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.cuts import open_cuts
+from icefall_kd.cli.cuts import open_cuts, shards_of
 from icefall_kd.errors import KDError
-from icefall_kd.targets.store import FIELD, Pointer, is_left_out
+from icefall_kd.targets.places import SHAR_STORE, copy_small_files
+from icefall_kd.targets.store import (
+    FIELD,
+    Pointer,
+    fingerprint_of,
+    is_left_out,
+    read_fingerprint,
+)
 
 
-def _value(cut: Cut, store: str) -> Optional[dict]:
-    """The pointer of ``cut``, and its record with it; None if it was left out."""
-    if is_left_out(cut):
-        return None
-    pointer = Pointer.of(cut)
-    if pointer is None:
-        raise KDError(
-            f"the cut {cut.id} has no targets ({FIELD}): give the manifest that "
-            "`icefall-kd dump` wrote"
-        )
-    record = b"".join(pointer.read().values())
-    values = {**pointer.to_dict(), "record": b64encode(record).decode()}
-    return {**values, "store": store or pointer.store}
+class _Values:
+    """The pointers of cuts, each with its record.
+
+    Args:
+      store: The folder that they are to name; "" for that of each.
+    """
+
+    def __init__(self, store: str) -> None:
+        self.store = store
+        self.first: Optional[Pointer] = None
+
+    def __call__(self, cut: Cut) -> Optional[dict]:
+        """The value of ``cut``; None if it was left out."""
+        if is_left_out(cut):
+            return None
+        pointer = Pointer.of(cut)
+        if pointer is None:
+            raise KDError(
+                f"the cut {cut.id} has no targets ({FIELD}): give the manifest that "
+                "`icefall-kd dump` wrote"
+            )
+        self.first = self.first or pointer
+        if pointer.fingerprint != self.first.fingerprint:
+            raise KDError(
+                f"the targets of cut {cut.id} are of the fingerprint "
+                f"{pointer.fingerprint} and those of {self.first.cut} of "
+                f"{self.first.fingerprint}: put those of one dump into a Shar"
+            )
+        record = b"".join(pointer.read().values())
+        values = {**pointer.to_dict(), "record": b64encode(record).decode()}
+        return {**values, "store": self.store or pointer.store}
 
 
-def _write_shard(shard: Path, path: Path, cuts: Iterator[Cut], store: str) -> int:
+def _write_shard(shard: Path, path: Path, cuts: Iterator[Cut], values: _Values) -> int:
     n = 0
     with gzip.open(path, "wt", encoding="utf8") as out:
         for line in load_jsonl(shard):
@@ -44,10 +69,21 @@ def _write_shard(shard: Path, path: Path, cuts: Iterator[Cut], store: str) -> in
                     f"{cut.id if cut else 'no more cuts'} there: both need the same "
                     "cuts in the same order; dump the Shar itself"
                 )
-            value = {"cut_id": cut.id, FIELD: _value(cut, store)}
+            value = {"cut_id": cut.id, FIELD: values(cut)}
             out.write(json.dumps(value, ensure_ascii=False) + "\n")
             n += 1
     return n
+
+
+def _put_small_files(folder: Path, store: str, pointer: Optional[Pointer]) -> None:
+    """What the Shar needs of its targets' store, unless it is to be found elsewhere."""
+    own = folder / SHAR_STORE
+    if store or pointer is None:
+        shutil.rmtree(own, ignore_errors=True)
+    elif not (own.is_dir() and own.samefile(pointer.store)):
+        fingerprint_of(pointer)
+        copy_small_files(pointer.store, own)
+        read_fingerprint.cache_clear()
 
 
 def shar(cuts_path: str, shar_dir: str, store: str) -> None:
@@ -55,7 +91,7 @@ def shar(cuts_path: str, shar_dir: str, store: str) -> None:
         raise KDError(f"--store {store} is a file: give the folder of a store")
     cuts = iter(open_cuts(cuts_path))
     folder = Path(shar_dir).resolve()
-    shards = sorted(folder.glob("cuts.*"))
+    shards = shards_of(folder)
     if not shards:
         raise KDError(
             f"the folder {folder} holds no cuts.*.jsonl.gz: make the Shar first with "
@@ -65,18 +101,19 @@ def shar(cuts_path: str, shar_dir: str, store: str) -> None:
     waiting = folder.with_name(f".tmp.{folder.name}.{FIELD}")
     shutil.rmtree(waiting, ignore_errors=True)  # of a run that was killed
     waiting.mkdir()
-    written, n = [], 0
+    written, n, values = [], 0, _Values(store)
     try:
         for shard in tqdm(shards, desc="Shards", unit=" shards"):
             name = FIELD + shard.name.split(".jsonl")[0][len("cuts") :] + ".jsonl.gz"
             written.append(waiting / name)
-            n += _write_shard(shard, written[-1], cuts, store)
+            n += _write_shard(shard, written[-1], cuts, values)
         left = next(cuts, None)
         if left is not None:
             raise KDError(
                 f"the cut {left.id} of {cuts_path} is not in {folder}: both need the "
                 "same cuts in the same order; dump the Shar itself"
             )
+        _put_small_files(folder, store, values.first)
         for path in written:
             path.replace(folder / path.name)
     except (EOFError, zlib.error, ValueError) as e:

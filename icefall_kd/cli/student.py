@@ -19,11 +19,14 @@ from icefall_kd.cli.memory import enough_memory
 from icefall_kd.errors import KDError
 from icefall_kd.files import check_new_folder, replacing
 from icefall_kd.recipe.loader import (
+    call_recipe,
     import_train,
     load_recipe_model,
     model_maker,
     need_functions,
     one_teacher_folder,
+    recipe_defaults,
+    recipe_params,
 )
 from icefall_kd.student.build import build_student, check_settings, check_slices
 from icefall_kd.student.count import count_parameters
@@ -78,8 +81,8 @@ def model_names(train) -> Dict[str, Any]:
     """The recipe's model options with the defaults of its own parser."""
     need_functions(train, "add_model_arguments", "get_parser")
     parser = argparse.ArgumentParser()
-    train.add_model_arguments(parser)
-    defaults = vars(train.get_parser().parse_args([]))
+    call_recipe(train.add_model_arguments, parser)
+    defaults = recipe_defaults(train)
     names = [*vars(parser.parse_args([])), "context_size"]  # librispeech has it outside
     # A way to train, without parameters of its own.
     names = [name for name in names if name != "use_cr_ctc"]
@@ -282,7 +285,7 @@ def student(
     batches = read_batches(cuts, num_cuts, settings, sp) if cuts else []
     train = import_train(recipe)
     defaults = model_names(train)
-    params = train.get_params()
+    params = recipe_params(train)
     # All but where the teacher's training stood: get_model reads what it likes.
     fresh = (*_COUNTERS, *(k for k in settings if k.startswith("kd_")))
     params.update({k: v for k, v in settings.items() if k not in fresh})
@@ -307,7 +310,7 @@ def student(
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, words in ((FLAGS, line), (ACCOUNT, text)):
         with replacing(path.with_name(name)) as temporary:
-            temporary.write_text(words + "\n")
+            temporary.write_text(words + "\n", "utf8")
     save_start(path, model, student_params)
     click.echo(text)
     click.echo(f"\nThe student stands in {path}. Train it with\n")

@@ -2,23 +2,29 @@
 
 import argparse
 import importlib
-import logging
-import pickle
 import sys
-from contextlib import contextmanager, nullcontext
-from pathlib import Path, PosixPath
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Union
 
 import torch
 from torch import nn
 
 from icefall_kd.errors import KDError
+from icefall_kd.recipe.checkpoints import (
+    averages_until,
+    averaging_module,
+    checkpoint_files,
+    load_checkpoint,
+)
 from icefall_kd.targets.fingerprint import STREAMING, load_bpe_model
 
 BLANK = "<blk>"
 # The first is of most recipes, the last of those with a CTC head alone.
 _MAKERS = ("get_model", "get_transducer_model", "get_ctc_model")
+# Parameters with a row for each symbol, in all recipes' models that have them.
+_SYMBOL_ROWS = ("decoder.embedding.weight", "ctc_output.1.weight")
 # What a checkpoint holds beside the recipe's params.
 _STATE = (
     "model",
@@ -48,13 +54,12 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
     try:
         with _threads_as_they_are():
             train = importlib.import_module("train")
-    except Exception as e:  # whatever the recipe's code raises
+    except (Exception, SystemExit) as e:  # whatever the recipe's code raises
         where = getattr(e, "lineno", None)
         raise KDError(
             f"{folder}/train.py can't be imported"
-            f"{f' (line {where})' if where else ''}: {type(e).__name__}: "
-            f"{str(e).splitlines()[0] if str(e) else 'no message'}; run the recipe's "
-            "own train.py --help until it works"
+            f"{f' (line {where})' if where else ''}: {_first_line(e)}; run the "
+            "recipe's own train.py --help until it works"
         ) from None
     need_functions(train, "get_params")
     model_maker(train)
@@ -91,6 +96,32 @@ def need_functions(train: ModuleType, *names: str) -> None:
             )
 
 
+def call_recipe(function: Callable, *args: Any) -> Any:
+    """What a function of a recipe's ``train`` module returns.
+
+    Raises:
+      KDError: whatever the recipe's code raised, in one sentence.
+    """
+    try:
+        return function(*args)
+    except KDError:  # of a plugged recipe
+        raise
+    except (Exception, SystemExit) as e:  # argparse exits
+        name = getattr(function, "__qualname__", "a function")
+        code = getattr(function, "__code__", None)
+        file = code.co_filename if code else "the recipe's train.py"
+        raise KDError(
+            f"{name} of {file} fails ({_first_line(e)}): run the recipe's own train.py "
+            "--help until it works, or give --recipe another folder"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 @contextmanager
 def _threads_as_they_are() -> Iterator[None]:
     """Recipes set threads on import, and torch aborts where they run already."""
@@ -103,58 +134,6 @@ def _threads_as_they_are() -> Iterator[None]:
     finally:
         for name, function in saved.items():
             setattr(torch, name, function)
-
-
-def _checkpoint_module() -> ModuleType:
-    for name in ("icefall.checkpoint", "zipformer.utils.checkpoint"):
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    raise KDError(
-        "neither icefall nor the package zipformer can be imported: put icefall on "
-        "PYTHONPATH, or run `pip install zipformer==0.1.3`"
-    )
-
-
-def checkpoint_files(
-    exp_dir: Union[str, Path], epoch: int, iteration: int, avg: int, averaged: bool
-) -> List[Path]:
-    """The files that ``--epoch``/``--iter``, ``--avg`` and averaging ask for.
-
-    Returns:
-      One file to load as it is, [start, end] for the averaged model between two
-      checkpoints, or ``avg`` files to average.
-    """
-    exp_dir = Path(exp_dir)
-    if avg < 1:
-        raise KDError(f"--avg is {avg}, and must be 1 or more")
-    if iteration > 0:
-        found = sorted(
-            exp_dir.glob("checkpoint-*.pt"), key=lambda p: int(p.stem.split("-")[1])
-        )
-        found = [p for p in found if int(p.stem.split("-")[1]) <= iteration]
-        want = avg + 1 if averaged else avg
-        if len(found) < want:
-            raise KDError(
-                f"{exp_dir} has {len(found)} checkpoint-*.pt up to {iteration}, and "
-                f"--iter {iteration} --avg {avg} need {want}: lower --avg, or train "
-                "with a smaller --save-every-n"
-            )
-        files = [found[-want], found[-1]] if averaged else found[-want:]
-    elif avg == 1 and not averaged:
-        files = [exp_dir / f"epoch-{epoch}.pt"]
-    elif averaged:
-        files = [exp_dir / f"epoch-{epoch - avg}.pt", exp_dir / f"epoch-{epoch}.pt"]
-    else:
-        files = [exp_dir / f"epoch-{e}.pt" for e in range(epoch - avg + 1, epoch + 1)]
-    for path in files:
-        if not path.is_file():
-            raise KDError(
-                f"the checkpoint {path} does not exist: mend --exp-dir, --epoch, "
-                "--iter or --avg"
-            )
-    return files
 
 
 def teacher_folders(exp_dir: str) -> List[str]:
@@ -197,38 +176,6 @@ def one_teacher_folder(exp_dir: str, command: str) -> str:
     return folders[0]
 
 
-def _load_data(path: Path) -> Optional[Dict[str, Any]]:
-    """Load without running pickled code; None where torch can't do so."""
-    safe = getattr(torch.serialization, "safe_globals", None)  # from torch 2.5 on
-    try:
-        with safe([type(path), PosixPath]) if safe else nullcontext():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return None
-
-
-def load_checkpoint(path: Path) -> Dict[str, Any]:
-    try:
-        checkpoint = _load_data(path)
-        if checkpoint is None:
-            logging.warning(
-                f"{path} holds more than data, so loading it runs what was pickled "
-                "into it: use checkpoints of people you trust only"
-            )
-            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as e:  # torch raises many kinds for a damaged file
-        raise KDError(
-            f"the checkpoint {path} can't be read ({type(e).__name__}): copy or train "
-            "it again"
-        ) from None
-    if not isinstance(checkpoint, dict):
-        raise KDError(
-            f"the checkpoint {path} holds a {type(checkpoint).__name__}, not a dict "
-            "with a model: give the epoch-N.pt or checkpoint-N.pt of a training"
-        )
-    return checkpoint
-
-
 def given_flags(train: ModuleType, flags: Sequence[str]) -> Dict[str, Any]:
     """What ``flags`` set among the options of the recipe's own parser.
 
@@ -245,9 +192,11 @@ def given_flags(train: ModuleType, flags: Sequence[str]) -> Dict[str, Any]:
 
     parser.error = refuse
     parser.allow_abbrev = False
-    known = vars(parser.parse_args([]))
-    found, extra = parser.parse_known_args(
-        list(flags), argparse.Namespace(**dict.fromkeys(known, unset))
+    known = vars(call_recipe(parser.parse_args, []))
+    found, extra = call_recipe(
+        parser.parse_known_args,
+        list(flags),
+        argparse.Namespace(**dict.fromkeys(known, unset)),
     )
     if extra:
         raise KDError(
@@ -270,7 +219,43 @@ def _parser_of(train: ModuleType) -> argparse.ArgumentParser:
             f"{train.__file__} has no function get_parser, which icefall's recipes "
             "have: give an epoch-N.pt or checkpoint-N.pt, and no model flags"
         )
-    return train.get_parser()
+    parser = call_recipe(train.get_parser)
+    if not isinstance(parser, argparse.ArgumentParser):
+        raise _no_such(train, "get_parser", "an ArgumentParser", parser)
+    return parser
+
+
+def recipe_params(train: ModuleType) -> Dict[str, Any]:
+    """What the recipe's ``get_params`` gives, anew at each call."""
+    params = call_recipe(train.get_params)
+    if not isinstance(params, dict):
+        raise _no_such(train, "get_params", "a dictionary", params)
+    return params
+
+
+def _no_such(train: ModuleType, name: str, wanted: str, value: Any) -> KDError:
+    return KDError(
+        f"{name} of {train.__file__} returns a {type(value).__name__}, and icefall's "
+        f"return {wanted}: give --recipe the folder of such a recipe"
+    )
+
+
+def recipe_defaults(train: ModuleType) -> Dict[str, Any]:
+    """What the recipe's own parser gives for an empty command line.
+
+    Raises:
+      KDError: a recipe without a parser, or whose parser demands an option.
+    """
+    parser = _parser_of(train)
+
+    def refuse(message: str) -> None:
+        raise KDError(
+            f"the parser of {train.__file__} refuses an empty command line "
+            f"({message}): give its options defaults"
+        )
+
+    parser.error = refuse
+    return vars(call_recipe(parser.parse_args, []))
 
 
 def settings_of(
@@ -307,21 +292,38 @@ def settings_of(
             "checkpoint-N.pt of the recipe's own training"
         )
     sp = load_bpe_model(bpe_model)
+    size = _number_of_symbols(checkpoint)
+    if size not in (0, sp.get_piece_size()):
+        raise KDError(
+            f"--bpe-model {bpe_model} has {sp.get_piece_size()} symbols and the "
+            f"parameters in {path} are for {size}: give the bpe.model or lang folder "
+            "that the checkpoint was trained with"
+        )
     blank_id = sp.piece_to_id(BLANK)
     if sp.id_to_piece(blank_id) != BLANK:
         raise KDError(
-            f"the BPE model {bpe_model} has no symbol {BLANK}, and icefall's blank is "
-            "that: give the bpe.model that the checkpoint was trained with"
+            f"--bpe-model {bpe_model} has no symbol {BLANK}, and icefall's blank is "
+            "that: give the bpe.model or lang folder that the checkpoint was trained "
+            "with"
         )
     return {
-        **vars(_parser_of(train).parse_args([])),
-        **train.get_params(),
+        **recipe_defaults(train),
+        **recipe_params(train),
         **given,
         "blank_id": blank_id,
         "sos_id": sp.piece_to_id("<sos/eos>"),
         "eos_id": sp.piece_to_id("<sos/eos>"),
         "vocab_size": sp.get_piece_size(),
     }
+
+
+def _number_of_symbols(checkpoint: Dict[str, Any]) -> int:
+    """How many symbols the parameters of a checkpoint are for; 0 if they don't tell."""
+    state = checkpoint.get("model")
+    for name in _SYMBOL_ROWS if isinstance(state, dict) else ():
+        if name in state:
+            return len(state[name])
+    return 0
 
 
 def load_recipe_model(
@@ -350,7 +352,7 @@ def load_recipe_model(
     averages = set()
     for path in files:
         checkpoint = load_checkpoint(path)
-        averages.add(_averages(checkpoint))
+        averages.add(averages_until(checkpoint))
         settings = settings_of(checkpoint, path, train, flags, bpe_model)
         if needed not in checkpoint:
             raise KDError(
@@ -367,15 +369,17 @@ def load_recipe_model(
             f"(every {settings.get('average_period')} steps): raise --avg, or give "
             "--use-averaged-model 0"
         )
-    params = train.get_params()
+    params = recipe_params(train)
     params.update(settings)
     model = _model_of(train, params, files[-1])
     if use_averaged_model:
-        state = _checkpoint_module().average_checkpoints_with_averaged_model(
+        state = averaging_module().average_checkpoints_with_averaged_model(
             filename_start=str(files[0]), filename_end=str(files[1])
         )
     elif len(files) > 1:
-        state = _checkpoint_module().average_checkpoints([str(f) for f in files])
+        # In the order in which decode.py adds them up, to the last bit.
+        names = [str(f) for f in (files[::-1] if iteration > 0 else files)]
+        state = averaging_module().average_checkpoints(names)
     else:
         state = checkpoint["model"]
     try:
@@ -388,12 +392,6 @@ def load_recipe_model(
             "alone the model's flags, that it was trained with"
         ) from None
     return model.eval(), settings
-
-
-def _averages(checkpoint: Dict[str, Any]) -> int:
-    """How often the averaged model was updated until this checkpoint."""
-    period = checkpoint.get("average_period") or 1
-    return int(checkpoint.get("batch_idx_train") or 0) // int(period)
 
 
 def _model_of(train: ModuleType, params: Dict[str, Any], path: Path) -> nn.Module:

@@ -67,8 +67,15 @@ def _stage(plan: Plan, new: Path, stage: Path) -> None:
         mode = (plan.recipe / name).stat().st_mode
         (stage / name).chmod(mode & 0o777 | 0o200)
     origin = Path(os.path.relpath(plan.recipe.resolve(), new.resolve()))
-    for name in plan.linked:
-        (stage / name).symlink_to(origin / name)
+    try:
+        for name in plan.linked:
+            (stage / name).symlink_to(origin / name)
+    except (OSError, NotImplementedError) as e:
+        raise KDError(
+            f"symbolic links can't be made for {new} ({getattr(e, 'strerror', e)}), "
+            "and a working copy has one for each file that stays as it is: give a "
+            "folder on another file system, or on Windows switch on its developer mode"
+        ) from None
     record = {
         "recipe": str(origin),
         "version": __version__,

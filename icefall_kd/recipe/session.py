@@ -23,6 +23,7 @@ import logging
 from typing import Any, Dict, List, Optional
 
 from icefall_kd.errors import KDError, disk_errors, install_excepthook
+from icefall_kd.files import text_encoding
 from icefall_kd.recipe import checks
 from icefall_kd.recipe.arguments import WEIGHTS, add_options
 from icefall_kd.recipe.online import process_of
@@ -140,7 +141,7 @@ class Session:
         from icefall_kd.targets.dataset import KDDataset
         from icefall_kd.targets.transcripts import StandInTranscripts, stand_in
 
-        read = _Counted(cuts)
+        read = _first_look(cuts)
         if self.teacher is None and self.joint.needs_targets:
             how = self.read_store(read)
             dataset = KDDataset(dataset, **how, time_warp=self.time_warp.followed)
@@ -160,9 +161,12 @@ class Session:
         """Check the store of ``cuts``; say how :class:`KDDataset` is to read it."""
         from icefall_kd.targets.dataset import store_fingerprint
         from icefall_kd.targets.fingerprint import hash_tokens, symbol_map
+        from icefall_kd.targets.places import look_beside
 
+        folder = str(self.settings.get("manifest_dir") or "")
+        look_beside(folder)
         found, store = store_fingerprint(cuts, self.missing)
-        how: Dict[str, Any] = {"missing": self.missing}
+        how: Dict[str, Any] = {"missing": self.missing, "manifest_dir": folder}
         checks.check_kept(self.joint, found, store)
         checks.check_path(self.settings, self.joint, found, store)
         how["lattice"] = self.joint.needs_lattice
@@ -314,32 +318,11 @@ class Session:
         return loss
 
 
-class _Counted:
-    """Cuts that are counted as they are read; 0 of a Shar, which is not read whole."""
+def _first_look(cuts):
+    """All processes look at all cuts at once; one of them says how far it is."""
+    from icefall_kd.targets.look import FirstLook
 
-    def __init__(self, cuts) -> None:
-        self.cuts, self.total, self.untranscribed = cuts, 0, 0
-
-    def __iter__(self):
-        from icefall_kd.targets.dataset import SHAR_SAMPLE
-        from icefall_kd.targets.heard import check_supervision
-        from icefall_kd.targets.transcripts import is_bare
-
-        total = untranscribed = 0
-        for cut in self.cuts:
-            if total == SHAR_SAMPLE and (cut.custom or {}).get("shard_origin"):
-                return
-            total += 1
-            check_supervision(cut)
-            untranscribed += is_bare(cut)
-            yield cut
-        self.total, self.untranscribed = total, untranscribed
-
-    def all(self) -> int:
-        """Read them all; return how many there are."""
-        for _ in self:
-            pass
-        return self.total
+    return FirstLook(cuts, silent=process_of()[0] != 0)
 
 
 def _first_layers(cuts) -> Dict:
@@ -372,6 +355,11 @@ def attach(params: Dict[str, Any], model) -> None:
         return
     from icefall_kd.recipe.progress import Progress
 
+    if text_encoding() != "utf-8":
+        logging.warning(
+            f"Lhotse reads manifests as {text_encoding()} in this locale, and they are "
+            "UTF-8: set PYTHONUTF8=1 where cut ids, paths or transcripts are not ASCII"
+        )
     progress = Progress(params)
     freezing = None
     if params["kd_freeze"]:
@@ -397,7 +385,7 @@ def wrap_dataset(dataset, cuts):
         dataset = _session.wrap(dataset, cuts)
     if _freezing is not None and _freezing.asks_for_fractions:
         progress = _freezing.progress
-        progress.per_epoch = progress.per_epoch or _Counted(cuts).all()
+        progress.per_epoch = progress.per_epoch or _first_look(cuts).all()
     return dataset
 
 

@@ -15,6 +15,8 @@ from lhotse.utils import compute_num_frames
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer
 from icefall_kd.targets.fingerprint import Fingerprint
+from icefall_kd.targets.look import FirstLook
+from icefall_kd.targets.places import look_beside
 from icefall_kd.targets.store import (
     FIELD,
     REMEDY,
@@ -36,7 +38,6 @@ from icefall_kd.types import (
 
 MISSING = ("refuse", "hard")
 ROUNDING = 1e-6  # seconds; what sums and differences of times leave is below
-SHAR_SAMPLE = 1000  # cuts
 
 
 @dataclass
@@ -292,14 +293,16 @@ def store_fingerprint(
     """The fingerprint of the stores that carry the targets of ``cuts``, and the first
     store's folder.
 
+    Args:
+      cuts: The training cuts, or a :class:`~icefall_kd.targets.look.FirstLook` at them.
+      missing: Whether to "refuse" cuts without targets, or to train "hard" on them.
+
     Raises:
       KDError: if any cut has no targets (with ``missing="hard"``: if none has), or if
         the stores are of different teachers.
     """
     bare, left_out, total, first, stores = 0, 0, 0, "", Counter()
-    for cut in cuts:
-        if total == SHAR_SAMPLE and (cut.custom or {}).get("shard_origin"):
-            break  # all of a Shar would be read; the workers check each cut again
+    for cut in cuts if isinstance(cuts, FirstLook) else FirstLook(cuts):
         total += 1
         found = {pointer.store for _, _, pointer in tracks_with_targets(cut)}
         stores.update(found)
@@ -352,6 +355,8 @@ class KDDataset(torch.utils.data.Dataset):
       lattice: Read lattices too, ``Targets.lattices``.
       hidden: Read hidden layers too, ``Targets.hidden``.
       time_warp: What the dataset's time warps do, which targets are to follow.
+      manifest_dir: The manifest's folder, in which a store is looked for that is no
+        longer where its cuts say.
     """
 
     def __init__(
@@ -363,6 +368,7 @@ class KDDataset(torch.utils.data.Dataset):
         lattice: bool = False,
         hidden: bool = False,
         time_warp: Optional[WarpRecord] = None,
+        manifest_dir: str = "",
     ) -> None:
         if not hasattr(dataset, "return_cuts"):
             raise KDError(
@@ -379,6 +385,13 @@ class KDDataset(torch.utils.data.Dataset):
         self.lattice = lattice
         self.hidden = hidden
         self.time_warp = time_warp
+        self.manifest_dir = manifest_dir
+        look_beside(manifest_dir)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """In a worker that is a new process, and not forked."""
+        self.__dict__.update(state)
+        look_beside(self.manifest_dir)
 
     def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
         batch = self.dataset[cuts]

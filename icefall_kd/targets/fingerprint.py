@@ -19,6 +19,10 @@ from icefall_kd.targets.characters import Characters
 FILENAME = "fingerprint.json"
 # Settings that change what a causal teacher says, and not its parameters.
 STREAMING = ("chunk_size", "left_context_frames")
+MOVED = (
+    "if the store was moved, say where it lies now with `icefall-kd repoint CUTS "
+    "--storage-dir FOLDER`"
+)
 TOKENS = "tokens.txt"  # the teacher's symbols, one a line, in their order
 
 
@@ -232,8 +236,8 @@ class Fingerprint:
             return Fingerprint(**values)
         except FileNotFoundError:
             raise KDError(
-                f"the target store {folder} has no {FILENAME}: make the targets again "
-                "with `icefall-kd dump`"
+                f"the target store {folder} has no {FILENAME}: {MOVED}, or make the "
+                "targets again with `icefall-kd dump`"
             ) from None
         except (ValueError, TypeError, KeyError) as e:
             if isinstance(e, KDError):

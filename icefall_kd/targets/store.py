@@ -3,7 +3,8 @@
 A store is a folder: ``fingerprint.json``, and one append-only file of records for each
 job that wrote to it. A cut points at its record by a plain dictionary in its custom
 fields, so a manifest loads, truncates, mixes and saves with Lhotse alone. In a Shar the
-dictionary holds the record too, and the store is asked for its small files alone.
+dictionary holds the record too, and the Shar the store's small files. Where a store
+lies that was moved, :mod:`icefall_kd.targets.places` knows.
 """
 
 import os
@@ -16,7 +17,8 @@ from typing import Any, Dict, Optional, Tuple, Union
 from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets.fingerprint import Fingerprint
+from icefall_kd.targets.fingerprint import MOVED, Fingerprint
+from icefall_kd.targets.places import place_of
 
 FIELD = "kd_targets"
 # Seconds. Resampling moves a recording's end by less; no change of speed does.
@@ -55,12 +57,17 @@ class Pointer:
 
     @staticmethod
     def of(cut: MonoCut) -> Optional["Pointer"]:
-        """The pointer that ``cut`` carries, or None."""
+        """The pointer that ``cut`` carries, or None; with its store's present place."""
         value = (cut.custom or {}).get(FIELD)
         if value is None:
             return None
         try:
-            return Pointer(**value)
+            pointer = Pointer(**value)
+            shard = cut.custom.get("shard_origin") if pointer.record else None
+            pointer.store = place_of(
+                pointer.store, pointer.fingerprint, str(shard or "")
+            )
+            return pointer
         except TypeError:
             raise KDError(
                 f"the field {FIELD} of cut {cut.id} is damaged or of another version: "
@@ -80,13 +87,13 @@ class Pointer:
         try:
             if self.record is not None:
                 return b64decode(self.record)
-            return os.pread(_descriptor(path, os.getpid()), self.size, self.offset)
+            return _bytes_at(path, self.size, self.offset)
         except ValueError:
             return b""  # its checksum will tell
         except OSError as e:
             raise KDError(
                 f"the targets of cut {self.cut} can't be read from {path} "
-                f"({e.strerror}): mend the path, or {REMEDY}"
+                f"({e.strerror}): {MOVED}, or {REMEDY}"
             ) from None
 
     def read(self) -> Dict[str, bytes]:
@@ -131,6 +138,14 @@ def is_left_out(cut: Union[Cut, Dict[str, Any]]) -> bool:
     return FIELD in custom and custom[FIELD] is None
 
 
+def _bytes_at(path: str, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(_opened(path, os.getpid()).descriptor, size, offset)
+    with open(path, "rb") as f:  # on Windows
+        f.seek(offset)
+        return f.read(size)
+
+
 # One descriptor a file and process: a forked worker must not share its parent's.
 @lru_cache(maxsize=256)
 def _opened(path: str, pid: int) -> "_File":
@@ -146,10 +161,6 @@ class _File:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-
-
-def _descriptor(path: str, pid: int) -> int:
-    return _opened(path, pid).descriptor
 
 
 def fingerprint_of(pointer: Pointer) -> Fingerprint:

@@ -1,9 +1,9 @@
 """Stores what a teacher said on Lhotse cuts."""
 
 import errno
-import fcntl
 import json
 import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,11 @@ from icefall_kd.targets.store import (
 )
 from icefall_kd.types import NoPath, PrunedLattice
 
+try:
+    import fcntl
+except ImportError:  # Windows, where targets are read alone
+    fcntl = None
+
 SHAR_NOTES = ("shard_origin", "shar_epoch", "dataloading_info")
 
 
@@ -60,7 +65,8 @@ class LogitWriter:
 
     Raises:
       KDError: if the folder holds targets of another teacher, or the manifest is
-        there and its cuts have no targets in that folder.
+        there and its cuts have no targets in that folder; on a system without POSIX
+        file locks.
     """
 
     def __init__(
@@ -75,6 +81,12 @@ class LogitWriter:
         if not 0 <= job < num_jobs:
             raise KDError(
                 f"the job is {job} of {num_jobs}, and must be 0 to {num_jobs - 1}"
+            )
+        if fcntl is None:
+            raise KDError(
+                f"targets can't be written on {sys.platform}, where Python has no file "
+                "locks (the module fcntl): dump them on Linux or macOS, and copy the "
+                "manifest and its store here to train on them"
             )
         self.manifest = job_manifest(manifest, job, num_jobs)
         self.partial = partial_of(self.manifest)
@@ -193,11 +205,13 @@ class LogitWriter:
                     continue
                 stored = (cut.get("custom") or {}).get(FIELD) or {}
                 folder = stored.get("store")
-                if folder is None or Path(folder) != self.storage_dir:
+                if folder is None or not _is_same(folder, self.storage_dir):
                     raise KDError(
                         f"{path} is there, and its cut {cut.get('id')} has targets in "
                         f"{folder} and not in {self.storage_dir}: name another "
-                        "manifest, or give --overwrite"
+                        "manifest, give --overwrite, or if the store was moved there "
+                        f"run `icefall-kd repoint {path} --storage-dir "
+                        f"{self.storage_dir}`"
                     )
                 pointer = Pointer(**stored)
                 if pointer.fingerprint != self.fingerprint.digest:
@@ -351,3 +365,8 @@ def _without_shar(cut: Cut) -> Dict[str, Any]:
     if custom:
         values["custom"] = {k: v for k, v in custom.items() if k not in SHAR_NOTES}
     return values
+
+
+def _is_same(folder: str, other: Path) -> bool:
+    """Whether two paths are of one folder, be one of them relative."""
+    return Path(folder) == other or Path(folder).resolve() == other.resolve()

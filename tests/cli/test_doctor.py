@@ -55,6 +55,27 @@ def test_targets_of_this_teacher_fit(doctor, dumped):
     assert done.code == 0 and "CTC dense, of this teacher" in rows(done)["targets"]
 
 
+def test_targets_that_were_moved_with_their_manifest_fit(
+    doctor, invoke, dumped, tmp_path, monkeypatch
+):
+    """Read by a relative path from another working folder; so does the report."""
+    new = tmp_path / "elsewhere" / "kd"
+    new.mkdir(parents=True)
+    store = tmp_path / "with-targets_kd"
+    for place in (dumped, store):
+        place.rename(new / place.name)
+    monkeypatch.chdir(new.parent)
+    done = doctor("--cuts", "kd/with-targets.jsonl.gz")
+    assert done.code == 0 and "in kd/with-targets_kd" in rows(done)["targets"]
+    (new / store.name).rename(new / "renamed")
+    error = refusal(doctor("--cuts", "kd/with-targets.jsonl.gz"))
+    assert f"{store} has no fingerprint.json" in error
+    assert "`icefall-kd repoint CUTS --storage-dir FOLDER`" in error
+    words = ("repoint", "kd/with-targets.jsonl.gz", "--storage-dir", "kd/renamed")
+    assert invoke(*words).code == 0
+    assert doctor("--cuts", "kd/with-targets.jsonl.gz").code == 0
+
+
 def test_targets_of_another_teacher_are_refused(doctor, dumped, teacher_exp):
     other = [
         *("--recipe", teacher_exp.recipe, "--exp-dir", teacher_exp.folder),

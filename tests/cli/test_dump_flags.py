@@ -160,13 +160,61 @@ def bpe_of(tmp_path):
 def test_a_bpe_model_without_blank_is_refused(refused, bare_words, flags, bpe_of):
     path = bpe_of("<blank>", "<sos/eos>")
     error = refused(*bare_words(*flags(), bpe_model=path))
-    assert f"the BPE model {path} has no symbol <blk>" in error
+    assert f"--bpe-model {path} has no symbol <blk>" in error
 
 
 def test_a_bpe_model_of_another_size_is_refused(refused, bare_words, flags, bpe_models):
-    error = refused(*bare_words(*flags(), bpe_model=bpe_models.larger))
-    assert "epoch-99.pt are not those of the model" in error
-    assert "size mismatch" in error
+    path = bpe_models.larger
+    error = refused(*bare_words(*flags(), bpe_model=path))
+    assert f"--bpe-model {path} has 26 symbols" in error
+    assert "epoch-99.pt are for 25" in error
+    for innocent in ("recipe", "flags", "size mismatch"):
+        assert innocent not in error
+
+
+def test_a_bpe_model_of_another_size_is_named_before_the_flags(
+    refused, bare_words, bpe_models
+):
+    error = refused(*bare_words(bpe_model=bpe_models.larger))
+    assert "has 26 symbols" in error and "are for 25" in error
+
+
+@pytest.fixture
+def lang_dir(tmp_path):
+    """The folder of a tokens.txt of so many characters."""
+
+    def make(size):
+        folder = tmp_path / f"lang-{size}"
+        folder.mkdir()
+        names = ["<blk>", "<sos/eos>", "<unk>"]
+        names += [chr(ord("一") + i) for i in range(size - 3)]
+        rows = "".join(f"{name} {i}\n" for i, name in enumerate(names))
+        (folder / "tokens.txt").write_text(rows, "utf8")
+        return folder
+
+    return make
+
+
+def test_characters_of_another_number_are_refused(
+    refused, invoke, bare_words, flags, lang_dir
+):
+    path = lang_dir(31)
+    error = refused(*bare_words(*flags(), bpe_model=path))
+    assert f"{path} has 31 symbols" in error and "are for 25" in error
+    assert invoke(*bare_words(*flags(), bpe_model=lang_dir(25))).code == 0
+
+
+def test_a_head_of_ctc_alone_tells_its_symbols_too(
+    refused, bare_exp, bare_words, flags, bpe_models
+):
+    path = bare_exp / "pretrained.pt"
+    state = torch.load(path, weights_only=True)["model"]
+    heads = ("decoder.", "joiner.", "simple_")
+    state = {k: v for k, v in state.items() if not k.startswith(heads)}
+    torch.save({"model": state}, path)
+    words = (*flags(), "--use-transducer", 0)
+    error = refused(*bare_words(*words, bpe_model=bpe_models.larger))
+    assert "has 26 symbols" in error and "are for 25" in error
 
 
 def test_the_blank_is_where_the_bpe_model_has_it(

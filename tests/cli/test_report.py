@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from lhotse import CutSet
 
+from icefall_kd.targets.store import read_fingerprint
+
 pytest.importorskip("matplotlib")
 
 SUFFIX = "epoch-3_avg-1_use-averaged-model"
@@ -297,6 +299,19 @@ def test_a_manifest_dir_that_is_none_is_refused(refused, three, tmp_path):
     words = ["--manifest-dir", tmp_path / "no"]
     said = refused("report", *three, *words, tmp_path / "out")
     assert f"--manifest-dir {tmp_path / 'no'} is not a folder" in said
+
+
+def test_targets_that_were_moved_are_read_where_their_manifest_is(
+    invoke, three, targets, tmp_path
+):
+    new = tmp_path / "elsewhere"
+    new.mkdir()
+    targets = targets.rename(new / targets.name)
+    (tmp_path / "made").rename(new / "made")
+    read_fingerprint.cache_clear()
+    done = invoke("report", *three, "--targets", targets, tmp_path / "out")
+    assert (done.code, done.err) == (0, [])
+    assert "ctc dense" in (tmp_path / "out" / "report.md").read_text("utf8")
 
 
 def test_targets_that_do_not_exist_are_refused(refused, three, tmp_path):

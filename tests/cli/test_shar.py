@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import OUT
-from icefall_kd.targets import KDDataset, dataset
+from icefall_kd.targets import KDDataset, look
 from icefall_kd.targets.dataset import collate_targets, store_fingerprint
 from icefall_kd.targets.fingerprint import load_bpe_model
+from icefall_kd.targets.places import forget
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -116,6 +117,7 @@ def test_the_targets_are_one_more_field_of_the_shar(
     assert done.code == 0 and "targets of 5 cuts in 3 shards" in done.out
     after = tree_of(folder)
     added = [f"kd_targets.00000{i}.jsonl.gz" for i in range(3)]
+    added.insert(0, "cuts.kd_targets/fingerprint.json")
     assert sorted(set(after) - set(before)) == added
     assert {name: after[name] for name in before} == before
     assert beside(folder) == names
@@ -272,13 +274,92 @@ def test_small_files_are_looked_for_where_told(invoke, dumped, folder, tmp_path,
 
 def test_a_shar_without_its_fingerprint_is_refused(filled, tmp_path):
     (tmp_path / "out_kd" / "fingerprint.json").unlink()
+    shutil.rmtree(filled / "cuts.kd_targets")
     read_fingerprint.cache_clear()
-    with pytest.raises(KDError, match="has no fingerprint.json"):
+    with pytest.raises(KDError, match="has no fingerprint.json.*icefall-kd repoint"):
         collate_targets([read(filled)["c1"]])
 
 
+def alone(folder, tmp_path):
+    """The Shar in another place, and nothing else, for another process."""
+    new = tmp_path / "elsewhere" / "speech"
+    shutil.copytree(folder, new)
+    for name in ("out.jsonl.gz", "out_kd", "shar"):
+        place = tmp_path / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    forget()
+    read_fingerprint.cache_clear()
+    return new
+
+
+def test_a_shar_is_enough_by_itself(invoke, dumped, folder, plain, tmp_path):
+    quantizer = tmp_path / "out_kd" / "quantizer.out.pt"
+    quantizer.write_bytes(b"a quantizer")
+    assert invoke("shar", dumped, folder).code == 0
+    new = alone(folder, tmp_path)
+    cuts = read(new)
+    same(collate_targets(list(cuts.values())), collate_targets(list(plain)))
+    own = str(new / "cuts.kd_targets")
+    assert store_fingerprint(cuts.values())[1] == own
+    names = [p.name for p in (new / "cuts.kd_targets").iterdir()]
+    assert sorted(names) == ["fingerprint.json", "quantizer.out.pt"]
+    mixed = cuts["c1"].pad(duration=3.0, preserve_id=True)
+    assert collate_targets([mixed]).mask.sum() == 10
+
+
+def test_a_shars_symbols_come_along(
+    invoke, dump_words, folder, teacher_exp, tmp_path, bpe_models
+):
+    words = dump_words("--bpe-model", bpe_models.a, cuts=folder)
+    assert invoke(*words).code == 0
+    assert invoke("shar", tmp_path / "out.jsonl.gz", folder).code == 0
+    tokens = (folder / "cuts.kd_targets" / "tokens.txt").read_bytes()
+    assert tokens == (tmp_path / "out_kd" / "tokens.txt").read_bytes()
+
+
+def test_an_older_shar_is_mended_where_its_store_is_now(
+    invoke, filled, plain, tmp_path
+):
+    """As it was made before its store's small files came along."""
+    shutil.rmtree(filled / "cuts.kd_targets")
+    kept = shutil.copytree(tmp_path / "out_kd", tmp_path / "kept")
+    new = alone(filled, tmp_path)
+    with pytest.raises(KDError, match="no fingerprint.json.*icefall-kd repoint"):
+        collate_targets(list(read(new).values()))
+    assert "--storage-dir" in invoke("repoint", new).err[0]
+    done = invoke("repoint", new, "--storage-dir", kept)
+    assert done.code == 0, done
+    shutil.rmtree(kept)
+    forget()
+    read_fingerprint.cache_clear()
+    same(collate_targets(list(read(new).values())), collate_targets(list(plain)))
+    assert invoke("repoint", new).code == 0  # again
+
+
+def test_a_moved_shar_is_dumped_again(invoke, dump_words, filled, tmp_path):
+    """The folder of small files is no shard to any command."""
+    new = alone(filled, tmp_path)
+    again = tmp_path / "again.jsonl.gz"
+    assert invoke(*dump_words(cuts=new, out=again)).code == 0
+    assert invoke("shar", again, new).code == 0
+
+
+def test_targets_of_two_dumps_are_not_put_into_one_shar(
+    invoke, dumped, dump_words, folder, tmp_path, tree_of
+):
+    other = tmp_path / "other.jsonl.gz"
+    assert invoke(*dump_words("--epoch", 1, cuts=folder, out=other)).code == 0
+    cuts = [*list(load_manifest(dumped))[:3], *list(load_manifest(other))[3:]]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "both.jsonl.gz")
+    before = tree_of(tmp_path)
+    done = invoke("shar", tmp_path / "both.jsonl.gz", folder)
+    assert done.code == 1 and "the targets of cut c4" in done.err[-1]
+    assert "those of one dump" in done.err[-1]
+    assert tree_of(tmp_path) == before
+
+
 def test_the_first_cuts_of_a_shar_stand_for_all(filled, monkeypatch):
-    monkeypatch.setattr(dataset, "SHAR_SAMPLE", 2)
+    monkeypatch.setattr(look, "SAMPLE", 2)
     cuts = iter(CutSet.from_shar(in_dir=filled))
     assert store_fingerprint(cuts)[0].vocab_size == 25
     assert [c.id for c in cuts] == ["c4", "ç5"]  # the third was looked at
@@ -288,7 +369,7 @@ def test_the_first_cuts_of_a_shar_stand_for_all(filled, monkeypatch):
 
 
 def test_all_cuts_of_a_plain_manifest_are_looked_at(plain, monkeypatch):
-    monkeypatch.setattr(dataset, "SHAR_SAMPLE", 2)
+    monkeypatch.setattr(look, "SAMPLE", 2)
     cuts = [*list(plain)[:4], plain["ç5"].drop_custom(FIELD)]
     with pytest.raises(KDError, match="1 of 5 training cuts have no targets.*ç5"):
         store_fingerprint(cuts)

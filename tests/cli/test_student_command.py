@@ -258,6 +258,18 @@ def test_parameters_alone_without_flags_are_refused(
     assert "holds no model settings" in refused(*words)
 
 
+def test_parameters_alone_with_other_symbols_are_refused(
+    refused, student_words, recipe, teacher_exp, bpe_models, tmp_path
+):
+    model = teacher_exp.models["epoch-2"]
+    torch.save({"model": model.state_dict()}, tmp_path / "epoch-9.pt")
+    flags = flags_of(teacher_exp.settings, model_names(recipe)).split()
+    words = ("--exp-dir", tmp_path, "--epoch", 9, "--bpe-model", bpe_models.larger)
+    error = refused(*student_words(*words, *flags))
+    assert f"--bpe-model {bpe_models.larger} has 26 symbols" in error
+    assert "are for 25" in error
+
+
 @pytest.mark.parametrize("more", [("--epoch", 2), ("--iter", 20, "--avg", 2)])
 def test_an_averaged_teacher(invoke, student_words, made, teacher_exp, more):
     assert invoke(*student_words(*more, "--use-averaged-model", 1)).code == 0

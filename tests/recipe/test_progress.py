@@ -398,7 +398,7 @@ def test_the_dataset_tells_how_many_cuts_an_epoch_has(attached, make_cut, make_s
 
 def test_a_shar_does_not_tell(attached, make_cut, make_store, monkeypatch):
     """Of which the first cuts are read alone."""
-    monkeypatch.setattr("icefall_kd.targets.dataset.SHAR_SAMPLE", 3)
+    monkeypatch.setattr("icefall_kd.targets.look.SAMPLE", 3)
     (stored,) = make_store([make_cut("a", 33)])
     cuts = [stored.with_id(name) for name in "abcde"]
     for cut in cuts:
@@ -406,6 +406,27 @@ def test_a_shar_does_not_tell(attached, make_cut, make_store, monkeypatch):
     found = attached()
     session.wrap_dataset(K2SpeechRecognitionDataset(), CutSet.from_cuts(cuts))
     assert found.progress.per_epoch == 0
+
+
+def test_cuts_without_end_do_not_tell(attached, make_cut, make_store, monkeypatch):
+    """Of which the first are read alone, where the recipe repeats each corpus."""
+    monkeypatch.setattr("icefall_kd.targets.look.SAMPLE", 9)
+    a, b = (make_store([make_cut(i, 33)], name=i) for i in "ab")
+    found = attached()
+    cuts = CutSet.mux(a.repeat(), b.repeat())
+    wrapped = session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
+    assert found.progress.per_epoch == 0
+    batch = wrapped[CutSet.from_cuts(c for c, _ in zip(cuts, range(3)))]
+    assert batch["kd_targets"].lens.tolist() == [7, 7, 7]
+
+
+def test_another_encoding_than_utf8_is_warned_of(attached, monkeypatch, caplog):
+    """Lhotse reads manifests by it."""
+    attached()
+    assert "PYTHONUTF8" not in caplog.text
+    monkeypatch.setattr(session, "text_encoding", lambda: "gbk")
+    attached()
+    assert "as gbk" in caplog.text and "set PYTHONUTF8=1" in caplog.text
 
 
 # What belongs to a checkpoint

@@ -9,15 +9,16 @@ import pytest
 import torch
 from lhotse import CutSet, load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset
+from torch.utils.data import DataLoader
 from zipformer.utils import MetricsTracker
 
 from icefall_kd.errors import KDError
 from icefall_kd.hook import TeacherHook, ctc_linear
 from icefall_kd.recipe import session
-from icefall_kd.targets import Fingerprint, KDDataset
+from icefall_kd.targets import Fingerprint, KDDataset, places
 from icefall_kd.targets.dataset import read_ctc
 from icefall_kd.targets.fingerprint import hash_tokens, load_bpe_model, pieces
-from icefall_kd.targets.store import Pointer
+from icefall_kd.targets.store import Pointer, read_fingerprint
 
 
 @pytest.fixture
@@ -132,6 +133,33 @@ def test_the_loss_equals_the_formula_by_hand(
     assert info["kd_frames"] == int(batch["kd_targets"].lens.sum())
     joint.backward()
     assert model.encoder_embed.out.weight.grad.abs().max() > 0
+
+
+def test_a_store_that_moved_with_its_manifest_is_found(
+    make_model, make_params, cuts, tmp_path
+):
+    """By --manifest-dir; a worker that is a new process finds it too."""
+    before = kd_batch(cuts)["kd_targets"]
+    places.forget()
+    read_fingerprint.cache_clear()
+    (tmp_path / "nvme").mkdir()
+    (tmp_path / "kd").rename(tmp_path / "nvme" / "kd")
+    for folder, found in (("", False), (tmp_path / "nvme", True)):
+        session.attach(make_params(manifest_dir=folder), make_model().train())
+        if not found:
+            with pytest.raises(KDError, match="no fingerprint.json.*repoint"):
+                session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
+            continue
+        dataset = session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
+        loader = DataLoader(
+            dataset,
+            sampler=[cuts],
+            batch_size=None,
+            num_workers=1,
+            multiprocessing_context="spawn",
+        )
+        (batch,) = loader
+        assert torch.equal(batch["kd_targets"].ctc, before.ctc)
 
 
 def test_a_pure_kd_loss_reaches_the_ctc_head_only(make_model, make_params, cuts):

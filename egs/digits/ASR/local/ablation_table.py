@@ -38,7 +38,7 @@ def wer(exp: Path, head: str, checkpoint: str) -> float:
     path = exp / method / name
     if not path.is_file():
         raise UserError(f"{path} does not exist, let run_ablation.sh finish")
-    return float(path.read_text().splitlines()[1].split()[-1])
+    return float(path.read_text("utf8").splitlines()[1].split()[-1])
 
 
 def cell(values: List[float]) -> str:

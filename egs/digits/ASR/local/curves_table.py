@@ -49,7 +49,7 @@ def read(args: argparse.Namespace) -> Curves:
                 if not path.is_file():
                     raise UserError(f"{path} does not exist, let run_slices.sh finish")
                 curves.setdefault((start, kind), []).append(
-                    json.loads(path.read_text())
+                    json.loads(path.read_text("utf8"))
                 )
     return curves
 

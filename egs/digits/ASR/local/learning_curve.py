@@ -11,6 +11,7 @@ Usage:
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import List, Tuple
 
@@ -44,7 +45,9 @@ def get_args() -> argparse.Namespace:
 
 def points(exp_dir: Path, last: int) -> List[Tuple[int, int, int]]:
     """Steps, and --epoch or --iter, of what there is."""
-    steps = [int(p.stem.split("-")[1]) for p in exp_dir.glob("checkpoint-*.pt")]
+    names = [p.name for p in exp_dir.iterdir()] if exp_dir.is_dir() else []
+    found = [re.fullmatch(r"checkpoint-([0-9]+)\.pt", name) for name in names]
+    steps = [int(match[1]) for match in found if match]
     if not steps or not (exp_dir / "epoch-1.pt").is_file():
         raise UserError(
             f"{exp_dir} holds no epoch-1.pt and checkpoint-*.pt, give the folder of a "
@@ -69,7 +72,7 @@ def main() -> None:
             found = judge(model, batches, sp, settings.get("blank_id", 0))
             curve.append({"step": step, **dataclasses.asdict(found)})
             bar.set_postfix_str(f"step {step}: {found.ctc_wer:.2f} %")
-    args.json.write_text(json.dumps(curve, indent=1) + "\n")
+    args.json.write_text(json.dumps(curve, indent=1) + "\n", "utf8")
 
 
 if __name__ == "__main__":

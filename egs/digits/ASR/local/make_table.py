@@ -54,7 +54,7 @@ def read_wer(exp_dir: Path, method: str, epoch: int, avg: int) -> float:
     path = exp_dir / method / name
     if not path.is_file():
         raise UserError(f"the result {path} does not exist, run the decoding stage")
-    return float(re.match(r"%WER ([\d.]+)%", path.read_text()).group(1))
+    return float(re.match(r"%WER ([\d.]+)%", path.read_text("utf8")).group(1))
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def main() -> None:
     }
     with staged_dir(args.output.parent) as scratch:
         for path, text in texts.items():
-            (scratch / path.name).write_text(text)
+            (scratch / path.name).write_text(text, "utf8")
             (scratch / path.name).replace(path)
 
 

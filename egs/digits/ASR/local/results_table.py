@@ -38,7 +38,7 @@ def read(work_dir: Path, seed: str, suffix: str) -> Dict[Key, Dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist, let run_fsdd.sh finish seed {seed}")
     rows: Dict[Key, Dict[str, Any]] = {}
-    for row in json.loads(path.read_text()):
+    for row in json.loads(path.read_text("utf8")):
         n = sum(model == row["model"] for model, _ in rows)
         rows[row["model"], n] = row
     return rows

@@ -1,0 +1,172 @@
+"""Lets a manifest point at its targets where these lie now."""
+
+import json
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+import click
+from tqdm.auto import tqdm
+
+from icefall_kd.cli.cuts import shards_of
+from icefall_kd.errors import KDError
+from icefall_kd.files import replacing
+from icefall_kd.targets.manifest import lines_of, open_manifest
+from icefall_kd.targets.places import (
+    SHAR_STORE,
+    beside,
+    copy_small_files,
+    has_fingerprint,
+)
+from icefall_kd.targets.store import FIELD, Pointer
+
+
+def _stored_in(value: Any) -> Iterator[Dict[str, Any]]:
+    """The pointers in a cut's dictionary, those of a mixed cut's tracks too."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _stored_in(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name != FIELD:
+                yield from _stored_in(item)
+            elif item is not None:
+                yield item
+
+
+class _Stores:
+    """Where the stores of a manifest lie now.
+
+    Args:
+      path: The manifest.
+      folders: Where to look; () for beside the manifest.
+    """
+
+    def __init__(self, path: Path, folders: Sequence[str]) -> None:
+        self.path, self.folders = path, folders
+        # By the store and the file that a cut names: the folder, and bytes in its file.
+        self.places: Dict[Tuple[str, str], Tuple[str, int]] = {}
+
+    def place(self, stored: Dict[str, Any]) -> str:
+        """The folder of a cut's record, whose first cut was read there."""
+        try:
+            pointer = Pointer(**stored)
+            key = (str(pointer.store), str(pointer.file))
+            end = pointer.offset + pointer.size
+        except (TypeError, AttributeError):
+            raise KDError(
+                f"a field {FIELD} in {self.path} is damaged or of another version: "
+                "make the targets again with `icefall-kd dump --overwrite`"
+            ) from None
+        if key not in self.places:
+            place = self._look_for(pointer)
+            file = Path(place) / pointer.file
+            self.places[key] = place, 0 if pointer.record else file.stat().st_size
+        place, size = self.places[key]
+        if end > size and not pointer.record:
+            raise KDError(
+                f"the record of cut {pointer.cut} ends at byte {end} of {place}/"
+                f"{pointer.file}, which has {size}: copy the store again"
+            )
+        return place
+
+    def _look_for(self, pointer: Pointer) -> str:
+        near = list(beside(str(pointer.store), [str(self.path.parent)]))
+        for place in (*(self.folders or near), pointer.store):
+            if has_fingerprint(place, pointer.fingerprint):
+                try:
+                    replace(pointer, store=place).read()
+                    return place
+                except KDError:
+                    continue
+        looked_in = ", ".join(self.folders or near)
+        raise KDError(
+            f"the targets of cut {pointer.cut}, made in {pointer.store} under the "
+            f"fingerprint {pointer.fingerprint}, are not in {looked_in}: give "
+            "--storage-dir the folder of their fingerprint.json and records"
+        )
+
+
+def _rewrite(path: Path, stores: _Stores) -> int:
+    """Write a manifest anew, whole or not at all; return how many cuts have targets."""
+    n = 0
+    with replacing(path) as temporary:
+        with open_manifest(path, "rb") as f, open_manifest(temporary, "wb") as out:
+            for line in tqdm(lines_of(f, path), desc="Cuts", unit=" cuts", delay=2):
+                try:
+                    cut = json.loads(line)
+                except ValueError:
+                    if path.suffix != ".partial":  # which a killed run may leave torn
+                        raise KDError(
+                            f"{path} is no manifest of Lhotse, or damaged: give a "
+                            ".jsonl or .jsonl.gz that `icefall-kd dump` wrote"
+                        ) from None
+                    out.write(line)
+                    continue
+                pointers = list(_stored_in(cut))
+                for stored in pointers:
+                    stored["store"] = stores.place(stored)
+                if pointers:
+                    line = json.dumps(cut, ensure_ascii=False).encode() + b"\n"
+                n += bool(pointers)
+                out.write(line)
+        if not n:
+            raise KDError(
+                f"no cut of {path} has targets ({FIELD}): give the manifest that "
+                "`icefall-kd dump` wrote"
+            )
+    return n
+
+
+def _fill_shar(folder: Path, folders: Sequence[str]) -> str:
+    """Copy a store's small files into a Shar; return where they were."""
+    shards = shards_of(folder, FIELD)
+    if not shards:
+        raise KDError(
+            f"the folder {folder} is no Shar with targets: put them into it with "
+            "`icefall-kd shar`, or give a manifest"
+        )
+    try:
+        with open_manifest(shards[0], "rb") as f:
+            pointer = Pointer(**json.loads(f.readline())[FIELD])
+    except (ValueError, TypeError, KeyError, EOFError, zlib.error) as e:
+        raise KDError(
+            f"{shards[0]} is damaged ({type(e).__name__}): make it again with "
+            "`icefall-kd shar`"
+        ) from None
+    own = folder / SHAR_STORE
+    near = [str(own), pointer.store, *beside(pointer.store, [str(folder.parent)])]
+    for place in folders or near:
+        if has_fingerprint(place, pointer.fingerprint):
+            if not (own.is_dir() and own.samefile(place)):
+                copy_small_files(place, own)
+            return place
+    raise KDError(
+        f"the store of {folder}, made in {pointer.store} under the fingerprint "
+        f"{pointer.fingerprint}, is not in {', '.join(folders or near)}: give "
+        "--storage-dir the folder of its fingerprint.json"
+    )
+
+
+def repoint(cuts_path: str, folders: Sequence[str]) -> None:
+    path = Path(cuts_path)
+    if not path.exists():
+        raise KDError(f"the manifest {path} does not exist: mend CUTS")
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise KDError(f"--storage-dir {folder} is no folder: mend the path")
+    try:
+        if path.is_dir():
+            place = _fill_shar(path, folders)
+            click.echo(f"{path}: has what its targets need, of {place}")
+            return
+        stores = _Stores(path, folders)
+        n = _rewrite(path, stores)
+    except PermissionError as e:
+        raise KDError(
+            f"{path} can't be rewritten ({e.strerror}): copy it into a folder that can "
+            "be written to, and give the copy"
+        ) from None
+    places: List[str] = sorted({place for place, _ in stores.places.values()})
+    click.echo(f"{path}: {n} cuts point at {', '.join(places)}")

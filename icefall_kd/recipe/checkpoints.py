@@ -1,0 +1,109 @@
+"""The files of a training's checkpoints, as icefall's decode.py takes them."""
+
+import importlib
+import logging
+import pickle
+from contextlib import nullcontext
+from pathlib import Path, PosixPath
+from types import ModuleType
+from typing import Any, Dict, List, Optional, Union
+
+import torch
+
+from icefall_kd.errors import KDError
+
+
+def averaging_module() -> ModuleType:
+    """icefall's functions that find and average checkpoints."""
+    for name in ("icefall.checkpoint", "zipformer.utils.checkpoint"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise KDError(
+        "neither icefall nor the package zipformer can be imported: put icefall on "
+        "PYTHONPATH, or run `pip install zipformer==0.1.3`"
+    )
+
+
+def checkpoint_files(
+    exp_dir: Union[str, Path], epoch: int, iteration: int, avg: int, averaged: bool
+) -> List[Path]:
+    """The files that ``--epoch``/``--iter``, ``--avg`` and averaging ask for.
+
+    Returns:
+      One file to load as it is, [start, end] for the averaged model between two
+      checkpoints, or ``avg`` files to average.
+    """
+    exp_dir = Path(exp_dir)
+    if avg < 1:
+        raise KDError(f"--avg is {avg}, and must be 1 or more")
+    if iteration > 0:
+        # The function that decode.py asks, so that both take the same files.
+        find_checkpoints = averaging_module().find_checkpoints
+        newest_first = find_checkpoints(exp_dir, iteration=-iteration)
+        want = avg + 1 if averaged else avg
+        if len(newest_first) < want:
+            raise KDError(
+                f"{exp_dir} has {len(newest_first)} checkpoint-N.pt up to {iteration}, "
+                f"and --iter {iteration} --avg {avg} need {want}: lower --avg, or "
+                "train with a smaller --save-every-n"
+            )
+        files = [Path(name) for name in reversed(newest_first[:want])]
+        files = [files[0], files[-1]] if averaged else files
+    elif avg == 1 and not averaged:
+        files = [exp_dir / f"epoch-{epoch}.pt"]
+    elif averaged:
+        files = [exp_dir / f"epoch-{epoch - avg}.pt", exp_dir / f"epoch-{epoch}.pt"]
+    else:
+        files = [exp_dir / f"epoch-{e}.pt" for e in range(epoch - avg + 1, epoch + 1)]
+    for path in files:
+        if not path.is_file():
+            raise KDError(
+                f"the checkpoint {path} does not exist: mend --exp-dir, --epoch, "
+                "--iter or --avg"
+            )
+    return files
+
+
+def _load_data(path: Path) -> Optional[Dict[str, Any]]:
+    """Load without running pickled code; None where torch can't do so."""
+    safe = getattr(torch.serialization, "safe_globals", None)  # from torch 2.5 on
+    try:
+        with safe([type(path), PosixPath]) if safe else nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return None
+
+
+def load_checkpoint(path: Path) -> Dict[str, Any]:
+    """What a checkpoint holds, on the CPU.
+
+    Raises:
+      KDError: a file that can't be read, or that holds no dictionary.
+    """
+    try:
+        checkpoint = _load_data(path)
+        if checkpoint is None:
+            logging.warning(
+                f"{path} holds more than data, so loading it runs what was pickled "
+                "into it: use checkpoints of people you trust only"
+            )
+            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as e:  # torch raises many kinds for a damaged file
+        raise KDError(
+            f"the checkpoint {path} can't be read ({type(e).__name__}): copy or train "
+            "it again"
+        ) from None
+    if not isinstance(checkpoint, dict):
+        raise KDError(
+            f"the checkpoint {path} holds a {type(checkpoint).__name__}, not a dict "
+            "with a model: give the epoch-N.pt or checkpoint-N.pt of a training"
+        )
+    return checkpoint
+
+
+def averages_until(checkpoint: Dict[str, Any]) -> int:
+    """How often the averaged model was updated until this checkpoint."""
+    period = checkpoint.get("average_period") or 1
+    return int(checkpoint.get("batch_idx_train") or 0) // int(period)

@@ -1,0 +1,89 @@
+"""A first look at training cuts, before any of them is trained on."""
+
+from typing import Any, Iterable, Iterator
+
+from lhotse.cut import Cut
+from lhotse.lazy import (
+    LazyInfiniteApproximateMultiplexer,
+    LazyIteratorMultiplexer,
+    LazyRepeater,
+)
+from tqdm.auto import tqdm
+
+from icefall_kd.targets.heard import check_supervision
+from icefall_kd.targets.transcripts import is_bare
+
+SAMPLE = 1000  # cuts
+# Where Lhotse's lazy sets keep those that they are made of.
+_SOURCES = ("cuts", "iterator", "iterators", "source")
+
+
+def is_endless(cuts: Any) -> bool:
+    """Whether Lhotse's operations on ``cuts`` make a set that never ends.
+
+    That is what ``repeat()`` without a number gives, and whatever is made of it.
+    """
+    if isinstance(cuts, LazyInfiniteApproximateMultiplexer):
+        return True
+    if isinstance(cuts, LazyRepeater) and cuts.times is None:
+        return True
+    if isinstance(cuts, (list, tuple)):
+        return False  # of cuts
+    found = []
+    for name in _SOURCES:
+        source = getattr(cuts, name, None)
+        if name == "iterators" and source is not None:
+            found += [is_endless(one) for one in source]
+        elif source is not None:
+            found.append(is_endless(source))
+    ends_with_the_first = isinstance(cuts, LazyIteratorMultiplexer) and cuts.stop_early
+    return bool(found) and (all if ends_with_the_first else any)(found)
+
+
+class FirstLook:
+    """Cuts that are counted as they are read, with a line that says how far it is.
+
+    Of a Shar, all of which would be read from its storage, and of cuts without end, the
+    first ``SAMPLE`` are looked at: a dataset's workers check each cut again.
+
+    Args:
+      cuts: The training cuts.
+      silent: Whether another process says how far it is.
+    """
+
+    def __init__(self, cuts: Iterable[Cut], silent: bool = False) -> None:
+        self.cuts, self.silent = cuts, silent
+        # Of all cuts; 0 where they were not read to their end.
+        self.total = self.untranscribed = 0
+
+    def __iter__(self) -> Iterator[Cut]:
+        endless = is_endless(self.cuts)
+        total = untranscribed = 0
+        with tqdm(
+            desc="Looking at the training cuts",
+            unit=" cuts",
+            delay=2,
+            mininterval=1,
+            disable=self.silent,
+        ) as bar:
+            for cut in self.cuts:
+                if total >= SAMPLE and (endless or _of_a_shar(cut)):
+                    return
+                total += 1
+                check_supervision(cut)
+                untranscribed += is_bare(cut)
+                bar.update()
+                yield cut
+        self.total, self.untranscribed = total, untranscribed
+
+    def all(self) -> int:
+        """Read them all; return how many there are."""
+        for _ in self:
+            pass
+        return self.total
+
+
+def _of_a_shar(cut: Cut) -> bool:
+    # A mixed cut has no custom fields of its own in older versions of Lhotse.
+    inner = [t.cut for t in getattr(cut, "tracks", None) or []] or [cut]
+    return any((c.custom or {}).get("shard_origin") for c in inner)
