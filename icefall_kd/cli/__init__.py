@@ -108,6 +108,7 @@ def teacher_options(command, required=True):
 )
 @click.option(
     "--write-flags",
+    type=Place(optional=True),
     default="",
     metavar="FILE",
     help="Write the teacher's model flags, which its decode.py needs, into this file.",
@@ -174,6 +175,7 @@ def doctor(**options) -> None:
 )
 @click.option(
     "--cut-seconds",
+    type=Text(),
     default="",
     metavar="SHORTEST:LONGEST",
     help="Leave cuts out that the recipe's training leaves out, such as 1:20.",
@@ -495,10 +497,11 @@ def report(**options) -> None:
 
 
 @cli.command()
-@click.argument("cuts_path", metavar="CUTS")
+@click.argument("cuts_path", type=Place(), metavar="CUTS")
 @click.option(
     "--storage-dir",
     "folders",
+    type=Place(),
     multiple=True,
     help="The folder where a store lies now, if it is not beside CUTS; may be given "
     "more than once.",

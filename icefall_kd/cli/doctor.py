@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Tuple
 import click
 
 from icefall_kd.errors import KDError
+from icefall_kd.files import check_new_file
 from icefall_kd.recipe.arguments import WEIGHTS
 
 # name of the module, of its distribution, whether it is needed, how to get it
@@ -249,6 +250,8 @@ def doctor(
             "cuts, a student, tokens, --kd, --write-flags and model flags are about a "
             "teacher: give --recipe and --exp-dir"
         )
+    if write_flags:
+        check_new_file(write_flags, "--write-flags")
     if kd and not cuts:
         raise KDError("--kd is looked at beside targets: give --cuts that carry them")
     _installed()

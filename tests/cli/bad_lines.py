@@ -32,6 +32,7 @@ BASE: Dict[str, Dict[str, str]] = {
         "out_cuts": "jobs.jsonl.gz",
         "num_jobs": "2",
     },
+    "repoint": {"cuts_path": "kd.jsonl.gz", "folders": "kd_kd"},
     "shar": {"cuts_path": "of-shar.jsonl.gz", "shar_dir": "shar"},
     "quantizer": {
         **TEACHER,
@@ -130,6 +131,15 @@ EXTRA: Dict[Tuple[str, str], Sequence[str]] = {
     ("report", "models"): ("a=", "=exp", "a=no-such", "a=a-file", "a=a-folder", "a"),
     ("report", "targets"): ("in.jsonl.gz", "shar", "toy/train.py"),
     ("combine", "num_jobs"): ("3", "10000"),
+    ("dump", "cut_seconds"): ("20", "20:1", "nan:20", "1:inf", "-1:20", ":", "1:2:3"),
+    ("dump", "out_cuts"): (
+        "o.json",
+        "o.yaml",
+        "o.json.gz",
+        "o",
+        "a-folder/",
+        "in.jsonl.gz",
+    ),
 }
 RANDOM = {"init": "random"}
 # Of several options, what can't be said together; None: left out.
@@ -198,6 +208,7 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "bpe_model": ("",),
         "student_dir": ("",),
         "kd": ("", "--kd-ctc-weight 1:1"),
+        "write_flags": ("", "a-file", " ", "a\nb"),
     },
     "dump": {
         **FALSE,
@@ -205,6 +216,7 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "storage_dir": ("", ".", "a-folder", *NAMES),
         "keep_lattice": ("", "collapsed"),
         "keep_hidden": ("",),
+        "cut_seconds": ("",),
         "weights": ("",),
         "teacher_field": ("",),
         "s_range": ("0",),
@@ -213,6 +225,8 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "num_workers": ("0",),
         "num_threads": ("0",),
     },
+    # The targets are still where the manifest says.
+    "repoint": {"folders": (".", "a-folder")},
     # Where the small files of a store will be found, perhaps on another machine.
     "shar": {"store": ("", ".", "a-folder", "a-file/x", *NAMES)},
     "quantizer": {
@@ -252,11 +266,5 @@ ACCEPTED_TOGETHER: Sequence[Tuple[str, Dict[str, Optional[str]]]] = tuple(
     )
 )
 # Faults that are known and to be mended, each kind with its reason: not judged.
-KNOWN: Dict[Tuple[str, str], Tuple[Sequence[str], str]] = {
-    ("dump", "out_cuts"): (
-        (".", "a-folder", "a-file", *NAMES),
-        "OUT_CUTS that is a folder, or of a name that Lhotse can't read",
-    ),
-    ("combine", "out_cuts"): ((".",), "OUT_CUTS that is a folder"),
-}
+KNOWN: Dict[Tuple[str, str], Tuple[Sequence[str], str]] = {}
 FLAG_VALUES = ("=", "=x", "=" + NOT_UTF8)
