@@ -331,7 +331,9 @@ def half_steps(k, step, side, others=5000):
     seed=st.integers(0, 2**31),
     v=st.integers(2, 600),
     scale=st.sampled_from([0.0, 0.1, 1.0, 4.0, 30.0]),
-    name=st.sampled_from(["top:1", "top:16", "top:255", "adaptive:.9:5", "adaptive:1:255"]),
+    name=st.sampled_from(
+        ["top:1", "top:16", "top:255", "adaptive:.9:5", "adaptive:1:255"]
+    ),
 )
 def test_a_bytes_error_is_within_its_bound(seed, v, scale, name):
     bound, error = bound_and_error(name, logits_of(5, v, seed, scale))

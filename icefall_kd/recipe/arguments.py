@@ -23,9 +23,9 @@ OPTIONS = (
         "ctc-weight",
         "weight",
         0.0,
-        "Weight of the CTC frame KL against the teacher's targets. The recipe scales its "
-        "own CTC loss by --ctc-loss-scale, 0.2 by default, and not this one: 1 counts "
-        f"five times as much as that. {BY_EPOCH}",
+        "Weight of the CTC frame KL against the teacher's targets. The recipe scales "
+        "its own CTC loss by --ctc-loss-scale, 0.2 by default, and not this one: 1 "
+        f"counts five times as much as that. {BY_EPOCH}",
     ),
     (
         "rnnt-weight",
@@ -67,9 +67,9 @@ OPTIONS = (
         "all",
         "Which frames the CTC term counts: all, non-blank, symmetric (those and as "
         "many blank frames beside them), or all weighted by the teacher's entropy or "
-        "confidence. The weights of entropy have a mean of 1 in each utterance, a single "
-        "frame up to the number of frames, and fall where student and teacher differ: "
-        "its gradient is about 4 times that of all, so give a quarter of the weight.",
+        "confidence. Those of entropy have a mean of 1 in each utterance, and are "
+        "large where student and teacher differ: its gradient is about 4 times that "
+        "of all, so give a quarter of the weight.",
     ),
     (
         "ctc-delay",
