@@ -78,10 +78,9 @@ OPTIONS = (
         "all",
         "Which frames the CTC term counts: all, non-blank, symmetric (those and as "
         "many blank frames beside them), or all weighted by the teacher's entropy or "
-        "confidence. The weights of entropy have a mean of 1 in each utterance, a "
-        "single frame up to the number of frames, and fall where student and teacher "
-        "differ: its gradient is about 4 times that of all, so give a quarter of the "
-        "weight.",
+        "confidence. Those of entropy have a mean of 1 in each utterance, and are "
+        "large where student and teacher differ: its gradient is about 4 times that "
+        "of all, so give a quarter of the weight.",
     ),
     (
         "ctc-delay",

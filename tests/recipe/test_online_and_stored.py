@@ -5,6 +5,7 @@ The store is that of ``icefall-kd dump``, read by the session's own dataset. Run
 """
 
 import random
+from typing import Any, Dict, List, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from zipformer.modules.scaling import Balancer, Whiten
 from zipformer.utils import MetricsTracker
 
 from icefall_kd.cli import cli
+from icefall_kd.errors import KDError
 from icefall_kd.recipe import session
 from icefall_kd.targets.fingerprint import load_bpe_model
 
@@ -54,54 +56,47 @@ DENSE = [
     LAYERS | {"kd_hidden_kind": "cosine"},
     ctc() | rnnt() | FULL_SUM | LAYERS,
 ]
-# How the targets are kept, the terms, and how far they may be apart: of float16, of a
-# byte for an occupancy, of a byte for a square root and of symbols in the tail.
+
+
+class Store(NamedTuple):
+    """How targets are kept, the terms, and how far these may be from those online."""
+
+    ctc: str
+    lattice: str
+    terms: List[Dict[str, Any]]
+    s_range: int = 5
+    tolerance: float = 1e-3  # of float16, and of a byte for an occupancy
+
+
+ARCS = [rnnt("collapsed"), rnnt("collapsed", **EQUAL), FULL_SUM]
+SPARSE = "adaptive:.9999:24"
 STORES = {
-    "dense": ("dense", "dense", 5, 1e-3, DENSE),
-    "dense, s_range 3": (
-        "none",
-        "dense",
-        3,
-        1e-3,
-        [rnnt("mean_u"), rnnt(**EQUAL), FULL_SUM],
+    "dense": Store("dense", "dense", DENSE),
+    "dense, s_range 3": Store(
+        "none", "dense", [rnnt("mean_u"), rnnt(**EQUAL), FULL_SUM], s_range=3
     ),
-    "path": (
+    "path": Store(
         "dense",
         "path:dense",
-        5,
-        1e-3,
         [rnnt(form, **PATH) for form in ("nodes", "collapsed", "mean_u", "total")]
         + [rnnt(**EQUAL, **PATH), FULL_SUM | PATH],
     ),
-    "collapsed": (
-        "none",
-        "collapsed",
-        5,
-        1e-3,
-        [rnnt("collapsed"), rnnt("collapsed", **EQUAL), FULL_SUM],
-    ),
-    "sparse arcs": (
-        "none",
-        "top:1",
-        5,
-        5e-3,
-        [rnnt("collapsed"), rnnt("collapsed", **EQUAL), FULL_SUM],
-    ),
-    "sparse": (
-        "adaptive:.9999:24",
-        "adaptive:.9999:24",
-        5,
-        5e-3,
+    "collapsed": Store("none", "collapsed", ARCS),
+    # A byte for a square root, and symbols that are in the tail.
+    "sparse arcs": Store("none", "top:1", ARCS, tolerance=5e-3),
+    "sparse": Store(
+        SPARSE,
+        SPARSE,
         [ctc(frames=f, delay=d) for f in FRAMES for d in (0, 2)]
-        + [rnnt(), rnnt(**EQUAL), rnnt("collapsed"), rnnt("sampled_u", **EQUAL)]
-        + [rnnt(kd_rnnt_shift=2), FULL_SUM],
+        + [rnnt(), rnnt(**EQUAL), rnnt("sampled_u", **EQUAL), rnnt(kd_rnnt_shift=2)]
+        + ARCS,
+        tolerance=5e-3,
     ),
-    "sparse, temperature 2": (
-        "adaptive:.9999:24@2",
-        "adaptive:.9999:24@2",
-        5,
-        5e-3,
+    "sparse, temperature 2": Store(
+        f"{SPARSE}@2",
+        f"{SPARSE}@2",
         [ctc() | {"temperature": 2.0}, rnnt() | {"temperature": 2.0}],
+        tolerance=5e-3,
     ),
 }
 
@@ -136,6 +131,13 @@ def peaky(teacher_exp, tmp_path):
         state[f"{name}.bias"][0] += blank
     torch.save(checkpoint, folder / "epoch-2.pt")
     return folder
+
+
+@pytest.fixture
+def off(bpe_models):
+    """Flags that switch all terms off."""
+    flags = {"ctc": 0.0, "hard": 0.0, "temperature": 1.0}
+    return {**flags, "bpe_model": str(bpe_models.a)}
 
 
 @pytest.fixture
@@ -192,16 +194,15 @@ def taught(student, sp):
 
 @pytest.mark.parametrize("name", STORES)
 def test_stored_targets_teach_what_the_teacher_teaches_online(
-    name, dumped, bare, taught, make_params, online, peaky, bpe_models
+    name, dumped, bare, taught, make_params, online, peaky, off
 ):
-    keep, lattice, s_range, tolerance, terms = STORES[name]
-    stored, cuts = dumped(keep, lattice, s_range), CutSet.from_file(bare).to_eager()
-    off = {"ctc": 0.0, "hard": 0.0, "temperature": 1.0}
-    off |= {"bpe_model": str(bpe_models.a)}
+    kept = STORES[name]
+    stored = dumped(kept.ctc, kept.lattice, kept.s_range)
+    cuts = CutSet.from_file(bare).to_eager()
     apart = {}
-    for flags in terms:
+    for flags in kept.terms:
         flags = {**off, **flags}
-        teacher = {"kd_teacher_exp_dir": str(peaky), "kd_s_range": s_range}
+        teacher = {"kd_teacher_exp_dir": str(peaky), "kd_s_range": kept.s_range}
         asked = taught(online(**flags, **teacher), cuts)
         read = taught(make_params(**flags, vocab_size=25), stored)
         given = {k: v for k, v in flags.items() if off.get(k) != v}
@@ -217,8 +218,47 @@ def test_stored_targets_teach_what_the_teacher_teaches_online(
         change = (read[1] - asked[1]).norm() / asked[1].norm()
         assert asked[1].norm() > 1e-3
         apart[f"{key}: gradient"] = float(change)
-    print(f"\n{name} ({keep}, {lattice}, s_range {s_range})")
+    print(f"\n{name} ({kept.ctc}, {kept.lattice}, s_range {kept.s_range})")
     for key, difference in apart.items():
         print(f"  {difference:.1e} {key}")
-    far = {key: x for key, x in apart.items() if not x < tolerance}
+    far = {key: x for key, x in apart.items() if not x < kept.tolerance}
     assert not far
+
+
+@pytest.mark.parametrize("lattice, fits", [("dense", False), ("path:top:3", True)])
+def test_the_best_path_alone_is_that_of_the_store_or_refused(
+    dumped, student, make_params, off, lattice, fits
+):
+    """An online teacher's --kd-path-only has no say in what a store keeps."""
+    cuts = dumped("none", lattice, 5)
+    flags = {**off, **rnnt(**PATH), "vocab_size": 25}
+    session.attach(make_params(**flags), student)
+    dataset = K2SpeechRecognitionDataset()
+    if fits:
+        assert session.wrap_dataset(dataset, cuts).lattice
+        return
+    words = "--kd-path-only is 1 .* as dense, .* --keep-lattice path:dense, .* 0"
+    with pytest.raises(KDError, match=words) as e:
+        session.wrap_dataset(dataset, cuts)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("theirs", ["a", "b", ""])
+def test_an_online_teacher_of_other_symbols_is_refused(
+    online, student, teacher_exp, bpe_models, off, tmp_path, theirs
+):
+    """All have 25; the teacher's checkpoint says which file its symbols are in."""
+    checkpoint = torch.load(teacher_exp.folder / "epoch-2.pt", weights_only=False)
+    copy = tmp_path / "bpe.model"  # the same symbols in another file are the same
+    if theirs:
+        copy.write_bytes(getattr(bpe_models, theirs).read_bytes())
+    checkpoint["bpe_model"] = str(copy)
+    torch.save(checkpoint, tmp_path / "epoch-2.pt")
+    given = online(**{**off, **ctc()}, kd_teacher_exp_dir=str(tmp_path))
+    if theirs != "b":
+        session.attach(given, student)
+        return
+    words = "tokens are those of .* symbols or their order differ: .* --bpe-model"
+    with pytest.raises(KDError, match=words) as e:
+        session.attach(given, student)
+    assert "\n" not in str(e.value)
