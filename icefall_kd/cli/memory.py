@@ -11,7 +11,7 @@ SIGNS = (
     "DefaultCPUAllocator",
     "can't allocate memory",
     "Cannot allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
+    "STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
     "is killed by signal: Killed",
 )
 

@@ -9,6 +9,7 @@ from icefall_kd.errors import KDError
 FULL = [
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
     RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
     OSError(12, "Cannot allocate memory"),

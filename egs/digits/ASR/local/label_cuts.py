@@ -12,7 +12,7 @@ frames can hold, is left out; the last line says how many.
 
 import torch
 from lhotse import CutSet
-from script_utils import run_script, staged_dir
+from script_utils import UserError, run_script, staged_dir
 from teacher_utils import (
     batches,
     load_teacher,
@@ -40,6 +40,11 @@ def main() -> None:
             if text and frames - 2 >= len(sp.encode(text)):
                 cut.supervisions[0].text = text
                 labelled.append(cut)
+    if not labelled:
+        raise UserError(
+            f"the teacher in {args.exp_dir} has a transcript for 0 of the {len(cuts)} "
+            f"cuts in {args.in_cuts}, train it further or name another"
+        )
     with staged_dir(args.out_cuts.parent) as scratch:
         CutSet.from_cuts(labelled).to_file(scratch / args.out_cuts.name)
         (scratch / args.out_cuts.name).replace(args.out_cuts)
