@@ -20,7 +20,7 @@ import torch
 from lhotse import CutSet
 from lhotse.dataset.collation import collate_features
 from lhotse.dataset.sampling import SimpleCutSampler
-from script_utils import check_at_least, run_script, staged_dir
+from script_utils import check_range, run_script, staged_dir
 from teacher_utils import load_teacher, teacher_parser
 from tqdm import tqdm
 
@@ -111,8 +111,8 @@ def texts_of(
 
 def main() -> None:
     args = get_args()
-    check_at_least(args.num_paths, 1, "--num-paths")
-    check_at_least(args.beam_size, args.num_paths, "--beam-size")
+    check_range(args.num_paths, 1, "--num-paths", 1000)
+    check_range(args.beam_size, args.num_paths, "--beam-size", 1000)
     model, sp, cuts = load_teacher(args)
     short = {cut.id for cut in cuts if cut.num_frames < MIN_FRAMES}
     found = {}

@@ -8,10 +8,11 @@ from typing import Tuple
 import sentencepiece as spm
 import torch
 from lhotse import CutSet
-from script_utils import UserError
+from script_utils import MOST_THREADS, UserError, check_range
 
-from icefall_kd.errors import KDError
+from icefall_kd.cli.cuts import open_cuts, readable
 from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.targets.fingerprint import check_vocabulary
 
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 
@@ -40,13 +41,13 @@ def load_teacher(
         raise UserError(
             f"the manifest {args.in_cuts} does not exist, make the features"
         )
+    check_range(args.epoch, 1, "--epoch")
+    check_range(args.avg, 1, "--avg")
+    check_range(args.num_threads, 0, "--num-threads", MOST_THREADS)
+    path = str(args.in_cuts)
+    cuts = CutSet.from_cuts(readable(open_cuts(path), path)).to_eager()
     torch.set_num_threads(args.num_threads or os.cpu_count() or 1)
-    try:
-        model, _ = load_recipe_model(
-            RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
-        )
-    except KDError as e:
-        raise UserError(str(e)) from None
-    sp = spm.SentencePieceProcessor()
-    sp.load(args.bpe_model)
-    return model, sp, CutSet.from_file(args.in_cuts).to_eager()
+    model, settings = load_recipe_model(
+        RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
+    )
+    return model, check_vocabulary(args.bpe_model, settings), cuts
