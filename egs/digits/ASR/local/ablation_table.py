@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Dict, List
 
 from results_table import HEADS, closed, read
-from script_utils import UserError, run_script
+from script_utils import UserError, check_range, run_script, words_of
 
 METHODS = {"ctc_wer": "ctc-greedy-search", "transducer_wer": "greedy_search"}
 
@@ -38,7 +38,10 @@ def wer(exp: Path, head: str, checkpoint: str) -> float:
     path = exp / method / name
     if not path.is_file():
         raise UserError(f"{path} does not exist, let run_ablation.sh finish")
-    return float(path.read_text("utf8").splitlines()[1].split()[-1])
+    try:
+        return float(path.read_text("utf8").splitlines()[1].split()[-1])
+    except (ValueError, IndexError):
+        raise UserError(f"{path} holds no error rate, decode again") from None
 
 
 def cell(values: List[float]) -> str:
@@ -47,7 +50,8 @@ def cell(values: List[float]) -> str:
 
 def main() -> None:
     args = get_args()
-    seeds = args.seeds.split()
+    seeds = words_of(args.seeds, "--seeds")
+    check_range(args.half_step, 1, "--half-step", 10**9)
     runs = [read(args.work_dir, seed, "-random") for seed in seeds]
     known: Dict[str, Dict[str, List[float]]] = {
         name: {h: [run[name, 0][h] for run in runs] for h in HEADS}

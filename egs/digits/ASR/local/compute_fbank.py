@@ -23,7 +23,7 @@ import numpy as np
 from audio_utils import SAMPLING_RATE
 from script_utils import (
     UserError,
-    check_at_least,
+    check_range,
     read_manifest,
     replace_dir,
     run_script,
@@ -243,7 +243,7 @@ def compute_split(mapper: Mapper, cuts: List[Cut], split: str, output: Path) -> 
 
 def main() -> None:
     args = get_args()
-    check_at_least(args.num_mel_bins, 1, "--num-mel-bins")
+    check_range(args.num_mel_bins, 1, "--num-mel-bins", 1000)
     args.extractor = choose_extractor(args.extractor)
     prefix, suffix = "digits_cuts_", ".jsonl.gz"
     manifests = sorted(args.manifest_dir.glob(f"{prefix}*{suffix}"))

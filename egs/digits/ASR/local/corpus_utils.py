@@ -10,7 +10,7 @@ import numpy as np
 from audio_utils import SAMPLING_RATE, write_wav
 from script_utils import (
     UserError,
-    check_at_least,
+    check_range,
     read_manifest,
     replace_dir,
     staged_dir,
@@ -61,11 +61,11 @@ def add_corpus_args(parser: argparse.ArgumentParser) -> None:
 
 
 def check_corpus_args(args: argparse.Namespace) -> None:
-    check_at_least(args.seed, 0, "--seed")
-    check_at_least(args.num_train, 1, "--num-train")
-    check_at_least(args.num_untranscribed, 0, "--num-untranscribed")
-    check_at_least(args.num_dev, 1, "--num-dev")
-    check_at_least(args.num_test, 1, "--num-test")
+    check_range(args.seed, 0, "--seed", 2**32 - 1)
+    check_range(args.num_train, 1, "--num-train")
+    check_range(args.num_untranscribed, 0, "--num-untranscribed")
+    check_range(args.num_dev, 1, "--num-dev")
+    check_range(args.num_test, 1, "--num-test")
 
 
 def utterance_rng(seed: int, split: str, index: int) -> np.random.Generator:

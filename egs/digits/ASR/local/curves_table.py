@@ -8,13 +8,12 @@ Usage:
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Dict, List, Optional, Tuple
 
 from results_table import HEADS
-from script_utils import UserError, run_script
+from script_utils import UserError, read_rows, run_script, words_of
 
 KINDS = {"none": "without KD", "mix": "with KD"}
 STARTS = {
@@ -42,15 +41,18 @@ def get_args() -> argparse.Namespace:
 
 def read(args: argparse.Namespace) -> Curves:
     curves: Curves = {}
+    for option, names in (("--kinds", KINDS), ("--starts", STARTS)):
+        for name in words_of(getattr(args, option[2:]), option):
+            if name not in names:
+                raise UserError(f"{option} has {name!r}, give {', '.join(names)}")
     for kind in args.kinds.split():
         for start in args.starts.split():
-            for seed in args.seeds.split():
+            for seed in words_of(args.seeds, "--seeds"):
                 path = args.dir / f"seed-{seed}" / f"exp-{start}-{kind}" / "curve.json"
                 if not path.is_file():
                     raise UserError(f"{path} does not exist, let run_slices.sh finish")
-                curves.setdefault((start, kind), []).append(
-                    json.loads(path.read_text("utf8"))
-                )
+                curve = read_rows(path, ("step", *HEADS))
+                curves.setdefault((start, kind), []).append(curve)
     return curves
 
 

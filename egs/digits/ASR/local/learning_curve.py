@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import List, Tuple
 
 import torch
-from script_utils import UserError, run_script
+from script_utils import MOST_THREADS, UserError, check_range, run_script
 from teacher_utils import RECIPE
 from tqdm.auto import tqdm
 
@@ -58,6 +58,9 @@ def points(exp_dir: Path, last: int) -> List[Tuple[int, int, int]]:
 
 def main() -> None:
     args = get_args()
+    check_range(args.num_cuts, 1, "--num-cuts")
+    check_range(args.last_step, 0, "--last-step", 10**9)
+    check_range(args.num_threads, 1, "--num-threads", MOST_THREADS)
     torch.set_num_threads(args.num_threads)
     curve, batches = [], []
     bar = tqdm(points(args.exp_dir, args.last_step), desc=args.exp_dir.name)

@@ -22,11 +22,11 @@ from typing import Any, Dict, List
 
 import torch
 from lhotse import CutSet
-from script_utils import UserError, run_script, staged_dir
+from script_utils import UserError, check_range, run_script, staged_dir
 from tqdm import tqdm
 from zipformer.decode.search import greedy_search
 
-from icefall_kd.errors import KDError
+from icefall_kd.cli.cuts import open_cuts
 from icefall_kd.recipe.loader import load_checkpoint, load_recipe_model
 
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
@@ -54,7 +54,10 @@ def read_wer(exp_dir: Path, method: str, epoch: int, avg: int) -> float:
     path = exp_dir / method / name
     if not path.is_file():
         raise UserError(f"the result {path} does not exist, run the decoding stage")
-    return float(re.match(r"%WER ([\d.]+)%", path.read_text("utf8")).group(1))
+    match = re.match(r"%WER (\d+\.?\d*)%", path.read_text("utf8", errors="replace"))
+    if match is None:
+        raise UserError(f"{path} does not begin with %WER, decode again")
+    return float(match.group(1))
 
 
 @torch.no_grad()
@@ -95,17 +98,23 @@ def markdown(rows: List[Dict[str, Any]]) -> str:
 
 def main() -> None:
     args = get_args()
+    check_range(args.seed, 0, "--seed", 2**32 - 1)
+    check_range(args.num_utterances, 1, "--num-utterances")
+    check_range(args.avg, 1, "--avg")
+    cuts = open_cuts(str(args.manifest)).subset(first=args.num_utterances)
     rows, models = [], []
     for name in args.models:
         exp_dir, _, epoch = name.rpartition(":")
-        exp_dir = Path(exp_dir)
-        try:
-            model, _ = load_recipe_model(
-                RECIPE, exp_dir, int(epoch), avg=args.avg, use_averaged_model=True
+        if not exp_dir or not re.fullmatch("[0-9]{1,6}", epoch):
+            raise UserError(
+                f"the model is {name!r} but must be EXP_DIR:EPOCH, such as "
+                "exp/teacher:4"
             )
-            last = load_checkpoint(exp_dir / f"epoch-{epoch}.pt")
-        except KDError as e:
-            raise UserError(str(e)) from None
+        exp_dir = Path(exp_dir)
+        model, _ = load_recipe_model(
+            RECIPE, exp_dir, int(epoch), avg=args.avg, use_averaged_model=True
+        )
+        last = load_checkpoint(exp_dir / f"epoch-{epoch}.pt")
         models.append(model)
         row = {
             "model": exp_dir.name,
@@ -116,7 +125,6 @@ def main() -> None:
         for head, method in HEADS.items():
             row[head] = read_wer(exp_dir, method, int(epoch), args.avg)
         rows.append(row)
-    cuts = CutSet.from_file(args.manifest).subset(first=args.num_utterances)
     for row, rtf in zip(rows, measure_rtf(models, cuts)):
         row["rtf"] = rtf
     texts = {

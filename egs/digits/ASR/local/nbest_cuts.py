@@ -19,7 +19,7 @@ from typing import Dict, List, Tuple
 import sentencepiece as spm
 import torch
 from lhotse import CutSet
-from script_utils import check_at_least, run_script, staged_dir
+from script_utils import check_range, run_script, staged_dir
 from teacher_utils import (
     batches,
     load_teacher,
@@ -117,8 +117,8 @@ def texts_of(
 @with_refusals
 def main() -> None:
     args = get_args()
-    check_at_least(args.num_paths, 1, "--num-paths")
-    check_at_least(args.beam_size, args.num_paths, "--beam-size")
+    check_range(args.num_paths, 1, "--num-paths", 1000)
+    check_range(args.beam_size, args.num_paths, "--beam-size", 1000)
     model, sp, cuts, heard = load_teacher(args)
     decoded = {}
     with TeacherHook(model, ctc=False) as hook:

@@ -7,12 +7,11 @@ Usage:
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, Tuple
 
-from script_utils import UserError, run_script
+from script_utils import UserError, read_rows, run_script, words_of
 
 EXPERIMENTS = {
     "": "students that start from the teacher's layers",
@@ -38,7 +37,7 @@ def read(work_dir: Path, seed: str, suffix: str) -> Dict[Key, Dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist, let run_fsdd.sh finish seed {seed}")
     rows: Dict[Key, Dict[str, Any]] = {}
-    for row in json.loads(path.read_text("utf8")):
+    for row in read_rows(path, ("model", "params", "steps", *HEADS)):
         n = sum(model == row["model"] for model, _ in rows)
         rows[row["model"], n] = row
     return rows
@@ -53,7 +52,7 @@ def closed(gap: List[float]) -> str:
 
 def main() -> None:
     args = get_args()
-    seeds = args.seeds.split()
+    seeds = words_of(args.seeds, "--seeds")
     for suffix, title in EXPERIMENTS.items():
         runs = [read(args.work_dir, seed, suffix) for seed in seeds]
         print(f"\n### {title[0].upper()}{title[1:]}\n")

@@ -11,8 +11,12 @@ import tempfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence
 
+from icefall_kd.errors import KDError
+
+MOST = 10**6  # of whatever an option counts
+MOST_THREADS = 1024
 LOG_FORMAT = "%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] %(message)s"
 
 
@@ -25,7 +29,7 @@ def run_script(main: Callable[[], None]) -> None:
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     try:
         main()
-    except UserError as e:
+    except (UserError, KDError) as e:
         message = str(e)
     except OSError as e:
         message = (
@@ -47,10 +51,14 @@ def str2bool(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"true or false expected, got {value!r}")
 
 
-def check_at_least(value: int, minimum: int, option: str) -> None:
-    if value < minimum:
+def check_range(value: int, least: int, option: str, most: int = MOST) -> None:
+    if value < least:
         raise UserError(
-            f"{option} is {value} but must be at least {minimum}, give a larger number"
+            f"{option} is {value} but must be at least {least}, give a larger number"
+        )
+    if value > most:
+        raise UserError(
+            f"{option} is {value} but must be at most {most}, give a smaller number"
         )
 
 
@@ -82,6 +90,29 @@ def replace_dir(source: Path, target: Path) -> None:
     if target.exists():
         target.rename(source.with_name(source.name + ".old"))
     source.rename(target)
+
+
+def read_rows(path: Path, keys: Sequence[str]) -> List[Dict[str, Any]]:
+    """Read a JSON list of dictionaries that have these keys."""
+    try:
+        rows = json.loads(path.read_text("utf8"))
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}), make it again") from None
+    if not rows or not isinstance(rows, list):
+        raise UserError(f"{path} holds no list of rows, make it again")
+    for row in rows:
+        lacking = set(keys) - set(row if isinstance(row, dict) else ())
+        if lacking:
+            raise UserError(f"a row of {path} lacks {min(lacking)}, make it again")
+    return rows
+
+
+def words_of(text: str, option: str) -> List[str]:
+    """The words of an option's value, of which it takes one or more."""
+    words = text.split()
+    if not words:
+        raise UserError(f"{option} is {text!r} and names nothing, give a name or more")
+    return words
 
 
 def write_manifest(path: Path, items: Iterable[Dict[str, Any]]) -> None:

@@ -10,17 +10,16 @@ import sentencepiece as spm
 import torch
 from lhotse import CutSet
 from lhotse.dataset.sampling import SimpleCutSampler
-from script_utils import UserError
+from script_utils import MOST_THREADS, UserError, check_range
 from tqdm import tqdm
 
-from icefall_kd.cli.cuts import Survey, checked
+from icefall_kd.cli.cuts import Survey, checked, open_cuts, readable
 from icefall_kd.errors import KDError
 from icefall_kd.files import MANIFEST, check_new_file
 from icefall_kd.recipe.loader import load_recipe_model
-from icefall_kd.targets.fingerprint import load_bpe_model
+from icefall_kd.targets.fingerprint import check_vocabulary
 from icefall_kd.targets.heard import check_supervision, collate_heard
 
-MOST_THREADS = 1024
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 
 
@@ -72,21 +71,21 @@ def load_teacher(
         raise UserError(
             f"{args.in_cuts} is both read and written, give OUT_CUTS another name"
         )
-    if not 0 <= args.num_threads <= MOST_THREADS:
-        raise UserError(
-            f"--num-threads is {args.num_threads}, give 0 to {MOST_THREADS}"
-        )
+    check_range(args.epoch, 1, "--epoch")
+    check_range(args.avg, 1, "--avg")
+    check_range(args.num_threads, 0, "--num-threads", MOST_THREADS)
     torch.set_num_threads(args.num_threads or os.cpu_count() or 1)
     model, settings = load_recipe_model(
         RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
     )
-    sp = load_bpe_model(args.bpe_model)
+    sp = check_vocabulary(args.bpe_model, settings)
     survey = Survey(str(args.in_cuts))
     num_features = int(settings["feature_dim"])
     # Not survey.check(): these scripts say at the end how many cuts they left out.
     heard = list(checked(survey, num_features, [check_supervision]))
     survey.warn()
-    cuts = CutSet.from_file(args.in_cuts).to_eager()
+    path = str(args.in_cuts)
+    cuts = CutSet.from_cuts(readable(open_cuts(path), path)).to_eager()
     return model, sp, cuts, CutSet.from_cuts(heard)
 
 

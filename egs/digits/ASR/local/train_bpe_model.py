@@ -16,13 +16,7 @@ import re
 from pathlib import Path
 from typing import List
 
-from script_utils import (
-    UserError,
-    check_at_least,
-    read_manifest,
-    run_script,
-    staged_dir,
-)
+from script_utils import UserError, check_range, read_manifest, run_script, staged_dir
 
 
 def get_args() -> argparse.Namespace:
@@ -104,7 +98,7 @@ def train(texts: List[str], vocab_size: int) -> bytes:
 
 def main() -> None:
     args = get_args()
-    check_at_least(args.vocab_size, 1, "--vocab-size")
+    check_range(args.vocab_size, 1, "--vocab-size")
     texts = read_transcripts(args.manifest)
     model = train(texts, args.vocab_size)
 
