@@ -510,9 +510,8 @@ def repoint(**options) -> None:
     """Let CUTS point at their targets where these lie now.
 
     CUTS is a manifest that `icefall-kd dump` wrote, and is written anew; or the folder
-    of a Shar with targets, into which the store's small files are copied. It is needed
-    where a store was moved, and not to the folder of the manifest too: there it is
-    found.
+    of a Shar with targets, into which the store's small files are copied. A store that
+    lies beside its manifest under its old name is found without this.
     """
     from icefall_kd.cli.repoint import repoint as run
 

@@ -54,15 +54,9 @@ def place_of(store: str, digest: str, shard: str = "") -> str:
     in_shar = str(Path(shard).parent / SHAR_STORE) if shard else ""
     key = (store, digest, in_shar)
     if key not in _found:
-        # Whatever stands at the path itself is what the user has put there.
-        if not in_shar and (Path(store) / FILENAME).is_file():
-            _found[key] = store
-            return store
-        for place in filter(None, (in_shar, store, *beside(store, _folders))):
-            if has_fingerprint(place, digest):
-                _found[key] = place
-                return place
-        return store
+        places = filter(None, (in_shar, store, *beside(store, _folders)))
+        own = (place for place in places if has_fingerprint(place, digest))
+        _found[key] = next(own, store)
     return _found[key]
 
 
@@ -75,11 +69,9 @@ def beside(store: str, folders: List[str]) -> Iterator[str]:
 
 
 def has_fingerprint(store: str, digest: str) -> bool:
-    if not (Path(store) / FILENAME).is_file():
-        return False
     try:
         return Fingerprint.read(store).digest == digest
-    except KDError:
+    except (KDError, OSError):  # OSError: a folder that can't be looked into
         return False
 
 

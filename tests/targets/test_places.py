@@ -143,6 +143,20 @@ def test_another_teachers_store_beside_the_manifest_is_not_taken(
         check(load_manifest(path), expected)
 
 
+def test_a_copy_is_read_where_another_teacher_was_dumped_into_the_first_place(
+    made, make_fingerprint, tmp_path, expected, forgotten
+):
+    path = made()
+    copy = tmp_path / "copy"
+    shutil.copytree(path.parent, copy)
+    make_fingerprint(teacher="b" * 64).write(path.parent / "cuts_kd")
+    with pytest.raises(KDError, match="made under the fingerprint"):
+        check(load_manifest(path), expected)
+    forgotten()
+    look_beside(copy)
+    check(load_manifest(copy / path.name), expected)
+
+
 def test_the_last_manifests_folder_is_looked_at_first(made, expected, tmp_path):
     """Of two copies, of which the first one's records are damaged."""
     path = moved_copy(made(), tmp_path)
