@@ -179,7 +179,7 @@ def half_done(work, tmp_path):
 def test_a_teacher_that_was_stopped_goes_on_at_its_next_epoch(work, half_done, number):
     copy = half_done(4)
     teacher, stage = copy / "exp/teacher", ("--stage", 4, "--stop-stage", 4)
-    stopped_sh(copy, teacher / "log", number, *stage)
+    stopped_sh(copy, copy / "exp/.4.begun", number, *stage)
     assert not (teacher / "epoch-1.pt").exists()  # of the run before
     stopped_sh(copy, teacher / "epoch-1.pt", number, *stage)
     first = (teacher / "epoch-1.pt").stat().st_mtime_ns

@@ -39,6 +39,7 @@ from zipformer.bin.train import (
 )
 from zipformer.modules import model as zipformer_model
 from zipformer.modules.optim import Eden, ScaledAdam
+from zipformer.modules.scaling import Whiten
 from zipformer.utils import (
     AttributeDict,
     MetricsTracker,
@@ -173,6 +174,17 @@ def save_checkpoint(
         )
     if model_avg is not None:
         model_avg.to(torch.float64)
+
+
+def forget_metrics(model: nn.Module) -> None:
+    """Begin an epoch with what a training has that goes on from its checkpoint.
+
+    How often an activation is looked at for whitening follows from the last look, and
+    no checkpoint keeps it.
+    """
+    for module in model.modules():
+        if isinstance(module, Whiten):
+            module.prob = module.max_prob
 
 
 def compute_loss(
@@ -454,6 +466,7 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
         for epoch in range(params.start_epoch, params.num_epochs + 1):
             scheduler.step_epoch(epoch - 1)
             fix_random_seed(params.seed + epoch - 1)
+            forget_metrics(model)
             train_dl.sampler.set_epoch(epoch - 1)
             params.cur_epoch = epoch
             train_one_epoch(
