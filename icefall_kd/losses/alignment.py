@@ -123,14 +123,17 @@ def _costs(student, linear, teacher, temperature, rows, delay, softmax) -> torch
             if linear is not None:
                 bias = None if linear.bias is None else linear.bias.to(dtype)
                 x = torch.nn.functional.linear(x, linear.weight.to(dtype), bias)
-            x = (x * (1 / temperature)).clamp_(min=FLOOR)
+            if temperature != 1:
+                x *= 1 / temperature
+            x.clamp_(min=FLOOR)
             q = x.softmax(-1)
             if softmax is not None:
                 softmax.index_copy_(0, part, q[: len(part)])
-            norms = log_sum_exp(x, q)
-            cell = _sparse_costs if sparse(teacher) else _dense_costs
             y = cast_teacher(select(teacher, part), dtype, temperature)
-            cell(x, norms, y, costs[begin : begin + step])
+            if sparse(y):
+                _sparse_costs(q, y, costs[begin : begin + step])
+            else:
+                _dense_costs(x, log_sum_exp(x, q), y, costs[begin : begin + step])
     return costs.clamp_(min=0.0)
 
 
@@ -144,24 +147,22 @@ def _dense_costs(x, norms, y, costs) -> None:
         costs[:n, j] = negative_entropy[:n] - cross
 
 
-def _sparse_costs(x, norms, teacher, costs) -> None:
+def _sparse_costs(q, teacher, costs) -> None:
     """What a row does not keep is one class; its mass at the student is 1 - kept."""
     log_p, log_p_tail = teacher.log_probs, teacher.log_tail
-    kept = log_p > -torch.inf
     p, p_tail = log_p.exp(), log_p_tail.exp()
     negative_entropy = (p * log_p.clamp(min=FLOOR)).sum(-1)
     negative_entropy += p_tail * log_p_tail.clamp(min=FLOOR)
     # The student's row i + j at the symbols that the teacher's row i keeps, (n, D, K).
     n, n_delays = costs.shape
-    at = torch.arange(n, device=x.device)[:, None] + torch.arange(
-        n_delays, device=x.device
-    )
-    at.clamp_(max=len(x) - 1)
-    flat_index = at[:, :, None] * x.size(1) + teacher.indices[:, None]
-    log_q = x.take(flat_index) - norms[at].unsqueeze(-1)
-    q_kept = (log_q.exp() * kept[:, None]).sum(-1)
-    log_q_tail = (1 - q_kept).clamp_(min=torch.finfo(x.dtype).tiny).log_()
-    cross = (p[:, None] * log_q).sum(-1) + p_tail[:, None] * log_q_tail
+    at = torch.arange(n, device=q.device)[:, None]
+    at = (at + torch.arange(n_delays, device=q.device)).clamp_(max=len(q) - 1)
+    q_kept = q.take(at[:, :, None] * q.size(1) + teacher.indices[:, None])
+    kept = (log_p > -torch.inf).to(q.dtype)
+    tiny = torch.finfo(q.dtype).tiny
+    log_q_tail = (1 - (q_kept * kept[:, None]).sum(-1)).clamp_(min=tiny).log_()
+    cross = (p[:, None] * q_kept.clamp_(min=tiny).log_()).sum(-1)
+    cross += p_tail[:, None] * log_q_tail
     costs.copy_(negative_entropy[:, None] - cross)
 
 
@@ -260,7 +261,9 @@ class LateKL(torch.autograd.Function):
 
     @staticmethod
     def _both(student, teacher, temperature, valid, weights, delay):
-        grad = torch.zeros_like(student, dtype=wide(student.dtype))
+        # The softmax of valid rows will stand here; the others have no gradient.
+        grad = torch.empty_like(student, dtype=wide(student.dtype))
+        grad.index_fill_(0, (~valid).flatten().nonzero().squeeze(1), 0.0)
         pairs = align_late_student(
             student, None, teacher, temperature, valid, weights, delay, grad
         )
