@@ -1,5 +1,6 @@
 """The table of streaming students: emissions, delays, WERs and their interval."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,3 +54,22 @@ def test_the_interval_is_that_of_a_binomial_share(table):
 def test_a_run_that_is_missing_is_named(table, tmp_path):
     with pytest.raises(table.UserError, match="epoch-3.pt, let run_streaming.sh"):
         table.recognise(tmp_path, 3, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, refusal",
+    [
+        (["--variants", "d0 delay2"], "there is no variant delay2: give none, or d"),
+        (["--variants", "d0"], "seed-1 has no targets: let run_fsdd.sh finish seed 1"),
+    ],
+)
+def test_the_script_refuses_what_it_can_not_do_before_any_work(
+    tmp_path, words, refusal
+):
+    script = LOCAL.parent / "run_streaming.sh"
+    command = [str(script), "--work-dir", str(tmp_path / "work"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf8")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("run_streaming.sh: error: ") and refusal in line
+    assert not (tmp_path / "work").exists()

@@ -14,6 +14,9 @@ help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
   [--variants '$variants']"
 
 . shared/parse_options.sh
+. shared/threads.sh
+. shared/stoppable.sh
+. local/training.sh
 
 for variant in $variants; do
   [[ $variant =~ ^(none|d[0-9]+)$ ]] || {
@@ -34,26 +37,22 @@ base=$work_dir/seed-1
 
 # one SEED VARIANT: train a student; what epochs it has are kept.
 one() {
-  local out=$work_dir/streaming/seed-$1/exp-$2 manifests=$base/data/kd kd=() first=1
+  local manifests=$base/data/kd kd=()
   if [ "$2" = none ]; then
     manifests=$base/data/fbank
   else
     kd=(--kd-ctc-weight 1 --kd-ctc-delay "${2#d}")
   fi
-  mkdir -p "$out"
-  while [ -f "$out/epoch-$first.pt" ]; do first=$((first + 1)); done
-  [ "$first" -le 3 ] || return 0
-  ./zipformer/train.py --exp-dir "$out" --num-threads 1 --seed "$1" \
+  train "$work_dir/streaming/seed-$1/exp-$2" 1 3 --num-threads 1 --seed "$1" \
     --bpe-model "$base/data/lang_bpe_54/bpe.model" --manifest-dir "$manifests" \
-    --start-epoch "$first" --num-epochs 3 --causal 1 --chunk-size 8 \
-    --left-context-frames 64 --encoder-dim 32,32,32 --encoder-unmasked-dim 32,32,32 \
-    --num-encoder-layers 1,1,1 --feedforward-dim 64,64,64 --decoder-dim 64 \
-    --joiner-dim 64 ${kd[@]+"${kd[@]}"}
+    --causal 1 --chunk-size 8 --left-context-frames 64 --encoder-dim 32,32,32 \
+    --encoder-unmasked-dim 32,32,32 --num-encoder-layers 1,1,1 \
+    --feedforward-dim 64,64,64 --decoder-dim 64 --joiner-dim 64 ${kd[@]+"${kd[@]}"}
 }
 
 mkdir -p "$work_dir/streaming"
 for seed in $seeds; do
-  for variant in $variants; do run "$work_dir/streaming" one "$seed" "$variant"; done
+  for variant in $variants; do start "$work_dir/streaming" one "$seed" "$variant"; done
 done
 finished
 ./local/streaming_table.py --work-dir "$work_dir" --seeds "$seeds" \

@@ -1,5 +1,5 @@
-# What run_ablation.sh and run_slices.sh share, behind shared/stoppable.sh; they set
-# work_dir and jobs.
+# What run_ablation.sh, run_slices.sh and run_streaming.sh share, behind
+# shared/stoppable.sh; they set work_dir and jobs.
 
 # targets SEED: what the teacher says on the training cuts, in three sets.
 targets() {
