@@ -138,7 +138,8 @@ class Codec:
           key: "sampled" draws the same symbols for the same key.
           always: (M, A), int64, symbols that "top" and "adaptive" keep beside those
             that they choose, however improbable: with the smallest probability that a
-            byte holds, 1/255^2, or their own. "sampled" stays a draw.
+            byte holds, 1/255^2, or their own (so that its root may be 2 h off, where
+            others' are h). "sampled" stays a draw.
         """
         log_probs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
         if self.kind == "dense":

@@ -129,8 +129,10 @@ def _fill_shar(folder: Path, folders: Sequence[str]) -> str:
         )
     try:
         with open_manifest(shards[0], "rb") as f:
-            pointer = Pointer(**json.loads(f.readline())[FIELD])
-    except (ValueError, TypeError, KeyError, EOFError, zlib.error) as e:
+            # A cut that was left out has null there.
+            values = (json.loads(line)[FIELD] for line in f)
+            pointer = Pointer(**next(filter(None, values)))
+    except (ValueError, TypeError, KeyError, EOFError, StopIteration, zlib.error) as e:
         raise KDError(
             f"{shards[0]} is damaged ({type(e).__name__}): make it again with "
             "`icefall-kd shar`"

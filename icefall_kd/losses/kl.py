@@ -152,20 +152,17 @@ class _RowKL(torch.autograd.Function):
         whole = rows.student_rows is None
         # Of float16 inputs the gradient stays in float32 until the loss's own scale is
         # known: weights, temperature and 1e-8 of a symbol don't share float16's range.
-        kept = dtype if student.dtype == torch.float16 else student.dtype
+        grad_dtype = dtype if student.dtype == torch.float16 else student.dtype
         if needed:
             make = torch.empty_like if whole else torch.zeros_like
-            grad = make(student, dtype=kept)
+            grad = make(student, dtype=grad_dtype)
 
-        in_place = needed and whole and kept == dtype
+        in_place = needed and whole and grad_dtype == dtype
 
         def logits(part) -> Tuple[torch.Tensor, Optional[torch.Tensor], Callable]:
             def take(g: torch.Tensor) -> None:
                 if needed and not in_place:
-                    if whole:
-                        grad[part] = g.to(kept)
-                    else:  # a row may stand there more than once
-                        grad.index_add_(0, part, g.to(kept))
+                    grad[part] = g.to(grad_dtype)
 
             x = student[part] if whole else student.index_select(0, part)
             return x, grad[part] if in_place else None, take
@@ -292,8 +289,7 @@ def row_kl(
       student: (M, V), logits.
       teacher: (M', V), logits or log-probabilities, or sparse.
       temperature: T.
-      student_rows: (R,), int64, the rows that count, any of them any number of times;
-        by default all, once.
+      student_rows: (R,), int64, the rows that count, each once; by default all.
       teacher_rows: (R,), int64, the teacher's row of each of those.
       weights: (R,), 0 or more; by default 1.
     """

@@ -114,18 +114,24 @@ def check_kept(joint, found, store: str) -> None:
             ) from None
 
 
-def check_path(params: Dict[str, Any], joint, found, store: str) -> None:
+def check_path(params: Dict[str, Any], joint, fingerprint, store: str) -> None:
     """Refuse a store of whole lattices where the best path alone is asked for.
 
     Args:
-      found: The store's fingerprint.
+      params: The recipe's own.
+      joint: The joint loss.
+      fingerprint: The store's.
+      store: Its folder.
+
+    Raises:
+      KDError: ``--kd-path-only`` and lattices that keep all nodes.
     """
-    _, lattice = found.codecs()
+    _, lattice = fingerprint.codecs()
     if params["kd_path_only"] and joint.needs_lattice and not lattice.path:
         raise KDError(
             f"--kd-path-only is {params['kd_path_only']} and the store {store} keeps "
-            f"its lattices as {found.lattice}, all nodes of them: dump with "
-            f"--keep-lattice path:{found.lattice}, or give --kd-path-only 0"
+            f"its lattices as {fingerprint.lattice}, all nodes of them: dump with "
+            f"--keep-lattice path:{fingerprint.lattice}, or give --kd-path-only 0"
         )
 
 

@@ -176,6 +176,35 @@ def test_a_lattice_that_lacks_a_node_is_asked_again(make_model, features, taught
     assert asked._logits is None and torch.isfinite(nodes_kd_loss(asked))
 
 
+def test_a_pass_that_failed_leaves_nothing_to_the_next(
+    make_model, features, taught, guided
+):
+    """The recipe's CTC head fails, when the joiner was asked already."""
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    targets, _ = taught()
+    model = make_model(seed=2).eval()
+    ranges = guided(model)
+    handle = model.ctc_output.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        forward(model, features, targets)
+    handle.remove()
+    with torch.no_grad():
+        model.joiner.output_linear.bias += torch.arange(11.0)
+    forward(model, features, targets)
+    logits = ranges.take()[1]
+    forward(model, features, targets)
+    assert torch.equal(logits, ranges.take()[1])
+    with pytest.raises(ZeroDivisionError):
+        handle = model.ctc_output.register_forward_pre_hook(fail)
+        forward(model, features, targets)
+    handle.remove()
+    model(x=features[0], x_lens=features[1], y=Y, prune_range=3)  # its own ranges
+    assert ranges.take() == (None, None)
+
+
 def test_the_engine_gets_its_function_back(make_model):
     before = getattr(get_engine(), NAME)
     model = make_model()

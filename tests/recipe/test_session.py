@@ -225,7 +225,7 @@ def test_attaching_again_replaces_the_session(make_model, make_params):
     first, second = make_model(), make_model()
     session.attach(make_params(), first)
     session.attach(make_params(), second)
-    assert hooks_of(first) == [] and len(hooks_of(second)) == 2
+    assert hooks_of(first) == [] and len(hooks_of(second)) == 3
     session.attach(make_params(ctc=0.0), second)
     assert hooks_of(second) == []
 
@@ -300,7 +300,7 @@ def test_masks_without_time_warp_are_taken(make_model, make_params, warp):
     params = make_params(enable_spec_aug=True, spec_aug_time_warp_factor=warp)
     model = make_model()
     session.attach(params, model)
-    assert len(hooks_of(model)) == 2
+    assert len(hooks_of(model)) == 3
 
 
 def test_a_recipe_without_the_augmentation_options(make_model, make_params):

@@ -62,10 +62,10 @@ def test_targets_stand_where_the_features_went():
     assert moved > 10  # which would be the error without
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("factor, center", [(2, 4), (4, 5), (6, 6), (8, 7)])
 def test_any_number_of_feature_frames_an_encoder_frame_is_followed(
-    factor, center, told
+    factor, center, given
 ):
     """The centers by hand: of 50 Hz frames around 4, 6, 8 ... half a factor's mean."""
     assert first_center(factor) == center
@@ -76,7 +76,7 @@ def test_any_number_of_feature_frames_an_encoder_frame_is_followed(
     targets = Targets(middles[None, :, None].float(), torch.tensor([t]))
     record = WarpRecord(warping(80, frames_mask_size=1))
     warped = record(x, torch.tensor([[0, 0, n]]))[0, :, 0]
-    found = record.move(targets, *[factor] * told).ctc[0, :, 0]
+    found = record.move(targets, *[factor] * given).ctc[0, :, 0]
     source = warped[middles]
     # Half a frame of the encoder, and what bicubic edges add.
     assert (found - source)[2:-2].abs().max() <= factor / 2 + 1
