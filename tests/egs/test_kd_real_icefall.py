@@ -84,7 +84,7 @@ def _cuts(folder):
 
     rng = np.random.default_rng(0)
     sets = {"train-clean-100": 10, "dev-clean": 5, "dev-other": 5}  # buckets: 10
-    sets.update({"test-clean": 3, "test-other": 3})
+    sets.update({"test-clean": 10, "test-other": 10})
     writer = NumpyFilesWriter(folder / "feats")
     for name, count in sets.items():
         cuts = []
