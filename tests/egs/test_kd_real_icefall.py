@@ -72,12 +72,19 @@ def icefall():
 
 def _cuts(folder):
     """Five sets of cuts of random features, named as LibriSpeech's."""
-    from lhotse import CutSet, Features, MonoCut, Recording, SupervisionSegment
+    from lhotse import (
+        AudioSource,
+        CutSet,
+        Features,
+        MonoCut,
+        Recording,
+        SupervisionSegment,
+    )
     from lhotse.features.io import NumpyFilesWriter
 
     rng = np.random.default_rng(0)
-    sets = {"train-clean-100": 8, "dev-clean": 2, "dev-other": 2}
-    sets.update({"test-clean": 3, "test-other": 3})
+    sets = {"train-clean-100": 10, "dev-clean": 5, "dev-other": 5}  # buckets: 10
+    sets.update({"test-clean": 10, "test-other": 10})
     writer = NumpyFilesWriter(folder / "feats")
     for name, count in sets.items():
         cuts = []
@@ -99,7 +106,8 @@ def _cuts(folder):
                 recording_id=cut_id,
                 channels=0,
             )
-            recording = Recording(cut_id, [], 16000, frames * 160, duration)
+            source = AudioSource(type="command", channels=[0], source="false")
+            recording = Recording(cut_id, [source], 16000, frames * 160, duration)
             text = " ".join(rng.choice(WORDS, size=2))
             supervision = SupervisionSegment(cut_id, cut_id, 0, duration, text=text)
             cuts.append(
