@@ -13,7 +13,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import load_jsonl
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.cuts import open_cuts
+from icefall_kd.cli.cuts import open_cuts, readable
 from icefall_kd.errors import KDError
 from icefall_kd.targets.store import FIELD, Pointer
 
@@ -51,7 +51,7 @@ def _write_shard(shard: Path, path: Path, cuts: Iterator[Cut], store: str) -> in
 def shar(cuts_path: str, shar_dir: str, store: str) -> None:
     if Path(store).is_file():
         raise KDError(f"--store {store} is a file: give the folder of a store")
-    cuts = iter(open_cuts(cuts_path))
+    cuts = readable(open_cuts(cuts_path), cuts_path)
     folder = Path(shar_dir).resolve()
     shards = sorted(folder.glob("cuts.*"))
     if not shards:
@@ -77,7 +77,7 @@ def shar(cuts_path: str, shar_dir: str, store: str) -> None:
             )
         for path in written:
             path.replace(folder / path.name)
-    except (EOFError, zlib.error, ValueError) as e:
+    except (EOFError, zlib.error, ValueError, KeyError, TypeError) as e:
         if isinstance(e, KDError):
             raise
         raise KDError(

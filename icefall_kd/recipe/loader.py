@@ -312,6 +312,7 @@ def load_recipe_model(
         checkpoint = load_checkpoint(path)
         averages.add(_averages(checkpoint))
         settings = settings_of(checkpoint, path, train, flags, bpe_model)
+        _check_numbers(settings, path)
         if needed not in checkpoint:
             raise KDError(
                 f"the checkpoint {path} holds no {needed}: "
@@ -340,7 +341,7 @@ def load_recipe_model(
         state = checkpoint["model"]
     try:
         model.load_state_dict(state, strict=True)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError, AttributeError) as e:
         difference = " ".join(str(e).split())[:200]
         raise KDError(
             f"the parameters in {files[-1]} are not those of the model that its "
@@ -350,10 +351,21 @@ def load_recipe_model(
     return model.eval(), settings
 
 
+def _check_numbers(settings: Dict[str, Any], path: Path) -> None:
+    for name, least in (("vocab_size", 1), ("feature_dim", 1), ("blank_id", 0)):
+        value = settings.get(name, least)
+        if type(value) is not int or value < least:
+            raise KDError(
+                f"the checkpoint {path} has the {name} {value!r}, which must be a "
+                f"whole number from {least} on: copy or train it again"
+            )
+
+
 def _averages(checkpoint: Dict[str, Any]) -> int:
     """How often the averaged model was updated until this checkpoint."""
-    period = checkpoint.get("average_period") or 1
-    return int(checkpoint.get("batch_idx_train") or 0) // int(period)
+    batch, period = checkpoint.get("batch_idx_train"), checkpoint.get("average_period")
+    numbers = [x if isinstance(x, int) and x > 0 else 0 for x in (batch, period)]
+    return numbers[0] // (numbers[1] or 1)
 
 
 def _model_of(train: ModuleType, params: Dict[str, Any], path: Path) -> nn.Module:

@@ -17,6 +17,7 @@ from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets.fingerprint import Fingerprint
+from icefall_kd.targets.typed import typed
 
 FIELD = "kd_targets"
 # Seconds. Resampling moves a recording's end by less; no change of speed does.
@@ -60,7 +61,7 @@ class Pointer:
         if value is None:
             return None
         try:
-            return Pointer(**value)
+            return typed(Pointer, value)
         except TypeError:
             raise KDError(
                 f"the field {FIELD} of cut {cut.id} is damaged or of another version: "
@@ -81,7 +82,7 @@ class Pointer:
             if self.record is not None:
                 return b64decode(self.record)
             return os.pread(_descriptor(path, os.getpid()), self.size, self.offset)
-        except ValueError:
+        except (ValueError, OverflowError, MemoryError):
             return b""  # its checksum will tell
         except OSError as e:
             raise KDError(
