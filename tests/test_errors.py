@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icefall_kd.errors import KDError, install_excepthook, one_sentence
+from icefall_kd.errors import KDError, disk_errors, install_excepthook, one_sentence
 
 WRAPPED = (
     "Caught KDError in DataLoader worker process 0.\n"
@@ -93,6 +93,16 @@ def test_one_sentence_on_a_full_disk(capsys):
     err = capsys.readouterr().err
     assert err.startswith("icefall_kd: error: ") and err.count("\n") == 1
     assert "No space left on device" in err and "free space" in err
+
+
+def test_a_failed_disk_is_a_refusal_that_names_the_file(tmp_path):
+    with pytest.raises(KDError, match="No such file.*no/file.*mend the path"):
+        with disk_errors():
+            (tmp_path / "no" / "file").write_text("x")
+
+
+def test_a_refusal_is_one_line_whatever_a_files_name_holds():
+    assert KDError("the file a\nb\r\x0bc is none").sentence == "the file a b  c is none"
 
 
 def test_one_sentence_lets_other_errors_through():

@@ -3,7 +3,6 @@
 import gzip
 import logging
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
@@ -53,9 +52,12 @@ def shards_of(shar: Path, field: str = "cuts") -> List[Path]:
 def readable(cuts: CutSet, path: str) -> Iterator[Cut]:
     """The cuts, with a sentence for a manifest that is damaged beyond its first."""
     try:
-        yield from cuts
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as e:
-        if isinstance(e, KDError):
+        for cut in cuts:
+            _check_types(cut)
+            yield cut
+    except Exception as e:  # json, gzip and lhotse raise many kinds
+        failed_disk = isinstance(e, OSError) and not isinstance(e, gzip.BadGzipFile)
+        if isinstance(e, KDError) or failed_disk:
             raise
         raise KDError(
             f"the manifest {path} can't be read to its end ({type(e).__name__}): make "
@@ -159,6 +161,24 @@ def parse_seconds(text: str) -> Seconds:
             "longest cut that is trained on, such as 1:20"
         )
     return shortest, longest
+
+
+def _check_types(cut: Cut) -> None:
+    """Refuse what Lhotse takes from a manifest as it stands there.
+
+    Raises:
+      TypeError: an id or a text that is none, or numbers that are none.
+    """
+    numbers = [cut.start, cut.duration]
+    features = getattr(cut, "features", None)
+    if features is not None:
+        names = ("num_frames", "num_features", "frame_shift", "sampling_rate")
+        numbers += [getattr(features, name) for name in names]
+    texts = [cut.id, *(s.text for s in cut.supervisions if s.text is not None)]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text")
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+        raise TypeError("a number")
 
 
 def checked(

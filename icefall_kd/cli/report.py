@@ -75,10 +75,10 @@ def report(
     with ExitStack() as stack:
         for path, text in pages.items():
             temporary = stack.enter_context(replacing(path))
-            temporary.write_text(text, encoding="utf8")
+            temporary.write_text(_writable(text), encoding="utf8")
     for kind, table in rate_tables(made).items():
         click.echo(words["rates"].format(unit=made.unit_of(kind)))
-        click.echo(to_lines(table) + "\n")
+        click.echo(_writable(to_lines(table)) + "\n")
     for path in pages:
         click.echo(path)
 
@@ -149,9 +149,9 @@ def _read_audio(models: Sequence[Model], manifest_dir: str) -> Audio:
 
 
 def _cuts(path: str) -> Iterator[Cut]:
-    try:
-        yield from readable(open_cuts(path), path)
-    except (AttributeError, KeyError, TypeError, AssertionError) as e:
-        raise KDError(
-            f"the manifest {path} is damaged ({type(e).__name__}): make it again"
-        ) from None
+    return readable(open_cuts(path), path)
+
+
+def _writable(text: str) -> str:
+    """``text`` with ``?`` for what is not UTF-8, such as in the name of a file."""
+    return text.encode("utf8", "replace").decode()

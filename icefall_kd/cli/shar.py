@@ -13,7 +13,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import load_jsonl
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.cuts import open_cuts, shards_of
+from icefall_kd.cli.cuts import open_cuts, readable, shards_of
 from icefall_kd.errors import KDError
 from icefall_kd.targets.places import SHAR_STORE, copy_small_files
 from icefall_kd.targets.store import (
@@ -89,7 +89,7 @@ def _put_small_files(folder: Path, store: str, pointer: Optional[Pointer]) -> No
 def shar(cuts_path: str, shar_dir: str, store: str) -> None:
     if Path(store).is_file():
         raise KDError(f"--store {store} is a file: give the folder of a store")
-    cuts = iter(open_cuts(cuts_path))
+    cuts = readable(open_cuts(cuts_path), cuts_path)
     folder = Path(shar_dir).resolve()
     shards = shards_of(folder)
     if not shards:
@@ -116,7 +116,7 @@ def shar(cuts_path: str, shar_dir: str, store: str) -> None:
         _put_small_files(folder, store, values.first)
         for path in written:
             path.replace(folder / path.name)
-    except (EOFError, zlib.error, ValueError) as e:
+    except (EOFError, zlib.error, ValueError, KeyError, TypeError) as e:
         if isinstance(e, KDError):
             raise
         raise KDError(

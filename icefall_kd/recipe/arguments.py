@@ -296,7 +296,7 @@ def read_config(path: str) -> Dict[str, Any]:
     try:  # all values as text: YAML itself reads 3:2 as 182 and 10:0.5 as 600.5
         text = Path(path).read_text(encoding="utf-8")
         found = yaml.load(text, Loader=yaml.BaseLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
         raise KDError(
             f"the file of --kd-config, {path}, can't be read "
             f"({' '.join(str(e).split())}): give a YAML file such as `ctc-weight: 0.8`"

@@ -105,5 +105,6 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
 
 def averages_until(checkpoint: Dict[str, Any]) -> int:
     """How often the averaged model was updated until this checkpoint."""
-    period = checkpoint.get("average_period") or 1
-    return int(checkpoint.get("batch_idx_train") or 0) // int(period)
+    batch, period = checkpoint.get("batch_idx_train"), checkpoint.get("average_period")
+    numbers = [x if isinstance(x, int) and x > 0 else 0 for x in (batch, period)]
+    return numbers[0] // (numbers[1] or 1)

@@ -354,6 +354,7 @@ def load_recipe_model(
         checkpoint = load_checkpoint(path)
         averages.add(averages_until(checkpoint))
         settings = settings_of(checkpoint, path, train, flags, bpe_model)
+        _check_numbers(settings, path)
         if needed not in checkpoint:
             raise KDError(
                 f"the checkpoint {path} holds no {needed}: "
@@ -384,7 +385,7 @@ def load_recipe_model(
         state = checkpoint["model"]
     try:
         model.load_state_dict(state, strict=True)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError, AttributeError) as e:
         difference = " ".join(str(e).split())[:200]
         raise KDError(
             f"the parameters in {files[-1]} are not those of the model that its "
@@ -392,6 +393,16 @@ def load_recipe_model(
             "alone the model's flags, that it was trained with"
         ) from None
     return model.eval(), settings
+
+
+def _check_numbers(settings: Dict[str, Any], path: Path) -> None:
+    for name, least in (("vocab_size", 1), ("feature_dim", 1), ("blank_id", 0)):
+        value = settings.get(name, least)
+        if type(value) is not int or value < least:
+            raise KDError(
+                f"the checkpoint {path} has the {name} {value!r}, which must be a "
+                f"whole number from {least} on: copy or train it again"
+            )
 
 
 def _model_of(train: ModuleType, params: Dict[str, Any], path: Path) -> nn.Module:

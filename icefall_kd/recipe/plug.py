@@ -52,9 +52,12 @@ def read_record(folder: Path) -> Optional[Dict[str, Any]]:
             raise ValueError("a file outside the folder")
         if not set(record["plugged"]) <= set(record["files"]):
             raise ValueError("plugged files that it does not have")
-        keys = ("recipe", "version", "leave_out", "plugged", "files")
-        return {key: record[key] for key in keys}
-    except (ValueError, KeyError, TypeError):
+        kinds = {"recipe": str, "version": str, "leave_out": list, "plugged": list}
+        for key, kind in {**kinds, "files": dict}.items():
+            if not isinstance(record[key], kind):
+                raise TypeError(key)
+        return {key: record[key] for key in (*kinds, "files")}
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise KDError(
             f"{path} is damaged: plug the recipe anew, into another folder"
         ) from None

@@ -197,7 +197,8 @@ class Progress:
             return None
         try:
             state = torch.load(self.file, map_location="cpu", weights_only=True)
-            return {**state, "first_epoch": int(state["first_epoch"])}
+            kept = {name: dict(state.get(name, {})) for name in ("at", "thawed")}
+            return {**state, **kept, "first_epoch": int(state["first_epoch"])}
         except Exception as e:  # torch raises many kinds for what is none
             raise KDError(
                 f"{self.file} can't be read ({type(e).__name__}): remove it to begin "

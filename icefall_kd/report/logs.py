@@ -20,10 +20,12 @@ _RECORD = re.compile(
     re.DOTALL,
 )
 _TRAIN_LOG = re.compile(rf"log-train-({DATE})(?:-0)?")
-_BATCH = re.compile(r"Epoch (\d+), batch (\d+), loss\[([^\]]*)\], tot_loss\[([^\]]*)\]")
-_VALIDATION = re.compile(r"Epoch (\d+), validation: (.*?over [\d.]+ frames)")
+_BATCH = re.compile(
+    r"Epoch (\d{1,9}), batch (\d{1,9}), loss\[([^\]]*)\], tot_loss\[([^\]]*)\]"
+)
+_VALIDATION = re.compile(r"Epoch (\d{1,9}), validation: (.*?over [\d.]+ frames)")
 _VALUE = re.compile(r"(\w+)=([-+]?(?:nan|inf|\d+\.?\d*(?:e[-+]?\d+)?))\b")
-_PARAMETERS = re.compile(r"Number of model parameters: (\d+)")
+_PARAMETERS = re.compile(r"Number of model parameters: (\d{1,18})\b")
 _SETTING = re.compile(r"'(\w+)': ('[^']*'|[^,{}]+)")
 
 Series = List[Tuple[float, float]]  # epochs from the start of the first, value
@@ -59,6 +61,7 @@ class Training:
       kd_settings: As ``settings``, of the last start that distilled: fine-tuning on
         hard labels may follow.
       kd_from: Epoch and batch where that one began.
+      skipped: Entries that were left out, for a date that there is not.
     """
 
     settings: Dict[str, Any]
@@ -67,6 +70,7 @@ class Training:
     validations: List[Batch]
     kd_settings: Dict[str, Any] = field(default_factory=dict)
     kd_from: Tuple[int, int] = (0, 0)
+    skipped: int = 0
 
     @property
     def distils(self) -> Optional[bool]:
@@ -103,8 +107,11 @@ class Training:
         return {k: v for k, v in found.items() if any(w for _, w in v)}
 
 
-def records(path: Path) -> Iterator[Tuple[datetime, str]]:
-    """Time and message of each entry of a log; a message may have several lines."""
+def records(path: Path) -> Iterator[Tuple[Optional[datetime], str]]:
+    """Time and message of each entry of a log; a message may have several lines.
+
+    The time is None where the date is one that there is not, such as of month 13.
+    """
     when, lines = "", []
     with open(path, encoding="utf8", errors="replace") as f:
         for line in f:
@@ -126,6 +133,8 @@ def settings_of(message: str) -> Dict[str, Any]:
     try:
         found = json.loads(message)
         return found if isinstance(found, dict) else {}
+    except RecursionError:
+        return {}
     except ValueError:  # an older icefall prints Python's dictionary
         return {name: _literal(text) for name, text in _SETTING.findall(message)}
 
@@ -153,7 +162,10 @@ def read_training(exp: Path) -> Optional[Training]:
 def _read_start(path: Path) -> Training:
     found = Training({}, None, [], [])
     constant: Dict[str, float] = {}
-    for _, message in records(path):
+    for time, message in records(path):
+        if time is None:
+            found.skipped += 1
+            continue
         settings = {} if found.settings else settings_of(message)
         if settings:
             found.settings = settings
@@ -181,6 +193,7 @@ def _read_start(path: Path) -> Training:
 
 
 def _add(found: Training, start: Training) -> None:
+    found.skipped += start.skipped
     if start.batches or not found.settings:
         found.settings = start.settings or found.settings
     found.parameters = start.parameters or found.parameters
@@ -213,7 +226,7 @@ def _constant_weights(settings: Dict[str, Any]) -> Dict[str, float]:
     for term in WEIGHTS:
         try:
             found[term] = float(settings[f"kd_{term}_weight"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             pass  # a curve: then the log has the weight at each batch
     return found
 
@@ -248,9 +261,12 @@ def _losses(text: str) -> Dict[str, float]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
-def _time(text: str) -> datetime:
-    return datetime.strptime(text, "%Y-%m-%d %H:%M:%S,%f")
+def _time(text: str) -> Optional[datetime]:
+    try:
+        return datetime.strptime(text, "%Y-%m-%d %H:%M:%S,%f")
+    except ValueError:
+        return None

@@ -1,5 +1,6 @@
 """Word and character error rates, and the time that decoding took."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,7 +16,7 @@ _ERRS = re.compile(r"errs-(.+)\.txt")
 _SUFFIX = re.compile(r"^(.+?)[-_]((?:epoch|iter)-\d+[-_]avg-\d+.*)$")
 _NUMBER = re.compile(r"(epoch|iter)-(\d+)[-_]avg-(\d+)[-_]*")
 _LOG = re.compile(rf"log-decode-(.+)-({DATE})(?:-\d+)?")
-_RATE = re.compile(r"%[WC]ER\s*=?\s*([\d.]+)")
+_RATE = re.compile(r"%[WC]ER\s*=?\s*(\d+\.?\d*)")
 _SCORED = re.compile(r"\[(.+)\] %[WC]ER ")
 _SET_DONE = re.compile(r"\s*For (.+), [WC]ER of different settings are:")
 _BEFORE = ("Number of model parameters", "About to get", "Wrote detailed error stats")
@@ -44,6 +45,7 @@ class Log:
       seconds: Of decoding, by set.
       device: "" where the log doesn't tell.
       max_duration: Seconds of audio in a batch, as the params have it; None: unknown.
+      skipped: Entries that were left out, for a date that there is not.
     """
 
     date: str
@@ -51,6 +53,7 @@ class Log:
     device: str = ""
     max_duration: Optional[float] = None
     parameters: Optional[int] = None
+    skipped: int = 0
 
 
 @dataclass
@@ -101,10 +104,10 @@ def read_decodings(exp: Path) -> List[Decoding]:
     """
     found: List[Decoding] = []
     for folder in _method_folders(exp):
-        method = folder.relative_to(exp).as_posix()
+        method = _shown(folder.relative_to(exp).as_posix())
         logs = _logs_of(folder)
         here: Dict[Tuple[str, str], Decoding] = {}
-        summaries = [(_SUMMARY.fullmatch(p.name), p) for p in folder.iterdir()]
+        summaries = [(_SUMMARY.fullmatch(_shown(p.name)), p) for p in folder.iterdir()]
         summaries = [(m, p) for m, p in summaries if m]
         # A set that was decoded again counts with the newer file.
         for match, path in sorted(summaries, key=lambda mp: (_mtime(mp[1]), mp[1])):
@@ -138,6 +141,11 @@ def split_last(decodings: List[Decoding]) -> Tuple[List[Decoding], List[Decoding
     return list(last.values()), others
 
 
+def _shown(name: str) -> str:
+    """A file's name, with a mark for each byte that is not UTF-8."""
+    return os.fsencode(name).decode("utf8", "replace")
+
+
 def _method_folders(exp: Path) -> List[Path]:
     folders = [*exp.glob("*"), *(exp / "streaming").glob("*")]
     return sorted(p for p in folders if p.is_dir())
@@ -147,7 +155,7 @@ def _logs_of(folder: Path) -> Dict[str, List[Tuple[str, Path]]]:
     """Dates and logs by suffix, the newest first."""
     found: Dict[str, List[Tuple[str, Path]]] = {}
     for path in folder.glob("log-decode-*"):
-        match = _LOG.fullmatch(path.name)
+        match = _LOG.fullmatch(_shown(path.name))
         if match:
             found.setdefault(match[1], []).append((match[2], path))
     return {suffix: sorted(logs, reverse=True) for suffix, logs in found.items()}
@@ -159,6 +167,7 @@ def _read_logs(logs: List[Tuple[str, Path]]) -> Log:
     for log in older:
         if (log.device, log.max_duration) == (found.device, found.max_duration):
             found.seconds = {**log.seconds, **found.seconds}
+            found.skipped += log.skipped
     return found
 
 
@@ -196,15 +205,16 @@ def _without_setting(head: str, settings: List[str]) -> str:
 def _add_errs(here: Dict[Tuple[str, str], Decoding], method: str, folder: Path) -> None:
     """Take the rates of errs files; of several settings, that of the last one."""
     for path in sorted(folder.glob("errs-*.txt"), key=lambda p: (_mtime(p), p)):
-        parts = _SUFFIX.match(_ERRS.fullmatch(path.name)[1])
+        name = _ERRS.fullmatch(_shown(path.name))
+        parts = name and _SUFFIX.match(name[1])
         with open(path, encoding="utf8", errors="replace") as f:
             rate = _RATE.match(f.readline())
         if parts is None or rate is None:
             continue
         key = ("wer", parts[2])
         decoding = here.setdefault(key, Decoding(method, *key))
-        test_set = _without_setting(parts[1], [folder.name])
-        decoding.rates[test_set] = Rate(float(rate[1]), folder.name)
+        test_set = _without_setting(parts[1], [_shown(folder.name)])
+        decoding.rates[test_set] = Rate(float(rate[1]), _shown(folder.name))
         decoding.date = _mtime(path)
 
 
@@ -212,6 +222,9 @@ def _read_log(date: str, path: Path) -> Log:
     found = Log(date)
     begin = end = None
     for time, message in records(path):
+        if time is None:
+            found.skipped += 1
+            continue
         for name, value in settings_of(message).items():
             if name == "max_duration":
                 found.max_duration = value

@@ -247,7 +247,10 @@ def _batch(training: Optional[Training], w: Dict[str, str]) -> str:
 
 
 def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+    try:
+        return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+    except OverflowError:  # a whole number that no float holds
+        return str(value)
 
 
 def _rtf(model: Model, method: str, audio: Audio) -> Optional[float]:
@@ -397,6 +400,11 @@ def _notes(report: Report) -> List[str]:
             found.append(w["no_kd"].format(**names))
         if not m.decodings:
             found.append(w["no_decoding"].format(**names))
+    for m in report.models:
+        logs = [m.training, *(d.log for d in (*m.decodings, *m.others))]
+        count = sum(log.skipped for log in logs if log)
+        if count:
+            found.append(w["skipped"].format(model=m.name, count=count))
     trainings = [m.training for m in report.models if m.training]
     if trainings and not any(t.distils for t in trainings):
         found.append(w["no_weights"])

@@ -84,6 +84,10 @@ WORDS: Dict[str, Dict[str, str]] = {
         "notes": "Notes",
         "no_training": "{model}: no training log in {folder}, so no curves.",
         "no_batches": "{model}: the training logs in {folder} have no batch.",
+        "skipped": (
+            "{model}: {count} entries of its logs have a date that there is not, and "
+            "were left out."
+        ),
         "no_kd": "{model}: its logs don't tell whether it was distilled.",
         "no_decoding": "{model}: no decoding results in {folder}; run decode.py there.",
         "best_setting": (
@@ -202,6 +206,7 @@ WORDS: Dict[str, Dict[str, str]] = {
         "notes": "说明",
         "no_training": "{model}：{folder} 中没有训练日志，因此没有曲线。",
         "no_batches": "{model}：{folder} 中的训练日志没有任何 batch。",
+        "skipped": "{model}：日志中有 {count} 条记录的日期不存在，已略去。",
         "no_kd": "{model}：日志没有说明是否蒸馏。",
         "no_decoding": "{model}：{folder} 中没有解码结果；请在那里运行 decode.py。",
         "best_setting": (

@@ -201,6 +201,7 @@ def collate_targets(
     batch = [_pieces(cut, missing) for cut in cuts]
     lens = [max((p.end for p in pieces), default=0) for pieces in batch]
     pieces = [p for row in batch for p in row]
+    records = [p.pointer.read() for p in pieces]  # first: it refuses a wrong pointer
     index = np.full((len(cuts), max(lens, default=0)), -1)
     begin = 0
     for i, row in enumerate(batch):
@@ -210,7 +211,6 @@ def collate_targets(
     whole = [len(row) == 1 and row[0].whole for row in batch]
     index = torch.from_numpy(index)
     ctc, layers = None, {}
-    records = [p.pointer.read() for p in pieces]
     for store in {p.pointer.store for p in pieces}:
         first = pieces[0].pointer.store
         read_fingerprint(first).check_same(read_fingerprint(store), first)

@@ -15,6 +15,7 @@ from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
 from icefall_kd.hidden import HiddenCodec, parse_hidden
 from icefall_kd.targets.characters import Characters
+from icefall_kd.targets.typed import typed
 
 FILENAME = "fingerprint.json"
 # Settings that change what a causal teacher says, and not its parameters.
@@ -233,13 +234,13 @@ class Fingerprint:
                     f"this icefall_kd reads version {Fingerprint.version}: make the "
                     "targets again with `icefall-kd dump --overwrite`"
                 )
-            return Fingerprint(**values)
+            return typed(Fingerprint, values)
         except FileNotFoundError:
             raise KDError(
                 f"the target store {folder} has no {FILENAME}: {MOVED}, or make the "
                 "targets again with `icefall-kd dump`"
             ) from None
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
             if isinstance(e, KDError):
                 raise
             raise KDError(

@@ -19,6 +19,7 @@ from lhotse.cut import Cut, MonoCut
 from icefall_kd.errors import KDError
 from icefall_kd.targets.fingerprint import MOVED, Fingerprint
 from icefall_kd.targets.places import place_of
+from icefall_kd.targets.typed import typed
 
 FIELD = "kd_targets"
 # Seconds. Resampling moves a recording's end by less; no change of speed does.
@@ -62,7 +63,7 @@ class Pointer:
         if value is None:
             return None
         try:
-            pointer = Pointer(**value)
+            pointer = typed(Pointer, value)
             shard = cut.custom.get("shard_origin") if pointer.record else None
             pointer.store = place_of(
                 pointer.store, pointer.fingerprint, str(shard or "")
@@ -88,7 +89,7 @@ class Pointer:
             if self.record is not None:
                 return b64decode(self.record)
             return _bytes_at(path, self.size, self.offset)
-        except ValueError:
+        except (ValueError, OverflowError, MemoryError):
             return b""  # its checksum will tell
         except OSError as e:
             raise KDError(

@@ -269,3 +269,51 @@ def test_targets_of_several_teachers_are_known_as_each_ones(
     other, _ = another_exp(seed=8)
     done = invoke("doctor", *usual, "--exp-dir", other, "--cuts", out)
     assert "dump them again" in refusal(done)
+
+
+@pytest.mark.parametrize("words", ["--kd-config 'x", '"', "--kd-ctc-weight '1"])
+def test_a_quotation_that_is_not_closed_is_refused(doctor, dumped, words):
+    said = refusal(doctor("--cuts", dumped, "--kd", words))
+    assert "No closing quotation" in said and "close its quotation" in said
+
+
+def test_help_among_the_options_of_distillation_is_none(doctor, dumped):
+    said = refusal(doctor("--cuts", dumped, "--kd", "--help"))
+    assert "no option of distillation" in said
+
+
+def test_an_option_that_nobody_knows_is_refused(doctor, in_cuts):
+    said = refusal(doctor("--cuts", in_cuts, "--nonsense", 3))
+    assert "--nonsense is an option neither of this command nor of" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--nonsense",), ("--kd", "--kd-ctc-weight 1"), ("--recipe", "x"), ("--", "-h")],
+)
+def test_nothing_is_asked_without_a_teacher(doctor, words):
+    assert "give --recipe and --exp-dir" in refusal(doctor(*words, words=()))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (b"", "lacks --"),
+        (b"\n", "lacks --"),
+        (b"\xff\xfe--joiner-dim 12", "is not in UTF-8"),
+    ],
+    ids=["empty", "blank", "bytes"],
+)
+def test_flags_that_are_not_whole_are_refused(doctor, student_dir, flags, words):
+    path = student_dir / "student_flags"
+    path.write_bytes(flags)
+    said = refusal(doctor("--student-dir", student_dir))
+    assert str(path) in said and words in said
+
+
+def test_flags_that_were_cut_short_are_refused(doctor, student_dir):
+    path = student_dir / "student_flags"
+    words = path.read_text().split()
+    path.write_text(" ".join(words[:-2]))
+    said = refusal(doctor("--student-dir", student_dir))
+    assert f"lacks {words[-2]} {words[-1]}" in said

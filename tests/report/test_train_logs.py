@@ -202,3 +202,12 @@ def test_a_student_that_is_fine_tuned_on_hard_labels_was_distilled(
     late["date"] = "2025-03-04-08-00-00"
     again = read_training(write_training(batch(3, 0), batch(3, 9), **late))
     assert not again.distils
+
+
+def test_an_entry_of_a_date_that_there_is_not_is_left_out_and_counted(
+    write_training, batch
+):
+    good = f"2025-03-04 08:00:02,000 INFO [train.py:1] {batch(1, 50)}\n"
+    bad = f"2025-02-30 08:00:01,000 INFO [train.py:1] {batch(1, 0)}\nmore of it\n"
+    found = read_training(write_training(tail=bad + good))
+    assert [b.batch for b in found.batches] == [50] and found.skipped == 1
