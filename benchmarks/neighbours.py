@@ -110,6 +110,7 @@ def start(threads: int, settings: Dict[str, str], duration: float) -> subprocess
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        encoding="utf8",
         env=env,
     )
 
@@ -180,7 +181,7 @@ def main() -> None:
         cells = [f"{value:.2f}" for value in medians.values()]
         print(f"| {name} | {' | '.join(cells)} |")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", "utf8")
 
 
 if __name__ == "__main__":

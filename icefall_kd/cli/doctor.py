@@ -130,7 +130,7 @@ def _write_flags(path: str, recipe: str, settings: Dict[str, Any]) -> None:
     line = flags_of(settings, model_names(import_train(recipe)))
     try:
         with replacing(Path(path), shared=True) as temporary:
-            temporary.write_text(line + "\n")
+            temporary.write_text(line + "\n", "utf8")
     except OSError as e:
         raise KDError(
             f"--write-flags {path} can't be written ({e.strerror}): give a file in a "
