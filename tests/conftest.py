@@ -1,6 +1,7 @@
 """Small real models, cuts and target stores, made anew from fixed seeds."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def pytest_configure(config):
     # zipformer compiles its activations: that takes longer than all tests together.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ignored where a script runs the tests in the background: then programs that the
+    # tests stop by Ctrl-C would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     hypothesis_settings.register_profile(
         "icefall_kd", deadline=None, derandomize=True, database=None, max_examples=40
     )

@@ -235,6 +235,8 @@ def get_args() -> argparse.Namespace:
 
 def main() -> None:
     args = get_args()
+    # In the background of a script Ctrl-C is ignored, and by all that is started there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     work = args.work_dir.resolve()
     stops: List[Stop] = []
     for scenario in scenarios(work / "base", args.only):
