@@ -27,16 +27,20 @@ class Commands(click.Group):
             return super().main(*args, **kwargs)
 
 
+def _name_of(param: Optional[click.Parameter]) -> str:
+    """What a user calls an option or an argument, such as --cuts or IN_CUTS."""
+    if param is None:
+        return "the value"
+    is_option = isinstance(param, click.Option)
+    return param.opts[0] if is_option else param.human_readable_name
+
+
 def _refuse(param: Optional[click.Parameter], value: Any, must: str) -> None:
     """Refuse ``value``; ``must`` says what it must be, or what to do."""
-    name = "the value"
-    if param is not None:
-        is_option = isinstance(param, click.Option)
-        name = param.opts[0] if is_option else param.human_readable_name
     shown = str(value)
     if len(shown) > 30 or not shown.strip() or not shown.isprintable():
         shown = reprlib.repr(shown)
-    raise KDError(f"{name} is {shown}, and must be {must}")
+    raise KDError(f"{_name_of(param)} is {shown}, and must be {must}")
 
 
 class Count(click.ParamType):
@@ -137,5 +141,5 @@ class Place(Text):
         ctx: Optional[click.Context],
     ) -> str:
         if not value and not self.optional:
-            _refuse(param, value, "the name of a file or folder")
+            raise KDError(f"{_name_of(param)} is empty: give it a file or a folder")
         return super().convert(value, param, ctx)

@@ -36,6 +36,7 @@ from icefall_kd.recipe import loader
 
 PAIRS = 15  # of two bad values, for each command
 LENGTHS = {"c1": 47, "c2": 33}
+NEEDS = {"quantizer": "multi_quantization", "report": "matplotlib"}
 
 
 @dataclass
@@ -211,6 +212,8 @@ def is_known(case: Case) -> bool:
 def test_a_bad_value_is_refused_in_one_sentence_and_leaves_nothing(
     world, models_once, name
 ):
+    if name in NEEDS:  # without it, all is refused
+        pytest.importorskip(NEEDS[name])
     folders = (world.work, world.exp)
     before = tree(*folders)
     faults = []
