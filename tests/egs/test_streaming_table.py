@@ -51,6 +51,14 @@ def test_the_interval_is_that_of_a_binomial_share(table):
     assert abs(table.interval([counts]) - 100 * 1.96 * (0.16 / 400) ** 0.5) < 0.6
 
 
+def test_a_difference_is_taken_utterance_by_utterance(table):
+    base = {str(i): utterance("one two", "one" if i % 3 else "") for i in range(60)}
+    better = {i: {**u, "ctc": u["ctc"] + ["two"]} for i, u in base.items()}
+    difference, _, half = table.against([better], [base]).split()
+    assert float(difference) == -50 and float(half) == 0
+    assert table.interval([table.errors(base, "ctc")]) > 3
+
+
 def test_a_run_that_is_missing_is_named(table, tmp_path):
     with pytest.raises(table.UserError, match="epoch-3.pt, let run_streaming.sh"):
         table.recognise(tmp_path, 3, tmp_path, tmp_path)

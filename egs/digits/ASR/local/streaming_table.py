@@ -15,7 +15,7 @@ import argparse
 import json
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import kaldialign
 import numpy as np
@@ -34,6 +34,7 @@ from icefall_kd.recipe.loader import load_recipe_model
 
 FRAME_MS = 40
 GAP = "*"
+BASE = "d0"  # the variant that the others are compared with
 # Of each utterance: the tokens of the CTC head with the frames where they begin, and
 # the words of both heads.
 Utterance = Dict[str, Any]
@@ -110,16 +111,30 @@ def errors(utterances: Dict[str, Utterance], head: str) -> np.ndarray:
     return np.array(counts, dtype=float).T
 
 
-def interval(counts: List[np.ndarray], draws: int = 1000) -> float:
-    """Half of the 95 % interval of the mean WER, %: utterances drawn anew."""
+def mean_wer(counts: List[np.ndarray], chosen: Optional[np.ndarray] = None) -> float:
+    """The mean WER, %, of some seeds' :func:`errors`; None: of all utterances."""
+    sums = [(x if chosen is None else x[:, chosen]).sum(1) for x in counts]
+    return 100 * mean(wrong / words for wrong, words in sums)
+
+
+def interval(
+    counts: List[np.ndarray],
+    base: Optional[List[np.ndarray]] = None,
+    draws: int = 1000,
+) -> float:
+    """Half of the 95 % interval of the mean WER, or of its difference to ``base``'s.
+
+    Utterances are drawn anew, the same for all seeds and both sides (Bisani and Ney,
+    2004).
+    """
     rng = np.random.default_rng(0)
     n = counts[0].shape[1]
-    means = []
+    values = []
     for _ in range(draws):
         chosen = rng.integers(0, n, n)
-        sums = [x[:, chosen].sum(1) for x in counts]
-        means.append(100 * mean(wrong / words for wrong, words in sums))
-    low, high = np.quantile(means, [0.025, 0.975])
+        value = mean_wer(counts, chosen)
+        values.append(value - mean_wer(base, chosen) if base else value)
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(high - low) / 2
 
 
@@ -140,9 +155,16 @@ def delays(teacher: Dict[str, Utterance], student: Dict[str, Utterance]) -> List
 def cell(runs: List[Dict[str, Utterance]], head: str) -> str:
     """The mean WER of some seeds, its interval, and each seed's."""
     counts = [errors(run, head) for run in runs]
-    wers = [100 * wrong.sum() / words.sum() for wrong, words in counts]
+    wers = [mean_wer([one]) for one in counts]
     each = f" ({', '.join(f'{w:.2f}' for w in wers)})" if len(wers) > 1 else ""
     return f"**{mean(wers):.2f}** ± {interval(counts):.1f}{each}"
+
+
+def against(runs: List[Dict[str, Utterance]], base: List[Dict[str, Utterance]]) -> str:
+    """The difference of both mean WERs of the CTC head, with its interval."""
+    ours, theirs = ([errors(run, "ctc") for run in x] for x in (runs, base))
+    difference = mean_wer(ours) - mean_wer(theirs)
+    return f"{difference:+.2f} ± {interval(ours, theirs):.1f}"
 
 
 def main() -> None:
@@ -153,25 +175,30 @@ def main() -> None:
     common = (bpe_model, manifest)
     teacher = recognise(base / "exp/teacher", args.teacher_epoch, *common)
     print(
-        "| student | WER % CTC: mean ± 95 % (seeds) | WER % transducer | "
+        f"| student | WER % CTC: mean ± 95 % (seeds) | to {BASE} | WER % transducer | "
         "emission delay, ms: mean (seeds) | median, ms |"
     )
     print("|---|---|---|---|---|")
     print(
         f"| teacher | {cell([teacher], 'ctc')} | {cell([teacher], 'transducer')} | | |"
     )
+    runs = {}
     for variant in args.variants.split():
         folders = [
             args.work_dir / f"streaming/seed-{seed}/exp-{variant}"
             for seed in args.seeds.split()
         ]
-        runs = [recognise(exp, args.student_epoch, *common) for exp in folders]
-        late = [delays(teacher, run) for run in runs]
+        runs[variant] = [recognise(x, args.student_epoch, *common) for x in folders]
+    for variant, found in runs.items():
+        late = [delays(teacher, run) for run in found]
         means = [mean(x) for x in late]
         each = ", ".join(f"{x:.0f}" for x in means)
+        compared = variant != BASE and BASE in runs
         print(
-            f"| {variant} | {cell(runs, 'ctc')} | {cell(runs, 'transducer')} | "
-            f"**{mean(means):.0f}** ({each}) | {mean(median(x) for x in late):.0f} |"
+            f"| {variant} | {cell(found, 'ctc')} | "
+            f"{against(found, runs[BASE]) if compared else ''} | "
+            f"{cell(found, 'transducer')} | **{mean(means):.0f}** ({each}) | "
+            f"{mean(median(x) for x in late):.0f} |"
         )
 
 
