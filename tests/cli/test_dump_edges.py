@@ -82,7 +82,7 @@ def test_too_few_label_positions_are_refused(
     invoke, refused, dump_words, lattice_words, s_range
 ):
     words = dump_words(*lattice_words, "--s-range", s_range)
-    assert f"--s-range is {s_range}, and no path" in refused(*words)
+    assert f"--s-range is {s_range}, and " in refused(*words)
     assert invoke(*dump_words(*lattice_words, "--s-range", 5)).code == 0
 
 

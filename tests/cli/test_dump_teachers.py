@@ -251,7 +251,7 @@ def no_folder(another_exp):
 
 
 def an_empty_name(another_exp):
-    return "", "epoch-2.pt does not exist"
+    return "", "has an empty name between its commas"
 
 
 @pytest.mark.parametrize(

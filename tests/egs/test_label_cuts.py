@@ -24,7 +24,7 @@ def run(make_model, bpe_models, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         teacher_utils,
         "load_recipe_model",
-        lambda *_, **__: (model, {"feature_dim": 20}),
+        lambda *_, **__: (model, {"feature_dim": 20, "vocab_size": 12}),
     )
 
     sp = load_bpe_model(bpe_models.ab)

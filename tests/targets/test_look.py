@@ -33,7 +33,8 @@ def same(cut):
 
 
 def bare(cuts):
-    return CutSet.from_cuts(cut.drop_custom(FIELD) for cut in cuts)
+    """Cuts without targets and texts, such as noise."""
+    return CutSet.from_cuts(c.drop_custom(FIELD).drop_supervisions() for c in cuts)
 
 
 ENDLESS = {
