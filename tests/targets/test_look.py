@@ -33,8 +33,11 @@ def same(cut):
 
 
 def bare(cuts):
-    """Cuts without targets and texts, such as noise."""
-    return CutSet.from_cuts(c.drop_custom(FIELD).drop_supervisions() for c in cuts)
+    return CutSet.from_cuts(cut.drop_custom(FIELD) for cut in cuts)
+
+
+def noise(cuts):
+    return bare(cuts).drop_supervisions()
 
 
 ENDLESS = {
@@ -50,7 +53,7 @@ ENDLESS = {
     "shuffle": lambda a: a.repeat().shuffle(buffer_size=2),
     "chain": lambda a: a + a.repeat(),
     "eager": lambda a: a.to_eager().repeat(),
-    "noise": lambda a: a.repeat().mix(bare(a), seed=0),
+    "noise": lambda a: a.repeat().mix(noise(a), seed=0),
 }
 ENDING = {
     "manifest": lambda a: a,
@@ -59,7 +62,7 @@ ENDING = {
     "eager": lambda a: a.to_eager(),
     "repeat": lambda a: a.repeat(times=1),
     "mux": lambda a: CutSet.mux(a.filter(is_long), CutSet.from_cuts([])),
-    "noise without end": lambda a: a.mix(bare(a).repeat(), seed=0),
+    "noise without end": lambda a: a.mix(noise(a).repeat(), seed=0),
     "filter": lambda a: a.filter(is_long).shuffle(buffer_size=2).map(same),
 }
 
