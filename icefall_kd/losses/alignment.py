@@ -71,10 +71,12 @@ def align_late_student(
     costs = _costs(student, linear, teacher, temperature, rows, delay, softmax)
     unweighted = costs
     if weights is not None:
-        costs = costs * weights.unsqueeze(1)
-        for j in range(1, delay + 1):
-            larger = torch.maximum(weights[:-j], weights[j:])
-            costs[:-j, j] = unweighted[:-j, j] * larger
+        costs = costs.clone()
+        for j in range(delay + 1):
+            n = len(weights) - j
+            larger = torch.maximum(weights[:n], weights[j:])
+            weighted = unweighted[:n, j] * larger
+            costs[:n, j] = weighted.masked_fill(larger == 0, 0.0)  # 0 * NaN
     else:
         costs = costs.clone()
     for j in range(1, delay + 1):  # a pair lies in one stretch
@@ -114,7 +116,8 @@ def _costs(student, linear, teacher, temperature, rows, delay, softmax) -> torch
     v = student.size(1) if linear is None else linear.out_features
     dtype = wide(student.dtype)
     costs = torch.zeros(len(rows), delay + 1, dtype=dtype, device=rows.device)
-    step = chunk_rows(rows.device, v)
+    kept = teacher.indices.size(-1) if sparse(teacher) else 0
+    step = chunk_rows(rows.device, max(v, (delay + 1) * kept))
     with torch.autocast(student.device.type, enabled=False):
         for begin in range(0, len(rows), step):
             part = rows[begin : begin + step]
@@ -271,8 +274,8 @@ class LateKL(torch.autograd.Function):
         teach = _teach_sparse if sparse(teacher) else _teach_dense
         with torch.autocast(student.device.type, enabled=False):
             kl = teach(grad, teacher, temperature, rows, pairs)
-        if pairs.weights is not None:
-            kl = (kl * pairs.weights).masked_fill(pairs.weights == 0, 0.0)  # 0 * inf
+        if pairs.weights is not None:  # what has no weight may be inf or NaN
+            kl = (kl * pairs.weights).masked_fill(pairs.weights == 0, 0.0)
         return (kl.sum(dtype=torch.float64) * temperature**2).to(grad.dtype), grad
 
     @staticmethod
@@ -291,18 +294,25 @@ def _shares(pairs: FramePairs, temperature: float) -> torch.Tensor:
     return share if pairs.weights is None else share * pairs.weights.to(share.dtype)
 
 
+def _forget_unweighted(grad, rows, pairs, share) -> torch.Tensor:
+    """The shares of each student's row, (R,); rows of none get a gradient of 0."""
+    sums = share.new_zeros(len(rows)).index_add_(0, pairs.student, share)
+    grad.index_fill_(0, rows[(sums == 0).nonzero().squeeze(1)], 0.0)
+    return sums
+
+
 def _teach_dense(grad, teacher, temperature, rows, pairs) -> torch.Tensor:
     """Turn the student's softmax, in ``grad``, into the gradient; KL of each pair."""
     share = _shares(pairs, temperature)
-    sums = share.new_zeros(len(rows)).index_add_(0, pairs.student, share)
-    scaled = (sums != 1).nonzero().squeeze(1)  # few, without weights and at T = 1
+    sums = _forget_unweighted(grad, rows, pairs, share)
+    # Few, without weights and at T = 1.
+    scaled = ((sums != 1) & (sums != 0)).nonzero().squeeze(1)
     step = chunk_rows(grad.device, grad.size(1))
     for part in scaled.split(step):
         row = rows[part]
         grad.index_copy_(0, row, grad.index_select(0, row) * sums[part, None])
     weighted = pairs.weights is not None or temperature != 1
-    for begin in range(0, len(share), step):
-        part = slice(begin, begin + step)
+    for part in (share != 0).nonzero().squeeze(1).split(step):
         y = select(teacher, rows[pairs.teacher[part]])
         p = cast_teacher(y, grad.dtype, temperature).clamp_(min=FLOOR).softmax(-1)
         if weighted:
@@ -319,10 +329,13 @@ def _teach_sparse(grad, teacher, temperature, rows, pairs) -> torch.Tensor:
     # place of the softmax; the others, which are few, work on a copy of it.
     again = torch.zeros_like(pairs.student, dtype=torch.bool)
     again[1:] = pairs.student[1:] == pairs.student[:-1]
-    others = again.nonzero().squeeze(1)
+    sums = _forget_unweighted(grad, rows, pairs, share)
+    counted = sums[pairs.student] != 0
+    kl.masked_fill_(~counted, 0.0)
+    others = (again & counted).nonzero().squeeze(1)
     copies = grad.index_select(0, rows[pairs.student[others]])
     step = chunk_rows(grad.device, grad.size(1))
-    for part in (~again).nonzero().squeeze(1).split(step):
+    for part in (~again & counted).nonzero().squeeze(1).split(step):
         row = rows[pairs.student[part]]
         y = cast_teacher(select(teacher, rows[pairs.teacher[part]]), grad.dtype, 1.0)
         kl[part], g = _sparse_of_softmax(grad.index_select(0, row), y, share[part])

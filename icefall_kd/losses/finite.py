@@ -27,7 +27,8 @@ class NonFiniteBatches:
         """Count a batch, and warn of it where it has ``errors``, one of each term.
 
         Raises:
-          KDError: it is the last of PATIENCE such batches in a row.
+          KDError: it is the last of PATIENCE such batches in a row, in this process;
+            of several processes it ends alone, and their launcher ends the others.
         """
         if not errors:
             self.in_a_row = 0
@@ -37,8 +38,8 @@ class NonFiniteBatches:
         if self.in_a_row >= PATIENCE:
             raise KDError(f"{self.in_a_row} batches in a row: {errors[0].sentence}")
         logging.warning(
-            f"Distillation is left out of this batch, the {self.total}. that is not "
-            f"finite: {'; '.join(e.sentence for e in errors)}"
+            f"Distillation is left out of this batch ({self.total} so far were not "
+            f"finite): {'; '.join(e.sentence for e in errors)}"
         )
 
 

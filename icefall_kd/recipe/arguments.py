@@ -18,7 +18,7 @@ MUST_BE = {
 }
 # Of whole numbers; what is larger would run out of memory or never end.
 BOUNDS = {
-    "ctc-delay": (0, 1000),
+    "ctc-delay": (0, 50),
     "rnnt-shift": (0, 1000),
     "teacher-ranges": (0, 1),
     "teacher-epoch": (0, 10**6),

@@ -61,7 +61,7 @@ class Training:
       kd_settings: As ``settings``, of the last start that distilled: fine-tuning on
         hard labels may follow.
       kd_from: Epoch and batch where that one began.
-      skipped: Entries that were left out, for a date that there is not.
+      skipped: Entries that were left out, for an impossible date.
     """
 
     settings: Dict[str, Any]

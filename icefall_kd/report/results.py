@@ -45,7 +45,7 @@ class Log:
       seconds: Of decoding, by set.
       device: "" where the log doesn't tell.
       max_duration: Seconds of audio in a batch, as the params have it; None: unknown.
-      skipped: Entries that were left out, for a date that there is not.
+      skipped: Entries that were left out, for an impossible date.
     """
 
     date: str

@@ -85,7 +85,7 @@ WORDS: Dict[str, Dict[str, str]] = {
         "no_training": "{model}: no training log in {folder}, so no curves.",
         "no_batches": "{model}: the training logs in {folder} have no batch.",
         "skipped": (
-            "{model}: {count} entries of its logs have a date that there is not, and "
+            "{model}: {count} entries of its logs have an impossible date, and "
             "were left out."
         ),
         "no_kd": "{model}: its logs don't tell whether it was distilled.",

@@ -271,7 +271,7 @@ def test_entries_of_no_date_are_left_out_and_counted(experiment):
     paths[0].write_text(LOG.replace("03-04 08:00:03", "13-04 08:00:03"))
     assert icefall_kd(*report_words(exp)) == ""
     page = (exp.parent / "out" / "report.md").read_text()
-    assert "a: 1 entries of its logs have a date that there is not" in page
+    assert "a: 1 entries of its logs have an impossible date" in page
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names there are UTF-8")

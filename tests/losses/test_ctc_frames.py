@@ -520,6 +520,22 @@ def test_a_wrong_label_costs_as_much_with_a_delay(wrong, k, delay, frames):
     assert value > 2 and grad.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize("frames", ["non-blank", "symmetric"])
+@pytest.mark.parametrize("delay", [0, 2])
+def test_rows_without_weight_may_be_anything(bad, k, frames, delay):
+    """As in a float16 overflow: no loss, no gradient, and the others' as they are."""
+    teacher, lengths = form(spiky([9], 13), k), torch.tensor([13])
+    student = spiky([10], 13) + torch.randn(1, 13, 4)
+    options = {"frames": frames, "delay": delay}
+    expected = loss_and_grad(ctc_kd_loss, student, teacher, lengths, **options)
+    student[0, 2, 1] = bad
+    value, grad = loss_and_grad(ctc_kd_loss, student, teacher, lengths, **options)
+    assert grad[0, 2].eq(0).all() and value > 0
+    torch.testing.assert_close((value, grad), expected)
+
+
 def test_stretches_of_valid_frames_are_aligned_each_by_itself():
     _, teacher, _ = batch(seed=11, n=1, t=13)
     student, _, _ = batch(seed=12, n=1, t=13)

@@ -274,7 +274,7 @@ def test_a_batch_that_is_not_finite_is_left_to_the_recipe_and_counted(caplog):
         loss, info = joint(recipe_loss, *not_finite())
         assert loss == recipe_loss and info["kd_ctc_loss"] == info["kd_frames"] == 0
         (warning,) = caplog.messages
-        assert f"the {count}. that is not finite: kd_ctc_loss is nan" in warning
+        assert f"({count} so far were not finite): kd_ctc_loss is nan" in warning
         caplog.clear()
         loss, info = joint(recipe_loss, *pair())
         assert info["kd_ctc_loss"] > 0 and not caplog.messages
@@ -302,6 +302,16 @@ def test_a_recipe_loss_without_weight_is_no_term(bad):
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
     assert torch.isfinite(student.ctc_logits.grad).all()
+
+
+def test_a_recipe_loss_without_weight_has_a_zero_gradient_for_each_parameter():
+    """DDP waits for them; Zipformer's BiasNorm has one without a dimension."""
+    model = torch.nn.Linear(2, 3)
+    model.log_scale = torch.nn.Parameter(torch.tensor(1.0))
+    recipe_loss = math.inf * sum(p.sum() for p in model.parameters())
+    loss, _ = JointKDLoss(hard_weight=0.0)(recipe_loss, *pair(), model)
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_a_recipe_loss_with_weight_stays_as_it_is():
