@@ -208,7 +208,7 @@ def commands(base: Path) -> List[Scenario]:
         job[-2:-2] = ['"$1"']
         text = f". {DIGITS}/shared/stoppable.sh; job() {{ run "
         text += " ".join(w if w == '"$1"' else f"'{w}'" for w in job)
-        text += "; }; in_background job 0; job 1; wait $!"
+        text += "; }; in_background job 0; other=$!; job 1; wait $other"
         return ["bash", "-euc", text]
 
     def with_jobs(folder: Path) -> None:
