@@ -20,6 +20,12 @@ def averaging_module() -> ModuleType:
             return importlib.import_module(name)
         except ImportError:
             continue
+        except Exception as e:  # such as k2's OSError for a library that is missing
+            reason = str(e).splitlines()[0] if str(e) else "no message"
+            raise KDError(
+                f"{name} can't be imported ({type(e).__name__}: {reason}): mend its "
+                "installation until `python -c 'import icefall'` works"
+            ) from None
     raise KDError(
         "neither icefall nor the package zipformer can be imported: put icefall on "
         "PYTHONPATH, or run `pip install zipformer==0.1.3`"

@@ -1,5 +1,7 @@
 """The checkpoints that are taken: those of icefall's decode.py, and no other."""
 
+import sys
+
 import pytest
 import torch
 
@@ -91,3 +93,14 @@ def test_several_checkpoints_are_added_up_in_the_order_of_decode_py(teacher_exp)
     assert len(files) == 3
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_an_icefall_that_fails_on_import_is_one_sentence(tmp_path, monkeypatch):
+    package = tmp_path / "icefall"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('libk2.so: no such file')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("icefall", "icefall.checkpoint"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(KDError, match=r"icefall.* \(OSError: libk2.so: no such file\)"):
+        averaging_module()
