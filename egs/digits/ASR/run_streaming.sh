@@ -54,6 +54,7 @@ one() {
 }
 
 mkdir -p "$work_dir/streaming"
+alone "$work_dir/streaming"
 for seed in $seeds; do
   for variant in $variants; do start "$work_dir/streaming" one "$seed" "$variant"; done
 done
