@@ -1,5 +1,6 @@
 """What the scripts share: what one has started ends with it, however it is stopped."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kd_stand_ins import SCRIPT as SCRIPT_OF_KD
 
 SHARED = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "shared"
 
@@ -115,6 +117,35 @@ def test_a_second_run_waits_for_what_a_killed_one_left(start, tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     assert second.stdout.readline() == "begun\n"
     assert second.wait(50) == 0
+
+
+def test_a_check_of_kd_sh_ends_with_it(start, place, tmp_path):
+    tool = tmp_path / "bin" / "icefall-kd"
+    tool.write_text("#!/bin/sh\necho begun\nexec sleep 99\n")
+    code = f"""
+PATH={tmp_path / "bin"}:$PATH
+exec {SCRIPT_OF_KD} --asr-dir {place} --train-manifests train.jsonl.gz --python python3
+"""
+    process = start(code)
+    assert "Stage 0" in process.stdout.readline()
+    assert process.stdout.readline() == "begun\n"
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(50) == 128 + signal.SIGTERM
+    assert soon(lambda: living(process.pid) == 0)
+
+
+def test_run_streaming_waits_for_another_run_in_its_folder(start, tmp_path):
+    targets = tmp_path / "seed-1" / "data" / "kd" / "digits_cuts_train.jsonl.gz"
+    targets.parent.mkdir(parents=True)
+    targets.touch()
+    (tmp_path / "streaming").mkdir()
+    with open(tmp_path / "streaming" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(f"exec {SHARED.parent}/run_streaming.sh --work-dir {tmp_path}")
+        assert "another run works in" in process.stdout.readline()
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(50) == 128 + signal.SIGTERM
+    assert [p.name for p in (tmp_path / "streaming").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,11 @@ Options (now):
 $(sed -n '/^stage=0/,/^num_threads=/s/^\([a-z_]*\)=\(.*\)$/  --\1 \2/p' run.sh | tr _ -)"
 
 . shared/parse_options.sh
+. shared/check_options.sh
+check_numbers 0 stage stop_stage seed num_untranscribed num_threads
+check_numbers 1 num_train num_dev num_test vocab_size student_epochs long_factor
+check_numbers 2 teacher_epochs  # for averaging
+check_switch redo
 . shared/threads.sh
 . shared/stoppable.sh
 . local/training.sh
@@ -70,9 +75,6 @@ case $corpus in
 esac
 [ "$corpus" = fsdd ] || [ -z "$untranscribed_speakers$teacher_dir" ] \
   || fail "--untranscribed-speakers and --teacher-dir are for --corpus fsdd"
-
-[ "$teacher_epochs" -ge 2 ] \
-  || fail "--teacher-epochs is $teacher_epochs, and averaging needs 2 or more"
 
 mkdir -p "$work_dir/data" "$work_dir/exp"
 data=$work_dir/data

@@ -14,6 +14,10 @@ help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
   [--variants '$variants']"
 
 . shared/parse_options.sh
+. shared/check_options.sh
+check_numbers 1 jobs
+check_numbers 6 half_step
+check_list seeds
 . shared/threads.sh
 . shared/stoppable.sh
 . local/training.sh

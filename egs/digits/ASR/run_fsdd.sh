@@ -16,6 +16,9 @@ help_message="Usage: $0 --corpus-dir DIR [--work-dir work/fsdd] [--seeds '1 2 3'
   [--jobs 2] [--test-speaker theo] [--untranscribed-speakers nicolas,yweweler]"
 
 . shared/parse_options.sh
+. shared/check_options.sh
+check_numbers 1 jobs
+check_list seeds
 . shared/threads.sh
 . shared/stoppable.sh
 

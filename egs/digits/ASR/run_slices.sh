@@ -17,6 +17,9 @@ help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
   [--starts '$starts'] [--kinds '$kinds']"
 
 . shared/parse_options.sh
+. shared/check_options.sh
+check_numbers 1 jobs every
+check_list seeds
 . shared/threads.sh
 . shared/stoppable.sh
 . local/training.sh

@@ -14,6 +14,9 @@ help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
   [--variants '$variants']"
 
 . shared/parse_options.sh
+. shared/check_options.sh
+check_numbers 1 jobs
+check_list seeds
 . shared/threads.sh
 . shared/stoppable.sh
 . local/training.sh
@@ -51,6 +54,7 @@ one() {
 }
 
 mkdir -p "$work_dir/streaming"
+alone "$work_dir/streaming"
 for seed in $seeds; do
   for variant in $variants; do start "$work_dir/streaming" one "$seed" "$variant"; done
 done

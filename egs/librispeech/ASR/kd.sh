@@ -170,6 +170,10 @@ split train_flags
 train_words=(${words[@]+"${words[@]}"})
 chunks=(--chunk-size "$chunk_size" --left-context-frames "$left_context_frames")
 
+# All that takes its time ends with this script.
+icefall-kd() { run icefall-kd "$@"; }
+python=(run "${python[@]}")
+
 asked() {
   [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ] || return 1
   log "Stage $1: $2"
@@ -212,9 +216,6 @@ esac
 # Students of other settings in the same folder would be taken for these. What makes
 # training fit a machine may change on the way.
 own='--(max-duration|num-workers|num-buckets|master-port|save-every-n|keep-last-k) [0-9]+'
-# All that takes its time ends with this script.
-icefall-kd() { run icefall-kd "$@"; }
-python=(run "${python[@]}")
 
 if [ "$stage" -le 7 ] && [ "$stop_stage" -ge 3 ]; then
   settings="teacher $teacher_dir $teacher_epoch $teacher_avg, student $student \
