@@ -3,7 +3,6 @@
 Both are stand-ins here, which write down how they are called.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import pytest
 from kd_stand_ins import SCRIPT, given, trained
-
-from icefall_kd.recipe.arguments import add_options
 
 
 def test_all_stages_one_after_the_other(kd, calls, place):
@@ -183,14 +180,6 @@ def test_what_does_not_fit_is_refused(kd, calls, changes, words):
     assert done.returncode == 1 and words in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not any(r[0] == "train.py" for r in calls())
-
-
-@pytest.mark.parametrize("name", ["kd", "kd-ctc", "kd-transducer"])
-def test_cuts_that_the_dump_left_out_stop_no_training(name):
-    parser = argparse.ArgumentParser()
-    add_options(parser, ["--kd-config", str(SCRIPT.parent / "conf" / f"{name}.yaml")])
-    params = vars(parser.parse_args([]))
-    assert params["kd_missing"] == "hard" and params["kd_hard_weight"] == 1
 
 
 def test_stages_that_need_others_say_so(kd, calls):
