@@ -189,7 +189,9 @@ def test_what_is_no_manifest_with_targets_is_refused(refused, in_cuts, tmp_path)
     (tmp_path / "folder").mkdir()
     assert "no Shar with targets" in refused("repoint", tmp_path / "folder")
     odd = tmp_path / "odd.jsonl"
-    odd.write_text(json.dumps({"custom": {FIELD: {"store": 5}}}) + "\n", "utf8")
+    odd.write_text(
+        json.dumps({"id": "a", "custom": {FIELD: {"store": 5}}}) + "\n", "utf8"
+    )
     assert "damaged or of another version" in refused("repoint", odd)
 
 
