@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from icefall_kd.cli.cuts import shards_of
 from icefall_kd.errors import KDError
-from icefall_kd.files import replacing
+from icefall_kd.files import is_same_folder, replacing
 from icefall_kd.targets.manifest import cut_of, lines_of, open_manifest
 from icefall_kd.targets.places import (
     SHAR_STORE,
@@ -135,7 +135,7 @@ def _fill_shar(folder: Path, folders: Sequence[str]) -> str:
     near = [str(own), pointer.store, *beside(pointer.store, [str(folder.parent)])]
     for place in folders or near:
         if has_fingerprint(place, pointer.fingerprint):
-            if not (own.is_dir() and own.samefile(place)):
+            if not is_same_folder(own, place):
                 copy_small_files(place, own)
             return place
     raise KDError(

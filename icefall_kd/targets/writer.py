@@ -14,7 +14,7 @@ import torch
 from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
-from icefall_kd.files import missing_folders, replacing
+from icefall_kd.files import is_same_folder, missing_folders, replacing
 from icefall_kd.hidden import Layer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.manifest import (
@@ -207,7 +207,7 @@ class LogitWriter:
                 value = (cut.get("custom") or {}).get(FIELD)
                 pointer = None if value is None else pointer_of(value, cut["id"])
                 folder = pointer and pointer.store
-                if pointer is None or not _is_same(folder, self.storage_dir):
+                if pointer is None or not is_same_folder(folder, self.storage_dir):
                     raise KDError(
                         f"{path} is there, and its cut {cut['id']} has targets in "
                         f"{folder} and not in {self.storage_dir}: name another "
@@ -366,11 +366,3 @@ def _without_shar(cut: Cut) -> Dict[str, Any]:
     if custom:
         values["custom"] = {k: v for k, v in custom.items() if k not in SHAR_NOTES}
     return values
-
-
-def _is_same(folder: str, other: Path) -> bool:
-    """Whether two paths are of one folder, be one of them relative."""
-    try:
-        return Path(folder) == other or Path(folder).resolve() == other.resolve()
-    except (ValueError, OSError):  # a name that no file can have
-        return False
