@@ -1,6 +1,7 @@
 """Lets a manifest point at its targets where these lie now."""
 
 import json
+import os
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -55,11 +56,14 @@ class _Stores:
         self.places: Dict[Tuple[str, str], Tuple[str, int]] = {}
 
     def place(self, pointer: Pointer) -> str:
-        """The folder of a cut's record, whose first cut was read there."""
+        """The folder of a cut's record, whose first cut was read there.
+
+        It is absolute: the mended manifest may be read from any working folder.
+        """
         key = (pointer.store, pointer.file)
         end = pointer.offset + pointer.size
         if key not in self.places:
-            place = self._look_for(pointer)
+            place = os.path.abspath(self._look_for(pointer))
             file = Path(place) / pointer.file
             self.places[key] = place, 0 if pointer.record else file.stat().st_size
         place, size = self.places[key]
