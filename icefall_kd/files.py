@@ -9,7 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Sequence
+from typing import Iterator, List, Sequence, Union
 from uuid import uuid4
 
 from icefall_kd.errors import KDError
@@ -45,6 +45,14 @@ def check_new_folder(path: str, name: str) -> None:
             if not folder.is_dir():
                 raise KDError(f"{name} is {path}, and {folder} is a file: give another")
             return
+
+
+def is_same_folder(a: Union[str, Path], b: Union[str, Path]) -> bool:
+    """Whether two paths are of one folder, be it there or not, or one relative."""
+    try:
+        return Path(a) == Path(b) or Path(a).resolve() == Path(b).resolve()
+    except (ValueError, OSError):  # a name that no file can have
+        return False
 
 
 def missing_folders(path: Path) -> List[Path]:

@@ -1,6 +1,7 @@
 """Lets a manifest point at its targets where these lie now."""
 
 import json
+import os
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,21 @@ from tqdm.auto import tqdm
 
 from icefall_kd.cli.cuts import shards_of
 from icefall_kd.errors import KDError
-from icefall_kd.files import replacing
-from icefall_kd.targets.manifest import lines_of, open_manifest
+from icefall_kd.files import is_same_folder, replacing
+from icefall_kd.targets.manifest import cut_of, lines_of, open_manifest
 from icefall_kd.targets.places import (
     SHAR_STORE,
     beside,
     copy_small_files,
     has_fingerprint,
 )
-from icefall_kd.targets.store import FIELD, Pointer
+from icefall_kd.targets.store import FIELD, Pointer, pointer_of
+
+# What the lines of a damaged shard raise.
+DAMAGED = (
+    *(ValueError, TypeError, KeyError, RecursionError),
+    *(EOFError, StopIteration, zlib.error),
+)
 
 
 def _stored_in(value: Any) -> Iterator[Dict[str, Any]]:
@@ -48,19 +55,15 @@ class _Stores:
         # By the store and the file that a cut names: the folder, and bytes in its file.
         self.places: Dict[Tuple[str, str], Tuple[str, int]] = {}
 
-    def place(self, stored: Dict[str, Any]) -> str:
-        """The folder of a cut's record, whose first cut was read there."""
-        try:
-            pointer = Pointer(**stored)
-            key = (str(pointer.store), str(pointer.file))
-            end = pointer.offset + pointer.size
-        except (TypeError, AttributeError):
-            raise KDError(
-                f"a field {FIELD} in {self.path} is damaged or of another version: "
-                "make the targets again with `icefall-kd dump --overwrite`"
-            ) from None
+    def place(self, pointer: Pointer) -> str:
+        """The folder of a cut's record, whose first cut was read there.
+
+        It is absolute: the mended manifest may be read from any working folder.
+        """
+        key = (pointer.store, pointer.file)
+        end = pointer.offset + pointer.size
         if key not in self.places:
-            place = self._look_for(pointer)
+            place = os.path.abspath(self._look_for(pointer))
             file = Path(place) / pointer.file
             self.places[key] = place, 0 if pointer.record else file.stat().st_size
         place, size = self.places[key]
@@ -72,7 +75,7 @@ class _Stores:
         return place
 
     def _look_for(self, pointer: Pointer) -> str:
-        near = list(beside(str(pointer.store), [str(self.path.parent)]))
+        near = list(beside(pointer.store, [str(self.path.parent)]))
         for place in (*(self.folders or near), pointer.store):
             if has_fingerprint(place, pointer.fingerprint):
                 try:
@@ -94,19 +97,13 @@ def _rewrite(path: Path, stores: _Stores) -> int:
     with replacing(path) as temporary:
         with open_manifest(path, "rb") as f, open_manifest(temporary, "wb") as out:
             for line in tqdm(lines_of(f, path), desc="Cuts", unit=" cuts", delay=2):
-                try:
-                    cut = json.loads(line)
-                except ValueError:
-                    if path.suffix != ".partial":  # which a killed run may leave torn
-                        raise KDError(
-                            f"{path} is no manifest of Lhotse, or damaged: give a "
-                            ".jsonl or .jsonl.gz that `icefall-kd dump` wrote"
-                        ) from None
+                cut = cut_of(line, path)
+                if cut is None:  # torn
                     out.write(line)
                     continue
                 pointers = list(_stored_in(cut))
                 for stored in pointers:
-                    stored["store"] = stores.place(stored)
+                    stored["store"] = stores.place(pointer_of(stored, cut["id"]))
                 if pointers:
                     line = json.dumps(cut, ensure_ascii=False).encode() + b"\n"
                 n += bool(pointers)
@@ -130,18 +127,19 @@ def _fill_shar(folder: Path, folders: Sequence[str]) -> str:
     try:
         with open_manifest(shards[0], "rb") as f:
             # A cut that was left out has null there.
-            values = (json.loads(line)[FIELD] for line in f)
-            pointer = Pointer(**next(filter(None, values)))
-    except (ValueError, TypeError, KeyError, EOFError, StopIteration, zlib.error) as e:
+            lines = map(json.loads, f)
+            first = next(x for x in lines if x[FIELD] is not None)
+    except DAMAGED as e:
         raise KDError(
             f"{shards[0]} is damaged ({type(e).__name__}): make it again with "
             "`icefall-kd shar`"
         ) from None
+    pointer = pointer_of(first[FIELD], str(first.get("cut_id")))
     own = folder / SHAR_STORE
     near = [str(own), pointer.store, *beside(pointer.store, [str(folder.parent)])]
     for place in folders or near:
         if has_fingerprint(place, pointer.fingerprint):
-            if not (own.is_dir() and own.samefile(place)):
+            if not is_same_folder(own, place):
                 copy_small_files(place, own)
             return place
     raise KDError(

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from icefall_kd.cli.cuts import open_cuts, readable, shards_of
 from icefall_kd.errors import KDError
+from icefall_kd.files import is_same_folder
 from icefall_kd.targets.places import SHAR_STORE, copy_small_files
 from icefall_kd.targets.store import (
     FIELD,
@@ -80,7 +81,7 @@ def _put_small_files(folder: Path, store: str, pointer: Optional[Pointer]) -> No
     own = folder / SHAR_STORE
     if store or pointer is None:
         shutil.rmtree(own, ignore_errors=True)
-    elif not (own.is_dir() and own.samefile(pointer.store)):
+    elif not is_same_folder(own, pointer.store):
         fingerprint_of(pointer)
         copy_small_files(pointer.store, own)
         read_fingerprint.cache_clear()
@@ -91,6 +92,8 @@ def shar(cuts_path: str, shar_dir: str, store: str) -> None:
         raise KDError(f"--store {store} is a file: give the folder of a store")
     cuts = readable(open_cuts(cuts_path), cuts_path)
     folder = Path(shar_dir).resolve()
+    if store and is_same_folder(store, folder / SHAR_STORE):
+        store = ""  # they are to stay in the Shar
     shards = shards_of(folder)
     if not shards:
         raise KDError(

@@ -4,7 +4,7 @@ import atexit
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from icefall_kd.errors import KDError
 
@@ -18,18 +18,36 @@ def process_of() -> Tuple[int, int]:
     return 0, 1
 
 
-def tokens_file(params: Dict[str, Any]) -> str:
-    """The recipe's ``bpe.model``, or its folder of tokens; "" where there is none."""
-    path = Path(params.get("bpe_model") or "")
+def tokens_file(params: Dict[str, Any], root: Union[str, Path] = "") -> str:
+    """The recipe's ``bpe.model``, or its folder of tokens; "" where there is none.
+
+    Args:
+      params: The recipe's.
+      root: The folder that relative paths are of; "" for the working folder.
+    """
+    path = Path(root, params.get("bpe_model") or "")
     if path.is_file():
         return str(path)
-    folder = Path(params.get("lang_dir") or "")
+    folder = Path(root, params.get("lang_dir") or "")
     files = (folder / "bpe.model", folder / "tokens.txt")
     there = bool(params.get("lang_dir")) and any(f.is_file() for f in files)
     return str(folder) if there else ""
 
 
-def _check_tokens(params: Dict[str, Any], settings: Dict[str, Any], folder) -> None:
+def _tokens_file_of_teacher(settings: Dict[str, Any], folder: Union[str, Path]) -> str:
+    """:func:`tokens_file` of the training that left its checkpoint in ``folder``.
+
+    A relative path in a checkpoint is of the folder where the teacher was trained,
+    which is taken for one of those above ``folder``: in this working folder another
+    corpus may have a file of that name.
+    """
+    files = (tokens_file(settings, root) for root in Path(folder).resolve().parents)
+    return next(filter(None, files), "")
+
+
+def _check_tokens(
+    params: Dict[str, Any], settings: Dict[str, Any], folder: Union[str, Path]
+) -> None:
     """Refuse a teacher of other symbols, as far as the files tell.
 
     Args:
@@ -39,7 +57,7 @@ def _check_tokens(params: Dict[str, Any], settings: Dict[str, Any], folder) -> N
     """
     from icefall_kd.targets.fingerprint import load_bpe_model, pieces
 
-    mine, its = tokens_file(params), tokens_file(settings)
+    mine, its = tokens_file(params), _tokens_file_of_teacher(settings, folder)
     if not (mine and its) or Path(mine).resolve() == Path(its).resolve():
         return
     if pieces(load_bpe_model(mine)) != pieces(load_bpe_model(its)):

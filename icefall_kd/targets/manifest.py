@@ -5,11 +5,11 @@ import json
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, Dict, Iterable, Iterator, Tuple, Union
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, Optional, Tuple, Union
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
-from icefall_kd.targets.store import FIELD, Pointer, is_left_out
+from icefall_kd.targets.store import FIELD, Pointer, is_left_out, pointer_of
 
 
 def open_manifest(path: Path, mode: str) -> BinaryIO:
@@ -24,6 +24,42 @@ def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
             f"the manifest {path} is damaged ({type(e).__name__}): delete it and give "
             "the same command again with --overwrite"
         ) from None
+
+
+def cut_of(line: bytes, path: Path) -> Optional[Dict[str, Any]]:
+    """The dictionary of the cut in a line of the manifest ``path``.
+
+    None for a line of a partial manifest that is no JSON: a killed run may leave one
+    torn. In what is returned the id is a text, and the custom fields are a dictionary
+    or None, those of a mixed cut's tracks too.
+
+    Raises:
+      KDError: a line that is no cut.
+    """
+    try:
+        cut = json.loads(line)
+    except (ValueError, RecursionError):
+        if path.suffix == ".partial":
+            return None
+        cut = None
+    if not _is_cut(cut):
+        raise KDError(
+            f"{path} is no manifest of Lhotse, or damaged, as a line of it begins with "
+            f"{line[:40].decode(errors='replace')!r}: make it again with `icefall-kd "
+            "dump --overwrite`, or name another"
+        )
+    return cut
+
+
+def _is_cut(values: Any) -> bool:
+    if not isinstance(values, dict) or not isinstance(values.get("id"), str):
+        return False
+    tracks = values.get("tracks") or []
+    return (
+        isinstance(values.get("custom") or {}, dict)
+        and isinstance(tracks, list)
+        and all(isinstance(t, dict) and _is_cut(t.get("cut")) for t in tracks)
+    )
 
 
 def job_manifest(manifest: Union[str, Path], job: int, num_jobs: int) -> Path:
@@ -54,9 +90,10 @@ def read_pointers(partial: Path, offset: int) -> Tuple[Dict[str, Pointer], int]:
             if not line.endswith(b"\n"):
                 break
             offset += len(line)
-            cut = json.loads(line)
-            if not is_left_out(cut):
-                found[cut["id"]] = Pointer(**cut["custom"][FIELD])
+            cut = cut_of(line, partial)
+            if cut and not is_left_out(cut):
+                value = (cut.get("custom") or {}).get(FIELD)
+                found[cut["id"]] = pointer_of(value, cut["id"])
     return found, offset
 
 
@@ -71,7 +108,7 @@ def combine(
       How many cuts with targets there are of each job.
 
     Raises:
-      KDError: a job's manifest that is not there, or cuts of no job.
+      KDError: a job's manifest that is not there or damaged, or cuts of no job.
     """
     paths = [job_manifest(manifest, job, num_jobs) for job in range(num_jobs)]
     for job, path in enumerate(paths):
@@ -89,7 +126,7 @@ def combine(
             lines_of(stack.enter_context(open_manifest(p, "rb")), p) for p in paths
         ]
         heads = [next(it, None) for it in lines]
-        cuts = [head and json.loads(head) for head in heads]
+        cuts = [head and cut_of(head, path) for head, path in zip(heads, paths)]
         with open_manifest(temporary, "wb") as out:
             for cut_id in order:
                 ids = [cut and cut["id"] for cut in cuts]
@@ -102,7 +139,7 @@ def combine(
                 out.write(heads[job])
                 counts[str(paths[job])] += not is_left_out(cuts[job])
                 heads[job] = next(lines[job], None)
-                cuts[job] = heads[job] and json.loads(heads[job])
+                cuts[job] = heads[job] and cut_of(heads[job], paths[job])
         ids = [cut and cut["id"] for cut in cuts]
         left = [i for i in ids if i]
         if left:

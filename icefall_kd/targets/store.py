@@ -62,18 +62,10 @@ class Pointer:
         value = (cut.custom or {}).get(FIELD)
         if value is None:
             return None
-        try:
-            pointer = typed(Pointer, value)
-            shard = cut.custom.get("shard_origin") if pointer.record else None
-            pointer.store = place_of(
-                pointer.store, pointer.fingerprint, str(shard or "")
-            )
-            return pointer
-        except TypeError:
-            raise KDError(
-                f"the field {FIELD} of cut {cut.id} is damaged or of another version: "
-                "make the targets again with `icefall-kd dump --overwrite`"
-            ) from None
+        pointer = pointer_of(value, cut.id)
+        shard = cut.custom.get("shard_origin") if pointer.record else None
+        pointer.store = place_of(pointer.store, pointer.fingerprint, str(shard or ""))
+        return pointer
 
     def to_dict(self) -> dict:
         return {k: v for k, v in asdict(self).items() if v is not None}
@@ -117,6 +109,25 @@ class Pointer:
             parts[name] = record[at : at + size]
             at += size
         return parts
+
+
+def pointer_of(value: Any, cut_id: str) -> Pointer:
+    """The pointer that a manifest's value of ``kd_targets`` stands for.
+
+    Args:
+      value: What the manifest has there, whatever its type.
+      cut_id: Of the cut that carries it.
+
+    Raises:
+      KDError: fields that are missing, unknown or of another type.
+    """
+    try:
+        return typed(Pointer, value)
+    except TypeError:
+        raise KDError(
+            f"the field {FIELD} of cut {cut_id} is damaged or of another version: "
+            "make the targets again with `icefall-kd dump --overwrite`"
+        ) from None
 
 
 def leave_out(cut: Dict[str, Any]) -> None:

@@ -14,10 +14,11 @@ import torch
 from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
-from icefall_kd.files import missing_folders, replacing
+from icefall_kd.files import is_same_folder, missing_folders, replacing
 from icefall_kd.hidden import Layer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.manifest import (
+    cut_of,
     job_manifest,
     lines_of,
     open_manifest,
@@ -29,6 +30,7 @@ from icefall_kd.targets.store import (
     Pointer,
     is_left_out,
     leave_out,
+    pointer_of,
     read_fingerprint,
     source_duration,
 )
@@ -194,26 +196,25 @@ class LogitWriter:
         end = 0
         with open_manifest(path, "rb") as f:
             for line in lines_of(f, path):
-                try:
-                    cut = json.loads(line)
-                except ValueError:
+                cut = cut_of(line, path)
+                if cut is None:
                     continue  # where an earlier run was cut short
                 if is_left_out(cut):
                     if cut["id"] not in self:
                         self.left_out.add(cut["id"])
                         out.write(line.rstrip(b"\n") + b"\n")
                     continue
-                stored = (cut.get("custom") or {}).get(FIELD) or {}
-                folder = stored.get("store")
-                if folder is None or not _is_same(folder, self.storage_dir):
+                value = (cut.get("custom") or {}).get(FIELD)
+                pointer = None if value is None else pointer_of(value, cut["id"])
+                folder = pointer and pointer.store
+                if pointer is None or not is_same_folder(folder, self.storage_dir):
                     raise KDError(
-                        f"{path} is there, and its cut {cut.get('id')} has targets in "
+                        f"{path} is there, and its cut {cut['id']} has targets in "
                         f"{folder} and not in {self.storage_dir}: name another "
                         "manifest, give --overwrite, or if the store was moved there "
                         f"run `icefall-kd repoint {path} --storage-dir "
                         f"{self.storage_dir}`"
                     )
-                pointer = Pointer(**stored)
                 if pointer.fingerprint != self.fingerprint.digest:
                     raise KDError(
                         f"{path} has targets of another teacher or form (fingerprint "
@@ -365,8 +366,3 @@ def _without_shar(cut: Cut) -> Dict[str, Any]:
     if custom:
         values["custom"] = {k: v for k, v in custom.items() if k not in SHAR_NOTES}
     return values
-
-
-def _is_same(folder: str, other: Path) -> bool:
-    """Whether two paths are of one folder, be one of them relative."""
-    return Path(folder) == other or Path(folder).resolve() == other.resolve()

@@ -7,6 +7,7 @@ from typing import Callable, Dict, List, Optional, Sequence
 import torch
 from lhotse.cut import Cut, MonoCut, MultiCut
 from torch import nn
+from torch.nn import functional as F
 
 from icefall_kd.errors import KDError
 from icefall_kd.hidden import Layer, hidden_rows
@@ -110,12 +111,15 @@ class OnlineTeacher:
         """
         heard = x_lens >= MIN_FRAMES
         if missing == "hard":
+            x = F.pad(x, (0, 0, 0, max(0, MIN_FRAMES - x.size(1))))
             x_lens = x_lens.clamp(min=MIN_FRAMES)
         elif cuts and not heard.all():
-            cut = cuts[int((~heard).nonzero()[0])]
+            # By the batch: a cut may have no stored features, or be mixed with noise.
+            row = int((~heard).nonzero()[0])
             raise KDError(
-                f"the cut {cut.id} {why_unheard(cut)}: leave it out, or let such cuts "
-                "have the hard loss alone with --kd-missing hard"
+                f"the cut {cuts[row].id} has {int(x_lens[row])} feature frames and the "
+                f"teacher needs {MIN_FRAMES}: leave it out, or let such cuts have the "
+                "hard loss alone with --kd-missing hard"
             )
         outs = self.encode(x, x_lens)
         lens = outs[0].encoder_out_lens

@@ -68,8 +68,23 @@ def test_beside_the_manifest_the_store_needs_no_name(
     monkeypatch.chdir(tmp_path)
     done = invoke("repoint", "big/other.jsonl.gz")
     assert done.code == 0, done
-    assert {c["custom"][FIELD]["store"] for c in lines_of(path)} == {"big/kd"}
+    place = str(tmp_path / "big" / "kd")
+    assert {c["custom"][FIELD]["store"] for c in lines_of(path)} == {place}
     check(load_manifest(path), expected)
+
+
+def test_a_store_named_by_a_relative_path_is_read_from_any_folder(
+    invoke, stored, expected, tmp_path, monkeypatch
+):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    words = ("--storage-dir", "../big/targets")
+    done = invoke("repoint", "../kd.jsonl.gz", *words)
+    assert done.code == 0, done
+    place = str(tmp_path / "big" / "targets")
+    assert {c["custom"][FIELD]["store"] for c in lines_of(stored)} == {place}
+    monkeypatch.chdir("/")
+    check(load_manifest(stored), expected)
 
 
 def test_a_manifest_that_is_right_stays_as_it_is(
@@ -189,7 +204,9 @@ def test_what_is_no_manifest_with_targets_is_refused(refused, in_cuts, tmp_path)
     (tmp_path / "folder").mkdir()
     assert "no Shar with targets" in refused("repoint", tmp_path / "folder")
     odd = tmp_path / "odd.jsonl"
-    odd.write_text(json.dumps({"custom": {FIELD: {"store": 5}}}) + "\n", "utf8")
+    odd.write_text(
+        json.dumps({"id": "a", "custom": {FIELD: {"store": 5}}}) + "\n", "utf8"
+    )
     assert "damaged or of another version" in refused("repoint", odd)
 
 

@@ -272,6 +272,36 @@ def test_small_files_are_looked_for_where_told(invoke, dumped, folder, tmp_path,
     assert store_fingerprint(cuts.values())[1] == str(elsewhere)
 
 
+def test_the_shars_own_folder_may_be_named(
+    invoke, dumped, folder, plain, tmp_path, tree_of, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert invoke("shar", dumped, folder).code == 0
+    before = tree_of(folder / "cuts.kd_targets")
+    assert "fingerprint.json" in before
+    for name in (folder / "cuts.kd_targets", "shar/cuts.kd_targets/"):
+        done = invoke("shar", dumped, folder, "--store", name)
+        assert done.code == 0, done
+        assert tree_of(folder / "cuts.kd_targets") == before
+    cuts = read(alone(folder, tmp_path))
+    same(collate_targets(list(cuts.values())), collate_targets(list(plain)))
+
+
+def test_a_first_store_that_is_gone_is_no_full_disk(invoke, filled, tmp_path, tree_of):
+    """The cuts have their records, and no place where the fingerprint is."""
+    cuts = [cut.drop_features() for cut in read(filled).values()]
+    for cut in cuts:
+        del cut.custom["shard_origin"]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "records.jsonl.gz")
+    shutil.rmtree(tmp_path / "out_kd")
+    forget()
+    read_fingerprint.cache_clear()
+    before = tree_of(filled)
+    done = invoke("shar", tmp_path / "records.jsonl.gz", filled)
+    assert done.code == 1 and "out_kd has no fingerprint.json" in done.err[-1], done
+    assert "free space" not in done.err[-1] and tree_of(filled) == before
+
+
 def test_a_shar_without_its_fingerprint_is_refused(filled, tmp_path):
     (tmp_path / "out_kd" / "fingerprint.json").unlink()
     shutil.rmtree(filled / "cuts.kd_targets")

@@ -262,3 +262,26 @@ def test_an_online_teacher_of_other_symbols_is_refused(
     with pytest.raises(KDError, match=words) as e:
         session.attach(given, student)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("place", ["of the student", "of the teacher"])
+def test_a_relative_path_in_a_checkpoint_is_of_the_teachers_recipe(
+    online, student, teacher_exp, bpe_models, off, tmp_path, monkeypatch, place
+):
+    """The student's working folder has other symbols by the same name, its corpus's."""
+    relative = "data/lang_bpe_500/bpe.model"
+    checkpoint = torch.load(teacher_exp.folder / "epoch-2.pt", weights_only=False)
+    folder = tmp_path / "teacher" / "zipformer" / "exp"
+    folder.mkdir(parents=True)
+    torch.save({**checkpoint, "bpe_model": relative}, folder / "epoch-2.pt")
+    root = tmp_path / place.split()[-1]
+    (root / relative).parent.mkdir(parents=True)
+    (root / relative).write_bytes(bpe_models.b.read_bytes())
+    (tmp_path / "student").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "student")
+    given = online(**{**off, **ctc()}, kd_teacher_exp_dir="../teacher/zipformer/exp")
+    if place == "of the student":
+        session.attach(given, student)
+        return
+    with pytest.raises(KDError, match=f"trained with {root / relative}, whose symbols"):
+        session.attach(given, student)

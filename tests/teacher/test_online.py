@@ -220,6 +220,30 @@ def test_a_row_too_short_to_be_heard_is_refused_by_its_cut(
         teacher.targets(x, lens)
 
 
+@pytest.mark.parametrize("kind", ["on the fly", "mixed"])
+def test_a_row_too_short_is_told_by_the_batch_and_not_by_stored_features(
+    make_model, features, make_cut, kind
+):
+    """Features that are made on the fly are stored nowhere; noise makes a MixedCut."""
+    short = make_cut("b", 5)
+    if kind == "mixed":
+        short = short.mix(make_cut("noise", 5), preserve_id="left")
+    else:
+        short.features = None
+    cuts = [make_cut("a", 61), short, make_cut("c", 23)]
+    teacher = OnlineTeacher([make_model(seed=1)])
+    words = "cut b has 6 feature frames and the teacher needs 9: .*--kd-missing hard"
+    with pytest.raises(KDError, match=words):
+        teacher.targets(features[0], torch.tensor([61, 6, 23]), cuts)
+
+
+def test_a_batch_of_rows_too_short_has_no_targets(make_model, features):
+    teacher = OnlineTeacher([make_model(seed=1)])
+    lens = torch.tensor([5, 3, 8])
+    found = teacher.targets(features[0][:, :8], lens, missing="hard")
+    assert found.lens.tolist() == [0, 0, 0] and not found.whole.any()
+
+
 @pytest.mark.parametrize("path_only", [False, True])
 def test_a_row_of_more_labels_than_frames_has_no_nodes(make_model, features, path_only):
     teacher = OnlineTeacher([make_model(seed=1)])
