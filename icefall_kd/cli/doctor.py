@@ -87,10 +87,9 @@ def _teacher(name: str, options: Dict[str, Any]) -> Tuple[Any, Dict[str, Any], A
     return model, settings, sp
 
 
-def _loss_of(words: str):
-    """The joint loss of a training that gets these options."""
+def _options_of(words: str) -> Dict[str, Any]:
+    """The ``--kd-*`` options of a training that gets these words."""
     from icefall_kd.recipe.arguments import add_options
-    from icefall_kd.recipe.session import joint_of
 
     def refuse(message: str) -> None:
         raise KDError(f"--kd {words!r} is no option of distillation: {message}")
@@ -107,7 +106,7 @@ def _loss_of(words: str):
     params = vars(parser.parse_args(options))
     if not any(params[f"kd_{name}_weight"] for name in WEIGHTS):
         raise KDError(f"--kd {words!r} gives no term a weight: distillation is off")
-    return joint_of(params, 1)
+    return params
 
 
 def _is_among(teacher: str, teachers: str) -> bool:
@@ -170,9 +169,18 @@ def _check_targets(
         )
     _row("targets", f"{said}, of this teacher, in {store}")
     if left_out:
-        _row("", f"{left_out} cuts go without: train with --kd-missing hard")
+        _row("", f"{left_out} cuts go without targets: train with --kd-missing hard")
     if kd:
-        joint = _loss_of(kd)
+        from icefall_kd.recipe.session import joint_of
+
+        params = _options_of(kd)
+        joint = joint_of(params, 1)
+        if left_out and params["kd_missing"] == "refuse":
+            raise KDError(
+                f"{left_out} cuts of the manifest go without targets, as "
+                "`icefall-kd dump` left them out, and --kd-missing is refuse: give "
+                "--kd-missing hard, so that they have the hard loss alone"
+            )
         check_kept(joint, found, store)
         if joint.hidden:
             layers = {codec.layer for codec in found.hidden_codecs()}

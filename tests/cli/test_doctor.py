@@ -167,10 +167,14 @@ def test_cuts_that_a_dump_left_out_are_counted(
     CutSet.from_cuts(cuts).to_file(path)
     words = dump_words("--bpe-model", teacher_exp.bpe_model, cuts=path, out=out)
     assert invoke(*words).code == 0
+    assert "1 cuts of the manifest go without targets" in refusal(
+        doctor("--cuts", out, "--kd", "--kd-ctc-weight 1")
+    )
+    caplog.clear()
     done = doctor("--cuts", out, "--kd", "--kd-ctc-weight 1 --kd-missing hard")
     assert done.code == 0, done
     assert "of this teacher" in rows(done)["targets"]
-    assert "1 cuts go without: train with --kd-missing hard" in done.out
+    assert "1 cuts go without targets: train with --kd-missing hard" in done.out
     assert "1 of 21 cuts can't be used and are left out: the cut bad" in caplog.text
 
 
