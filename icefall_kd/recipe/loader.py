@@ -136,10 +136,14 @@ def _threads_as_they_are() -> Iterator[None]:
             setattr(torch, name, function)
 
 
-def teacher_folders(exp_dir: str) -> List[str]:
+def teacher_folders(exp_dir: str, option: str = "--exp-dir") -> List[str]:
     """The experiment folders that ``--exp-dir A,B`` of several teachers names.
 
     A folder whose own name has a comma, such as ``exp,lr0.045``, is one teacher's.
+
+    Args:
+      exp_dir: As the user gave it.
+      option: Where the user gave it, for the error.
 
     Raises:
       KDError: an empty name, or both readings are there.
@@ -148,14 +152,14 @@ def teacher_folders(exp_dir: str) -> List[str]:
     if len(folders) == 1 or Path(exp_dir).is_dir():
         if len(folders) > 1 and all(Path(folder).is_dir() for folder in folders):
             raise KDError(
-                f"{exp_dir} is a folder, and so are {' and '.join(folders)}: rename "
-                "the first, as it can't be told whether one teacher or "
+                f"{option} {exp_dir} is a folder, and so are {' and '.join(folders)}: "
+                "rename the first, as it can't be told whether one teacher or "
                 f"{len(folders)} are meant"
             )
         return [exp_dir]
     if not all(folders):
         raise KDError(
-            f"--exp-dir is {exp_dir!r}, which is no folder and has an empty name "
+            f"{option} is {exp_dir!r}, which is no folder and has an empty name "
             "between its commas: give the teachers' folders, such as A,B"
         )
     return folders

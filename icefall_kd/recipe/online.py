@@ -84,7 +84,8 @@ def online_teacher(params: Dict[str, Any], hidden: Sequence = (), ctc: bool = Tr
     from icefall_kd.teacher import OnlineTeacher
 
     models, names = [], []
-    for folder in teacher_folders(params["kd_teacher_exp_dir"]):
+    option = "--kd-teacher-exp-dir"
+    for folder in teacher_folders(params["kd_teacher_exp_dir"], option):
         model, settings = load_recipe_model(
             params["kd_teacher_recipe"] or Path(sys.argv[0]).resolve().parent,
             folder,

@@ -45,6 +45,17 @@ def test_an_empty_name_is_refused(folders, text):
         teacher_folders(text)
 
 
+def test_a_refusal_names_the_option_that_was_given(folders):
+    from icefall_kd.recipe.online import online_teacher
+
+    folders("a", "b", "a,b")
+    for text in ("a,,b", "a,b"):
+        with pytest.raises(KDError, match="^--exp-dir "):
+            teacher_folders(text)
+        with pytest.raises(KDError, match="^--kd-teacher-exp-dir "):
+            online_teacher({"kd_teacher_exp_dir": text})
+
+
 @pytest.fixture
 def comma_words(teacher_exp, tmp_path):
     """The teacher's options, from a folder with a comma and a colon in its name."""
