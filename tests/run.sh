@@ -3,7 +3,8 @@
 # Usage: bash tests/run.sh [PYTEST_OPTION ...]
 set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
-. egs/digits/ASR/shared/threads.sh
+# Two processes share the cores, and threads that spin beside each other crawl.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 bash tools/make_env.sh --prefix .venv-test --dev
 # A file's tests share what they make, so a file stays with one of the two processes.

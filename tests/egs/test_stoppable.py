@@ -149,18 +149,27 @@ def test_run_streaming_waits_for_another_run_in_its_folder(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, policy",
+    "given, idle, said",
     [
-        ({}, "PASSIVE"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
-        ({"GOMP_SPINCOUNT": "9"}, ""),
-        ({"KMP_BLOCKTIME": "9"}, ""),
+        ({}, 10, "PASSIVE,"),
+        ({}, 100, ",1000"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 10, "ACTIVE,"),
+        ({"GOMP_SPINCOUNT": "9"}, 10, ",9"),
+        ({"KMP_BLOCKTIME": "9"}, 10, ","),
     ],
     ids=str,
 )
-def test_how_threads_wait_is_left_to_who_has_said_it(start, given, policy):
+def test_how_threads_wait_is_left_to_who_has_said_it(
+    start, tmp_path, given, idle, said
+):
+    """Else to whether the machine is busy, which two readings of its clock tell."""
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     env = {k: v for k, v in os.environ.items() if k not in names}
-    code = f". {SHARED}/threads.sh\nsh -c 'echo \"$OMP_WAIT_POLICY\"'"
+    (tmp_path / "awk").write_text(
+        f"#!/bin/sh\ncase $2 in /proc/stat) echo 0 0;; *) echo {idle};; esac\n"
+    )
+    (tmp_path / "awk").chmod(0o755)
+    env["PATH"] = f"{tmp_path}{os.pathsep}{env['PATH']}"
+    code = f". {SHARED}/threads.sh\nsh -c 'echo \"$OMP_WAIT_POLICY,$GOMP_SPINCOUNT\"'"
     out, _ = start(code, env={**env, **given}).communicate(timeout=50)
-    assert out == policy + "\n"
+    assert out == said + "\n"

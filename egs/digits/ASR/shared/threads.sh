@@ -1,8 +1,25 @@
 #!/usr/bin/env bash
-# To be sourced. How the threads of a program wait for each other (OpenMP): asleep, and
-# not, as by default, spinning. Spinning is a little faster on an idle machine; beside
-# one busy process it takes the core away from the very thread that is waited for
-# (benchmarks/neighbours.py). What the user has set stays.
+# To be sourced. How the threads of a program wait for each other (OpenMP). By default
+# they spin, and beside a busy process that takes the core away from the very thread that
+# is waited for. Asleep they bear company, and are twice as slow where there is none
+# (benchmarks/neighbours.py). So they sleep if somebody is busy when the script begins,
+# and else spin for a moment, then sleep. What the user has set stays.
+
+# idle_share: of all cores' time in the next third of a second, in percent.
+idle_share() {
+  local before after
+  before=$(awk '/^cpu / { print $5 + $6, $2 + $3 + $4 + $5 + $6 + $7 + $8 }' /proc/stat)
+  sleep 0.3
+  after=$(awk '/^cpu / { print $5 + $6, $2 + $3 + $4 + $5 + $6 + $7 + $8 }' /proc/stat)
+  awk '{ print int(100 * ($3 - $1) / ($4 - $2 > 0 ? $4 - $2 : 1)) }' \
+    <<< "$before $after"
+}
+
 if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}${KMP_BLOCKTIME:-}" ]; then
-  export OMP_WAIT_POLICY=PASSIVE
+  # Half of a core that somebody else uses counts as a neighbour.
+  if [ -r /proc/stat ] && [ "$(idle_share)" -lt $((100 - 50 / $(nproc))) ]; then
+    export OMP_WAIT_POLICY=PASSIVE
+  else
+    export GOMP_SPINCOUNT=1000
+  fi
 fi
