@@ -57,6 +57,9 @@ def pytest_configure(config):
     # Ignored where a script runs the tests in the background: then programs that the
     # tests stop by Ctrl-C would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Under nohup a program, and all that it starts, ignores SIGHUP.
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     hypothesis_settings.register_profile(
         "icefall_kd", deadline=None, derandomize=True, database=None, max_examples=40
     )
