@@ -15,8 +15,8 @@ from icefall_kd.files import replacing
 clean_up_when_stopped()
 with replacing(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         time.sleep(60)
     finally:
         print("cleans up", flush=True)
