@@ -19,6 +19,12 @@ class NotFiniteError(KDError):
     """Numbers of one batch are inf or NaN; the next batch may be well again."""
 
 
+def first_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 def _report(error: KDError) -> None:
     print(f"icefall_kd: error: {error.sentence}", file=sys.stderr)
 

@@ -1,7 +1,6 @@
 """Stores what a teacher says on cuts."""
 
 import logging
-import math
 import os
 import shutil
 import time
@@ -173,8 +172,6 @@ def dump(
     overwrite: bool,
     stats: bool,
 ) -> None:
-    if not 0 < max_duration < math.inf:
-        raise KDError(f"--max-duration is {max_duration}, and must be a number above 0")
     cuts = open_cuts(in_cuts)
     storage_dir = storage_dir or _default_store(out_cuts)
     _check_places(in_cuts, out_cuts, storage_dir)

@@ -68,17 +68,13 @@ def align_late_student(
     stretch = starts.flatten()[rows].cumsum(0) - 1  # (R,), which one a row is in
     lengths = stretch.bincount()
     delay = min(delay, int(lengths.max()) - 1)
-    costs = _costs(student, linear, teacher, temperature, rows, delay, softmax)
-    unweighted = costs
+    kl = _costs(student, linear, teacher, temperature, rows, delay, softmax)
+    costs = kl.clone()
     if weights is not None:
-        costs = costs.clone()
         for j in range(delay + 1):
             n = len(weights) - j
             larger = torch.maximum(weights[:n], weights[j:])
-            weighted = unweighted[:n, j] * larger
-            costs[:n, j] = weighted.masked_fill(larger == 0, 0.0)  # 0 * NaN
-    else:
-        costs = costs.clone()
+            costs[:n, j] = (kl[:n, j] * larger).masked_fill(larger == 0, 0.0)  # 0 * NaN
     for j in range(1, delay + 1):  # a pair lies in one stretch
         costs[len(rows) - j :, j] = torch.inf
         costs[:-j, j].masked_fill_(stretch[j:] != stretch[:-j], torch.inf)
@@ -102,10 +98,9 @@ def align_late_student(
     number = torch.arange(len(teacher_index), device=rows.device) - first_pair
     late_by = low[teacher_index] + number
     student_index = teacher_index + late_by
-    kl = unweighted[teacher_index, late_by]
     if weights is not None:
         weights = torch.maximum(weights[student_index], weights[teacher_index])
-    return FramePairs(student_index, teacher_index, weights, kl)
+    return FramePairs(student_index, teacher_index, weights, kl[teacher_index, late_by])
 
 
 def _costs(student, linear, teacher, temperature, rows, delay, softmax) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Union
 
 import torch
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, first_line
 
 
 def averaging_module() -> ModuleType:
@@ -21,9 +21,8 @@ def averaging_module() -> ModuleType:
         except ImportError:
             continue
         except Exception as e:  # such as k2's OSError for a library that is missing
-            reason = str(e).splitlines()[0] if str(e) else "no message"
             raise KDError(
-                f"{name} can't be imported ({type(e).__name__}: {reason}): mend its "
+                f"{name} can't be imported ({first_line(e)}): mend its "
                 "installation until `python -c 'import icefall'` works"
             ) from None
     raise KDError(

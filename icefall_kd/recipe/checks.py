@@ -1,10 +1,10 @@
 """What a session refuses before it trains, and what it goes on without."""
 
 import logging
-from pathlib import Path
 from typing import Any, Dict
 
 from icefall_kd.errors import KDError
+from icefall_kd.files import check_new_folder
 
 MEANS = ("mean_u", "total")  # forms that need dense lattices
 
@@ -65,12 +65,7 @@ def check_online(params: Dict[str, Any], joint, asked: bool) -> None:
                 "-weight needs more: dump the targets with `icefall-kd dump "
                 "--keep-lattice` and --keep-hidden, or ask the teacher without a cache"
             )
-    there = next(p for p in (Path(cache), *Path(cache).parents) if p.exists())
-    if not there.is_dir():
-        raise KDError(
-            f"--kd-cache-dir is {cache}, and {there} is a file: give the name of a "
-            "folder"
-        )
+    check_new_folder(cache, "--kd-cache-dir")
     Codec.parse(params["kd_keep"]).check_temperature(joint.temperature)
 
 

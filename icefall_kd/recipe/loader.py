@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Union
 import torch
 from torch import nn
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, first_line
 from icefall_kd.recipe.checkpoints import (
     averages_until,
     averaging_module,
@@ -58,7 +58,7 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
         where = getattr(e, "lineno", None)
         raise KDError(
             f"{folder}/train.py can't be imported"
-            f"{f' (line {where})' if where else ''}: {_first_line(e)}; run the "
+            f"{f' (line {where})' if where else ''}: {first_line(e)}; run the "
             "recipe's own train.py --help until it works"
         ) from None
     need_functions(train, "get_params")
@@ -111,15 +111,9 @@ def call_recipe(function: Callable, *args: Any) -> Any:
         code = getattr(function, "__code__", None)
         file = code.co_filename if code else "the recipe's train.py"
         raise KDError(
-            f"{name} of {file} fails ({_first_line(e)}): run the recipe's own train.py "
+            f"{name} of {file} fails ({first_line(e)}): run the recipe's own train.py "
             "--help until it works, or give --recipe another folder"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    """The kind of an error, and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 @contextmanager
