@@ -20,7 +20,7 @@ from typing import Dict, List
 import torch
 from tqdm.auto import tqdm
 
-from icefall_kd.codec import Codec
+from icefall_kd.kinds.codec import Codec
 from icefall_kd.losses import ctc_kd_loss
 from icefall_kd.types import SparseDistribution
 

@@ -31,10 +31,11 @@ from tqdm.auto import tqdm
 from icefall_kd.cli.dump import WARM_UP, _batches, _Plan, _Reader, _Sink
 from icefall_kd.cli.heap import Heap
 from icefall_kd.cli.teachers import Teacher
-from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets.dataset import collate_targets
-from icefall_kd.targets.fingerprint import Fingerprint, load_bpe_model
+from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.writer import LogitWriter
+from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.tokens import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,7 +113,7 @@ def main() -> None:
     )
     cuts = CutSet.from_file(data / "fbank/digits_cuts_train.jsonl.gz")
     cuts = cuts.subset(first=args.num_cuts).to_eager()
-    sp = load_bpe_model(settings["bpe_model"])
+    sp = load_tokenizer(settings["bpe_model"])
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
 

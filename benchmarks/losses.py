@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from icefall_kd.codec import Codec
+from icefall_kd.kinds.codec import Codec
 from icefall_kd.losses.kl import linear_kl, row_kl
 from icefall_kd.types import SparseDistribution
 

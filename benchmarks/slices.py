@@ -23,13 +23,13 @@ from tqdm.auto import tqdm
 
 from icefall_kd.cli.student import read_batches
 from icefall_kd.errors import one_sentence
-from icefall_kd.recipe.loader import import_train, load_recipe_model
 from icefall_kd.student.build import build_student, check_slices
 from icefall_kd.student.count import count_parameters
 from icefall_kd.student.importance import keep_important
 from icefall_kd.student.judge import judge
 from icefall_kd.student.search import nearest
-from icefall_kd.targets.fingerprint import check_vocabulary
+from icefall_kd.teacher.loader import import_train, load_recipe_model
+from icefall_kd.tokens import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICES = {
@@ -62,7 +62,7 @@ def get_args() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
     train = import_train(args.recipe)
     teacher, settings = load_recipe_model(args.recipe, args.exp_dir, args.epoch)
-    sp = check_vocabulary(args.bpe_model, settings)
+    sp = load_tokenizer(args.bpe_model, settings["vocab_size"])
     params = train.get_params()
     params.update(settings)
     heard = read_batches(args.cuts, args.num_cuts, settings, sp)

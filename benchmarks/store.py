@@ -27,10 +27,10 @@ from lhotse import CutSet
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
-from icefall_kd.codec import Codec, LatticeCodec
-from icefall_kd.hook import TeacherHook
-from icefall_kd.recipe.loader import load_recipe_model
-from icefall_kd.targets.fingerprint import load_bpe_model
+from icefall_kd.kinds.codec import Codec, LatticeCodec
+from icefall_kd.tap import ModelTap
+from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.tokens import load_tokenizer
 from icefall_kd.types import Distribution, PrunedLattice, SparseDistribution
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,7 +235,7 @@ def main() -> None:
     )
     v, blank = settings["vocab_size"], settings["blank_id"]
     split = Split(v, blank, args.seed)
-    sp = load_bpe_model(settings["bpe_model"])
+    sp = load_tokenizer(settings["bpe_model"])
     cuts = CutSet.from_file(data / "fbank/digits_cuts_train.jsonl.gz")
     cuts = cuts.subset(first=args.num_cuts)
     extra = []
@@ -252,7 +252,7 @@ def main() -> None:
         name = f"lattice, s_range {args.s_range}, V = {size}"
         rows[name] = {t: Row(name, t) for t in ["every node, dense", *LATTICE.split()]}
     outs, cases = [], []
-    with TeacherHook(teacher) as t_hook, TeacherHook(student) as s_hook:
+    with ModelTap(teacher) as t_hook, ModelTap(student) as s_hook:
         for cut in tqdm(list(cuts), desc="Utterances", unit=" cuts"):
             x, x_lens = collate_features(CutSet.from_cuts([cut]))
             a, b = t_hook.encode(x, x_lens), s_hook.encode(x, x_lens)
@@ -282,7 +282,7 @@ def main() -> None:
                 name = f"lattice, s_range {args.s_range}, V = {size}"
                 measure_lattice(rows[name], case, nodes[1][0])
     try:
-        from icefall_kd.hook import ctc_linear
+        from icefall_kd.tap import ctc_linear
 
         tables = [f"CTC, V = {size}" for size in (v, 500)]
         mvq = [Row(name, "MVQ, 8 codes") for name in tables]

@@ -9,14 +9,16 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# Each public name: its module and its name there.
 _FRONT_DOOR = {
-    "TeacherHook": "icefall_kd.hook",
-    "LogitWriter": "icefall_kd.targets.writer",
-    "JointKDLoss": "icefall_kd.losses.joint",
-    "build_student": "icefall_kd.student.build",
-    "ctc_kd_loss": "icefall_kd.losses.ctc",
-    "transducer_kd_loss": "icefall_kd.losses.transducer",
-    "hidden_kd_loss": "icefall_kd.losses.hidden",
+    "ModelTap": "icefall_kd.tap:ModelTap",
+    "TeacherHook": "icefall_kd.tap:ModelTap",  # its former name
+    "LogitWriter": "icefall_kd.targets.writer:LogitWriter",
+    "JointKDLoss": "icefall_kd.terms.joint:JointKDLoss",
+    "build_student": "icefall_kd.student.build:build_student",
+    "ctc_kd_loss": "icefall_kd.losses.ctc:ctc_kd_loss",
+    "transducer_kd_loss": "icefall_kd.losses.transducer:transducer_kd_loss",
+    "hidden_kd_loss": "icefall_kd.losses.hidden:hidden_kd_loss",
 }
 
 __all__ = ["__version__", *_FRONT_DOOR]
@@ -25,7 +27,8 @@ __all__ = ["__version__", *_FRONT_DOOR]
 def __getattr__(name: str) -> Any:
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_FRONT_DOOR[name]), name)
+    module, _, attribute = _FRONT_DOOR[name].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list:

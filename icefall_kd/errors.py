@@ -1,18 +1,43 @@
 """A refusal: one sentence that names the thing, both values and the remedy."""
 
+import re
 import sys
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Mapping
 
 
-class KDError(ValueError):
-    """What the user gave can't be used; the message is one whole sentence."""
+class KDError(Exception):
+    """What the user gave can't be used; the message is one whole sentence.
+
+    Below the command line a message names a parameter in backticks, such as
+    ```temperature```; :func:`with_flags` makes an option of it for those who gave one.
+    """
 
     @property
     def sentence(self) -> str:
         # A DataLoader worker puts its traceback before the message.
         sentence = str(self).strip().rsplit("KDError: ", 1)[-1]
         return " ".join(sentence.splitlines())  # a file's name may hold line breaks
+
+
+def require(condition: object, message: str) -> None:
+    """Raise :class:`KDError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise KDError(message)
+
+
+def with_flags(sentence: str, flags: Mapping[str, str]) -> str:
+    """Name options in place of parameters.
+
+    Args:
+      sentence: An error's, with its parameters in backticks.
+      flags: The option of each parameter that the user could have given, such as
+        ``{"s_range": "--s-range"}``. Other parameters stay as they are.
+
+    Returns:
+      The sentence, in which "`s_range` is 1" has become "--s-range is 1".
+    """
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), sentence)
 
 
 class NotFiniteError(KDError):

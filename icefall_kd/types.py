@@ -163,7 +163,7 @@ class Targets:
     lattices: Optional[List[Optional[LatticeTargets]]] = None
     # Nodes of all rows, where the teacher was asked online.
     nodes: Optional[Nodes] = None
-    # By layer, (N, T, R, C) in float or codes in int64; see icefall_kd.hidden.
+    # By layer, (N, T, R, C) in float or codes in int64; see icefall_kd.kinds.hidden.
     hidden: Dict[Union[int, str], torch.Tensor] = field(default_factory=dict)
     # A row's hypotheses: labels and the teacher's log score of each; none: [].
     nbest: Optional[List[List[Tuple[List[int], float]]]] = None

@@ -99,7 +99,7 @@ def as_found():
     yield
     sys.excepthook = hook
     _forget_recipes(path)
-    session = sys.modules.get("icefall_kd.recipe.session")
+    session = sys.modules.get("icefall_kd.training.session")
     if session is not None and session._session is not None:
         session._session.hook.close()
         session._session = None
@@ -465,7 +465,7 @@ def stored_form(make_logits):
 @pytest.fixture
 def recipe():
     """The train module of the digits recipe."""
-    from icefall_kd.recipe.loader import import_train
+    from icefall_kd.teacher.loader import import_train
 
     return import_train(RECIPE)
 
@@ -479,7 +479,7 @@ def teacher_exp(tmp_path_factory, bpe_models):
     from lhotse import CutSet
     from lhotse.dataset import SimpleCutSampler
 
-    from icefall_kd.recipe.loader import import_train
+    from icefall_kd.teacher.loader import import_train
 
     path = list(sys.path)
     try:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from icefall_kd.errors import KDError, disk_errors, install_excepthook, one_sentence
+from icefall_kd.errors import (
+    KDError,
+    disk_errors,
+    install_excepthook,
+    one_sentence,
+    require,
+    with_flags,
+)
 
 WRAPPED = (
     "Caught KDError in DataLoader worker process 0.\n"
@@ -120,3 +127,14 @@ def test_an_os_error_without_text_still_gives_a_sentence(capsys):
     with pytest.raises(SystemExit), one_sentence():
         raise OSError(errno.EIO, "Input/output error")
     assert "Input/output error: free space" in capsys.readouterr().err
+
+
+def test_a_parameter_is_named_as_the_option_that_gave_it():
+    said = with_flags("`s_range` is 1 and `other` 2", {"s_range": "--s-range"})
+    assert said == "--s-range is 1 and `other` 2"
+
+
+def test_what_is_required_and_does_not_hold_is_refused():
+    require(1, "never said")
+    with pytest.raises(KDError, match="^said: do this$"):
+        require([], "said: do this")

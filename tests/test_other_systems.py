@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.recipe.plug import plug
+from icefall_kd.plug.plug import plug
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "egs" / "digits" / "ASR" / "zipformer"

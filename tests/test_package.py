@@ -12,7 +12,7 @@ LIST = "import sys; print(' '.join(sorted({m.partition('.')[0] for m in sys.modu
 
 
 @pytest.mark.parametrize(
-    "module", ["icefall_kd", "icefall_kd.cli", "icefall_kd.recipe.session"]
+    "module", ["icefall_kd", "icefall_kd.cli", "icefall_kd.training.session"]
 )
 def test_import_loads_nothing_heavy(run_python, module):
     done = run_python(f"import {module}\n{LIST}")
@@ -31,9 +31,9 @@ def test_the_first_use_of_a_name_imports_it(run_python):
 @pytest.mark.parametrize(
     "name, module",
     [
-        ("TeacherHook", "icefall_kd.hook"),
+        ("ModelTap", "icefall_kd.tap"),
         ("LogitWriter", "icefall_kd.targets.writer"),
-        ("JointKDLoss", "icefall_kd.losses.joint"),
+        ("JointKDLoss", "icefall_kd.terms.joint"),
         ("build_student", "icefall_kd.student.build"),
         ("ctc_kd_loss", "icefall_kd.losses.ctc"),
     ],
@@ -42,6 +42,10 @@ def test_front_door(name, module):
     found = getattr(icefall_kd, name)
     assert (found.__name__, found.__module__) == (name, module)
     assert name in dir(icefall_kd) and name in icefall_kd.__all__
+
+
+def test_the_former_name_of_the_tap_opens_the_same_door():
+    assert icefall_kd.TeacherHook is icefall_kd.ModelTap
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from icefall_kd.errors import KDError
-from icefall_kd.recipe.copies import Plan
-from icefall_kd.recipe.plug import FOREIGN, PLUGGED, examine, plug, undo
+from icefall_kd.plug.copies import Plan
+from icefall_kd.plug.plug import FOREIGN, PLUGGED, examine, plug, undo
 
 ONE = "egs/librispeech/ASR/zipformer/train.py"
 

@@ -12,7 +12,7 @@ from lhotse.cut import Cut
 from tqdm.auto import tqdm
 
 from icefall_kd.errors import KDError
-from icefall_kd.hook import encoder_frames
+from icefall_kd.tap import encoder_frames
 from icefall_kd.targets.heard import heard_frames, why_unheard
 from icefall_kd.targets.places import look_beside
 

@@ -11,7 +11,7 @@ import click
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import check_new_file
-from icefall_kd.recipe.arguments import WEIGHTS
+from icefall_kd.training.options import WEIGHTS
 
 # name of the module, of its distribution, whether it is needed, how to get it
 _PARTS: List[Tuple[str, str, str, str]] = [
@@ -66,15 +66,15 @@ def _row(name: str, text: str) -> None:
 
 
 def _heads(model) -> str:
-    from icefall_kd.recipe.checks import has_ctc, has_transducer
+    from icefall_kd.training.checks import has_ctc, has_transducer
 
     heads = [("CTC", has_ctc(model)), ("transducer", has_transducer(model))]
     return " and ".join(name for name, there in heads if there) or "no head"
 
 
 def _teacher(name: str, options: Dict[str, Any]) -> Tuple[Any, Dict[str, Any], Any]:
-    from icefall_kd.recipe.loader import load_recipe_model
-    from icefall_kd.targets.fingerprint import check_vocabulary
+    from icefall_kd.teacher.loader import load_recipe_model
+    from icefall_kd.tokens import load_tokenizer
 
     model, settings = load_recipe_model(**options)
     size = sum(p.numel() for p in model.parameters())
@@ -82,14 +82,14 @@ def _teacher(name: str, options: Dict[str, Any]) -> Tuple[Any, Dict[str, Any], A
     _row(name, text + (", causal" if settings.get("causal") else ""))
     sp, tokens = None, options["bpe_model"]
     if tokens:
-        sp = check_vocabulary(tokens, settings)
+        sp = load_tokenizer(tokens, settings["vocab_size"])
         _row("tokens", f"{sp.get_piece_size()} in {tokens}, as the teacher has")
     return model, settings, sp
 
 
 def _options_of(words: str) -> Dict[str, Any]:
     """The ``--kd-*`` options of a training that gets these words."""
-    from icefall_kd.recipe.arguments import add_options
+    from icefall_kd.training.options import add_options
 
     def refuse(message: str) -> None:
         raise KDError(f"--kd {words!r} is no option of distillation: {message}")
@@ -124,7 +124,7 @@ def _write_flags(path: str, recipe: str, settings: Dict[str, Any]) -> None:
     """Write the options by which the recipe's scripts build a model, in one line."""
     from icefall_kd.cli.student import flags_of, model_names
     from icefall_kd.files import replacing
-    from icefall_kd.recipe.loader import import_train
+    from icefall_kd.teacher.loader import import_train
 
     line = flags_of(settings, model_names(import_train(recipe)))
     try:
@@ -142,10 +142,10 @@ def _check_targets(
 ) -> None:
     """Refuse targets of another teacher, of other tokens, or that a loss can't use."""
     from icefall_kd.cli.cuts import open_cuts, readable
-    from icefall_kd.recipe.checks import check_kept
     from icefall_kd.targets.dataset import store_fingerprint
-    from icefall_kd.targets.fingerprint import hash_tokens, pieces
     from icefall_kd.targets.store import is_left_out
+    from icefall_kd.tokens import hash_tokens, token_names
+    from icefall_kd.training.checks import check_kept
 
     left_out = 0
 
@@ -157,7 +157,7 @@ def _check_targets(
                 yield cut
 
     found, store = store_fingerprint(cuts_of_training())
-    tokens = hash_tokens(pieces(sp)) if sp is not None else None
+    tokens = hash_tokens(token_names(sp)) if sp is not None else None
     found.check_student(settings["vocab_size"], settings.get("blank_id", 0), tokens)
     kept = [("CTC", found.ctc), ("lattice", found.lattice), ("hidden", found.hidden)]
     said = ", ".join(f"{name} {how}" for name, how in kept if how)
@@ -171,7 +171,7 @@ def _check_targets(
     if left_out:
         _row("", f"{left_out} cuts go without targets: train with --kd-missing hard")
     if kd:
-        from icefall_kd.recipe.session import joint_of
+        from icefall_kd.training.session import joint_of
 
         params = _options_of(kd)
         joint = joint_of(params, 1)
@@ -196,7 +196,7 @@ def _check_targets(
 
 def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
     """Refuse a student of other symbols, or flags that its checkpoint contradicts."""
-    from icefall_kd.recipe.loader import import_train, load_checkpoint, settings_of
+    from icefall_kd.teacher.loader import import_train, load_checkpoint, settings_of
 
     path, flags = Path(folder) / "epoch-1.pt", Path(folder) / "student_flags"
     for file in (path, flags):
@@ -231,7 +231,7 @@ def _words_of(flags: Path) -> List[str]:
 def _check_whole(flags: Path, words: List[str], train, settings: Dict[str, Any]):
     """Refuse a file that lacks flags without which the recipe's defaults hold."""
     from icefall_kd.cli.student import flags_of, model_names
-    from icefall_kd.recipe.loader import given_flags
+    from icefall_kd.teacher.loader import given_flags
 
     needed = given_flags(train, flags_of(settings, model_names(train)).split())
     given = given_flags(train, words)
@@ -266,10 +266,10 @@ def doctor(
     if not exp_dir:
         return
     from icefall_kd.cli.cuts import survey
-    from icefall_kd.recipe.loader import one_teacher_folder
     from icefall_kd.targets.fingerprint import name_of
     from icefall_kd.targets.heard import check_supervision
     from icefall_kd.targets.store import tracks_with_targets
+    from icefall_kd.teacher.loader import one_teacher_folder
 
     exp_dir = one_teacher_folder(exp_dir, "doctor")
     click.echo()

@@ -41,20 +41,25 @@ from icefall_kd.cli.teachers import (
 from icefall_kd.cli.torchrun import number_of
 from icefall_kd.errors import KDError
 from icefall_kd.files import MANIFEST, check_new_file, check_new_folder, replacing
-from icefall_kd.hidden import HiddenCodec, Layer, from_command_line, load_quantizer
-from icefall_kd.lattice import check_s_range
-from icefall_kd.recipe.loader import teacher_folders
-from icefall_kd.targets.fingerprint import (
-    Fingerprint,
-    check_vocabulary,
-    hash_tokens,
-    pieces,
-    write_symbols,
+from icefall_kd.kinds.hidden import (
+    HiddenCodec,
+    Layer,
+    from_command_line,
+    load_quantizer,
 )
+from icefall_kd.lattice import check_s_range
+from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.heard import check_supervision
 from icefall_kd.targets.manifest import combine, job_manifest
 from icefall_kd.targets.record import Encoder, Record
 from icefall_kd.targets.writer import LogitWriter
+from icefall_kd.teacher.loader import teacher_folders
+from icefall_kd.tokens import (
+    hash_tokens,
+    load_tokenizer,
+    token_names,
+    write_token_names,
+)
 
 # Seconds of a stretch of the manifest, which one job hears as a whole and an
 # interruption does again. No option changes it: jobs that go on under another
@@ -188,7 +193,7 @@ def dump(
     codecs, quantizers = from_command_line(keep_hidden)
     which = (epoch, iteration, avg, use_averaged_model, flags, bpe_model)
     models, settings, names = load_teachers(recipe, teacher_folders(exp_dir), *which)
-    sp = check_vocabulary(bpe_model, settings) if bpe_model else None
+    sp = load_tokenizer(bpe_model, settings["vocab_size"]) if bpe_model else None
     choose = chooser(teacher_field) if teacher_field else None
     asked = [check_supervision, *([choose] if choose else [])]
     if keep_lattice:
@@ -205,7 +210,7 @@ def dump(
         joined(names, shares, teacher_field),
         settings,
         surveyed.features,
-        hash_tokens(pieces(sp)) if sp is not None else None,
+        hash_tokens(token_names(sp)) if sp is not None else None,
         ctc="" if keep == "none" else keep,
         lattice=keep_lattice,
         s_range=s_range if keep_lattice else 0,
@@ -254,7 +259,7 @@ def dump(
     told += f"{size} written, records in {storage_dir}"
     _tell(in_cuts, out, told, num_jobs, overwrite)
     if stats and out.is_file():
-        from icefall_kd.targets.stats import print_stats
+        from icefall_kd.cli.stats import print_stats
 
         print_stats(CutSet.from_file(out))
 
@@ -285,7 +290,7 @@ def _write_small_files(
 ) -> None:
     """Put the teacher's symbols and quantizers beside the records."""
     if sp is not None:
-        write_symbols(storage_dir, pieces(sp))
+        write_token_names(storage_dir, token_names(sp))
     for codec in codecs:
         if codec.layer in quantizers:
             target = codec.quantizer_file(storage_dir)

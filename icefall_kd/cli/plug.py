@@ -5,10 +5,10 @@ from typing import List, Sequence
 import click
 
 from icefall_kd.errors import KDError
-from icefall_kd.recipe.copies import Plan, diff, make_plan
-from icefall_kd.recipe.plug import FOREIGN, PLUGGED, STALE, Report, examine
-from icefall_kd.recipe.plug import plug as plug_recipe
-from icefall_kd.recipe.plug import undo
+from icefall_kd.plug.copies import Plan, diff, make_plan
+from icefall_kd.plug.plug import FOREIGN, PLUGGED, STALE, Report, examine
+from icefall_kd.plug.plug import plug as plug_recipe
+from icefall_kd.plug.plug import undo
 
 # 1 and 2 are refusals and wrong usage.
 _STATUS = {PLUGGED: 0, STALE: 3, FOREIGN: 4}

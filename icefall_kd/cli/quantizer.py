@@ -13,17 +13,17 @@ from icefall_kd.cli.cuts import open_cuts, readable, survey
 from icefall_kd.cli.memory import enough_memory
 from icefall_kd.errors import KDError
 from icefall_kd.files import check_new_file
-from icefall_kd.hidden import (
+from icefall_kd.kinds.hidden import (
     HiddenCodec,
     hidden_rows,
     import_quantization,
     load_quantizer,
     save_quantizer,
 )
-from icefall_kd.recipe.loader import load_recipe_model, one_teacher_folder
-from icefall_kd.targets.fingerprint import check_vocabulary
 from icefall_kd.targets.heard import why_unheard
 from icefall_kd.teacher import OnlineTeacher
+from icefall_kd.teacher.loader import load_recipe_model, one_teacher_folder
+from icefall_kd.tokens import load_tokenizer
 
 BATCH = 600  # vectors in a step of training
 
@@ -99,7 +99,7 @@ def quantizer(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model
     )
     if bpe_model:
-        check_vocabulary(bpe_model, settings)
+        load_tokenizer(bpe_model, settings["vocab_size"])
     survey(in_cuts, int(settings["feature_dim"])).warn()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = OnlineTeacher([model], hidden=[layer], ctc=False).to(device)

@@ -120,8 +120,6 @@ def shar(cuts_path: str, shar_dir: str, store: str) -> None:
         for path in written:
             path.replace(folder / path.name)
     except (EOFError, zlib.error, ValueError, KeyError, TypeError) as e:
-        if isinstance(e, KDError):
-            raise
         raise KDError(
             f"{shard} or {cuts_path} is damaged ({type(e).__name__}): make it again"
         ) from None

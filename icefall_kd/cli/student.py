@@ -18,7 +18,15 @@ from icefall_kd.cli.cuts import Survey, checked, labels_of, why_long
 from icefall_kd.cli.memory import enough_memory
 from icefall_kd.errors import KDError
 from icefall_kd.files import check_new_folder, replacing
-from icefall_kd.recipe.loader import (
+from icefall_kd.student.build import build_student, check_settings, check_slices
+from icefall_kd.student.count import count_parameters
+from icefall_kd.student.importance import Batch, keep_important, num_passes
+from icefall_kd.student.judge import Judgement, judge
+from icefall_kd.student.keep import Kept, keep_first
+from icefall_kd.student.presets import per_stack, preset
+from icefall_kd.student.search import nearest, parse_goal
+from icefall_kd.targets.heard import check_supervision, why_unheard
+from icefall_kd.teacher.loader import (
     call_recipe,
     import_train,
     load_recipe_model,
@@ -28,15 +36,7 @@ from icefall_kd.recipe.loader import (
     recipe_defaults,
     recipe_params,
 )
-from icefall_kd.student.build import build_student, check_settings, check_slices
-from icefall_kd.student.count import count_parameters
-from icefall_kd.student.importance import Batch, keep_important, num_passes
-from icefall_kd.student.judge import Judgement, judge
-from icefall_kd.student.keep import Kept, keep_first
-from icefall_kd.student.presets import per_stack, preset
-from icefall_kd.student.search import nearest, parse_goal
-from icefall_kd.targets.fingerprint import check_vocabulary
-from icefall_kd.targets.heard import check_supervision, why_unheard
+from icefall_kd.tokens import load_tokenizer
 
 BATCH = 8  # cuts that the teacher hears at once
 # Parameters, and layers in a stack, beyond which a model would take hours to build.
@@ -281,7 +281,7 @@ def student(
     teacher, settings = load_recipe_model(
         recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model
     )
-    sp = check_vocabulary(bpe_model, settings) if bpe_model else None
+    sp = load_tokenizer(bpe_model, settings["vocab_size"]) if bpe_model else None
     batches = read_batches(cuts, num_cuts, settings, sp) if cuts else []
     train = import_train(recipe)
     defaults = model_names(train)

@@ -9,10 +9,10 @@ from lhotse.cut import Cut
 
 from icefall_kd.cli.cuts import labels_of
 from icefall_kd.errors import KDError
-from icefall_kd.hidden import Layer, hidden_rows
-from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.kinds.hidden import Layer, hidden_rows
 from icefall_kd.targets.fingerprint import Fingerprint, name_of
 from icefall_kd.teacher import OnlineTeacher
+from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.types import NoPath, PrunedLattice
 
 

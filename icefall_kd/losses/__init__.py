@@ -1,14 +1,10 @@
 from icefall_kd.losses.ctc import ctc_kd_loss, fused_ctc_kd_loss
 from icefall_kd.losses.full_sum import full_sum_kd_loss
 from icefall_kd.losses.hidden import hidden_kd_loss
-from icefall_kd.losses.joint import JointKDLoss
-from icefall_kd.losses.schedule import Schedule
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.losses.transducer import transducer_kd_loss
 
 __all__ = [
-    "JointKDLoss",
-    "Schedule",
     "ctc_kd_loss",
     "full_sum_kd_loss",
     "fused_ctc_kd_loss",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from icefall_kd.errors import KDError
-from icefall_kd.losses.schedule import Curve
+from icefall_kd.terms.schedule import Curve
 
 TERMS = ("ctc", "rnnt", "full_sum", "hidden", "nbest")
 WEIGHTS = ("hard", *TERMS)

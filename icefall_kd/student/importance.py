@@ -16,10 +16,10 @@ from typing import (
 import torch
 from torch import nn
 
-from icefall_kd.hook import TeacherHook
 from icefall_kd.student.count import stacks_of
 from icefall_kd.student.keep import HEADS, Kept, keep_first
 from icefall_kd.student.presets import per_stack
+from icefall_kd.tap import ModelTap
 
 # Features (N, T, F), their lengths (N,), and the labels of each utterance or None.
 Batch = Tuple[torch.Tensor, torch.Tensor, Optional[Sequence[Sequence[int]]]]
@@ -74,7 +74,7 @@ def _keep_layers(
     advance: Callable[[], Any],
 ) -> List[List[int]]:
     """Of each stack the layers that stay, so many as ``stacks`` says."""
-    with TeacherHook(model, ctc=False) as hook:
+    with ModelTap(model, ctc=False) as hook:
 
         def outputs() -> List[torch.Tensor]:
             found = []
@@ -171,7 +171,7 @@ def _listen(model: nn.Module, batches: Sequence[Batch], advance: Callable) -> _S
             if isinstance(modules.get(name), nn.Linear):
                 shares.tap(name, modules[name])
         shares.tap(_FRONT_NORM, modules[_FRONT_NORM])
-        with TeacherHook(model, ctc="ctc_output.1" in shares.matrices) as hook:
+        with ModelTap(model, ctc="ctc_output.1" in shares.matrices) as hook:
             for batch in batches:
                 for x, x_lens, y in _each(batch):
                     out = hook.encode(x, x_lens)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from icefall_kd.decode.greedy import ctc_greedy, transducer_greedy
-from icefall_kd.hook import TeacherHook, as_found
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.student.importance import Batch
+from icefall_kd.tap import ModelTap, as_found
 
 
 @dataclass
@@ -50,7 +50,7 @@ def judge(
     transducer = getattr(model, "joiner", None) is not None
     tokens = words = 0
     losses, errors = [0.0, 0.0], [0, 0]
-    with as_found(model), TeacherHook(model, ctc=ctc) as hook:
+    with as_found(model), ModelTap(model, ctc=ctc) as hook:
         model.eval()
         for x, x_lens, y in batches:
             out = hook.encode(x, x_lens)

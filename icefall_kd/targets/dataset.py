@@ -13,7 +13,7 @@ from lhotse.cut import Cut, MonoCut
 from lhotse.utils import compute_num_frames
 
 from icefall_kd.errors import KDError
-from icefall_kd.hidden import Layer
+from icefall_kd.kinds.hidden import Layer
 from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.look import FirstLook
 from icefall_kd.targets.places import look_beside
@@ -105,8 +105,6 @@ def _told(pieces: List[_Piece]) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, RuntimeError) as e:
-        if isinstance(e, KDError):
-            raise
         raise KDError(
             f"the targets of cuts {pieces[0].pointer.cut} to {pieces[-1].pointer.cut} "
             f"can't be read ({type(e).__name__}: {e}): make them again with "

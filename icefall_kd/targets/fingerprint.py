@@ -5,16 +5,15 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from lhotse import Features
 
-from icefall_kd.codec import Codec, LatticeCodec
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
-from icefall_kd.hidden import HiddenCodec, parse_hidden
-from icefall_kd.targets.characters import Characters
+from icefall_kd.kinds.codec import Codec, LatticeCodec
+from icefall_kd.kinds.hidden import HiddenCodec, parse_hidden
 from icefall_kd.targets.typed import typed
 
 FILENAME = "fingerprint.json"
@@ -24,7 +23,6 @@ MOVED = (
     "if the store was moved, say where it lies now with `icefall-kd repoint CUTS "
     "--storage-dir FOLDER`"
 )
-TOKENS = "tokens.txt"  # the teacher's symbols, one a line, in their order
 
 
 def hash_state_dict(state_dict: dict) -> str:
@@ -51,107 +49,6 @@ def name_of(model: torch.nn.Module, settings: Dict[str, Any]) -> str:
     return found
 
 
-def load_bpe_model(bpe_model: Union[str, Path]) -> Any:
-    """The sentencepiece processor of a recipe's ``bpe.model``.
-
-    Args:
-      bpe_model: The file, or the recipe's ``--lang-dir``: the folder of one, or of the
-        ``tokens.txt`` of :class:`~icefall_kd.targets.characters.Characters`.
-    """
-    import sentencepiece as spm
-
-    if Path(bpe_model).is_dir():
-        if not (Path(bpe_model) / "bpe.model").is_file():
-            return Characters(bpe_model)
-        bpe_model = Path(bpe_model) / "bpe.model"
-    sp = spm.SentencePieceProcessor()
-    try:
-        sp.load(str(bpe_model))
-    except (OSError, RuntimeError):
-        raise KDError(
-            f"the BPE model {bpe_model} can't be read: give --bpe-model the bpe.model "
-            "that the recipe trains with"
-        ) from None
-    return sp
-
-
-def pieces(sp: Any) -> List[str]:
-    """The symbols of a sentencepiece model, in their order."""
-    return [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-
-
-def hash_tokens(names: List[str]) -> str:
-    """SHA-256 over symbols in their order."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
-
-
-def write_symbols(store: Union[str, Path], names: List[str]) -> None:
-    with replacing(Path(store) / TOKENS, shared=True) as temporary:
-        temporary.write_text("".join(name + "\n" for name in names), "utf8")
-
-
-def _read_symbols(store: Union[str, Path], tokens: str) -> Optional[List[str]]:
-    path = Path(store) / TOKENS
-    if not path.is_file():
-        return None
-    names = path.read_bytes().decode("utf8", "replace").split("\n")[:-1]
-    if tokens and hash_tokens(names) != tokens:
-        raise KDError(
-            f"{path} is damaged: its symbols have the hash {hash_tokens(names)[:8]}, "
-            f"and {tokens[:8]} was written: copy the teacher's symbols there "
-            "again, one a line, or make the targets again with `icefall-kd dump "
-            "--overwrite`"
-        )
-    return names
-
-
-def symbol_map(
-    store: Union[str, Path], student: List[str], tokens: str = ""
-) -> Optional[torch.Tensor]:
-    """The student's index of each of the teacher's symbols.
-
-    Args:
-      store: A store of targets, with the teacher's symbols in ``tokens.txt``.
-      student: The student's symbols in their order.
-      tokens: What :func:`hash_tokens` gave for the teacher's; "" where unknown.
-
-    Returns:
-      (V,), or None where the store does not tell its symbols.
-
-    Raises:
-      KDError: if one of them has a symbol that the other lacks, or ``tokens.txt`` is
-        damaged.
-    """
-    teacher = _read_symbols(store, tokens)
-    if teacher is None:
-        return None
-    for names, lacking, of in (
-        (teacher, student, "student"),
-        (student, teacher, "teacher"),
-    ):
-        extra = sorted(set(names) - set(lacking))
-        if extra:
-            raise KDError(
-                f"the teacher has {len(teacher)} symbols and the student "
-                f"{len(student)} symbols, and the {of} lacks {extra[0]!r}: train the "
-                "student with the teacher's --bpe-model, or map the symbols yourself "
-                "with KDDataset(symbols=...)"
-            )
-    index = {piece: i for i, piece in enumerate(student)}
-    return torch.tensor([index[piece] for piece in teacher])
-
-
-def check_vocabulary(bpe_model: Union[str, Path], settings: Dict[str, Any]) -> Any:
-    """The processor of ``bpe_model``, refused where its size is not the teacher's."""
-    sp = load_bpe_model(bpe_model)
-    if sp.get_piece_size() != settings["vocab_size"]:
-        raise KDError(
-            f"{bpe_model} has {sp.get_piece_size()} symbols and the teacher "
-            f"{settings['vocab_size']}: give the teacher's bpe.model or lang folder"
-        )
-    return sp
-
-
 @dataclass(frozen=True)
 class Fingerprint:
     """One store's teacher, tokens and clock. Kept as JSON beside the arrays."""
@@ -166,10 +63,12 @@ class Fingerprint:
     num_features: int
     feature_type: str  # Lhotse's name of the extractor
     feature_shift: float = 0.01  # seconds between two feature frames
-    ctc: str = "dense"  # how CTC targets are kept; "" for none; see icefall_kd.codec
+    ctc: str = (
+        "dense"  # how CTC targets are kept; "" for none; see icefall_kd.kinds.codec
+    )
     lattice: str = ""  # how lattices are kept; "" for none
     s_range: int = 0  # label positions of a lattice at a frame; 0 for none
-    hidden: str = ""  # which layers are kept, and how; see icefall_kd.hidden
+    hidden: str = ""  # which layers are kept, and how; see icefall_kd.kinds.hidden
     version: int = 3  # of the store's bytes
 
     @staticmethod
@@ -240,9 +139,7 @@ class Fingerprint:
                 f"the target store {folder} has no {FILENAME}: {MOVED}, or make the "
                 "targets again with `icefall-kd dump`"
             ) from None
-        except (ValueError, TypeError, KeyError, RecursionError) as e:
-            if isinstance(e, KDError):
-                raise
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise KDError(
                 f"{path} is damaged or of another version: make the targets again with "
                 "`icefall-kd dump --overwrite`"

@@ -11,7 +11,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Dict, Iterator, List, Tuple, Union
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets.fingerprint import FILENAME, TOKENS, Fingerprint
+from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
+from icefall_kd.tokens import TOKENS
 
 # In a Shar: the small files of its targets' store. Lhotse takes each name up to its
 # first dot for a field, and of the field "cuts" the jsonl files alone.

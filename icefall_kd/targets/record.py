@@ -8,7 +8,7 @@ import torch
 from lhotse.cut import MonoCut
 
 from icefall_kd.errors import KDError
-from icefall_kd.hidden import HiddenCodec, Layer
+from icefall_kd.kinds.hidden import HiddenCodec, Layer
 from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.types import NoPath, PrunedLattice
 

@@ -15,7 +15,7 @@ from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import is_same_folder, missing_folders, replacing
-from icefall_kd.hidden import Layer
+from icefall_kd.kinds.hidden import Layer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.manifest import (
     cut_of,
@@ -50,7 +50,7 @@ class LogitWriter:
     Each cut gets a field ``kd_targets``, a dictionary that says where its record lies
     (:class:`icefall_kd.targets.store.Pointer`). What a record holds, and how, stands in
     the fingerprint: ``ctc``, ``lattice`` and ``hidden`` name a representation each
-    (:mod:`icefall_kd.codec`, :mod:`icefall_kd.hidden`).
+    (:mod:`icefall_kd.kinds.codec`, :mod:`icefall_kd.kinds.hidden`).
 
     The record is written first, its manifest line second. A run that was cut short
     leaves ``<manifest>.partial``, which the next one continues; the manifest itself
@@ -269,8 +269,9 @@ class LogitWriter:
           cut: A MonoCut, as it will be trained on.
           logits: (T, V), the teacher's raw CTC logits on that cut, without padding.
           lattice: Of that cut alone (N = 1), or that there is none.
-          hidden: By layer, its rows (T, R, C), :func:`icefall_kd.hidden.hidden_rows`.
-            Of these three, what the fingerprint names must be there.
+          hidden: By layer, its rows (T, R, C) of
+            :func:`icefall_kd.kinds.hidden.hidden_rows`. Of these three, what the
+            fingerprint names must be there.
 
         Raises:
           KDError: not a MonoCut, a wrong shape, numbers that are not finite or beyond

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from icefall_kd.errors import KDError
-from icefall_kd.hidden import Layer, hidden_rows
-from icefall_kd.hook import MIN_FRAMES, TeacherHook
+from icefall_kd.kinds.hidden import Layer, hidden_rows
 from icefall_kd.losses.transducer import nodes_of, path_nodes
+from icefall_kd.tap import MIN_FRAMES, ModelTap
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.heard import collate_heard, why_unheard
 from icefall_kd.targets.manifest import read_pointers
@@ -34,7 +34,7 @@ class OnlineTeacher:
         default.
       choose: Given a cut, the index of the model that it is taught by; instead of
         ``weights``.
-      hidden: Layers to be taken too (:mod:`icefall_kd.hidden`), of a single model.
+      hidden: Layers to be taken too (:mod:`icefall_kd.kinds.hidden`), of one model.
       ctc: Whether CTC logits are taken.
 
     Raises:
@@ -67,7 +67,7 @@ class OnlineTeacher:
         for model in models:
             model.eval().requires_grad_(False)
         self.hidden = tuple(hidden)
-        self.hooks = [TeacherHook(model, hidden, ctc) for model in models]
+        self.hooks = [ModelTap(model, hidden, ctc) for model in models]
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.weights /= self.weights.sum()
         self.choose = choose

@@ -7,9 +7,9 @@ import pytest
 import torch
 from lhotse import CutSet
 
-from icefall_kd import TeacherHook
+from icefall_kd import ModelTap
 from icefall_kd.cli import cli
-from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.teacher.loader import load_recipe_model
 
 LENGTHS = {"c1": 47, "c2": 90, "c3": 61, "c4": 33}
 
@@ -133,7 +133,7 @@ def hear():
         # Zipformer takes other kernels for frozen parameters, another last bit.
         model.requires_grad_(False)
         try:
-            with TeacherHook(model, hidden, ctc) as hook:
+            with ModelTap(model, hidden, ctc) as hook:
                 x = torch.from_numpy(cut.load_features()).unsqueeze(0)
                 out = hook.encode(x, torch.tensor([x.size(1)]))
                 return out if y is None else hook.lattice(out, [y], **options)

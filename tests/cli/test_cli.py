@@ -19,23 +19,19 @@ import torch
 from lhotse import CutSet, load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset
 
-from icefall_kd import TeacherHook, build_student
+from icefall_kd import ModelTap, build_student
 from icefall_kd.cli import cli
 from icefall_kd.cli.dump import job_of
 from icefall_kd.cli.student import flags_of, model_names, parse_changes
 from icefall_kd.errors import KDError
-from icefall_kd.recipe import session
-from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.targets import Fingerprint
 from icefall_kd.targets.dataset import collate_targets
-from icefall_kd.targets.fingerprint import (
-    hash_state_dict,
-    hash_tokens,
-    load_bpe_model,
-    pieces,
-)
+from icefall_kd.targets.fingerprint import hash_state_dict
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.targets.writer import LogitWriter
+from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.tokens import hash_tokens, load_tokenizer, token_names
+from icefall_kd.training import session
 
 LENGTHS = {"c1": 47, "c2": 90, "c3": 61, "c4": 33}
 MAIN = "from icefall_kd.cli import main\nmain()"
@@ -59,7 +55,7 @@ def _check_dump(read_targets, out, in_cuts, teacher):
     found, given = list(load_manifest(out)), list(load_manifest(in_cuts))
     assert [c.id for c in found] == [c.id for c in given]
     # Zipformer takes other kernels for frozen parameters, another last bit.
-    with TeacherHook(teacher.requires_grad_(False)) as hook:
+    with ModelTap(teacher.requires_grad_(False)) as hook:
         for cut, plain in zip(found, given, strict=True):
             x = torch.from_numpy(plain.load_features()).unsqueeze(0)
             logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
@@ -81,7 +77,7 @@ def test_dump_end_to_end(
     check_dump(out, in_cuts, teacher)
     assert Fingerprint.read(tmp_path / "out_kd") == Fingerprint(
         teacher=hash_state_dict(teacher.state_dict()),
-        tokens=hash_tokens(pieces(load_bpe_model(bpe_models.a))),
+        tokens=hash_tokens(token_names(load_tokenizer(bpe_models.a))),
         vocab_size=25,
         blank_id=0,
         subsampling_factor=4,
@@ -327,7 +323,7 @@ def test_dump_keeps_what_it_is_told(
 ):
     assert invoke(*dump_words("--keep", keep)).code == 0
     codec, _ = Fingerprint.read(tmp_path / "out_kd").codecs()
-    with TeacherHook(teacher) as hook:
+    with ModelTap(teacher) as hook:
         for cut in load_manifest(tmp_path / "out.jsonl.gz"):
             x = torch.from_numpy(cut.load_features()).unsqueeze(0)
             logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
@@ -339,13 +335,13 @@ def test_dump_keeps_what_it_is_told(
 def test_dump_keeps_lattices(
     invoke, dump_words, in_cuts, tmp_path, teacher, bpe_models, form
 ):
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     words = ("--keep-lattice", form, "--bpe-model", bpe_models.a, "--s-range", 4)
     assert invoke(*dump_words(*words)).code == 0
     found = Fingerprint.read(tmp_path / "out_kd")
     assert (found.ctc, found.lattice, found.s_range) == ("dense", form, 4)
     _, codec = found.codecs()
-    with TeacherHook(teacher) as hook:
+    with ModelTap(teacher) as hook:
         for cut in load_manifest(tmp_path / "out.jsonl.gz"):
             x = torch.from_numpy(cut.load_features()).unsqueeze(0)
             y = [sp.encode(cut.supervisions[0].text, out_type=int)]
@@ -619,7 +615,7 @@ def check_processes(many, tmp_path, one_process, bpe_models):
         names = {Pointer.of(c).file for c in load_manifest(out)}
         assert names == {"targets.0-of-2.bin", "targets.1-of-2.bin"}
         symbols = (tmp_path / "out_kd/tokens.txt").read_text("utf8").splitlines()
-        assert symbols == pieces(load_bpe_model(bpe_models.a))
+        assert symbols == token_names(load_tokenizer(bpe_models.a))
         left = [*tmp_path.rglob(".tmp*"), *tmp_path.rglob("*.partial")]
         assert left == []
 

@@ -10,12 +10,12 @@ from lhotse import CutSet, load_manifest
 from icefall_kd.cli import teachers
 from icefall_kd.cli.cuts import parse_seconds
 from icefall_kd.errors import KDError
-from icefall_kd.hook import TeacherHook
+from icefall_kd.tap import ModelTap
 from icefall_kd.targets import Fingerprint
 from icefall_kd.targets.dataset import collate_targets, store_fingerprint
-from icefall_kd.targets.fingerprint import load_bpe_model
 from icefall_kd.targets.store import FIELD, Pointer, is_left_out
 from icefall_kd.teacher import OnlineTeacher
+from icefall_kd.tokens import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -63,7 +63,7 @@ def test_a_full_lattice_is_that_of_an_online_teacher(
     stored = collate_targets(
         list(load_manifest(tmp_path / "out.jsonl.gz")), lattice=True
     )
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     for cut, lattice in zip(given, stored.lattices, strict=True):
         x = torch.from_numpy(cut.load_features())[None]
         y = [sp.encode(cut.supervisions[0].text, out_type=int)]
@@ -118,7 +118,7 @@ def test_a_quantizer_of_another_width_leaves_nothing(
     invoke, refused, dump_words, tmp_path
 ):
     quantization = pytest.importorskip("multi_quantization")
-    from icefall_kd.hidden import save_quantizer
+    from icefall_kd.kinds.hidden import save_quantizer
 
     torch.manual_seed(0)
     save_quantizer(quantization.Quantizer(7, 256, 2), tmp_path / "q.pt")
@@ -418,7 +418,7 @@ def test_a_cut_longer_than_its_supervision_is_heard_as_the_recipe_hears_it(
     )
     found = load_manifest(tmp_path / "out.jsonl.gz").to_eager()
     rows = read_targets(found["long"])
-    with TeacherHook(teacher) as hook:
+    with ModelTap(teacher) as hook:
         x = torch.from_numpy(long.load_features())[None, :61]
         logits = hook.encode(x, torch.tensor([61])).ctc_logits[0]
     torch.testing.assert_close(rows, logits.log_softmax(-1), rtol=2**-9, atol=1e-3)

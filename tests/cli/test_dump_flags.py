@@ -8,10 +8,10 @@ import torch
 from lhotse import load_manifest
 
 from icefall_kd.errors import KDError
-from icefall_kd.recipe.loader import given_flags
 from icefall_kd.targets import Fingerprint
 from icefall_kd.targets.fingerprint import hash_state_dict
 from icefall_kd.targets.store import Pointer
+from icefall_kd.teacher.loader import given_flags
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 

@@ -13,11 +13,11 @@ import torch
 from lhotse import load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset
 
-from icefall_kd.hidden import OUT, hash_file, load_quantizer, save_quantizer
+from icefall_kd.kinds.hidden import OUT, hash_file, load_quantizer, save_quantizer
 from icefall_kd.targets import Fingerprint, KDDataset
 from icefall_kd.targets.dataset import collate_targets
-from icefall_kd.targets.fingerprint import load_bpe_model
 from icefall_kd.targets.store import Pointer
+from icefall_kd.tokens import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -92,7 +92,7 @@ def untrained(tmp_path):
 def test_lattices_are_kept_alone(
     invoke, dump_words, tmp_path, teacher, bpe_models, hear, parts, form
 ):
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     words = (*NONE, "--keep-lattice", form, "--bpe-model", bpe_models.a)
     assert invoke(*dump_words(*words, "--s-range", 4)).code == 0
     found = Fingerprint.read(tmp_path / "out_kd")
@@ -142,7 +142,7 @@ def test_hidden_layers_in_batches_are_as_alone(invoke, dump_words, parts, tmp_pa
 def test_all_parts_stand_beside_each_other(
     invoke, dump_words, tmp_path, teacher, bpe_models, hear, rows_of, parts
 ):
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     words = ("--keep", "top:3", "--keep-lattice", "collapsed", "--s-range", 3)
     words = (*words, "--keep-hidden", "0:half", "--bpe-model", bpe_models.a)
     assert invoke(*dump_words(*words)).code == 0
@@ -176,7 +176,7 @@ def test_a_teacher_without_ctc_head_is_dumped_without_ctc_targets(
     invoke, refused, dump_words, another_exp, hear, bpe_models, parts, tmp_path
 ):
     folder, model = another_exp(use_ctc=False)
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     words = ("--exp-dir", folder, "--bpe-model", bpe_models.a)
     words = (*words, "--keep-lattice", "collapsed", "--keep-hidden", "1:half")
     assert "no CTC head" in refused(*dump_words(*words))

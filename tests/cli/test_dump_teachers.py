@@ -10,8 +10,9 @@ import torch
 from lhotse import CutSet, load_manifest
 
 from icefall_kd.targets import Fingerprint
-from icefall_kd.targets.fingerprint import hash_state_dict, load_bpe_model
+from icefall_kd.targets.fingerprint import hash_state_dict
 from icefall_kd.targets.store import Pointer
+from icefall_kd.tokens import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -98,7 +99,7 @@ def test_lattices_are_averaged_on_the_first_teachers_nodes(
 ):
     """Of the second teacher's full lattice those nodes are picked here."""
     options, models = both
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     words = (*options, "--weights", "3,1", "--keep-lattice", "dense")
     words = (*words, "--bpe-model", bpe_models.a, "--s-range", 4)
     assert invoke(*dump_words(*words)).code == 0
@@ -215,7 +216,7 @@ def test_each_cuts_lattice_is_its_own_teachers(
     invoke, dump_words, both, field_cuts, hear, tmp_path, bpe_models
 ):
     options, models = both
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     words = (*options, "--teacher-field", "domain", "--keep", "none")
     words = (*words, "--keep-lattice", "dense", "--bpe-model", bpe_models.a)
     done = invoke(*dump_words(*words, "--s-range", 3, cuts=field_cuts(TEACHER_OF)))

@@ -32,7 +32,7 @@ from lhotse import CutSet
 
 from icefall_kd.cli import cli
 from icefall_kd.cli.options import Count, Number, Place, Text, YesNo
-from icefall_kd.recipe import loader
+from icefall_kd.teacher import loader
 
 PAIRS = 15  # of two bad values, for each command
 LENGTHS = {"c1": 47, "c2": 33}

@@ -14,15 +14,15 @@ from fuzzing import NOT_UTF8, check_refusal, run
 
 from icefall_kd.cli import cli
 from icefall_kd.errors import KDError
-from icefall_kd.hidden import load_quantizer
-from icefall_kd.recipe.arguments import read_config
-from icefall_kd.recipe.loader import load_recipe_model
-from icefall_kd.recipe.plug import RECORD, read_record
-from icefall_kd.recipe.progress import FILE, Progress
+from icefall_kd.kinds.hidden import load_quantizer
+from icefall_kd.plug.plug import RECORD, read_record
 from icefall_kd.targets import Fingerprint
-from icefall_kd.targets.characters import Characters
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
+from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.tokens.characters import Characters
+from icefall_kd.training.options import read_config
+from icefall_kd.training.progress import FILE, Progress
 
 # What may stand in a JSON file where something else is looked for.
 VALUES: List[Any] = [

@@ -14,12 +14,12 @@ from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from torch.utils.data import DataLoader
 
 from icefall_kd.errors import KDError
-from icefall_kd.hidden import OUT
+from icefall_kd.kinds.hidden import OUT
 from icefall_kd.targets import KDDataset, look
 from icefall_kd.targets.dataset import collate_targets, store_fingerprint
-from icefall_kd.targets.fingerprint import load_bpe_model
 from icefall_kd.targets.places import forget
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
+from icefall_kd.tokens import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -193,7 +193,7 @@ def test_all_parts_of_a_record_come_along(
     assert found.ctc is None and set(found.hidden) == {1, OUT}
     for layer, rows in expected.hidden.items():
         assert torch.equal(found.hidden[layer][found.mask], rows[expected.mask])
-    y = load_bpe_model(bpe_models.a).encode("ein", out_type=int)
+    y = load_tokenizer(bpe_models.a).encode("ein", out_type=int)
     for a, b in zip(found.lattices, expected.lattices, strict=True):
         assert torch.equal(a.occupancy, b.occupancy) and a.symbols.tolist() == y
         assert torch.equal(a.nodes.log_probs, b.nodes.log_probs)

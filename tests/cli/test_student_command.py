@@ -11,14 +11,14 @@ from icefall_kd import build_student
 from icefall_kd.cli.account import _numbers, account
 from icefall_kd.cli.student import flags_of, model_names, read_batches
 from icefall_kd.errors import KDError
-from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.student.count import count_multiply_adds, count_parameters
 from icefall_kd.student.importance import keep_important
 from icefall_kd.student.judge import judge
 from icefall_kd.student.keep import keep_first
 from icefall_kd.student.presets import preset
 from icefall_kd.student.search import nearest
-from icefall_kd.targets.fingerprint import load_bpe_model
+from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.tokens import load_tokenizer
 
 TEXTS = {"c1": "zero one", "c2": "seven", "c3": "two", "c4": "nine one"}
 LENGTHS = {"c1": 47, "c2": 90, "c3": 61, "c4": 53}
@@ -80,7 +80,7 @@ def made(folder, teacher_exp, recipe):
 
 @pytest.fixture
 def batches(cuts, teacher_exp, bpe_models):
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     return read_batches(str(cuts), 64, teacher_exp.settings, sp)
 
 
@@ -135,7 +135,7 @@ def test_the_account_says_what_was_printed_and_how_both_begin(
     last = done.out.splitlines()[-1].strip()
     assert last == f"--exp-dir {folder} --start-epoch 2 {flags}"
 
-    sp, teacher = load_bpe_model(bpe_models.a), teacher_exp.models["epoch-2"]
+    sp, teacher = load_tokenizer(bpe_models.a), teacher_exp.models["epoch-2"]
     rows = {}
     for line in text.splitlines():
         rows[" ".join(w for w in line.split() if not w[0].isdigit())] = line.split()
@@ -419,7 +419,7 @@ def test_one_cut_of_twenty_that_can_not_be_used_is_left_out(
     ]
     path = str(tmp_path / "some.jsonl")
     CutSet.from_cuts([bad[0], *good, *bad[1:]]).to_file(path)
-    sp, settings = load_bpe_model(bpe_models.a), teacher_exp.settings
+    sp, settings = load_tokenizer(bpe_models.a), teacher_exp.settings
     batches = read_batches(path, 100, settings, sp)
     assert sum(len(x) for x, _, _ in batches) == 57
     assert "3 of 60 cuts can't be used and are left out: the cut short" in caplog.text
@@ -434,7 +434,7 @@ def test_a_cut_is_measured_on_the_frames_that_the_recipe_hears(
     long.supervisions[0].duration = 0.61
     path = str(tmp_path / "some.jsonl")
     CutSet.from_cuts([long]).to_file(path)
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     ((x, x_lens, _),) = read_batches(path, 9, teacher_exp.settings, sp)
     assert x.shape[1] == 61 and x_lens.tolist() == [61]
 
@@ -568,7 +568,7 @@ def test_cuts_are_heard_in_batches_of_their_own_features(
     path = tmp_path / "ten.jsonl"
     made = [make_cut(f"c{i}", 40 + i, text="seven") for i in range(10)]
     CutSet.from_cuts(made).to_file(path)
-    sp = load_bpe_model(bpe_models.a)
+    sp = load_tokenizer(bpe_models.a)
     batches = read_batches(str(path), 64, teacher_exp.settings, sp)
     assert [len(x) for x, _, _ in batches] == [8, 2]
     for (x, x_lens, y), some in zip(batches, (made[:8], made[8:]), strict=True):

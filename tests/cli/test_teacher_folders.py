@@ -6,7 +6,7 @@ import pytest
 from lhotse import CutSet
 
 from icefall_kd.errors import KDError
-from icefall_kd.recipe.loader import one_teacher_folder, teacher_folders
+from icefall_kd.teacher.loader import one_teacher_folder, teacher_folders
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_an_empty_name_is_refused(folders, text):
 
 
 def test_a_refusal_names_the_option_that_was_given(folders):
-    from icefall_kd.recipe.online import online_teacher
+    from icefall_kd.training.online import online_teacher
 
     folders("a", "b", "a,b")
     for text in ("a,,b", "a,b"):
@@ -104,7 +104,7 @@ def test_a_command_of_one_teacher_refuses_two(
 def test_a_teacher_in_the_training_process_may_have_a_comma(
     teacher_exp, comma_words, tmp_path
 ):
-    from icefall_kd.recipe.online import online_teacher
+    from icefall_kd.training.online import online_teacher
 
     params = {
         "kd_teacher_exp_dir": str(comma_words[3]),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lhotse import CutSet
 
-from icefall_kd.targets.fingerprint import load_bpe_model
+from icefall_kd.tokens import load_tokenizer
 
 LOCAL = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "local"
 sys.path.insert(0, str(LOCAL))
@@ -27,7 +27,7 @@ def run(make_model, bpe_models, tmp_path, capsys, monkeypatch):
         lambda *_, **__: (model, {"feature_dim": 20, "vocab_size": 12}),
     )
 
-    sp = load_bpe_model(bpe_models.ab)
+    sp = load_tokenizer(bpe_models.ab)
 
     def run(cuts, text="ab"):
         monkeypatch.setattr(

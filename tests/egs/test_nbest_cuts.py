@@ -13,8 +13,8 @@ import torch
 from lhotse import CutSet
 from zipformer.decode.search import modified_beam_search
 
-from icefall_kd.hook import TeacherHook
-from icefall_kd.targets.nbest import FIELD, read_nbest
+from icefall_kd.kinds.nbest import FIELD, read_nbest
+from icefall_kd.tap import ModelTap
 
 LOCAL = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "local"
 sys.path.insert(0, str(LOCAL))
@@ -34,7 +34,7 @@ def teacher(make_model):
 
 @pytest.fixture
 def heard(teacher, features):
-    with TeacherHook(teacher, ctc=False) as hook:
+    with ModelTap(teacher, ctc=False) as hook:
         out = hook.encode(*features)
     return out.encoder_out, out.encoder_out_lens.tolist()
 
@@ -71,7 +71,7 @@ def test_a_beam_that_holds_everything_gives_a_distribution(teacher, heard):
 
 def test_an_utterance_alone_gets_the_same_list(teacher, features):
     x, lens = features
-    with TeacherHook(teacher, ctc=False) as hook:
+    with ModelTap(teacher, ctc=False) as hook:
         together = hook.encode(x, lens)
         alone = hook.encode(x[1:2, : lens[1]], lens[1:2])
     a, b = (
@@ -242,6 +242,6 @@ def test_where_memory_runs_out_the_batch_is_named(
     def full(*args):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: no")
 
-    monkeypatch.setattr(TeacherHook, "encode", full)
+    monkeypatch.setattr(ModelTap, "encode", full)
     error = refused([make_cut("a", 61), make_cut("b", 100)])
     assert "pass over 2 cuts, 2.0 s with padding: free memory, or leave b" in error

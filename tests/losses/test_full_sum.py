@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.hook import TeacherHook
 from icefall_kd.lattice import path_sums
 from icefall_kd.losses.full_sum import full_sum_kd_loss
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import collapse, nodes_kd_loss, nodes_of, shift
 from icefall_kd.rnnt import get_engine
+from icefall_kd.tap import ModelTap
 from icefall_kd.types import Nodes, SparseDistribution
 
 INF, NAN = math.inf, math.nan
@@ -346,7 +346,7 @@ def test_the_sums_are_the_engines_pruned_loss(
 ):
     monkeypatch.setattr("icefall_kd.lattice.LEAST_OCCUPANCY", 0.0)  # of all nodes
     y = [[3, 4, 3], [5, 6], [7]]
-    with TeacherHook(make_model(seed=1)) as hook:
+    with ModelTap(make_model(seed=1)) as hook:
         found = hook.lattice(hook.encode(*features), y, s_range)
     expected = get_engine().rnnt_loss_pruned(
         logits=found.logits,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icefall_kd.codec import Codec
+from icefall_kd.kinds.codec import Codec
 from icefall_kd.losses import kl
 from icefall_kd.losses.kl import linear_kl, row_kl
 from icefall_kd.types import SparseDistribution

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from icefall_kd.codec import LatticeCodec
 from icefall_kd.errors import KDError
-from icefall_kd.hook import TeacherHook
+from icefall_kd.kinds.codec import LatticeCodec
 from icefall_kd.losses.transducer import (
     collapse,
     lattice_kd_loss,
@@ -16,6 +15,7 @@ from icefall_kd.losses.transducer import (
     stored_nodes,
     transducer_kd_loss,
 )
+from icefall_kd.tap import ModelTap
 from icefall_kd.types import Nodes, PrunedLattice, SparseDistribution
 
 BLANKS = [0, 4]
@@ -198,10 +198,10 @@ def test_a_shift_moves_nodes_and_drops_those_beyond_the_end(joiner, states, node
 def pair(make_model, features):
     """A student and the lattices of a teacher, on the same batch."""
     y = [[3, 4, 3], [5, 6], [7]]
-    with TeacherHook(make_model(seed=1)) as hook:
+    with ModelTap(make_model(seed=1)) as hook:
         teacher = hook.lattice(hook.encode(*features), y, 3)
     model = make_model(seed=2)
-    with TeacherHook(model) as hook:
+    with ModelTap(model) as hook:
         out = hook.encode(*features)
         student = hook.lattice(out, y, ranges=teacher.ranges)
     sos = torch.nn.functional.pad(teacher.symbols, (1, 0))
@@ -227,7 +227,7 @@ def all_of(t, u):
 def test_a_range_over_all_labels_gives_the_full_lattice(make_model, features):
     """Pruned equals full where s_range covers U: every (t, u) is there once."""
     y = [[3, 4, 3], [5, 6], [7]]
-    with TeacherHook(make_model(seed=1)) as hook:
+    with ModelTap(make_model(seed=1)) as hook:
         out = hook.encode(*features)
         lattice = hook.lattice(out, y, 4)
     nodes = nodes_of(lattice)

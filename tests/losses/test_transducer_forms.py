@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icefall_kd.codec import LatticeCodec
 from icefall_kd.errors import KDError
-from icefall_kd.hook import TeacherHook
+from icefall_kd.kinds.codec import LatticeCodec
 from icefall_kd.lattice import best_path
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import (
@@ -24,6 +23,7 @@ from icefall_kd.losses.transducer import (
     total_kd_loss,
     transducer_kd_loss,
 )
+from icefall_kd.tap import ModelTap
 from icefall_kd.types import Nodes, PrunedLattice, SparseDistribution
 
 ALL = (*FORMS, "total")
@@ -391,7 +391,7 @@ Y = [[3, 4, 3], [5, 6], [7]]
 @pytest.fixture
 def lattice_of(make_model, features):
     def lattice(seed, s_range, ranges=None):
-        with TeacherHook(make_model(seed=seed)) as hook:
+        with ModelTap(make_model(seed=seed)) as hook:
             return hook.lattice(hook.encode(*features), Y, s_range, ranges)
 
     return lattice
@@ -399,7 +399,7 @@ def lattice_of(make_model, features):
 
 def full_logits(model, features):
     """(N, T, U + 1, V), by the joiner's own forward, and the lengths."""
-    with TeacherHook(model) as hook:
+    with ModelTap(model) as hook:
         out = hook.encode(*features)
     y = torch.tensor([[0, *row, *[0] * (3 - len(row))] for row in Y])
     decoder_out = model.eval().decoder(y).detach()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zipformer.bin.train import get_model
 
-from icefall_kd import TeacherHook, build_student
+from icefall_kd import ModelTap, build_student
 from icefall_kd.errors import KDError
 from icefall_kd.student.keep import layer_map
 
@@ -37,7 +37,7 @@ def build(teacher, make_settings):
 
 
 def outputs(model, features):
-    with TeacherHook(model) as hook:
+    with ModelTap(model) as hook:
         out = hook.encode(*features)
     return out.encoder_out, out.ctc_logits
 

@@ -12,7 +12,7 @@ from torch import nn
 from zipformer.bin.train import get_model
 from zipformer.modules.scaling import SwooshL, SwooshR
 
-from icefall_kd import TeacherHook, build_student
+from icefall_kd import ModelTap, build_student
 from icefall_kd.errors import KDError
 from icefall_kd.student.importance import (
     _ATTENTIONS,
@@ -104,7 +104,7 @@ def naive_shares(model, batch):
     for name, module in matrices(model).items():
         tap(name, module)
     x, x_lens, y = batch
-    with TeacherHook(model) as hook:
+    with ModelTap(model) as hook:
         for i, n in enumerate(x_lens.tolist()):
             out = hook.encode(x[i : i + 1, :n], x_lens[i : i + 1])
             hook.lattice(out, y[i : i + 1])
@@ -176,7 +176,7 @@ def test_the_layer_that_goes_changes_the_output_least(teacher, keep, batch):
     x, x_lens, _ = batch
 
     def heard():
-        with TeacherHook(teacher) as hook:
+        with ModelTap(teacher) as hook:
             out = hook.encode(x, x_lens)
         return torch.cat(
             [
@@ -396,7 +396,7 @@ def test_a_shift_brings_the_mean_square_of_the_kept_to_that_of_all(
 
     handles = [m.register_forward_pre_hook(tap(k)) for k, (m, _) in norms.items()]
     x, x_lens, _ = batch
-    with TeacherHook(teacher) as hook:
+    with ModelTap(teacher) as hook:
         for i, n in enumerate(x_lens.tolist()):
             hook.encode(x[i : i + 1, :n], x_lens[i : i + 1])
     for handle in handles:
@@ -453,7 +453,7 @@ def test_a_student_starts_from_what_is_kept(
         {"joiner", "decoder"} if heads else set()
     )
     student, _ = build_student(teacher, settings, NARROW, get_model, kept=kept)
-    with TeacherHook(student, ctc=shape.get("use_ctc", True)) as hook:
+    with ModelTap(student, ctc=shape.get("use_ctc", True)) as hook:
         out = hook.encode(*features)
     assert out.encoder_out.shape == (3, 14, 12)
     assert torch.isfinite(out.encoder_out).all()

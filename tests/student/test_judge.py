@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from icefall_kd import TeacherHook
+from icefall_kd import ModelTap
 from icefall_kd.decode import ctc_greedy, transducer_greedy
 from icefall_kd.student import judge as judge_module
 from icefall_kd.student.judge import judge
@@ -36,7 +36,7 @@ def batch(features):
 
 
 def heard(model, features):
-    with TeacherHook(model, ctc=model.ctc_output is not None) as hook:
+    with ModelTap(model, ctc=model.ctc_output is not None) as hook:
         return hook.encode(*features)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from zipformer.bin.train import get_model
 
-from icefall_kd import TeacherHook, build_student
+from icefall_kd import ModelTap, build_student
 from icefall_kd.errors import KDError
 from icefall_kd.student.importance import encoder_layers
 from icefall_kd.student.keep import HEADS, Kept, keep_first
@@ -141,7 +141,7 @@ def everything(model, features):
     """All that a model says, in double precision."""
     model = copy.deepcopy(model).double()
     x, x_lens = features
-    with TeacherHook(model, hidden=range(len(model.encoder.encoders))) as hook:
+    with ModelTap(model, hidden=range(len(model.encoder.encoders))) as hook:
         out = hook.encode(x.double(), x_lens)
     decoder_out = model.decoder(
         torch.tensor([[0, 3, 4, 7], [0, 9, 1, 1], [0, 5, 5, 2]])

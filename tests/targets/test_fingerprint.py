@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets import Fingerprint, fingerprint
-from icefall_kd.targets.fingerprint import (
-    FILENAME,
+from icefall_kd.targets import Fingerprint
+from icefall_kd.targets.fingerprint import FILENAME, hash_state_dict
+from icefall_kd.tokens import (
     TOKENS,
-    check_vocabulary,
-    hash_state_dict,
-    load_bpe_model,
-    pieces,
-    symbol_map,
-    write_symbols,
+    hash_tokens,
+    load_tokenizer,
+    token_map,
+    token_names,
+    write_token_names,
 )
 
 
@@ -30,8 +29,8 @@ def state():
     }
 
 
-def hash_tokens(path):
-    return fingerprint.hash_tokens(pieces(load_bpe_model(path)))
+def hash_of(path):
+    return hash_tokens(token_names(load_tokenizer(path)))
 
 
 # Hashes
@@ -82,9 +81,9 @@ def test_a_model_and_its_copy_have_one_hash(make_model):
 def test_the_hash_of_tokens_sees_their_order_not_the_files_name(bpe_models, tmp_path):
     copied = tmp_path / "other.model"
     copied.write_bytes(bpe_models.a.read_bytes())
-    assert hash_tokens(copied) == hash_tokens(str(bpe_models.a))
-    assert hash_tokens(bpe_models.a) != hash_tokens(bpe_models.b)
-    assert hash_tokens(bpe_models.a) != hash_tokens(bpe_models.larger)
+    assert hash_of(copied) == hash_of(str(bpe_models.a))
+    assert hash_of(bpe_models.a) != hash_of(bpe_models.b)
+    assert hash_of(bpe_models.a) != hash_of(bpe_models.larger)
 
 
 def test_the_same_tokens_in_another_order_have_another_hash(bpe_models):
@@ -95,7 +94,7 @@ def test_the_same_tokens_in_another_order_have_another_hash(bpe_models):
         sp = spm.SentencePieceProcessor(model_file=str(path))
         orders.append([sp.id_to_piece(i) for i in range(sp.get_piece_size())])
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
-    assert hash_tokens(bpe_models.ab) != hash_tokens(bpe_models.ba)
+    assert hash_of(bpe_models.ab) != hash_of(bpe_models.ba)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no model at all"])
@@ -104,14 +103,14 @@ def test_a_bpe_model_that_is_none_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(KDError, match="--bpe-model") as e:
-        load_bpe_model(path)
+        load_tokenizer(path)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_bpe_model_of_another_size_is_refused(bpe_models):
-    check_vocabulary(bpe_models.a, {"vocab_size": 25})
+    load_tokenizer(bpe_models.a, 25)
     with pytest.raises(KDError, match="has 26 symbols and the teacher 25"):
-        check_vocabulary(bpe_models.larger, {"vocab_size": 25})
+        load_tokenizer(bpe_models.larger, 25)
 
 
 # The store's symbols
@@ -123,17 +122,17 @@ NAMES = ["<blk>", "<sos/eos>", "<unk>", "▁a", "b", "ß", "▁"]
 @pytest.fixture
 def tokens(tmp_path):
     """The hash of the symbols that a store has."""
-    write_symbols(tmp_path, NAMES)
-    return fingerprint.hash_tokens(NAMES)
+    write_token_names(tmp_path, NAMES)
+    return hash_tokens(NAMES)
 
 
 def test_symbols_are_found_in_another_order(tmp_path, tokens):
     student = NAMES[::-1]
-    found = symbol_map(tmp_path, student, tokens)
+    found = token_map(tmp_path, student, tokens)
     assert [student[i] for i in found] == NAMES
-    assert symbol_map(tmp_path / "none", student, tokens) is None
+    assert token_map(tmp_path / "none", student, tokens) is None
     with pytest.raises(KDError, match="student lacks 'ß'"):
-        symbol_map(tmp_path, [n for n in NAMES if n != "ß"], tokens)
+        token_map(tmp_path, [n for n in NAMES if n != "ß"], tokens)
 
 
 def test_a_changed_byte_of_the_symbols_is_found(tmp_path, tokens):
@@ -148,12 +147,12 @@ def test_a_changed_byte_of_the_symbols_is_found(tmp_path, tokens):
                 continue
             path.write_bytes(changed)
             with pytest.raises(KDError, match="is damaged") as e:
-                symbol_map(tmp_path, NAMES, tokens)
+                token_map(tmp_path, NAMES, tokens)
             message = str(e.value)
             assert message.startswith(str(path)) and "\n" not in message
             assert tokens[:8] in message and "icefall-kd dump" in message
     path.write_bytes(data)
-    assert symbol_map(tmp_path, NAMES, tokens).tolist() == [*range(7)]
+    assert token_map(tmp_path, NAMES, tokens).tolist() == [*range(7)]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_symbols_of_another_length_or_order_are_found(tmp_path, tokens, damage):
     path = tmp_path / TOKENS
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(KDError, match="is damaged"):
-        symbol_map(tmp_path, NAMES, tokens)
+        token_map(tmp_path, NAMES, tokens)
 
 
 # The file

@@ -10,8 +10,9 @@ from lhotse import CutSet, load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from torch.utils.data import DataLoader
 
+from icefall_kd.cli.stats import print_stats
 from icefall_kd.errors import KDError
-from icefall_kd.hidden import OUT, HiddenCodec, hash_file, save_quantizer
+from icefall_kd.kinds.hidden import OUT, HiddenCodec, hash_file, save_quantizer
 from icefall_kd.targets import KDDataset, LogitWriter
 from icefall_kd.targets.dataset import (
     collate_targets,
@@ -19,7 +20,6 @@ from icefall_kd.targets.dataset import (
     resample_frames,
     store_fingerprint,
 )
-from icefall_kd.targets.stats import print_stats
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
 from icefall_kd.types import PrunedLattice, Targets
 

@@ -7,7 +7,7 @@ import torch
 from lhotse import load_manifest
 from lhotse.dataset.collation import collate_features
 
-from icefall_kd import LogitWriter, TeacherHook
+from icefall_kd import LogitWriter, ModelTap
 from icefall_kd.errors import KDError
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.teacher import CachingTeacher, OnlineTeacher
@@ -15,7 +15,7 @@ from icefall_kd.teacher import CachingTeacher, OnlineTeacher
 
 def test_one_teacher_says_what_its_hook_reads(make_model, features):
     model = make_model(seed=1)
-    with TeacherHook(model) as hook:
+    with ModelTap(model) as hook:
         out = hook.encode(*features)
     targets = OnlineTeacher([model]).targets(*features)
     torch.testing.assert_close(targets.ctc, out.ctc_logits.log_softmax(-1))
@@ -91,7 +91,7 @@ Y = [[3, 4, 3], [5, 6], [7]]
 
 
 def lattices_of(model, features, **options):
-    with TeacherHook(model) as hook:
+    with ModelTap(model) as hook:
         return hook.lattice(hook.encode(*features), Y, **options)
 
 
@@ -179,7 +179,7 @@ def test_lattices_of_different_vocabularies_are_refused(make_model, features):
 def test_hidden_layers_are_those_of_one_teacher(make_model, features):
     model = make_model(seed=1)
     (out,) = OnlineTeacher([model], hidden=[1, "out"]).encode(*features)
-    with TeacherHook(model, [1]) as hook:
+    with ModelTap(model, [1]) as hook:
         expected = hook.encode(*features)
     assert set(out.hidden) == {1}
     assert torch.equal(out.hidden[1], expected.hidden[1])

@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from icefall_kd.cli.student import read_batches
 from icefall_kd.errors import one_sentence
-from icefall_kd.recipe.loader import load_recipe_model
 from icefall_kd.student.judge import judge
-from icefall_kd.targets.fingerprint import check_vocabulary
+from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.tokens import load_tokenizer
 
 
 def get_args() -> argparse.Namespace:
@@ -70,7 +70,7 @@ def main() -> None:
                 RECIPE, args.exp_dir, epoch, iteration, use_averaged_model=False
             )
             if not batches:
-                sp = check_vocabulary(args.bpe_model, settings)
+                sp = load_tokenizer(args.bpe_model, settings["vocab_size"])
                 batches = read_batches(args.cuts, args.num_cuts, settings, sp)
             found = judge(model, batches, sp, settings.get("blank_id", 0))
             curve.append({"step": step, **dataclasses.asdict(found)})

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from zipformer.decode.search import greedy_search
 
 from icefall_kd.cli.cuts import open_cuts
-from icefall_kd.recipe.loader import load_checkpoint, load_recipe_model
+from icefall_kd.teacher.loader import load_checkpoint, load_recipe_model
 
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 HEADS = {"ctc_wer": "ctc-greedy-search", "transducer_wer": "greedy_search"}

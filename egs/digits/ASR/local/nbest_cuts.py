@@ -6,7 +6,7 @@ Usage:
   ./local/nbest_cuts.py --exp-dir exp/teacher --epoch 4 --num-paths 4 \
     --bpe-model data/lang_bpe_54/bpe.model IN_CUTS OUT_CUTS
 
-Each list goes to the cut's custom field kd_nbest (icefall_kd.targets.nbest); the
+Each list goes to the cut's custom field kd_nbest (icefall_kd.kinds.nbest); the
 transcript stays as it is. Scores are log-probabilities of the texts, over all their
 alignments in the beam. A cut that the teacher can't hear, such as
 one too short for its encoder, gets no list.
@@ -29,8 +29,8 @@ from teacher_utils import (
 )
 
 from icefall_kd.cli.memory import enough_memory
-from icefall_kd.hook import TeacherHook
-from icefall_kd.targets.nbest import write_nbest
+from icefall_kd.kinds.nbest import write_nbest
+from icefall_kd.tap import ModelTap
 
 
 def get_args() -> argparse.Namespace:
@@ -121,7 +121,7 @@ def main() -> None:
     check_range(args.beam_size, args.num_paths, "--beam-size", 1000)
     model, sp, cuts, heard = load_teacher(args)
     decoded = {}
-    with TeacherHook(model, ctc=False) as hook:
+    with ModelTap(model, ctc=False) as hook:
         for batch, x, x_lens in batches(heard, "Decoding"):
             with enough_memory(*memory_words(batch)):
                 out = hook.encode(x, x_lens)

@@ -29,8 +29,8 @@ from teacher_utils import RECIPE
 from tqdm import tqdm
 
 from icefall_kd.decode import transducer_greedy
-from icefall_kd.hook import TeacherHook
-from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.tap import ModelTap
+from icefall_kd.teacher.loader import load_recipe_model
 
 FRAME_MS = 40
 GAP = "*"
@@ -79,7 +79,7 @@ def recognise(
     cuts = CutSet.from_file(manifest).to_eager()
     utterances: Dict[str, Utterance] = {}
     bar = tqdm(total=len(cuts), desc=f"Decoding with {exp_dir.name}", unit=" cuts")
-    with TeacherHook(model) as hook, bar:
+    with ModelTap(model) as hook, bar:
         for batch in SimpleCutSampler(cuts, max_duration=200.0, shuffle=False):
             out = hook.encode(*collate_features(batch))
             hyps = transducer_greedy(model, out.encoder_out, out.encoder_out_lens)

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from icefall_kd.cli.cuts import Survey, checked, open_cuts, readable
 from icefall_kd.errors import KDError
 from icefall_kd.files import MANIFEST, check_new_file
-from icefall_kd.recipe.loader import load_recipe_model
-from icefall_kd.targets.fingerprint import check_vocabulary
 from icefall_kd.targets.heard import check_supervision, collate_heard
+from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.tokens import load_tokenizer
 
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 
@@ -78,7 +78,7 @@ def load_teacher(
     model, settings = load_recipe_model(
         RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
     )
-    sp = check_vocabulary(args.bpe_model, settings)
+    sp = load_tokenizer(args.bpe_model, settings["vocab_size"])
     survey = Survey(str(args.in_cuts))
     num_features = int(settings["feature_dim"])
     # Not survey.check(): these scripts say at the end how many cuts they left out.

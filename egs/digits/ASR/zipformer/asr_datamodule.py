@@ -15,7 +15,7 @@ from lhotse.dataset import (
 from torch.utils.data import DataLoader
 from zipformer.utils import str2bool
 
-from icefall_kd.recipe import session as kd
+from icefall_kd.training import session as kd
 
 
 class _SeedWorkers:

@@ -26,7 +26,7 @@ from zipformer.decode.search import ctc_greedy_search, greedy_search
 from zipformer.utils import AttributeDict, setup_logger, store_transcripts, str2bool
 
 from icefall_kd.errors import one_sentence
-from icefall_kd.recipe.loader import load_recipe_model
+from icefall_kd.teacher.loader import load_recipe_model
 
 METHODS = ("ctc-greedy-search", "greedy_search")
 # (cut id, reference words, recognised words)

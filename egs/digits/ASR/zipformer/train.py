@@ -51,8 +51,8 @@ from zipformer.utils import save_checkpoint as save_checkpoint_impl
 from zipformer.utils import setup_dist, setup_logger, str2bool, update_averaged_model
 
 from icefall_kd.files import replacing
-from icefall_kd.recipe import session as kd
 from icefall_kd.rnnt import get_engine
+from icefall_kd.training import session as kd
 
 
 def get_parser() -> argparse.ArgumentParser:

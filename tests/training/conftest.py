@@ -1,0 +1,74 @@
+"""Settings of a student that is distilled, and cuts with what its teacher said."""
+
+import sys
+
+import pytest
+import torch
+from lhotse import CutSet
+
+from icefall_kd.tap import ModelTap
+from icefall_kd.targets import LogitWriter
+from icefall_kd.training.options import OPTIONS
+
+
+@pytest.fixture(autouse=True)
+def nothing_at_exit():
+    """No session leaves its file in the folder of a test that is over."""
+    yield
+    session = sys.modules.get("icefall_kd.training.session")
+    if session is not None and session._session is not None:
+        session._session.close()
+
+
+@pytest.fixture
+def make_params(make_settings):
+    defaults = {f"kd_{name.replace('-', '_')}": x for name, _, x, _ in OPTIONS}
+
+    def make(ctc=0.7, hard=0.3, temperature=2.0, **changes):
+        kd = {
+            "kd_config": "",
+            "kd_ctc_weight": ctc,
+            "kd_hard_weight": hard,
+            "kd_temperature": temperature,
+            "enable_spec_aug": False,
+            "spec_aug_time_warp_factor": 80,
+        }
+        return make_settings(**{**defaults, **kd, **changes})
+
+    return make
+
+
+@pytest.fixture
+def online(make_params, teacher_exp):
+    """Params of a student of the teacher in ``teacher_exp``, taught online."""
+
+    def make(**changes):
+        settings = {
+            "vocab_size": 25,
+            "kd_teacher_exp_dir": str(teacher_exp.folder),
+            "kd_teacher_epoch": 2,
+            "kd_teacher_recipe": str(teacher_exp.recipe),
+            "use_averaged_model": False,
+        }
+        return make_params(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def with_lattices(make_model, make_cut, make_fingerprint, tmp_path):
+    """Cuts with a teacher's lattices and no CTC targets."""
+
+    def make(lattice):
+        fingerprint = make_fingerprint(ctc="", lattice=lattice, s_range=3)
+        cuts = [make_cut(name, n) for name, n in zip("abc", (61, 47, 33))]
+        manifest = tmp_path / "kd.jsonl.gz"
+        with LogitWriter(manifest, tmp_path / "kd", fingerprint) as writer:
+            with ModelTap(make_model(seed=5)) as hook:
+                for cut, y in zip(cuts, ([3, 4, 3], [5, 6], [7])):
+                    x = torch.from_numpy(cut.load_features())[None]
+                    out = hook.encode(x, torch.tensor([x.size(1)]))
+                    writer.write(cut, lattice=hook.lattice(out, [y], 3))
+        return CutSet.from_file(manifest).to_eager()
+
+    return make

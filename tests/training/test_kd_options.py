@@ -1,0 +1,314 @@
+"""The --kd-* options: defaults, curves as text, and a YAML file of them."""
+
+import argparse
+import pickle
+import sys
+
+import pytest
+from zipformer.bin import train as zipformer_train
+
+from icefall_kd.errors import KDError
+from icefall_kd.terms.schedule import Curve
+from icefall_kd.training import session
+from icefall_kd.training.options import OPTIONS, WEIGHTS, read_config
+
+DEFAULTS = {
+    "kd_config": "",
+    "kd_ctc_weight": 0.0,
+    "kd_rnnt_weight": 0.0,
+    "kd_full_sum_weight": 0.0,
+    "kd_hidden_weight": 0.0,
+    "kd_nbest_weight": 0.0,
+    "kd_ctc_frames": "all",
+    "kd_ctc_delay": 0,
+    "kd_rnnt_form": "nodes",
+    "kd_rnnt_shift": 0,
+    "kd_teacher_ranges": 0,
+    "kd_node_weights": "occupancy",
+    "kd_hidden_layers": "",
+    "kd_hidden_kind": "mse",
+    "kd_projector_lr": 1e-3,
+    "kd_schedule": "scratch",
+    "kd_last_epochs": 0.0,
+    "kd_freeze": "",
+    "kd_path_only": 0,
+    "kd_s_range": 5,
+    "kd_hard_weight": 1.0,
+    "kd_temperature": 1.0,
+    "kd_missing": "refuse",
+    "kd_time_warp": "off",
+    "kd_teacher_exp_dir": "",
+    "kd_teacher_epoch": 30,
+    "kd_teacher_avg": 1,
+    "kd_teacher_recipe": "",
+    "kd_cache_dir": "",
+    "kd_keep": "dense",
+}
+
+# One line of the file for each option, none of them its default.
+LINES = {
+    "ctc-weight": ("0:0.8,10:0.5", "0:0.8,10:0.5"),
+    "rnnt-weight": ("0.25", 0.25),
+    "full-sum-weight": (".5", 0.5),
+    "hidden-weight": ("1e-1", 0.1),
+    "nbest-weight": ("2", 2.0),
+    "hard-weight": ("5:0.5", "5:0.5"),
+    "temperature": ("2", 2.0),
+    "ctc-frames": ("non-blank", "non-blank"),
+    "ctc-delay": ("3", 3),
+    "rnnt-form": ("total", "total"),
+    "rnnt-shift": ("2", 2),
+    "teacher-ranges": ("1", 1),
+    "node-weights": ("equal", "equal"),
+    "hidden-layers": ("3:2", "3:2"),
+    "hidden-kind": ("cosine", "cosine"),
+    "projector-lr": ("2e-3", 2e-3),
+    "schedule": ("warmup", "warmup"),
+    "last-epochs": ("1.5", 1.5),
+    "freeze": ("encoder_embed decoder:2", "encoder_embed decoder:2"),
+    "missing": ("hard", "hard"),
+    "time-warp": ("follow", "follow"),
+    "teacher-exp-dir": ("exp/a,exp/b", "exp/a,exp/b"),
+    "teacher-epoch": ("7", 7),
+    "teacher-avg": ("4", 4),
+    "teacher-recipe": ("../zipformer", "../zipformer"),
+    "s-range": ("0", 0),
+    "path-only": ("1", 1),
+    "cache-dir": ("/tmp/on", "/tmp/on"),
+    "keep": ("top:8@2", "top:8@2"),
+}
+
+
+def dest(name):
+    return "kd_" + name.replace("-", "_")
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parse a command line as a recipe's main() does."""
+
+    def run(*words, parser=None):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        if parser is None:
+            parser = argparse.ArgumentParser(
+                formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            )
+        session.add_arguments(parser)
+        return parser.parse_args()
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "kd.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+# The parser
+
+
+def test_options_are_off_by_default(parse):
+    assert vars(parse()) == DEFAULTS
+    assert all(DEFAULTS[dest(name)] == default for name, _, default, _ in OPTIONS)
+    assert len(OPTIONS) == len(DEFAULTS) - 1 == len(LINES)
+
+
+def test_options_are_read_from_the_command_line(parse):
+    words = [w for name, (x, _) in LINES.items() for w in (f"--kd-{name}", x)]
+    expected = {dest(name): value for name, (_, value) in LINES.items()}
+    assert vars(parse(*words)) == {"kd_config": "", **expected}
+
+
+def test_options_do_not_collide_with_zipformers_parser(parse, monkeypatch):
+    parser = zipformer_train.get_parser()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    before = set(vars(parser.parse_args([])))
+    assert not before & set(DEFAULTS)
+    args = vars(parse("--kd-rnnt-weight", "0.5", parser=parser))
+    assert set(args) == before | set(DEFAULTS)  # argparse raises on a taken name
+    assert {k: args[k] for k in DEFAULTS} == {**DEFAULTS, "kd_rnnt_weight": 0.5}
+
+
+def test_options_do_not_collide_with_the_digits_recipes(recipe, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    parser = recipe.get_parser()
+    recipe.DigitsAsrDataModule.add_arguments(parser)
+    args = vars(parser.parse_args(["--kd-ctc-weight", "0.8"]))
+    found = {k: v for k, v in args.items() if k.startswith("kd_")}
+    assert found == {**DEFAULTS, "kd_ctc_weight": 0.8}
+
+
+@pytest.mark.parametrize(
+    "formatter", ["HelpFormatter", "ArgumentDefaultsHelpFormatter"]
+)
+def test_the_help_names_every_option(monkeypatch, formatter):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    parser = argparse.ArgumentParser(formatter_class=getattr(argparse, formatter))
+    session.add_arguments(parser)
+    text = parser.format_help()
+    assert all(f"--kd-{name} " in text for name in ("config", *LINES))
+    assert "15 % of the epochs" in " ".join(text.split()) and "%%" not in text
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, "hard"])
+@pytest.mark.parametrize("text", ["0.75", "0:0.8,10:0.5", "10:0.5"])
+def test_a_weight_is_a_number_or_the_text_of_a_curve(parse, name, text):
+    name = f"{name.replace('_', '-')}-weight"
+    value = getattr(parse(f"--kd-{name}", text), dest(name))
+    assert value == (0.75 if text == "0.75" else text) and type(value) in (float, str)
+    assert Curve.parse(value, name) == Curve.parse(text, name)
+
+
+def test_what_is_no_curve_is_refused_where_it_is_used(parse, make_model, make_params):
+    args = vars(parse("--kd-ctc-weight", "lots"))
+    with pytest.raises(KDError, match="KD ctc weight is 'lots'.*--kd-ctc-weight"):
+        session.attach(make_params(**args), make_model())
+
+
+# The file
+
+
+@pytest.mark.parametrize("spell", [str, lambda name: name.replace("-", "_")])
+def test_every_option_can_stand_in_the_file(parse, config, spell):
+    path = config("".join(f"{spell(n)}: {x}\n" for n, (x, _) in LINES.items()))
+    found = vars(parse("--kd-config", path))
+    expected = {dest(name): value for name, (_, value) in LINES.items()}
+    assert found == {"kd_config": str(path), **expected}
+    assert all(type(v) is type(found[k]) for k, v in expected.items())
+    assert not any(found[k] == DEFAULTS[k] for k in expected)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_command_line_goes_before_the_file(parse, config, name):
+    text, value = LINES[name]
+    path = config(f"{name}: {text}\n")
+    default = DEFAULTS[dest(name)]
+    for given in ([f"--kd-{name}", default], [f"--kd-{name}={default}"]):
+        for words in ([*given, "--kd-config", path], [f"--kd-config={path}", *given]):
+            assert vars(parse(*words)) == {**DEFAULTS, "kd_config": str(path)}
+    found = vars(parse("--kd-config", path))
+    assert found == {**DEFAULTS, "kd_config": str(path), dest(name): value}
+
+
+@pytest.mark.parametrize("flag", ["--kd-config", "--kd-conf", "--kd-co"])
+def test_the_file_is_read_however_argparse_lets_it_be_named(parse, config, flag):
+    path = config("temperature: 3\n")
+    assert parse(flag, path).kd_temperature == 3.0
+
+
+def test_a_file_of_nothing_changes_nothing(parse, config):
+    for text in ("", "# ctc-weight: 1\n", "---\n"):
+        path = config(text)
+        assert vars(parse("--kd-config", path)) == {**DEFAULTS, "kd_config": str(path)}
+
+
+@pytest.mark.parametrize(
+    "text, name, value",
+    [
+        ("ctc-weight: 10:0.5", "kd_ctc_weight", "10:0.5"),  # 600.5 to YAML
+        ("hard-weight: 5:1", "kd_hard_weight", "5:1"),  # 301
+        ("hidden-layers: 3:2", "kd_hidden_layers", "3:2"),  # 182
+        ("teacher-epoch: 010", "kd_teacher_epoch", 10),  # 8
+        ("keep: no", "kd_keep", "no"),  # False
+        ("cache-dir: 2026-01-02", "kd_cache_dir", "2026-01-02"),  # a date
+        ("teacher-exp-dir:", "kd_teacher_exp_dir", ""),  # None
+        ("ctc_weight: '0:1, 4:0.5' # falls", "kd_ctc_weight", "0:1, 4:0.5"),
+    ],
+)
+def test_values_are_what_stands_there(config, text, name, value):
+    assert read_config(str(config(text))) == {name: value}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("- ctc-weight\n- 1\n", "holds no options: give lines such as"),
+        ("ctc-weight 1", "holds no options"),
+        ("42", "holds no options"),
+        ("ctc-weight: [1", "can't be read .*give a YAML file"),
+        ("a: b: c", "can't be read"),
+        ("ctc-wieght: 1", "the option 'ctc-wieght', .*did you mean 'ctc-weight'"),
+        ("kd-temperatur: 1", "the option 'kd-temperatur', .*'temperature'"),
+        ("full_sum: 1", "the option 'full-sum', .*'full-sum-weight'"),
+        ("config: other.yaml", "the option 'config', which there is not"),
+        ("temperature: hot", "temperature: 'hot', and temperature must be a number"),
+        ("ctc-delay: 1.5", "ctc-delay: '1.5', and ctc-delay must be a whole number"),
+        ("path-only: true", "path-only: 'true', .* a whole number"),
+        ("teacher-epoch:", "teacher-epoch: '', .* a whole number"),
+        ("ctc-weight: [0.5, 1]", "ctc-weight: .*'0.5', '1'.*number, or numbers by"),
+        ("hidden-layers: [out, 3]", "hidden-layers: .*must be one text"),
+        ("ctc-weight:\n  at: 1", "ctc-weight: {'at': '1'}"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_in_one_sentence(parse, config, text, words):
+    path = config(text)
+    with pytest.raises(KDError, match=words) as e:
+        parse("--kd-config", path)
+    assert "\n" not in str(e.value) and str(path) in str(e.value)
+
+
+def test_a_file_that_is_not_there_or_no_text_is_refused(parse, tmp_path):
+    for name in ("none.yaml", "."):
+        with pytest.raises(KDError, match="can't be read .*give a YAML file") as e:
+            parse("--kd-config", tmp_path / name)
+        assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"keep: \xe9\n")
+    with pytest.raises(KDError, match="latin.yaml, can't be read") as e:
+        parse("--kd-config", path)
+    assert "\n" not in str(e.value)
+
+
+def test_an_option_without_its_file_is_left_to_the_recipes_parser(parse, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse("--kd-config")
+    assert e.value.code == 2
+    assert capsys.readouterr().err.count("expected one argument") == 1
+
+
+REFUSED = """
+import argparse, sys
+from icefall_kd.training import session as kd
+parser = argparse.ArgumentParser()
+kd.add_arguments(parser)
+"""
+
+
+def test_the_program_ends_with_the_sentence_alone(run_python, config):
+    done = run_python(REFUSED, "--kd-config", config("temprature: 2"))
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("icefall_kd: error: ") and "'temperature'" in line
+
+
+def test_reading_options_loads_neither_torch_nor_k2(run_python, config):
+    code = REFUSED + (
+        "parser.parse_args()\n"
+        "print(sorted({'torch', 'k2', 'fast_rnnt', 'lhotse'} & set(sys.modules)))"
+    )
+    done = run_python(code, "--kd-config", config("temperature: 2"))
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+# What goes on
+
+
+def test_params_travel_to_processes_and_checkpoints_as_plain_values(
+    parse, config, make_model, make_params
+):
+    """A curve stays text: a checkpoint loads where icefall_kd is not installed."""
+    path = config("ctc-weight: 0:0.8,10:0.5\nschedule: warmup\n")
+    args = parse("--kd-config", path, "--kd-hard-weight", "0:1,4:0.5")
+    assert vars(pickle.loads(pickle.dumps(args))) == vars(args)
+    params = make_params(**{**vars(args), "num_epochs": 30})
+    session.attach(params, make_model())
+    assert params.kd_ctc_weight == "0:0.8,10:0.5"
+    assert session._session.joint.weights(29)["ctc"] == 0.5
+    data = pickle.dumps(dict(params))
+    assert b"0:0.8,10:0.5" in data and b"icefall_kd" not in data
+    assert pickle.loads(data) == dict(params)
