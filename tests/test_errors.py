@@ -23,8 +23,8 @@ WRAPPED = (
 )
 
 
-def test_a_refusal_is_a_value_error():
-    assert isinstance(KDError("x"), ValueError)
+def test_a_refusal_is_not_caught_as_a_value_error():
+    assert not issubclass(KDError, (ValueError, OSError, RuntimeError))
 
 
 @pytest.mark.parametrize(
