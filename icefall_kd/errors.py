@@ -1,13 +1,35 @@
 """A refusal: one sentence that names the thing, both values and the remedy."""
 
+import errno
 import re
 import sys
 from contextlib import contextmanager
 from typing import Iterator, Mapping
 
+# What a user can do about an operating system's error.
+_REMEDIES = {
+    "free space": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "mend the path": (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EINVAL,
+    ),
+    "give a path that you may read and write": (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    ),
+    "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "free memory": (errno.ENOMEM,),
+}
+
 
 class KDError(Exception):
-    """What the user gave can't be used; the message is one whole sentence.
+    """The user's input can't be used; the message is one whole sentence.
 
     Below the command line a message names a parameter in backticks, such as
     ```temperature```; :func:`with_flags` makes an option of it for those who gave one.
@@ -15,13 +37,18 @@ class KDError(Exception):
 
     @property
     def sentence(self) -> str:
-        # A DataLoader worker puts its traceback before the message.
+        """The message on one line, without the traceback of a DataLoader worker."""
         sentence = str(self).strip().rsplit("KDError: ", 1)[-1]
         return " ".join(sentence.splitlines())  # a file's name may hold line breaks
 
 
 def require(condition: object, message: str) -> None:
-    """Raise :class:`KDError` with ``message`` unless ``condition`` holds."""
+    """Raise :class:`KDError` with ``message`` unless ``condition`` is true.
+
+    Args:
+      condition: Any value, of which the truth counts.
+      message: One sentence with the values and the remedy.
+    """
     if not condition:
         raise KDError(message)
 
@@ -41,11 +68,11 @@ def with_flags(sentence: str, flags: Mapping[str, str]) -> str:
 
 
 class NotFiniteError(KDError):
-    """Numbers of one batch are inf or NaN; the next batch may be well again."""
+    """Numbers of one batch are inf or NaN; those of the next may be finite again."""
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error, and the first line of what it says."""
+    """The class of ``error`` and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
@@ -57,7 +84,7 @@ def _report(error: KDError) -> None:
 def install_excepthook() -> None:
     """Let an uncaught :class:`KDError` end the program with its sentence alone.
 
-    Python's exit status stays 1; every other exception is shown as before.
+    Python's exit status stays 1; every other exception goes to the hook before.
     """
     before = sys.excepthook
     if getattr(before, "icefall_kd", False):
@@ -75,21 +102,29 @@ def install_excepthook() -> None:
     sys.excepthook = hook
 
 
+def remedy_for(error: OSError) -> str:
+    """What the user can do about ``error``, by its errno."""
+    for remedy, numbers in _REMEDIES.items():
+        if error.errno in numbers:
+            return remedy
+    return "check the disk and the path"
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn what a failed disk or an impossible path raises into a :class:`KDError`."""
+    """Turn an OSError, of a full disk or an impossible path, into a KDError."""
     try:
         yield
     except OSError as e:
         place = f" ({e.filename})" if e.filename else ""
         raise KDError(
-            f"{e.strerror or e}{place}: free space or mend the path, then retry"
+            f"{e.strerror or e}{place}: {remedy_for(e)}, then retry"
         ) from None
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn a :class:`KDError`, or a failed disk, into one sentence and exit 1."""
+    """Turn a KDError or an OSError into one sentence on stderr and exit status 1."""
     try:
         with disk_errors():
             yield

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their encoding."""
+"""Files that are written completely or not at all, and their encoding."""
 
 import codecs
 import locale
@@ -21,9 +21,12 @@ def check_new_file(path: str, name: str, suffixes: Sequence[str] = ()) -> None:
     """Refuse a path that no file can be written to, before the work for it begins.
 
     Args:
-      path: As the user gave it.
-      name: What the user knows it by, such as OUT_CUTS.
-      suffixes: One of which its name must have; none: any name will do.
+      path: The path as the user gave it.
+      name: The argument or option that gave it, such as OUT_CUTS.
+      suffixes: The endings of which its name must have one; none: any name will do.
+
+    Raises:
+      KDError: the path is empty, a folder, below a file, or ends otherwise.
     """
     remedy = "give it the name of a file"
     if suffixes:
@@ -39,7 +42,15 @@ def check_new_file(path: str, name: str, suffixes: Sequence[str] = ()) -> None:
 
 
 def check_new_folder(path: str, name: str) -> None:
-    """Refuse a path that no folder can be made at: it, or one above it, is a file."""
+    """Refuse a path that can't become a folder, as it or one above it is a file.
+
+    Args:
+      path: The path as the user gave it.
+      name: The argument or option that gave it, such as --storage-dir.
+
+    Raises:
+      KDError: a part of the path is a file.
+    """
     for folder in (Path(path), *Path(path).parents):
         if folder.exists():
             if not folder.is_dir():
@@ -48,7 +59,10 @@ def check_new_folder(path: str, name: str) -> None:
 
 
 def is_same_folder(a: Union[str, Path], b: Union[str, Path]) -> bool:
-    """Whether two paths are of one folder, be it there or not, or one relative."""
+    """Whether paths ``a`` and ``b``, relative or not, name the same folder.
+
+    The folder need not exist.
+    """
     try:
         return Path(a) == Path(b) or Path(a).resolve() == Path(b).resolve()
     except (ValueError, OSError):  # a name that no file can have
@@ -56,19 +70,20 @@ def is_same_folder(a: Union[str, Path], b: Union[str, Path]) -> bool:
 
 
 def missing_folders(path: Path) -> List[Path]:
-    """The folders that ``path.mkdir(parents=True)`` would make, innermost first."""
+    """The folders that ``path.mkdir(parents=True)`` would create, innermost first."""
     return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place if all goes well.
+    """Yield a temporary file's path; it replaces ``path`` if the block succeeds.
 
     Args:
-      path: In a folder that exists.
-      shared: Several processes, on several machines perhaps, may write it at once.
+      path: The file to write, in a folder that exists.
+      shared: Whether several processes, also of several machines, may write it at
+        once.
     """
-    temporary = own_name(path) if shared else path.with_name(f".tmp.{path.name}")
+    temporary = temporary_name(path) if shared else path.with_name(f".tmp.{path.name}")
     try:
         yield temporary
         temporary.replace(path)
@@ -76,22 +91,22 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def own_name(path: Path) -> Path:
-    """A hidden name beside ``path`` that nobody else uses.
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside ``path`` that no other process uses.
 
-    It tells machine and process, so that what a process left that was killed is known
-    and removed by the next one that asks for a name beside ``path``.
+    The name contains machine and process id. So files that a killed process left are
+    recognised, and removed by the next call for the same ``path``.
     """
     begin, end = f".tmp.{socket.gethostname()}.", f".{path.name}"
     for name in os.listdir(path.parent):
         if name.startswith(begin) and name.endswith(end):
             process = name[len(begin) : -len(end)].partition(".")[0]
-            if process.isdigit() and not _lives(int(process)):
+            if process.isdigit() and not _is_running(int(process)):
                 _remove(path.with_name(name))
     return path.with_name(f"{begin}{os.getpid()}.{uuid4().hex[:8]}{end}")
 
 
-def _lives(process: int) -> bool:
+def _is_running(process: int) -> bool:
     if os.name == "nt":  # where os.kill() ends a process whatever the signal
         return True
     try:
@@ -99,7 +114,7 @@ def _lives(process: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # somebody else's
+        pass  # the process of another user
     return True
 
 
@@ -112,15 +127,15 @@ def _remove(path: Path) -> None:
 
 
 def text_encoding() -> str:
-    """How Python reads a text file that does not say its encoding."""
+    """The encoding that Python's ``open`` uses by default."""
     return codecs.lookup(locale.getpreferredencoding(False)).name
 
 
 def run_in_utf8() -> None:
-    """Begin this program anew in Python's UTF-8 mode, where the locale is another.
+    """Restart this program in Python's UTF-8 mode if the locale's encoding differs.
 
-    Lhotse opens its manifests, which are UTF-8, by the locale's encoding. What is
-    printed keeps that encoding, as the terminal expects.
+    Lhotse opens its manifests, which are UTF-8, in the locale's encoding. Printed text
+    keeps that encoding, as the terminal expects.
     """
     if text_encoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return

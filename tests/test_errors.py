@@ -126,7 +126,24 @@ def test_one_sentence_is_silent_when_all_is_well(capsys):
 def test_an_os_error_without_text_still_gives_a_sentence(capsys):
     with pytest.raises(SystemExit), one_sentence():
         raise OSError(errno.EIO, "Input/output error")
-    assert "Input/output error: free space" in capsys.readouterr().err
+    assert "Input/output error: check the disk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number, remedy",
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.ENOENT, "mend the path"),
+        (errno.EACCES, "that you may read and write"),
+        (errno.EROFS, "that you may read and write"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENOMEM, "free memory"),
+    ],
+)
+def test_the_remedy_fits_the_error(number, remedy):
+    with pytest.raises(KDError, match=f"reason.*: .*{remedy}.*then retry$"):
+        with disk_errors():
+            raise OSError(number, "reason")
 
 
 def test_a_parameter_is_named_as_the_option_that_gave_it():

@@ -12,8 +12,8 @@ from icefall_kd.files import (
     check_new_file,
     check_new_folder,
     missing_folders,
-    own_name,
     replacing,
+    temporary_name,
 )
 
 
@@ -98,7 +98,7 @@ def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path, in_child):
     def killed():
         with replacing(path, shared=True) as temporary:
             temporary.write_text("half")
-            own_name(path).mkdir()  # a folder, as `plug` stages one
+            temporary_name(path).mkdir()  # a folder, as `plug` stages one
             os.kill(os.getpid(), 9)
 
     assert in_child(killed) == -9
@@ -111,7 +111,7 @@ def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path, in_child):
 def test_what_others_are_writing_stays(tmp_path):
     """Of a process that lives, of another machine, or of another file."""
     path = tmp_path / "a.json"
-    mine = own_name(path)
+    mine = temporary_name(path)
     names = [mine.name, ".tmp.elsewhere.999999999.0a.a.json", mine.name + ".gz"]
     for name in names:
         (tmp_path / name).write_text("half")

@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterable, List, Optional
 
 from icefall_kd import __version__
 from icefall_kd.errors import KDError
-from icefall_kd.files import own_name, replacing
+from icefall_kd.files import replacing, temporary_name
 from icefall_kd.plug.copies import (
     Plan,
     hash_bare,
@@ -117,7 +117,7 @@ def plug(
     there = os.path.lexists(new) and not (new.is_dir() and not any(new.iterdir()))
     if there and _is_up_to_date(new, recipe, leave_out):
         return None
-    stage = own_name(target)
+    stage = temporary_name(target)
     try:
         stage.mkdir()
         _stage(plan, new, stage)
