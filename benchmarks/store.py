@@ -263,7 +263,7 @@ def main() -> None:
             outs.append(a.encoder_out[0])
             cases.append([(*pair, None)])
             nodes = (lattice.logits, own.logits)
-            symbols = lattice.symbols
+            symbols = lattice.labels
             for size in (v, 500):
                 if size == 500:
                     plain = pair[0]

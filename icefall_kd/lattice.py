@@ -131,7 +131,7 @@ def best_path(lattice: PrunedLattice, blank_id: int) -> torch.Tensor:
     A path has T_n + U_n nodes: from each it goes on by one arc, a label or a blank. No
     node is on it where no path is complete.
     """
-    px, py = _arcs(lattice.logits, lattice.ranges, lattice.symbols, blank_id)
+    px, py = _arcs(lattice.logits, lattice.ranges, lattice.labels, blank_id)
     on_path = torch.zeros_like(lattice.ranges, dtype=torch.bool)
     for i, (_, _, u, t) in enumerate(lattice.boundary.tolist()):
         first = lattice.ranges[i, :t, 0].tolist()

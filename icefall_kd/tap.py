@@ -63,7 +63,7 @@ def _tap_encoder(store: Dict[str, Any], owner: nn.Module, embeds: bool) -> Calla
         store["encoder_out_lens"] = output[1]
         store["hidden_lens"] = args[1] if len(args) > 1 and not embeds else None
         if UNFINISHED not in store:  # a pass of the model's parts, asked by hand
-            for name in ("ctc_logits", "decoder_out", "symbols"):
+            for name in ("ctc_logits", "decoder_out", "labels"):
                 store.pop(name, None)
 
     return hook
@@ -86,7 +86,7 @@ def _tap_decoder(store: Dict[str, Any], owner: nn.Module) -> Callable:
     def hook(module, args, output):
         # A loss may ask the decoder again, of other labels, behind take().
         if module is owner and _in_pass(store):
-            store["decoder_out"], store["symbols"] = output, args[0]
+            store["decoder_out"], store["labels"] = output, args[0]
 
     return hook
 

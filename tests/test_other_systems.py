@@ -62,7 +62,7 @@ from icefall_kd.targets.dataset import collate_targets, store_fingerprint
 cuts = list(load_manifest(sys.argv[1]))
 store_fingerprint(cuts)
 found = collate_targets(cuts)
-torch.save((found.ctc, found.lens), sys.argv[2])
+torch.save((found.parts["ctc"], found.lens), sys.argv[2])
 """
     elsewhere(code, tmp_path / "kd.jsonl.gz", tmp_path / "found.pt")
     ctc, lens = torch.load(tmp_path / "found.pt")

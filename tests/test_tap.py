@@ -412,7 +412,7 @@ def test_the_ranges_are_those_of_the_recipes_loss(
         monkeypatch.undo()
         found = hook.lattice(out, Y, s_range)
     assert len(seen) == 1 and torch.equal(found.ranges, seen[0])
-    assert found.symbols.tolist() == [[3, 4, 3], [5, 6, 0], [7, 0, 0]]
+    assert found.labels.tolist() == [[3, 4, 3], [5, 6, 0], [7, 0, 0]]
 
 
 def test_a_lattice_of_a_batch_is_that_of_each_utterance(make_model, features):
@@ -603,12 +603,12 @@ def test_a_pass_without_decoder_or_head_has_nothing_of_an_earlier_one(
         forward(model, x, x_lens)
         model.forward_encoder(x, x_lens)  # by hand
         out = hook.take()
-        assert out.decoder_out is out.symbols is out.ctc_logits is None
+        assert out.decoder_out is out.labels is out.ctc_logits is None
         forward(model, x, x_lens)
         model.use_transducer = False
         model(x=x, x_lens=x_lens, y=[[3], [5], [7]])
         out = hook.take()
-        assert out.decoder_out is out.symbols is None
+        assert out.decoder_out is out.labels is None
         assert out.ctc_logits is not None
 
 
@@ -715,7 +715,7 @@ def test_a_lattice_of_more_labels_than_frames_is_refused(make_model, features):
         with pytest.raises(KDError, match=f"utterance 1 .* {t + 1} labels and {t} fr"):
             hook.lattice(out, y)
         y[1] = [5] * t
-        assert hook.lattice(out, y).symbols.size(1) == t
+        assert hook.lattice(out, y).labels.size(1) == t
 
 
 def test_a_batch_that_cr_ctc_doubles_is_taken_doubled(make_model, features):
@@ -732,10 +732,10 @@ def test_a_batch_that_cr_ctc_doubles_is_taken_doubled(make_model, features):
         use_cr_ctc=True,
     )
     out = hook.take()
-    for rows in (out.ctc_logits, out.hidden[1], out.decoder_out, out.symbols):
+    for rows in (out.ctc_logits, out.hidden[1], out.decoder_out, out.labels):
         assert len(rows) == 6
     assert torch.equal(out.encoder_out_lens[:3], out.encoder_out_lens[3:])
-    assert torch.equal(out.symbols[:3], out.symbols[3:])
+    assert torch.equal(out.labels[:3], out.labels[3:])
     assert not torch.equal(out.ctc_logits[:3], out.ctc_logits[3:])
     assert len(hook.encode(x, x_lens).ctc_logits) == 3 and model.training
 
@@ -761,8 +761,8 @@ def test_the_decoders_output_is_that_of_the_models_own_pass(make_model, features
     y = [[3, 4, 3], [5, 6], [7]]
     model(x=features[0], x_lens=features[1], y=y, prune_range=3)
     out = hook.take()
-    assert out.symbols.tolist() == [[0, 3, 4, 3], [0, 5, 6, 0], [0, 7, 0, 0]]
-    assert torch.equal(out.decoder_out, model.decoder(out.symbols))
+    assert out.labels.tolist() == [[0, 3, 4, 3], [0, 5, 6, 0], [0, 7, 0, 0]]
+    assert torch.equal(out.decoder_out, model.decoder(out.labels))
     assert out.decoder_out.requires_grad
 
 

@@ -9,7 +9,7 @@ from lhotse.cut import Cut
 
 from icefall_kd.targets.dataset import kept_frames, read_ctc
 from icefall_kd.targets.store import read_fingerprint, tracks_with_targets
-from icefall_kd.types import sparse
+from icefall_kd.types import is_sparse
 
 
 def print_stats(cuts: Iterable[Cut]) -> None:
@@ -32,7 +32,7 @@ def print_stats(cuts: Iterable[Cut]) -> None:
                 sizes[name] = sizes.get(name, 0) + share
             if rows is None:
                 continue
-            if sparse(rows):
+            if is_sparse(rows):
                 p, p_tail = rows.log_probs.exp(), rows.log_tail.exp()
                 entropy -= float((p * rows.log_probs.clamp(min=-1e4)).sum())
                 entropy -= float((p_tail * rows.log_tail.clamp(min=-1e4)).sum())

@@ -354,7 +354,7 @@ class LatticeCodec:
         if lattice.ranges.size(0) != 1:
             raise ValueError(f"a lattice of {lattice.ranges.size(0)} utterances, not 1")
         u, t = lattice.boundary[0, 2:].tolist()
-        ranges, symbols = lattice.ranges[0, :t].cpu(), lattice.symbols[0, :u].cpu()
+        ranges, symbols = lattice.ranges[0, :t].cpu(), lattice.labels[0, :u].cpu()
         logits = lattice.logits[0, :t].float().cpu()
         occupancy = lattice.occupancy[0, :t].cpu()
         if self.path:

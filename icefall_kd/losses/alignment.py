@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from icefall_kd.losses.kl import FLOOR, cast_teacher, chunk_rows, log_sum_exp, wide
-from icefall_kd.types import Distribution, select, sparse
+from icefall_kd.types import Distribution, index_rows, is_sparse
 
 
 class FramePairs(NamedTuple):
@@ -111,7 +111,7 @@ def _costs(student, linear, teacher, temperature, rows, delay, softmax) -> torch
     v = student.size(1) if linear is None else linear.out_features
     dtype = wide(student.dtype)
     costs = torch.zeros(len(rows), delay + 1, dtype=dtype, device=rows.device)
-    kept = teacher.indices.size(-1) if sparse(teacher) else 0
+    kept = teacher.indices.size(-1) if is_sparse(teacher) else 0
     step = chunk_rows(rows.device, max(v, (delay + 1) * kept))
     with torch.autocast(student.device.type, enabled=False):
         for begin in range(0, len(rows), step):
@@ -127,8 +127,8 @@ def _costs(student, linear, teacher, temperature, rows, delay, softmax) -> torch
             q = x.softmax(-1)
             if softmax is not None:
                 softmax.index_copy_(0, part, q[: len(part)])
-            y = cast_teacher(select(teacher, part), dtype, temperature)
-            if sparse(y):
+            y = cast_teacher(index_rows(teacher, part), dtype, temperature)
+            if is_sparse(y):
                 _sparse_costs(q, y, costs[begin : begin + step])
             else:
                 _dense_costs(x, log_sum_exp(x, q), y, costs[begin : begin + step])
@@ -266,7 +266,7 @@ class LateKL(torch.autograd.Function):
             student, None, teacher, temperature, valid, weights, delay, grad
         )
         rows = valid.flatten().nonzero().squeeze(1)
-        teach = _teach_sparse if sparse(teacher) else _teach_dense
+        teach = _teach_sparse if is_sparse(teacher) else _teach_dense
         with torch.autocast(student.device.type, enabled=False):
             kl = teach(grad, teacher, temperature, rows, pairs)
         if pairs.weights is not None:  # what has no weight may be inf or NaN
@@ -308,7 +308,7 @@ def _teach_dense(grad, teacher, temperature, rows, pairs) -> torch.Tensor:
         grad.index_copy_(0, row, grad.index_select(0, row) * sums[part, None])
     weighted = pairs.weights is not None or temperature != 1
     for part in (share != 0).nonzero().squeeze(1).split(step):
-        y = select(teacher, rows[pairs.teacher[part]])
+        y = index_rows(teacher, rows[pairs.teacher[part]])
         p = cast_teacher(y, grad.dtype, temperature).clamp_(min=FLOOR).softmax(-1)
         if weighted:
             p *= share[part, None]
@@ -332,11 +332,15 @@ def _teach_sparse(grad, teacher, temperature, rows, pairs) -> torch.Tensor:
     step = chunk_rows(grad.device, grad.size(1))
     for part in (~again & counted).nonzero().squeeze(1).split(step):
         row = rows[pairs.student[part]]
-        y = cast_teacher(select(teacher, rows[pairs.teacher[part]]), grad.dtype, 1.0)
+        y = cast_teacher(
+            index_rows(teacher, rows[pairs.teacher[part]]), grad.dtype, 1.0
+        )
         kl[part], g = _sparse_of_softmax(grad.index_select(0, row), y, share[part])
         grad.index_copy_(0, row, g)
     for part, q in zip(others.split(step), copies.split(step)):
-        y = cast_teacher(select(teacher, rows[pairs.teacher[part]]), grad.dtype, 1.0)
+        y = cast_teacher(
+            index_rows(teacher, rows[pairs.teacher[part]]), grad.dtype, 1.0
+        )
         kl[part], g = _sparse_of_softmax(q, y, share[part])
         grad.index_add_(0, rows[pairs.student[part]], g)
     return kl

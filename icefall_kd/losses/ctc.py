@@ -15,7 +15,7 @@ from icefall_kd.losses.kl import (
     valid_frames,
     wide,
 )
-from icefall_kd.types import Distribution, SparseDistribution, select, sparse
+from icefall_kd.types import Distribution, SparseDistribution, index_rows, is_sparse
 
 FRAMES = ("all", "non-blank", "symmetric", "entropy", "confidence")
 NEIGHBOURS = 2  # "symmetric": frames that count on either side of a non-blank one
@@ -124,7 +124,7 @@ def _loss(
     valid = valid_frames(student, lengths, mask, "logits")
     rows = valid.flatten().nonzero().squeeze(1)
     flat = student.flatten(0, 1)
-    if sparse(teacher):
+    if is_sparse(teacher):
         teacher = teacher.to(student.device)
         _check_symbols(teacher.indices.flatten(0, 1)[rows], v)
     else:
@@ -166,7 +166,7 @@ def _kl(
     if linear is None:
         return row_kl(flat, said, temperature, student_rows, teacher_rows, weights)
     x = flat.index_select(0, student_rows)
-    return linear_kl(x, linear, select(said, teacher_rows), temperature, weights)
+    return linear_kl(x, linear, index_rows(said, teacher_rows), temperature, weights)
 
 
 def frame_weights(
@@ -232,10 +232,10 @@ def _statistics(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of rows: not blank, the best symbol's probability, the entropy; (R,) each."""
     parts = []
-    k = (said.log_probs if sparse(said) else said).size(1)
+    k = (said.log_probs if is_sparse(said) else said).size(1)
     for part in rows.split(chunk_rows(rows.device, k)):
-        x = select(said, part)
-        if sparse(x):
+        x = index_rows(said, part)
+        if is_sparse(x):
             top, at = x.log_probs.max(-1, keepdim=True)
             best, top = x.indices.gather(1, at).squeeze(1), top.squeeze(1)
             log_p = torch.cat((x.log_probs, x.log_tail.unsqueeze(1)), -1)
@@ -271,7 +271,7 @@ def ctc_diagnostics(
       mask: (N, T), bool: of the valid frames only these; by default all.
     """
     valid = valid_frames(
-        logits.indices if sparse(logits) else logits, lengths, mask, "logits"
+        logits.indices if is_sparse(logits) else logits, lengths, mask, "logits"
     )
     rows = valid.flatten().nonzero().squeeze(1)
     spike, top, _ = _statistics(_flat(logits), rows, blank_id, 1.0)
@@ -284,15 +284,15 @@ def ctc_diagnostics(
 
 
 def _flat(rows: Distribution) -> Distribution:
-    if sparse(rows):
+    if is_sparse(rows):
         parts = (rows.indices, rows.log_probs, rows.log_tail)
         return SparseDistribution(*(x.detach().flatten(0, 1) for x in parts))
     return rows.detach().flatten(0, 1)
 
 
 def _check_shapes(ours: Tuple[int, ...], teacher: Distribution) -> None:
-    shape = (teacher.indices if sparse(teacher) else teacher).shape
-    n_equal = 2 if sparse(teacher) else 3
+    shape = (teacher.indices if is_sparse(teacher) else teacher).shape
+    n_equal = 2 if is_sparse(teacher) else 3
     if len(ours) != 3 or len(shape) != 3 or ours[:n_equal] != shape[:n_equal]:
         raise KDError(
             f"student logits have shape {ours} and teacher logits {tuple(shape)}, and "
@@ -336,8 +336,8 @@ def _check_rows(flat, linear, said: Distribution, rows: torch.Tensor) -> None:
     few = rows[torch.linspace(0, max(len(rows) - 1, 0), n, device=rows.device).long()]
     if linear is None:
         _check_logits("student", flat[few])
-    said = select(said, few)
-    if not sparse(said):
+    said = index_rows(said, few)
+    if not is_sparse(said):
         return _check_logits("teacher", said)
     mass = said.log_probs.double().exp().sum(-1) + said.log_tail.double().exp()
     if not ((mass - 1).abs() < 0.01).all():
@@ -362,7 +362,7 @@ def _check_logits(whose: str, x: torch.Tensor) -> None:
 
 
 def _refuse_nan(student, teacher: Distribution, valid: torch.Tensor) -> None:
-    said = teacher.log_probs if sparse(teacher) else teacher
+    said = teacher.log_probs if is_sparse(teacher) else teacher
     for name, x, remedy in (
         ("the student's output", student, "lower --base-lr, or train without fp16"),
         ("the teacher's output", said, "make the targets again"),

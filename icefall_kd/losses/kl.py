@@ -12,7 +12,7 @@ from typing import Any, Callable, Optional, Tuple
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.types import Distribution, SparseDistribution, select, sparse
+from icefall_kd.types import Distribution, SparseDistribution, index_rows, is_sparse
 
 FLOOR = -1e30  # in place of -inf: 0 * FLOOR is 0
 # Elements of a chunk: a few of them fit a CPU's cache; a GPU needs large ones.
@@ -85,7 +85,7 @@ def _sparse(
 
 
 def cast_teacher(teacher: Distribution, dtype: torch.dtype, temperature: float):
-    if sparse(teacher):  # at this temperature already
+    if is_sparse(teacher):  # at this temperature already
         log_probs, tail = teacher.log_probs.to(dtype), teacher.log_tail.to(dtype)
         return SparseDistribution(teacher.indices, log_probs, tail)
     return teacher.to(dtype) * (1 / temperature)
@@ -125,8 +125,10 @@ class _Rows:
             x, out, take = logits(rows)
             x = x.to(dtype) * (1 / self.temperature)
             which = part if self.teacher_rows is None else self.teacher_rows[part]
-            said = cast_teacher(select(self.teacher, which), dtype, self.temperature)
-            kl, grad = (_sparse if sparse(said) else _dense)(x, said, out)
+            said = cast_teacher(
+                index_rows(self.teacher, which), dtype, self.temperature
+            )
+            kl, grad = (_sparse if is_sparse(said) else _dense)(x, said, out)
             kl.clamp_(min=0.0)  # what rounding leaves of an equal pair
             if self.weights is not None:
                 weights = self.weights[part].to(dtype)

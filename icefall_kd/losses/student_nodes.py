@@ -8,7 +8,7 @@ from torch import nn
 
 from icefall_kd.errors import KDError, NotFiniteError
 from icefall_kd.losses.kl import linear_kl, row_kl
-from icefall_kd.types import Distribution, Nodes, sparse
+from icefall_kd.types import Distribution, Nodes, is_sparse
 
 
 class StudentNodes:
@@ -168,7 +168,7 @@ def _check_inside(encoder_out, lens, decoder_out, nodes: Nodes) -> None:
 
 
 def _check_vocabulary(teacher: Distribution, v: int) -> None:
-    if not sparse(teacher):
+    if not is_sparse(teacher):
         found = teacher.size(1)
     else:
         found = int(teacher.indices.max()) + 1 if teacher.indices.numel() else 0

@@ -16,7 +16,7 @@ from icefall_kd.types import (
     Nodes,
     PrunedLattice,
     SparseDistribution,
-    sparse,
+    is_sparse,
 )
 
 FORMS = ("nodes", "collapsed", "mean_u", "sampled_u")
@@ -33,7 +33,7 @@ def nodes_of(lattice: PrunedLattice) -> Nodes:
         row,
         frame,
         position,
-        _labels(lattice.symbols, lattice.boundary[:, 2], row, position),
+        _labels(lattice.labels, lattice.boundary[:, 2], row, position),
         lattice.occupancy[row, frame, s],
         lattice.logits[row, frame, s],
     )
@@ -56,7 +56,7 @@ def stored_nodes(lattices: List[Optional[LatticeTargets]]) -> Optional[Nodes]:
             continue
         frame, s = passed_nodes(lattice.occupancy).nonzero(as_tuple=True)
         position = lattice.ranges[frame, s]
-        symbols = lattice.symbols.unsqueeze(0)
+        symbols = lattice.labels.unsqueeze(0)
         lens = torch.tensor([symbols.size(1)], device=symbols.device)
         label = _labels(symbols, lens, torch.zeros_like(frame), position)
         which = torch.full_like(frame, row)
@@ -78,7 +78,7 @@ def _labels(symbols, lens, row, position) -> torch.Tensor:
 
 
 def _joined(parts: List[Distribution]) -> Distribution:
-    if not sparse(parts[0]):
+    if not is_sparse(parts[0]):
         return torch.cat(parts)
     width = max(p.indices.size(1) for p in parts)
 
@@ -100,7 +100,7 @@ def collapse(nodes: Nodes, blank_id: int, temperature: float = 1.0) -> Nodes:
     """
     label = nodes.label.clamp(min=0)
     pair = torch.stack((label, torch.full_like(label, blank_id)), -1)
-    if sparse(nodes.teacher):
+    if is_sparse(nodes.teacher):
         hit = nodes.teacher.indices.unsqueeze(1) == pair.unsqueeze(2)  # (R, 2, K)
         log_probs = nodes.teacher.log_probs.unsqueeze(1)
         log_pair = log_probs.masked_fill(~hit, -torch.inf).amax(-1)
@@ -117,7 +117,7 @@ def collapse(nodes: Nodes, blank_id: int, temperature: float = 1.0) -> Nodes:
         taken |= ids == blank_id
         rest = log_probs.masked_fill(taken, -torch.inf).logsumexp(-1)
     gone = nodes.label < 0
-    if sparse(nodes.teacher):  # what the clamped label -1 has taken out goes back
+    if is_sparse(nodes.teacher):  # what the clamped label -1 has taken out goes back
         back = log_pair[:, 0].masked_fill(~gone | (pair[:, 0] == blank_id), -torch.inf)
         rest = torch.logaddexp(rest, back)
     first = log_pair[:, 0].masked_fill(gone, -torch.inf)
@@ -260,7 +260,7 @@ def total_kd_loss(
         raise KDError(f"the CTC share is {ctc_share!r}, and must be from 0 to 1")
     nodes, layer = student.nodes, student.joiner.output_linear
     _need_dense(nodes.teacher, "total")
-    if sparse(teacher_ctc):
+    if is_sparse(teacher_ctc):
         raise KDError(
             f"the form total mixes logits of all {layer.out_features} symbols, and the "
             f"CTC targets keep {teacher_ctc.indices.size(-1)} a frame: dump with "
@@ -303,7 +303,7 @@ def _check_ctc(x: torch.Tensor, name: str, row, frame, v: int) -> None:
 
 
 def _need_dense(teacher: Distribution, form: str) -> None:
-    if sparse(teacher):
+    if is_sparse(teacher):
         raise KDError(
             f"the form {form} needs the teacher's logits of all symbols, and its "
             f"lattice keeps {teacher.indices.size(-1)} a node: dump with "

@@ -33,7 +33,7 @@ from icefall_kd.types import (
     LatticeTargets,
     SparseDistribution,
     Targets,
-    select,
+    index_rows,
 )
 
 MISSING = ("refuse", "hard")
@@ -175,7 +175,7 @@ def read_ctc(cut: MonoCut, pointer: Pointer) -> Optional[Distribution]:
     """
     piece = _piece(0.0, cut, pointer)
     rows = _decode([piece], [pointer.read()])
-    return None if rows is None else select(rows, slice(piece.first, piece.last))
+    return None if rows is None else index_rows(rows, slice(piece.first, piece.last))
 
 
 def collate_targets(
@@ -208,25 +208,24 @@ def collate_targets(
             begin += p.pointer.frames
     whole = [len(row) == 1 and row[0].whole for row in batch]
     index = torch.from_numpy(index)
-    ctc, layers = None, {}
+    parts: Dict[str, Any] = {}
     for store in {p.pointer.store for p in pieces}:
         first = pieces[0].pointer.store
         read_fingerprint(first).check_same(read_fingerprint(store), first)
     if pieces:
         flat, at = _decode(pieces, records), index.clamp(min=0)
-        ctc = None if flat is None else select(flat, at)
+        if flat is not None:
+            parts["ctc"] = index_rows(flat, at)
         if hidden:
-            rows = _decode_hidden(pieces, records)
-            layers = {layer: x[at] for layer, x in rows.items()}
-    lattices = None
+            parts["hidden"] = index_rows(_decode_hidden(pieces, records), at)
     if lattice:
         read = iter(records)
-        lattices = []
+        parts["lattice"] = lattices = []
         for row, complete in zip(batch, whole):
             of_row = [(p, next(read)) for p in row]
             lattices.append(_lattice(*of_row[0]) if complete else None)
     lens, whole = torch.tensor(lens), torch.tensor(whole)
-    return Targets(ctc, lens, index >= 0, whole, lattices, hidden=layers)
+    return Targets(lens, index >= 0, whole, parts)
 
 
 def resample_frames(
@@ -245,9 +244,8 @@ def resample_frames(
     at = (slice(None), (2 * frames + 1) * wanted // (2 * mine))
     lens = targets.lens * mine // wanted
     whole = torch.zeros_like(targets.whole)  # front ends differ at the edges
-    ctc = None if targets.ctc is None else select(targets.ctc, at)
-    hidden = {layer: x[at] for layer, x in targets.hidden.items()}
-    return Targets(ctc, lens, targets.mask[at], whole, hidden=hidden)
+    parts = {k: x for k, x in targets.parts.items() if k in ("ctc", "hidden")}
+    return Targets(lens, targets.mask[at], whole, index_rows(parts, at))
 
 
 def map_symbols(targets: Targets, symbols: torch.Tensor) -> Targets:
@@ -264,7 +262,7 @@ def map_symbols(targets: Targets, symbols: torch.Tensor) -> Targets:
             f"the symbols map to {len(torch.unique(symbols))} of the student's {size}: "
             "all of them must occur"
         )
-    ctc = targets.ctc
+    ctc = targets.parts.get("ctc")
     if ctc is None:
         pass
     elif isinstance(ctc, SparseDistribution):
@@ -282,7 +280,8 @@ def map_symbols(targets: Targets, symbols: torch.Tensor) -> Targets:
         out = ctc.new_zeros((*ctc.shape[:-1], size))
         index = symbols.expand(ctc.shape)
         ctc = out.scatter_add_(-1, index, ctc.softmax(-1)).log()
-    return replace(targets, ctc=ctc, lattices=None)
+    parts = {k: x for k, x in targets.parts.items() if k != "lattice"}
+    return replace(targets, parts={**parts, **({} if ctc is None else {"ctc": ctc})})
 
 
 def store_fingerprint(
@@ -350,8 +349,8 @@ class KDDataset(torch.utils.data.Dataset):
         teacher's. See :func:`resample_frames`.
       symbols: The student's index of each of the teacher's symbols, where they differ.
         See :func:`map_symbols`. Lattices are not mapped, and go without.
-      lattice: Read lattices too, ``Targets.lattices``.
-      hidden: Read hidden layers too, ``Targets.hidden``.
+      lattice: Read lattices too, the part "lattice".
+      hidden: Read hidden layers too, the part "hidden".
       time_warp: What the dataset's time warps do, which targets are to follow.
       manifest_dir: The manifest's folder, in which a store is looked for that is no
         longer where its cuts say.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from lhotse.dataset import signal_transforms
 
-from icefall_kd.types import Targets, select
+from icefall_kd.types import Targets, index_rows
 
 
 def first_center(factor: float) -> float:
@@ -85,7 +85,9 @@ class WarpRecord(torch.nn.Module):
         at = (torch.arange(len(index)).unsqueeze(1), index)
         return replace(
             targets,
-            ctc=None if targets.ctc is None else select(targets.ctc, at),
             mask=targets.mask[at],
-            hidden={layer: x[at] for layer, x in targets.hidden.items()},
+            parts={
+                k: index_rows(x, at) if k in ("ctc", "hidden") else x
+                for k, x in targets.parts.items()
+            },
         )

@@ -123,12 +123,14 @@ class OnlineTeacher:
             )
         outs = self.encode(x, x_lens)
         lens = outs[0].encoder_out_lens
-        found = Targets(None, lens * heard, whole=heard)
+        found = Targets(lens * heard, whole=heard)
         if self.hooks[0].ctc:
-            found.ctc = self.ctc(outs, cuts).float().log_softmax(-1)
-        found.hidden = {layer: hidden_rows(outs[0], layer) for layer in self.hidden}
+            found.parts["ctc"] = self.ctc(outs, cuts).float().log_softmax(-1)
+        if self.hidden:
+            rows = {layer: hidden_rows(outs[0], layer) for layer in self.hidden}
+            found.parts["hidden"] = rows
         if y is not None:
-            found.nodes = self._nodes(outs, y, s_range, cuts, path_only)
+            found.parts["nodes"] = self._nodes(outs, y, s_range, cuts, path_only)
         return found
 
     def _nodes(
@@ -300,7 +302,7 @@ class CachingTeacher:
     def _ask(self, cuts: List[MonoCut], device: torch.device) -> None:
         x, x_lens = collate_heard(cuts)
         found = self.teacher.targets(x.to(device), x_lens.to(device), cuts)
-        for cut, logits, n in zip(cuts, found.ctc, found.lens.tolist()):
+        for cut, logits, n in zip(cuts, found.parts["ctc"], found.lens.tolist()):
             self.pointers[cut.id] = self.writer.write(cut, logits[:n])
 
     def _with_pointer(self, cut: Cut) -> Cut:

@@ -21,7 +21,7 @@ from icefall_kd.terms.batch_checks import check_frames, check_labels, count_copi
 from icefall_kd.terms.finite import NonFiniteBatches, finite_number
 from icefall_kd.terms.layers import HiddenLayers
 from icefall_kd.terms.schedule import Curve, Schedule
-from icefall_kd.types import EncoderOut, Nodes, Targets, select
+from icefall_kd.types import EncoderOut, Nodes, Targets, index_rows
 
 Weight = Union[float, str, Curve]
 Term = Tuple[torch.Tensor, float]  # a sum over frames, and how many these are
@@ -217,7 +217,7 @@ class JointKDLoss:
         )
         info: Dict[str, float] = {}
         copies = count_copies(student, targets)
-        targets = targets.repeat(copies)
+        targets = targets.tile(copies)
         check_frames(student, targets)
         targets = targets.to(student.encoder_out.device)
         if self.hidden is not None:  # in every process, whatever its batch has
@@ -261,16 +261,16 @@ class _Batch:
 
     def _ctc_logits(self) -> Tuple[torch.Tensor, Any]:
         """Those of the student and of the teacher, as long as the mask."""
-        logits, said = self.student.ctc_logits, self.targets.ctc
+        logits, said = self.student.ctc_logits, self.targets.parts["ctc"]
         if isinstance(said, torch.Tensor) and said.size(-1) != logits.size(-1):
             raise KDError(
                 f"the student's CTC head has {logits.size(-1)} symbols and the "
                 f"teacher's targets have {said.size(-1)}: both need the same BPE model"
             )
-        return logits[:, self.frames], select(said, (slice(None), self.frames))
+        return logits[:, self.frames], index_rows(said, (slice(None), self.frames))
 
     def _no_ctc_targets(self) -> bool:
-        return self.targets.ctc is None or not self.targets.mask.any()
+        return self.targets.parts.get("ctc") is None or not self.targets.mask.any()
 
     def ctc(self) -> Term:
         if self._no_ctc_targets():
@@ -290,11 +290,11 @@ class _Batch:
 
     def _stored(self) -> Optional[Nodes]:
         if self._found is None:
-            nodes = self.targets.nodes
+            nodes = self.targets.parts.get("nodes")
             if nodes is None:
-                nodes = stored_nodes(self.targets.lattices or [])
+                nodes = stored_nodes(self.targets.parts.get("lattice") or [])
             if nodes is not None:
-                check_labels(self.student.symbols, nodes)
+                check_labels(self.student.labels, nodes)
             self._found = nodes
         return self._found
 
@@ -356,10 +356,12 @@ class _Batch:
 
     def hidden(self) -> Term:
         value = self.joint.hidden(self.student, self.targets, self.mask)
-        return value, float(self.mask.sum()) if self.targets.hidden else 0.0
+        return value, (
+            float(self.mask.sum()) if self.targets.parts.get("hidden") else 0.0
+        )
 
     def nbest(self) -> Term:
-        lists, student = self.targets.nbest, self.student
+        lists, student = self.targets.parts.get("nbest"), self.student
         value = _nothing(student.encoder_out)
         if not lists or not any(lists):
             return value, 0.0

@@ -164,11 +164,11 @@ class HiddenLayers:
         total, t = None, mask.size(1)
         for pair in self.pairs:
             rows = hidden_rows(student, pair[1])
-            if not targets.hidden:
+            if not targets.parts.get("hidden"):
                 value = rows[:0].sum()  # 0, whatever stands in padding
             else:
                 module = self.modules["-".join(map(str, pair))]
-                said = targets.hidden[pair[0]].to(rows.device)
+                said = targets.parts["hidden"][pair[0]].to(rows.device)
                 value = self._distance(module, rows[:, :t], said[:, :t], mask)
             total = value if total is None else total + value
         return total
@@ -194,8 +194,8 @@ class HiddenLayers:
         """Make what is missing between the pairs, once both widths are known."""
         if len(self.modules) == len(self.pairs):
             return
-        if targets.hidden and not self.widths:
-            self.learn_widths(targets.hidden)
+        if targets.parts.get("hidden") and not self.widths:
+            self.learn_widths(targets.parts["hidden"])
         if not self.widths:
             self._refuse_to_wait()
             return

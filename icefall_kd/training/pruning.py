@@ -82,19 +82,20 @@ class TeacherRanges:
         ranges = self.own(px_grad, py_grad, boundary, s_range)
         targets = self.coming
         self.expect(None)
-        if targets is None or not targets.lattices or not torch.is_grad_enabled():
+        lattices = targets.parts.get("lattice") if targets is not None else None
+        if not lattices or not torch.is_grad_enabled():
             return ranges
         width, last = ranges.size(2), px_grad.size(1)
-        copies = len(boundary) // len(targets.lattices)  # two of CR-CTC
-        for i, lattice in enumerate(targets.lattices * copies):
+        copies = len(boundary) // len(lattices)  # two of CR-CTC
+        for i, lattice in enumerate(lattices * copies):
             if lattice is None:
                 continue
             t, u = int(boundary[i, 3]), int(boundary[i, 2])
-            if lattice.ranges.size(0) != t or lattice.symbols.size(0) != u:
+            if lattice.ranges.size(0) != t or lattice.labels.size(0) != u:
                 raise KDError(
                     f"row {i} of a batch has {t} frames and {u} labels, and its "
                     f"teacher's lattice {lattice.ranges.size(0)} and "
-                    f"{lattice.symbols.size(0)}: run `icefall-kd dump` on the cuts "
+                    f"{lattice.labels.size(0)}: run `icefall-kd dump` on the cuts "
                     "that are trained on, with the student's BPE model"
                 )
             if min(lattice.ranges.size(1), u + 1) > width:

@@ -208,7 +208,7 @@ class Session:
             y = None
             if self.joint.needs_lattice and batch.get("kd_transcribed", True):
                 # The recipe's own labels, whatever it makes them with.
-                rows = student.symbols[: len(x), 1:].tolist()
+                rows = student.labels[: len(x), 1:].tolist()
                 y = [[s for s in row if s != self.blank_id] for row in rows]
             return self.teacher.targets(
                 x,
@@ -294,7 +294,7 @@ class Session:
     def add_terms(self, loss, info, student, targets, batch):
         """The joint loss of a training batch; its names go to ``info``."""
         if "nbest" in self.joint.terms:
-            targets.nbest = self.nbest(batch)
+            targets.parts["nbest"] = self.nbest(batch)
         supervisions = batch["supervisions"]
         epoch = self.progress.saw(len(supervisions["text"]))
         transcribed = bool(batch.get("kd_transcribed", True))
@@ -332,7 +332,7 @@ def _first_layers(cuts) -> Dict:
 
     for cut in cuts:
         if tracks_with_targets(cut):
-            return collate_targets([cut], hidden=True).hidden
+            return collate_targets([cut], hidden=True).parts["hidden"]
     return {}
 
 
@@ -412,7 +412,7 @@ def joint_loss(loss, info, model, batch):
     _session.before_batch()
     if not _session.joint.needs_targets:
         rows = len(batch["inputs"])
-        targets = Targets(None, student.encoder_out_lens[:rows])
+        targets = Targets(student.encoder_out_lens[:rows])
     elif _session.teacher is not None:
         targets = _session.ask(batch, student, next(model.parameters()).device)
     elif "kd_targets" in batch:

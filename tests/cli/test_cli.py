@@ -348,7 +348,7 @@ def test_dump_keeps_lattices(
             out = hook.encode(x, torch.tensor([x.size(1)]))
             part = Pointer.of(cut).read()["lattice"]
             assert part == codec.encode(hook.lattice(out, y, 4), cut.id)
-            assert codec.decode(part, 25).symbols.tolist() == y[0]
+            assert codec.decode(part, 25).labels.tolist() == y[0]
 
 
 def test_dump_of_lattices_in_batches_is_as_alone(
@@ -364,7 +364,7 @@ def test_dump_of_lattices_in_batches_is_as_alone(
     for name, parts in targets_of(tmp_path / "out.jsonl.gz").items():
         a = codec.decode(parts["lattice"], 25)
         b = codec.decode(other[name]["lattice"], 25)
-        assert torch.equal(a.symbols, b.symbols)
+        assert torch.equal(a.labels, b.labels)
         width = b.occupancy.size(1)
         difference = a.occupancy[:, :width] - b.occupancy
         assert difference.abs().max() <= 1.01 / 255
@@ -420,7 +420,7 @@ def test_a_cut_of_more_labels_than_frames_goes_without_a_lattice(
     assert done.code == 0
     assert "1 of 3 cuts have more labels than frames, long the first" in caplog.text
     found = collate_targets(list(CutSet.from_file(out)), lattice=True)
-    assert [x is None for x in found.lattices] == [False, True, False]
+    assert [x is None for x in found.parts["lattice"]] == [False, True, False]
     assert found.lens.tolist() == [10, 7, 7] and found.mask.sum(1).tolist() == [
         10,
         7,
@@ -432,7 +432,9 @@ def test_a_cut_of_more_labels_than_frames_goes_without_a_lattice(
     done = invoke(*dump_words(*words, cuts=tmp_path / "two.jsonl", out=alone))
     assert done.code == 0
     two = collate_targets(list(CutSet.from_file(alone)), lattice=True)
-    for a, b in zip(two.lattices, (found.lattices[0], found.lattices[2])):
+    for a, b in zip(
+        two.parts["lattice"], (found.parts["lattice"][0], found.parts["lattice"][2])
+    ):
         assert torch.equal(a.occupancy, b.occupancy)
     assert invoke(*dump_words(*words, cuts=path)).code == 0  # all is there already
 

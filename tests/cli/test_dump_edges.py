@@ -64,11 +64,11 @@ def test_a_full_lattice_is_that_of_an_online_teacher(
         list(load_manifest(tmp_path / "out.jsonl.gz")), lattice=True
     )
     sp = load_tokenizer(bpe_models.a)
-    for cut, lattice in zip(given, stored.lattices, strict=True):
+    for cut, lattice in zip(given, stored.parts["lattice"], strict=True):
         x = torch.from_numpy(cut.load_features())[None]
         y = [sp.encode(cut.supervisions[0].text, out_type=int)]
         lens = torch.tensor([x.size(1)])
-        nodes = OnlineTeacher([teacher]).targets(x, lens, y=y, s_range=0).nodes
+        nodes = OnlineTeacher([teacher]).targets(x, lens, y=y, s_range=0).parts["nodes"]
         t = int(stored.lens[given.index(cut)])
         full = torch.zeros(t, len(y[0]) + 1)
         full[nodes.frame, nodes.position] = nodes.occupancy
@@ -434,7 +434,7 @@ def test_labels_are_compared_with_the_frames_that_are_heard(
         assert invoke(*dump_words(*lattice_words, cuts=path)).code == 0
     assert "have more labels than frames, long the first" in caplog.text
     found = list(load_manifest(tmp_path / "out.jsonl.gz"))
-    lattices = collate_targets(found, lattice=True).lattices
+    lattices = collate_targets(found, lattice=True).parts["lattice"]
     assert [x is None for x in lattices] == [False, True]
 
 

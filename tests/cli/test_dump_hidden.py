@@ -104,8 +104,10 @@ def test_lattices_are_kept_alone(
         lattice = hear(teacher, cut, y=y, s_range=4)
         assert kept == {"lattice": codec.encode(lattice, cut.id)}
         targets = collate_targets([cut], lattice=True)
-        assert targets.ctc is None and targets.lens.tolist() == [FRAMES[cut.id]]
-        assert targets.lattices[0].symbols.tolist() == y
+        assert targets.parts.get("ctc") is None and targets.lens.tolist() == [
+            FRAMES[cut.id]
+        ]
+        assert targets.parts["lattice"][0].labels.tolist() == y
 
 
 @pytest.mark.parametrize("layers", [(1, OUT), (OUT,), (0, 1)])
@@ -132,8 +134,8 @@ def test_hidden_layers_in_batches_are_as_alone(invoke, dump_words, parts, tmp_pa
     assert invoke(*dump_words(*words, "--max-duration", 9)).code == 0
     for (cut, _), (plain, _) in zip(parts(), parts("alone"), strict=True):
         assert cut.id == plain.id
-        found = collate_targets([cut], hidden=True).hidden
-        expected = collate_targets([plain], hidden=True).hidden
+        found = collate_targets([cut], hidden=True).parts["hidden"]
+        expected = collate_targets([plain], hidden=True).parts["hidden"]
         assert set(found) == set(expected) == {0, 1, OUT}
         for layer, rows in expected.items():
             torch.testing.assert_close(found[layer], rows, rtol=2**-9, atol=1e-3)
@@ -165,11 +167,11 @@ def test_what_was_dumped_without_ctc_can_be_read_in_a_batch(
     cuts = load_manifest(tmp_path / "out.jsonl.gz").to_eager()
     batch = KDDataset(K2SpeechRecognitionDataset(), hidden=True)[cuts]
     targets = batch["kd_targets"]
-    assert targets.ctc is None and targets.lens.tolist() == [21, 14, 10, 7]
+    assert targets.parts.get("ctc") is None and targets.lens.tolist() == [21, 14, 10, 7]
     for i, cut in enumerate(batch["supervisions"]["cut"]):
         for layer in (1, OUT):
             rows = rows_of(cut, layer).half().float()
-            assert torch.equal(targets.hidden[layer][i, : len(rows)], rows)
+            assert torch.equal(targets.parts["hidden"][layer][i, : len(rows)], rows)
 
 
 def test_a_teacher_without_ctc_head_is_dumped_without_ctc_targets(
@@ -261,7 +263,7 @@ def test_a_trained_quantizers_codes_are_dumped(
         assert codes.shape == (FRAMES[cut.id], 2, 2)
         assert kept["hidden.1"] == codes.numpy().astype(np.uint8).tobytes()
         assert len(kept["hidden.out"]) == FRAMES[cut.id] * 24 * 2
-        targets = collate_targets([cut], hidden=True).hidden
+        targets = collate_targets([cut], hidden=True).parts["hidden"]
         assert torch.equal(targets[1][0], codes)
 
 

@@ -116,7 +116,7 @@ def test_lattices_are_averaged_on_the_first_teachers_nodes(
         assert list(parts) == ["ctc", "lattice"]
         found = codec.decode(parts["lattice"], 25)
         assert torch.equal(found.ranges, first.ranges[0])
-        assert found.symbols.tolist() == y
+        assert found.labels.tolist() == y
         close(found.nodes, logits[0][found.occupancy > 0])
         nodes += len(found.nodes)
         t = len(found.ranges)

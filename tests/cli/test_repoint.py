@@ -36,7 +36,7 @@ def check(cuts, expected):
     read_fingerprint.cache_clear()
     cuts = list(cuts)
     found = collate_targets(cuts)
-    for row, n, cut in zip(found.ctc, found.lens.tolist(), cuts):
+    for row, n, cut in zip(found.parts["ctc"], found.lens.tolist(), cuts):
         assert torch.equal(row[:n], expected[cut.id])
 
 

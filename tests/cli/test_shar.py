@@ -86,7 +86,7 @@ def read(folder):
 def same(a, b):
     """Targets of two batches."""
     assert torch.equal(a.lens, b.lens) and torch.equal(a.mask, b.mask)
-    assert torch.equal(a.whole, b.whole) and torch.equal(a.ctc, b.ctc)
+    assert torch.equal(a.whole, b.whole) and torch.equal(a.parts["ctc"], b.parts["ctc"])
 
 
 def beside(folder):
@@ -151,8 +151,8 @@ def test_a_shar_with_targets_can_be_dumped_again(
     assert not any("record" in c.custom[FIELD] for c in load_manifest(new))
     assert invoke("shar", new, filled).code == 0
     after = collate_targets(list(read(filled).values()))
-    assert after.ctc.shape == before.ctc.shape
-    assert (after.ctc - before.ctc).abs().max() > 0.1
+    assert after.parts["ctc"].shape == before.parts["ctc"].shape
+    assert (after.parts["ctc"] - before.parts["ctc"]).abs().max() > 0.1
 
 
 def test_the_dumps_manifest_is_plain_and_lean(dumped, folder, cuts):
@@ -190,12 +190,14 @@ def test_all_parts_of_a_record_come_along(
     (tmp_path / "out_kd" / "targets.bin").unlink()
     found = collate_targets(list(read(folder).values()), lattice=True, hidden=True)
     expected = collate_targets(list(load_manifest(other)), lattice=True, hidden=True)
-    assert found.ctc is None and set(found.hidden) == {1, OUT}
-    for layer, rows in expected.hidden.items():
-        assert torch.equal(found.hidden[layer][found.mask], rows[expected.mask])
+    assert found.parts.get("ctc") is None and set(found.parts["hidden"]) == {1, OUT}
+    for layer, rows in expected.parts["hidden"].items():
+        assert torch.equal(
+            found.parts["hidden"][layer][found.mask], rows[expected.mask]
+        )
     y = load_tokenizer(bpe_models.a).encode("ein", out_type=int)
-    for a, b in zip(found.lattices, expected.lattices, strict=True):
-        assert torch.equal(a.occupancy, b.occupancy) and a.symbols.tolist() == y
+    for a, b in zip(found.parts["lattice"], expected.parts["lattice"], strict=True):
+        assert torch.equal(a.occupancy, b.occupancy) and a.labels.tolist() == y
         assert torch.equal(a.nodes.log_probs, b.nodes.log_probs)
 
 
@@ -250,8 +252,8 @@ def test_a_shar_is_trained_on_in_a_data_loader(filled, plain):
                 if np.array_equal(x[: c.num_frames].numpy(), c.load_features())
             )
             n = int(targets.lens[i])
-            expected = collate_targets([cut]).ctc[0]
-            assert torch.equal(targets.ctc[i, :n], expected)
+            expected = collate_targets([cut]).parts["ctc"][0]
+            assert torch.equal(targets.parts["ctc"][i, :n], expected)
             seen.append(cut.id)
     assert sorted(seen) == sorted(LENGTHS)
 
@@ -632,5 +634,5 @@ def test_plain_lhotse_loads_the_shar(filled, plain, run_python, tmp_path):
     loaded = np.load(tmp_path / "out.npz")
     for cut in plain:
         rows = torch.from_numpy(loaded[cut.id]).float().log_softmax(-1)
-        assert torch.equal(rows, collate_targets([cut]).ctc[0])
+        assert torch.equal(rows, collate_targets([cut]).parts["ctc"][0])
         assert np.array_equal(loaded[f"{cut.id}.feats"], cut.load_features())

@@ -420,7 +420,7 @@ def test_a_lattices_frame_comes_back(name, padding):
     codec = LatticeCodec.parse(name, 0)
     found = codec.decode(codec.encode(given), 11)
     assert torch.equal(found.ranges, given.ranges[0, :7])
-    assert found.symbols.tolist() == [3, 4, 3]
+    assert found.labels.tolist() == [3, 4, 3]
     assert found.occupancy.shape == (7, 3)
     assert (found.occupancy - given.occupancy[0, :7]).abs().max() <= 0.5 / 255 + 1e-6
     rows = found.nodes
@@ -430,7 +430,7 @@ def test_a_lattices_frame_comes_back(name, padding):
 
 def arcs_of(given, found, blank_id):
     """Blank and next label of each node; blank twice behind the last label."""
-    y = [*given.symbols[0].tolist(), blank_id]
+    y = [*given.labels[0].tolist(), blank_id]
     position = given.ranges[0][found.occupancy > 0].tolist()
     return torch.tensor([[blank_id, y[u]] for u in position])
 
@@ -551,7 +551,7 @@ def test_a_lattice_of_a_batch_is_an_error():
     two = PrunedLattice(
         *(
             torch.cat((x, x))
-            for x in (one.ranges, one.boundary, one.symbols, one.logits, one.occupancy)
+            for x in (one.ranges, one.boundary, one.labels, one.logits, one.occupancy)
         )
     )
     with pytest.raises(ValueError, match="2 utterances"):

@@ -350,7 +350,7 @@ def test_the_sums_are_the_engines_pruned_loss(
         found = hook.lattice(hook.encode(*features), y, s_range)
     expected = get_engine().rnnt_loss_pruned(
         logits=found.logits,
-        symbols=found.symbols,
+        symbols=found.labels,
         ranges=found.ranges,
         termination_symbol=0,
         boundary=found.boundary,

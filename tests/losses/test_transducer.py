@@ -204,7 +204,7 @@ def pair(make_model, features):
     with ModelTap(model) as hook:
         out = hook.encode(*features)
         student = hook.lattice(out, y, ranges=teacher.ranges)
-    sos = torch.nn.functional.pad(teacher.symbols, (1, 0))
+    sos = torch.nn.functional.pad(teacher.labels, (1, 0))
     decoder_out = model.decoder(sos).detach()
     return model, (out.encoder_out, out.encoder_out_lens, decoder_out), student, teacher
 

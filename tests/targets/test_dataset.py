@@ -45,12 +45,14 @@ def stored(stored_form):
 def check_batch(batch, cuts, stored):
     """Find each row's cut by its features; compare the targets."""
     inputs, targets = batch["inputs"], batch["kd_targets"]
-    assert len(targets.ctc) == len(targets.lens) == len(inputs)
+    assert len(targets.parts["ctc"]) == len(targets.lens) == len(inputs)
     assert bool(targets.whole.all())
     frames = torch.arange(targets.mask.size(1))
     assert torch.equal(targets.mask, frames < targets.lens[:, None])
     seen = set()
-    for row, logits, length in zip(inputs, targets.ctc, targets.lens, strict=True):
+    for row, logits, length in zip(
+        inputs, targets.parts["ctc"], targets.lens, strict=True
+    ):
         (cut,) = (
             c
             for c in cuts
@@ -125,17 +127,17 @@ def test_a_dataset_that_keeps_its_cuts_is_refused():
 def test_padding_is_masked(cuts, stored):
     targets = collate_targets([cuts["c4"], cuts["c2"]])
     n = int(targets.lens[0])
-    assert targets.ctc.shape == (2, int(targets.lens[1]), 11)
-    assert targets.ctc.dtype == torch.float32
-    assert torch.equal(targets.ctc[0, :n], stored(cuts["c4"]))
+    assert targets.parts["ctc"].shape == (2, int(targets.lens[1]), 11)
+    assert targets.parts["ctc"].dtype == torch.float32
+    assert torch.equal(targets.parts["ctc"][0, :n], stored(cuts["c4"]))
     assert targets.mask[0].tolist() == [True] * n + [False] * (21 - n)
-    assert torch.isfinite(targets.ctc).all()
+    assert torch.isfinite(targets.parts["ctc"]).all()
 
 
 def test_a_cut_that_starts_late(make_cut, make_store, stored):
     (cut,) = make_store([make_cut("late", 61, start=7.25)])
     targets = collate_targets([cut])
-    assert torch.equal(targets.ctc[0], stored(cut))
+    assert torch.equal(targets.parts["ctc"][0], stored(cut))
 
 
 # Mixed cuts
@@ -165,7 +167,7 @@ def test_targets_at_the_start_of_a_mixed_cut_are_read(cuts, noise, stored, mix):
     mixed = mix(cuts["c3"], noise)
     assert isinstance(mixed, MixedCut)
     targets = collate_targets([mixed])
-    assert torch.equal(targets.ctc[0], stored(cuts["c3"]))
+    assert torch.equal(targets.parts["ctc"][0], stored(cuts["c3"]))
     assert targets.lens.tolist() == [14] and targets.mask.all()
     assert targets.whole.tolist() == [True]
 
@@ -186,7 +188,7 @@ def test_targets_within_a_mixed_cut_are_at_its_place(cuts, noise, stored, mix, a
     n = at + 14
     assert targets.lens.tolist() == [n] and targets.whole.tolist() == [False]
     assert targets.mask[0].tolist() == [False] * at + [True] * 14
-    assert torch.equal(targets.ctc[0, at:], stored(cuts["c3"]))
+    assert torch.equal(targets.parts["ctc"][0, at:], stored(cuts["c3"]))
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.5])
@@ -200,8 +202,8 @@ def test_concatenated_cuts_have_the_targets_of_both(cuts, stored, gap):
     assert targets.mask[0].tolist() == spoken + [False] * (
         targets.mask.size(1) - at - 7
     )
-    assert torch.equal(targets.ctc[0, :14], stored(cuts["c3"]))
-    assert torch.equal(targets.ctc[0, at : at + 7], stored(cuts["c1"]))
+    assert torch.equal(targets.parts["ctc"][0, :14], stored(cuts["c3"]))
+    assert torch.equal(targets.parts["ctc"][0, at : at + 7], stored(cuts["c1"]))
     assert targets.whole.tolist() == [False, True]
 
 
@@ -221,7 +223,9 @@ def test_a_batch_mixed_with_noise(cuts, noise, stored):
         ]
     )
     batch = KDDataset(dataset)[cuts]
-    rows = zip(batch["supervisions"]["cut"], batch["kd_targets"].ctc, strict=True)
+    rows = zip(
+        batch["supervisions"]["cut"], batch["kd_targets"].parts["ctc"], strict=True
+    )
     for cut, logits in rows:
         track = cut.tracks[0].cut
         expected = stored(track)
@@ -247,7 +251,7 @@ def test_a_truncated_cut_has_the_frames_it_kept(
 ):
     part = cuts["c2"].truncate(offset=offset, duration=duration)
     targets = collate_targets([part])
-    assert torch.equal(targets.ctc[0], stored(cuts["c2"])[first:last])
+    assert torch.equal(targets.parts["ctc"][0], stored(cuts["c2"])[first:last])
     assert targets.lens.tolist() == [last - first]
     assert targets.whole.tolist() == [False] and targets.mask.all()
 
@@ -255,12 +259,12 @@ def test_a_truncated_cut_has_the_frames_it_kept(
 def test_a_truncated_late_cut_is_read_from_its_own_start(make_cut, make_store, stored):
     (cut,) = make_store([make_cut("late", 61, start=7.25)])
     part = cut.truncate(offset=0.2, duration=0.2)
-    assert torch.equal(collate_targets([part]).ctc[0], stored(cut)[5:10])
+    assert torch.equal(collate_targets([part]).parts["ctc"][0], stored(cut)[5:10])
 
 
 def test_windows_tile_the_targets(cuts, stored):
     windows = list(cuts["c2"].cut_into_windows(0.24))
-    read = [collate_targets([w]).ctc[0] for w in windows]
+    read = [collate_targets([w]).parts["ctc"][0] for w in windows]
     assert [len(r) for r in read] == [6, 6, 6, 3]
     assert torch.equal(torch.cat(read), stored(cuts["c2"]))
 
@@ -455,12 +459,13 @@ def test_a_chain_of_operations_moves_targets_as_it_moves_time(sources, data):
             break  # many of lhotse 1.27's operations raise an IndexError on it
     expected, n = clock.targets(rows)
     found = collate_targets([cut], missing="hard")
-    sparse = isinstance(found.ctc, SparseDistribution)
+    values = found.parts.get("ctc")
+    sparse = isinstance(values, SparseDistribution)
     within = dict(rtol=0, atol=0.009 if sparse else 1e-3)
     assert found.lens.tolist() == [n]
     spoken = [t in expected for t in range(n)]
     assert found.mask[0].tolist() == spoken
-    ctc = dense_rows(found.ctc)
+    ctc = dense_rows(values)
     for t, row in expected.items():
         # A sparse form keeps roots in steps of 1 / 255.
         torch.testing.assert_close((ctc[0, t] / 2).exp(), (row / 2).exp(), **within)
@@ -539,13 +544,13 @@ def test_what_a_cut_was_extended_by_can_be_taken_off(within, stored_form, make_c
         offset=0.5, duration=0.61
     )
     expected = stored_form(make_cut("c1", 61))
-    assert torch.equal(collate_targets([back]).ctc[0], expected)
+    assert torch.equal(collate_targets([back]).parts["ctc"][0], expected)
 
 
 @pytest.mark.parametrize("rate", [16000, 11025, 44100, 6000])
 def test_another_sampling_rate_does_not_matter(cuts, stored, rate):
     targets = collate_targets([cuts["c3"].resample(rate)])
-    assert torch.equal(targets.ctc[0], stored(cuts["c3"]))
+    assert torch.equal(targets.parts["ctc"][0], stored(cuts["c3"]))
 
 
 @pytest.mark.parametrize("start", [0.0, 7.25])
@@ -553,7 +558,7 @@ def test_a_cut_without_its_recording_is_read(make_cut, make_store, stored, start
     """Its features last as long as the cut, and its recording did longer."""
     (cut,) = make_store([make_cut("c1", 61, start=start)])
     targets = collate_targets([cut.drop_recording()])
-    assert torch.equal(targets.ctc[0], stored(cut))
+    assert torch.equal(targets.parts["ctc"][0], stored(cut))
 
 
 def test_a_mixed_cut_without_targets_is_refused(noise):
@@ -564,7 +569,7 @@ def test_a_mixed_cut_without_targets_is_refused(noise):
 def test_volume_does_not_matter(cuts, stored):
     expected = stored(cuts["c3"])
     louder = cuts["c3"].perturb_volume(2.0)
-    assert torch.equal(collate_targets([louder]).ctc[0], expected)
+    assert torch.equal(collate_targets([louder]).parts["ctc"][0], expected)
 
 
 # Missing and damaged targets
@@ -603,7 +608,7 @@ def test_a_cut_without_targets_has_the_hard_loss_where_told(cuts, make_cut, stor
     assert targets.lens.tolist() == [0, 7, 0]
     assert targets.whole.tolist() == [False, True, False]
     assert targets.mask.sum(1).tolist() == [0, 7, 0]
-    assert torch.equal(targets.ctc[1], stored(cuts["c1"]))
+    assert torch.equal(targets.parts["ctc"][1], stored(cuts["c1"]))
     bare = collate_targets([batch[0]], missing="hard")
     assert bare.lens.tolist() == [0] and bare.mask.shape == (1, 0)
 
@@ -642,7 +647,7 @@ def test_the_rest_of_a_damaged_store_is_read(cuts, tmp_path, stored):
     data[pointer.offset : pointer.offset + pointer.size] = b"\0" * pointer.size
     path.write_bytes(data)
     targets = collate_targets([cuts["c1"], cuts["c2"]])
-    assert torch.equal(targets.ctc[1], stored(cuts["c2"]))
+    assert torch.equal(targets.parts["ctc"][1], stored(cuts["c2"]))
     with pytest.raises(KDError, match="targets of cut c3 in .* damaged"):
         collate_targets([cuts["c3"]])
 
@@ -654,25 +659,27 @@ def test_sparse_targets_of_a_batch_are_padded(make_cut, make_store, read_targets
     """Each cut has a width of its own, that of its frame with most symbols."""
     cuts = make_store([make_cut(n, k) for n, k in LENGTHS.items()], ctc="adaptive:.8:9")
     found = collate_targets(list(cuts))
-    assert isinstance(found.ctc, SparseDistribution)
+    assert isinstance(found.parts["ctc"], SparseDistribution)
     widths = {read_targets(c).indices.size(1) for c in cuts}
-    assert len(widths) > 1 and found.ctc.indices.size(2) == max(widths)
+    assert len(widths) > 1 and found.parts["ctc"].indices.size(2) == max(widths)
     for i, cut in enumerate(cuts):
         own = read_targets(cut)
         n, k = own.indices.shape
-        assert torch.equal(found.ctc.indices[i, :n, :k], own.indices)
-        torch.testing.assert_close(found.ctc.log_probs[i, :n, :k], own.log_probs)
-        assert (found.ctc.log_probs[i, :n, k:] == -torch.inf).all()
-        torch.testing.assert_close(found.ctc.log_tail[i, :n], own.log_tail)
+        assert torch.equal(found.parts["ctc"].indices[i, :n, :k], own.indices)
+        torch.testing.assert_close(
+            found.parts["ctc"].log_probs[i, :n, :k], own.log_probs
+        )
+        assert (found.parts["ctc"].log_probs[i, :n, k:] == -torch.inf).all()
+        torch.testing.assert_close(found.parts["ctc"].log_tail[i, :n], own.log_tail)
     student = torch.randn(5, 21, 11, generator=torch.Generator().manual_seed(0))
     from icefall_kd import ctc_kd_loss
 
-    together = ctc_kd_loss(student, found.ctc, found.lens, 1.0, found.mask)
+    together = ctc_kd_loss(student, found.parts["ctc"], found.lens, 1.0, found.mask)
     alone = 0.0
     for i, cut in enumerate(cuts):
         one = collate_targets([cut])
         n = int(one.lens)
-        alone += ctc_kd_loss(student[i : i + 1, :n], one.ctc, one.lens)
+        alone += ctc_kd_loss(student[i : i + 1, :n], one.parts["ctc"], one.lens)
     torch.testing.assert_close(together, alone)
 
 
@@ -683,7 +690,7 @@ def frame_targets(lens=(9, 5)):
     """Targets whose first symbol says which frame they are of."""
     ctc = torch.zeros(2, max(lens), 3)
     ctc[..., 0] = torch.arange(max(lens))
-    return Targets(ctc, torch.tensor(lens))
+    return Targets(torch.tensor(lens), parts={"ctc": ctc})
 
 
 @pytest.mark.parametrize(
@@ -697,7 +704,7 @@ def frame_targets(lens=(9, 5)):
 )
 def test_a_students_frame_has_what_is_spoken_at_its_middle(wanted, frames):
     found = resample_frames(frame_targets(), 0.04, wanted)
-    assert found.ctc[0, :, 0].tolist() == frames
+    assert found.parts["ctc"][0, :, 0].tolist() == frames
     assert found.lens.tolist() == [len(frames), int(5 * 0.04 / wanted + 1e-9)]
     assert not found.whole.any()
 
@@ -707,10 +714,11 @@ def test_a_students_frame_has_what_is_spoken_at_its_middle(wanted, frames):
 def test_rounding_loses_no_frame(mine, wanted):
     """Feature frames of 10 ms an encoder frame; as whole numbers have it."""
     lens = torch.tensor([1, 3, 59, 60, 299])
-    targets = Targets(torch.arange(299.0)[None, :, None].repeat(5, 1, 1), lens)
+    ctc = torch.arange(299.0)[None, :, None].repeat(5, 1, 1)
+    targets = Targets(lens, parts={"ctc": ctc})
     found = resample_frames(targets, mine * 0.01, wanted * 0.01)
     assert found.lens.tolist() == [n * mine // wanted for n in lens.tolist()]
-    frames = found.ctc[0, :, 0].tolist()
+    frames = found.parts["ctc"][0, :, 0].tolist()
     middles = [(2 * j + 1) * wanted // (2 * mine) for j in range(299 * mine // wanted)]
     assert frames == middles
 
@@ -745,7 +753,8 @@ def test_sparse_targets_take_another_frame_rate():
         torch.randn(2, 9, 3, generator=g),
         torch.randn(2, 9, generator=g),
     )
-    found = resample_frames(Targets(sparse, torch.tensor([9, 5])), 0.04, 0.08).ctc
+    targets = Targets(torch.tensor([9, 5]), parts={"ctc": sparse})
+    found = resample_frames(targets, 0.04, 0.08).parts["ctc"]
     at = [1, 3, 5, 7]
     assert torch.equal(found.indices, sparse.indices[:, at])
     assert torch.equal(found.log_probs, sparse.log_probs[:, at])
@@ -756,7 +765,7 @@ def test_a_dataset_gives_the_students_frame_rate(cuts, stored):
     dataset = KDDataset(K2SpeechRecognitionDataset(), frame_shift=0.02)
     found = dataset[CutSet.from_cuts([cuts["c3"]])]["kd_targets"]
     expected = stored(cuts["c3"]).repeat_interleave(2, 0)
-    assert torch.equal(found.ctc[0], expected) and found.lens.tolist() == [28]
+    assert torch.equal(found.parts["ctc"][0], expected) and found.lens.tolist() == [28]
 
 
 def symbols_of(*to):
@@ -766,17 +775,18 @@ def symbols_of(*to):
 def test_symbols_are_reordered():
     g = torch.Generator().manual_seed(0)
     ctc = torch.randn(2, 5, 4, generator=g).log_softmax(-1)
-    targets = Targets(ctc, torch.tensor([5, 3]))
+    targets = Targets(torch.tensor([5, 3]), parts={"ctc": ctc})
     found = map_symbols(targets, symbols_of(2, 0, 3, 1))
     for old, new in enumerate([2, 0, 3, 1]):
-        assert torch.equal(found.ctc[..., new], ctc[..., old])
+        assert torch.equal(found.parts["ctc"][..., new], ctc[..., old])
     assert found.mask is targets.mask and found.lens is targets.lens
 
 
 def test_symbols_that_become_one_add_up():
     g = torch.Generator().manual_seed(0)
     ctc = torch.randn(2, 5, 4, generator=g).log_softmax(-1)
-    found = map_symbols(Targets(ctc, torch.tensor([5, 3])), symbols_of(1, 0, 1, 2)).ctc
+    targets = Targets(torch.tensor([5, 3]), parts={"ctc": ctc})
+    found = map_symbols(targets, symbols_of(1, 0, 1, 2)).parts["ctc"]
     p, q = ctc.exp(), found.exp()
     assert found.shape == (2, 5, 3)
     torch.testing.assert_close(q[..., 0], p[..., 1])
@@ -788,8 +798,8 @@ def test_sparse_symbols_are_reordered_and_not_merged():
     sparse = SparseDistribution(
         torch.tensor([[[3, 0]]]), torch.tensor([[[-0.2, -3.0]]]), torch.tensor([[-2.0]])
     )
-    targets = Targets(sparse, torch.tensor([1]))
-    found = map_symbols(targets, symbols_of(2, 0, 3, 1)).ctc
+    targets = Targets(torch.tensor([1]), parts={"ctc": sparse})
+    found = map_symbols(targets, symbols_of(2, 0, 3, 1)).parts["ctc"]
     assert found.indices.tolist() == [[[1, 2]]]
     assert torch.equal(found.log_probs, sparse.log_probs)
     with pytest.raises(KDError, match="4 symbols .* become 3 .*--keep dense"):
@@ -799,7 +809,7 @@ def test_sparse_symbols_are_reordered_and_not_merged():
 def test_a_dataset_maps_symbols(cuts, stored):
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
     dataset = KDDataset(K2SpeechRecognitionDataset(), symbols=order)
-    found = dataset[CutSet.from_cuts([cuts["c3"]])]["kd_targets"].ctc[0]
+    found = dataset[CutSet.from_cuts([cuts["c3"]])]["kd_targets"].parts["ctc"][0]
     assert torch.equal(found[:, order], stored(cuts["c3"]))
 
 
@@ -843,6 +853,6 @@ def test_the_store_is_read_lazily(cuts, tmp_path, make_fingerprint):
 
 @pytest.mark.parametrize("symbols", [[0, 2, 2], [0, 3, 1], [0, -1, 1]])
 def test_a_map_that_leaves_symbols_out_is_refused(symbols):
-    targets = Targets(torch.zeros(1, 2, 3), torch.tensor([2]))
+    targets = Targets(torch.tensor([2]), parts={"ctc": torch.zeros(1, 2, 3)})
     with pytest.raises(KDError, match="all of them must occur"):
         map_symbols(targets, torch.tensor(symbols))

@@ -139,7 +139,7 @@ def test_a_cuts_frames_and_time_are_those_of_its_parts(cuts, store, kept):
         targets = collate_targets([cut], hidden=kept.get("hidden") != "")
         assert targets.lens.tolist() == [FRAMES[cut.id]]
         assert targets.mask.all() and targets.whole.all()
-        assert (targets.ctc is None) == (not kept.get("ctc"))
+        assert (targets.parts.get("ctc") is None) == (not kept.get("ctc"))
 
 
 def test_the_manifest_carries_the_sizes_of_the_layers(cuts, store):
@@ -349,15 +349,15 @@ def test_rows_of_hidden_layers_move_with_time_as_ctc_rows_do(
         spoken[1, at : at + last - first] = True
         places.append((1, at, name, first, last))
     assert torch.equal(targets.mask, spoken)
-    assert set(targets.hidden) == {1, OUT}
+    assert set(targets.parts["hidden"]) == {1, OUT}
     for layer, shape in SHAPES.items():
-        assert targets.hidden[layer].shape == (3, max(lens), *shape)
+        assert targets.parts["hidden"][layer].shape == (3, max(lens), *shape)
     for row, at, name, first, last in places:
         here = slice(at, at + last - first)
         for layer, rows in halved(hidden_of(name)).items():
-            found = targets.hidden[layer][row, here]
+            found = targets.parts["hidden"][layer][row, here]
             assert torch.equal(found, rows[first:last]), (name, layer)
-        ctc = targets.ctc
+        ctc = targets.parts.get("ctc")
         if kept.get("ctc") == "dense":
             assert torch.equal(ctc[row, here], stored_form(stored[name])[first:last])
         elif kept.get("ctc"):
@@ -369,8 +369,8 @@ def test_rows_of_hidden_layers_move_with_time_as_ctc_rows_do(
 
 def test_hidden_layers_are_read_where_told(cuts, store):
     stored = store(cuts, ctc="dense")
-    assert collate_targets([stored["c1"]]).hidden == {}
-    assert set(collate_targets([stored["c1"]], hidden=True).hidden) == {1, OUT}
+    assert collate_targets([stored["c1"]]).parts.get("hidden") is None
+    assert set(collate_targets([stored["c1"]], hidden=True).parts["hidden"]) == {1, OUT}
 
 
 @kept("hidden", "ctc-hidden")
@@ -382,7 +382,7 @@ def test_a_cut_without_targets_has_no_rows_where_told(cuts, store, make_cut, kep
     targets = collate_targets([bare, stored["c1"]], missing="hard", hidden=True)
     assert targets.lens.tolist() == [0, 7] and not targets.mask[0].any()
     for layer, rows in halved(hidden_of("c1")).items():
-        assert torch.equal(targets.hidden[layer][1], rows)
+        assert torch.equal(targets.parts["hidden"][layer][1], rows)
 
 
 def test_time_that_moved_is_refused_without_ctc_targets(cuts, store):
@@ -405,16 +405,19 @@ def test_lattices_are_read_with_and_without_other_parts(cuts, store, noise, kept
         with pytest.raises(KDError, match="keeps no hidden layers.*--keep-hidden"):
             collate_targets(given, hidden=True)
     assert targets.whole.tolist() == [True, False, True]
-    assert targets.lattices[1] is None  # its labels are unknown
+    assert targets.parts["lattice"][1] is None  # its labels are unknown
     _, codec = read_fingerprint(Pointer.of(part).store).codecs()
-    for found, name in ((targets.lattices[0], "c1"), (targets.lattices[2], "c3")):
+    for found, name in (
+        (targets.parts["lattice"][0], "c1"),
+        (targets.parts["lattice"][2], "c3"),
+    ):
         expected = codec.decode(codec.encode(lattice_of(name), name), 11)
         assert found.occupancy.shape == (FRAMES[name], 3)
         assert torch.equal(found.occupancy, expected.occupancy)
         assert torch.equal(found.nodes.log_probs, expected.nodes.log_probs)
-        assert found.symbols.tolist() == [3, 4]
-    assert set(targets.hidden) == ({1, OUT} if layers else set())
-    assert (targets.ctc is None) == (not kept.get("ctc"))
+        assert found.labels.tolist() == [3, 4]
+    assert set(targets.parts.get("hidden", {})) == ({1, OUT} if layers else set())
+    assert (targets.parts.get("ctc") is None) == (not kept.get("ctc"))
 
 
 def test_a_store_of_hidden_layers_has_no_lattices(cuts, store):
@@ -444,8 +447,8 @@ def test_codes_are_stored_and_moved_as_rows_are(cuts, store, quantizer, tmp_path
     part = stored["c2"].truncate(offset=0.4, duration=0.5).pad(1.0, direction="left")
     targets = collate_targets([stored["c3"], part], hidden=True)
     assert targets.lens.tolist() == [14, 13 + 11]
-    assert targets.hidden[1].shape == (2, 24, 2, 4)
-    assert targets.hidden[1].dtype == torch.int64
+    assert targets.parts["hidden"][1].shape == (2, 24, 2, 4)
+    assert targets.parts["hidden"][1].dtype == torch.int64
     for row, here, name, there in (
         (0, slice(0, 14), "c3", slice(0, 14)),
         (1, slice(13, 24), "c2", slice(10, 21)),
@@ -453,9 +456,9 @@ def test_codes_are_stored_and_moved_as_rows_are(cuts, store, quantizer, tmp_path
         rows = hidden_of(name)
         with torch.no_grad():
             codes = quantizer.encode(rows[1], as_bytes=False)[there]
-        assert torch.equal(targets.hidden[1][row, here], codes)
+        assert torch.equal(targets.parts["hidden"][1][row, here], codes)
         half = halved(rows)[OUT][there]
-        assert torch.equal(targets.hidden[OUT][row, here], half)
+        assert torch.equal(targets.parts["hidden"][OUT][row, here], half)
 
 
 def test_a_store_of_codes_without_its_quantizer_takes_no_cut(cuts, opened):
@@ -583,19 +586,20 @@ def test_hidden_layers_take_another_frame_rate(with_ctc, wanted, frames):
     rows = torch.arange(9.0).view(1, 9, 1, 1).expand(2, 9, 2, 3)
     ctc = rows[:, :, 0] if with_ctc else None
     hidden = {1: rows, OUT: rows[:, :, :1].long()}
-    targets = Targets(ctc, torch.tensor([9, 5]), hidden=hidden)
+    parts = {"ctc": ctc, "hidden": hidden}
+    targets = Targets(torch.tensor([9, 5]), parts=parts)
     targets.mask[0, 4] = False
     found = resample_frames(targets, 0.04, wanted)
-    assert found.hidden[1].shape == (2, len(frames), 2, 3)
-    assert found.hidden[OUT].dtype == torch.int64
-    for rows in found.hidden.values():
+    assert found.parts["hidden"][1].shape == (2, len(frames), 2, 3)
+    assert found.parts["hidden"][OUT].dtype == torch.int64
+    for rows in found.parts["hidden"].values():
         assert rows[0, :, 0, 0].tolist() == frames
     assert found.mask[0].tolist() == [f != 4 for f in frames]
     assert found.lens.tolist() == [len(frames), int(5 * 0.04 / wanted + 1e-9)]
     if with_ctc:
-        assert found.ctc[1, :, 0].tolist() == frames
+        assert found.parts["ctc"][1, :, 0].tolist() == frames
     else:
-        assert found.ctc is None
+        assert found.parts.get("ctc") is None
 
 
 @pytest.mark.parametrize("with_ctc", [True, False])
@@ -603,21 +607,25 @@ def test_hidden_layers_take_another_frame_rate(with_ctc, wanted, frames):
 def test_hidden_layers_stay_where_symbols_are_mapped(with_ctc, symbols):
     ctc = torch.randn(2, 5, 4).log_softmax(-1) if with_ctc else None
     hidden = {1: torch.randn(2, 5, 2, 3)}
-    targets = Targets(ctc, torch.tensor([5, 3]), hidden=hidden)
+    parts = {"ctc": ctc, "hidden": hidden}
+    targets = Targets(torch.tensor([5, 3]), parts=parts)
     found = map_symbols(targets, torch.tensor(symbols))
-    assert torch.equal(found.hidden[1], hidden[1]) and set(found.hidden) == {1}
-    assert (found.ctc is None) == (not with_ctc)
+    assert torch.equal(found.parts["hidden"][1], hidden[1]) and set(
+        found.parts["hidden"]
+    ) == {1}
+    assert (found.parts.get("ctc") is None) == (not with_ctc)
     assert torch.equal(found.mask, targets.mask)
 
 
 def test_targets_without_ctc_go_to_a_device():
-    targets = Targets(None, torch.tensor([5, 3]), hidden={1: torch.zeros(2, 5, 2, 3)})
+    parts = {"hidden": {1: torch.zeros(2, 5, 2, 3)}}
+    targets = Targets(torch.tensor([5, 3]), parts=parts)
     assert targets.mask.sum(1).tolist() == [5, 3] and targets.whole.all()
     found = targets.to(torch.device("meta"))
-    assert found.ctc is None and found.lattices is None
-    for x in (found.lens, found.mask, found.whole, found.hidden[1]):
+    assert found.parts.get("ctc") is None and found.parts.get("lattice") is None
+    for x in (found.lens, found.mask, found.whole, found.parts["hidden"][1]):
         assert x.device.type == "meta"
-    assert found.hidden[1].shape == (2, 5, 2, 3)
+    assert found.parts["hidden"][1].shape == (2, 5, 2, 3)
 
 
 # KDDataset
@@ -638,7 +646,7 @@ def test_a_dataset_gives_each_row_its_cuts_hidden_layers(
     seen = []
     for batch in loader:
         targets = batch["kd_targets"]
-        assert (targets.ctc is None) == (not kept.get("ctc"))
+        assert (targets.parts.get("ctc") is None) == (not kept.get("ctc"))
         for i, x in enumerate(batch["inputs"]):
             (cut,) = (
                 c
@@ -648,7 +656,7 @@ def test_a_dataset_gives_each_row_its_cuts_hidden_layers(
             n = int(targets.lens[i])
             assert n == FRAMES[cut.id]
             for layer, rows in halved(hidden_of(cut.id)).items():
-                assert torch.equal(targets.hidden[layer][i, :n], rows)
+                assert torch.equal(targets.parts["hidden"][layer][i, :n], rows)
             seen.append(cut.id)
     assert sorted(seen) == sorted(LENGTHS)
 
@@ -660,15 +668,17 @@ def test_a_dataset_maps_and_resamples_with_hidden_layers(cuts, store, stored_for
     dataset = KDDataset(dataset, frame_shift=0.02, symbols=order, hidden=True)
     found = dataset[CutSet.from_cuts([stored["c3"]])]["kd_targets"]
     for layer, rows in halved(hidden_of("c3")).items():
-        assert torch.equal(found.hidden[layer][0], rows.repeat_interleave(2, 0))
+        assert torch.equal(
+            found.parts["hidden"][layer][0], rows.repeat_interleave(2, 0)
+        )
     expected = stored_form(stored["c3"]).repeat_interleave(2, 0)
-    assert torch.equal(found.ctc[0][:, order], expected)
+    assert torch.equal(found.parts["ctc"][0][:, order], expected)
 
 
 def test_a_dataset_reads_no_hidden_layers_unless_told(cuts, store):
     stored = store(cuts, ctc="dense")
     found = KDDataset(K2SpeechRecognitionDataset())[stored]["kd_targets"]
-    assert found.hidden == {} and found.ctc is not None
+    assert found.parts.get("hidden") is None and found.parts.get("ctc") is not None
 
 
 # Statistics

@@ -61,7 +61,7 @@ def check(cuts, expected):
     cuts = list(cuts)
     assert [cut.id for cut in cuts] == list(LENGTHS)
     found = collate_targets(cuts)
-    for row, n, wanted in zip(found.ctc, found.lens.tolist(), expected):
+    for row, n, wanted in zip(found.parts["ctc"], found.lens.tolist(), expected):
         assert torch.equal(row[:n], wanted)
     store_fingerprint(cuts)
 

@@ -165,7 +165,7 @@ def test_a_store_moved_with_its_manifest_is_read(cuts, tmp_path, stored_form):
     with pytest.raises(KDError, match="no fingerprint.json|can't be read"):
         collate_targets([cut])
     cut.custom[FIELD] = {**cut.custom[FIELD], "store": str(tmp_path / "moved")}
-    assert torch.equal(collate_targets([cut]).ctc[0], stored_form(cut))
+    assert torch.equal(collate_targets([cut]).parts["ctc"][0], stored_form(cut))
 
 
 def test_a_store_that_was_overwritten_is_read_anew(
@@ -179,7 +179,7 @@ def test_a_store_that_was_overwritten_is_read_anew(
         cut = make_cut("c1", 33)
         writer.write(cut, make_logits(cut, seed=1))
     (found,) = load_manifest(tmp_path / "kd.jsonl.gz")
-    assert torch.equal(collate_targets([found]).ctc[0], stored_form(found, 1))
+    assert torch.equal(collate_targets([found]).parts["ctc"][0], stored_form(found, 1))
 
 
 def test_a_store_overwritten_in_another_form_is_read_anew(
@@ -196,7 +196,7 @@ def test_a_store_overwritten_in_another_form_is_read_anew(
         writer.write(cut, make_logits(cut))
     (found,) = load_manifest(tmp_path / "kd.jsonl.gz")
     assert store_fingerprint([found])[0].ctc == "top:3"
-    assert collate_targets([found]).ctc.indices.shape == (1, 7, 3)
+    assert collate_targets([found]).parts["ctc"].indices.shape == (1, 7, 3)
 
 
 def test_a_forked_process_reads_for_itself(cuts, in_child, stored_form):
@@ -205,7 +205,9 @@ def test_a_forked_process_reads_for_itself(cuts, in_child, stored_form):
     def read():
         for _ in range(20):
             for cut in cuts:
-                assert torch.equal(collate_targets([cut]).ctc[0], stored_form(cut))
+                assert torch.equal(
+                    collate_targets([cut]).parts["ctc"][0], stored_form(cut)
+                )
 
     assert in_child(read) == 0
     read()
@@ -226,10 +228,10 @@ def test_a_manifest_saved_by_lhotse_keeps_its_targets(cuts, tmp_path, stored_for
     CutSet.from_cuts([*cuts, *changed]).to_file(tmp_path / "again.jsonl.gz")
     again = list(load_manifest(tmp_path / "again.jsonl.gz"))
     for cut in again[:5]:
-        assert torch.equal(collate_targets([cut]).ctc[0], stored_form(cut))
+        assert torch.equal(collate_targets([cut]).parts["ctc"][0], stored_form(cut))
     for cut, original in zip(again[5:], cuts, strict=True):
         rows = stored_form(original)[:3]
-        assert torch.equal(collate_targets([cut]).ctc[0, : len(rows)], rows)
+        assert torch.equal(collate_targets([cut]).parts["ctc"][0, : len(rows)], rows)
 
 
 def test_a_pointer_is_plain_json(cuts):

@@ -32,9 +32,8 @@ def numbered(lens, segments=None):
     x[:] = torch.arange(max(lens))[None, :, None]
     t = torch.tensor([frames(n) for n in lens])
     rows = (4.0 * torch.arange(int(t.max())) + 5).expand(len(lens), -1)
-    targets = Targets(
-        rows.unsqueeze(2).clone(), t, hidden={"out": rows[..., None, None].clone()}
-    )
+    hidden = {"out": rows[..., None, None].clone()}
+    targets = Targets(t, parts={"ctc": rows.unsqueeze(2).clone(), "hidden": hidden})
     whole = [[i, 0, n] for i, n in enumerate(lens)]
     return x, torch.tensor(segments or whole), targets
 
@@ -54,11 +53,13 @@ def test_targets_stand_where_the_features_went():
     found = record.move(targets)
     moved = 0.0
     for row, n in enumerate(found.lens.tolist()):
-        says, source = found.ctc[row, :n, 0], heard(warped, row, n)
+        says, source = found.parts["ctc"][row, :n, 0], heard(warped, row, n)
         # Half a frame of the encoder, and what bicubic edges add.
         assert (says - source)[1:-1].abs().max() <= 2.6
-        moved = max(moved, float((targets.ctc[row, :n, 0] - source).abs().max()))
-        assert torch.equal(found.hidden["out"][row, :n, 0, 0], says)
+        moved = max(
+            moved, float((targets.parts["ctc"][row, :n, 0] - source).abs().max())
+        )
+        assert torch.equal(found.parts["hidden"]["out"][row, :n, 0, 0], says)
     assert moved > 10  # which would be the error without
 
 
@@ -73,10 +74,11 @@ def test_any_number_of_feature_frames_an_encoder_frame_is_followed(
     x = torch.arange(float(n))[None, :, None].expand(1, n, 3).clone()
     t = (n - 7) // 2 // (factor // 2)
     middles = factor * torch.arange(t) + center
-    targets = Targets(middles[None, :, None].float(), torch.tensor([t]))
+    parts = {"ctc": middles[None, :, None].float()}
+    targets = Targets(torch.tensor([t]), parts=parts)
     record = WarpRecord(warping(80, frames_mask_size=1))
     warped = record(x, torch.tensor([[0, 0, n]]))[0, :, 0]
-    found = record.move(targets, *[factor] * given).ctc[0, :, 0]
+    found = record.move(targets, *[factor] * given).parts["ctc"][0, :, 0]
     source = warped[middles]
     # Half a frame of the encoder, and what bicubic edges add.
     assert (found - source)[2:-2].abs().max() <= factor / 2 + 1
@@ -102,7 +104,7 @@ def test_parts_of_a_row_move_apart():
     record = WarpRecord(warping(frames_mask_size=1))
     warped = record(x, segments)
     assert sorted(first for _, first, _ in record.moves) == [20, 141]
-    says = record.move(targets).ctc[0, :, 0]
+    says = record.move(targets).parts["ctc"][0, :, 0]
     n = int(targets.lens[0])
     source = heard(warped, 0, n)
     edge = [abs(5 + 4 * j - e) < 8 for j in range(n) for e in (20,)]
@@ -110,21 +112,25 @@ def test_parts_of_a_row_move_apart():
         edge = [a or abs(5 + 4 * j - e) < 8 for j, a in enumerate(edge)]
     inside = ~torch.tensor(edge)
     assert (says - source)[inside].abs().max() <= 2.6
-    assert torch.equal(says[:3], targets.ctc[0, :3, 0])  # before the first of them
+    assert torch.equal(
+        says[:3], targets.parts["ctc"][0, :3, 0]
+    )  # before the first of them
 
 
 def test_masks_and_sparse_targets_move_too():
     x, segments, targets = numbered([151, 97])
     n = targets.mask.size(1)
     number = torch.arange(n).expand(2, -1)
-    targets.ctc = SparseDistribution(
+    targets.parts["ctc"] = SparseDistribution(
         number.unsqueeze(2).clone(), torch.zeros(2, n, 1), torch.zeros(2, n)
     )
     targets.mask[0, 5] = False
     record = WarpRecord(warping())
     record(x, segments)
     found = record.move(targets)
-    assert torch.equal(found.mask, targets.mask.gather(1, found.ctc.indices[..., 0]))
+    assert torch.equal(
+        found.mask, targets.mask.gather(1, found.parts["ctc"].indices[..., 0])
+    )
     assert found.lens is targets.lens and found.whole is targets.whole
 
 
@@ -132,10 +138,10 @@ def test_nothing_moves_where_nothing_is_warped():
     x, segments, targets = numbered([151, 15])
     record = WarpRecord(warping(p=0.0))
     record(x, segments)
-    assert torch.equal(record.move(targets).ctc, targets.ctc)
+    assert torch.equal(record.move(targets).parts["ctc"], targets.parts["ctc"])
     record = WarpRecord(warping(factor=80))  # too long for these
     record(x, segments)
-    assert torch.equal(record.move(targets).ctc, targets.ctc)
+    assert torch.equal(record.move(targets).parts["ctc"], targets.parts["ctc"])
 
 
 def test_a_batch_forgets_the_one_before():
@@ -144,4 +150,4 @@ def test_a_batch_forgets_the_one_before():
     record(x, segments)
     record.augment.p = 0.0
     record(x, segments)
-    assert torch.equal(record.move(targets).ctc, targets.ctc)
+    assert torch.equal(record.move(targets).parts["ctc"], targets.parts["ctc"])

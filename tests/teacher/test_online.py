@@ -18,27 +18,27 @@ def test_one_teacher_says_what_its_hook_reads(make_model, features):
     with ModelTap(model) as hook:
         out = hook.encode(*features)
     targets = OnlineTeacher([model]).targets(*features)
-    torch.testing.assert_close(targets.ctc, out.ctc_logits.log_softmax(-1))
+    torch.testing.assert_close(targets.parts["ctc"], out.ctc_logits.log_softmax(-1))
     assert targets.lens.tolist() == out.encoder_out_lens.tolist()
-    assert targets.whole.all() and not targets.ctc.requires_grad
+    assert targets.whole.all() and not targets.parts["ctc"].requires_grad
 
 
 @pytest.mark.parametrize("weights", [None, [3.0, 1.0]])
 def test_several_teachers_are_averaged_as_probabilities(make_model, features, weights):
     models = [make_model(seed=1), make_model(seed=2)]
-    each = [OnlineTeacher([m]).targets(*features).ctc.exp() for m in models]
+    each = [OnlineTeacher([m]).targets(*features).parts["ctc"].exp() for m in models]
     w = torch.tensor(weights or [1.0, 1.0])
     expected = (w[0] * each[0] + w[1] * each[1]) / w.sum()
-    found = OnlineTeacher(models, weights).targets(*features).ctc.exp()
+    found = OnlineTeacher(models, weights).targets(*features).parts["ctc"].exp()
     torch.testing.assert_close(found, expected)
 
 
 def test_a_teacher_is_chosen_for_each_cut(make_model, features, make_cut):
     models = [make_model(seed=1), make_model(seed=2)]
-    each = [OnlineTeacher([m]).targets(*features).ctc for m in models]
+    each = [OnlineTeacher([m]).targets(*features).parts["ctc"] for m in models]
     cuts = [make_cut(name, 33) for name in ("a", "b", "c")]
     teacher = OnlineTeacher(models, choose=lambda cut: int(cut.id == "b"))
-    found = teacher.targets(*features, cuts).ctc
+    found = teacher.targets(*features, cuts).parts["ctc"]
     for row, which in enumerate((0, 1, 0)):
         expected = each[which][row]  # normalised once less
         torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-6)
@@ -112,7 +112,7 @@ def test_a_lattice_of_one_teacher_is_its_hooks(make_model, features):
     model = make_model(seed=1)
     found = say_lattice(OnlineTeacher([model]), features)
     expected = lattices_of(model, features, s_range=2)
-    for name in ("ranges", "boundary", "symbols", "logits", "occupancy"):
+    for name in ("ranges", "boundary", "labels", "logits", "occupancy"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
@@ -130,7 +130,7 @@ def test_lattices_are_averaged_on_the_first_teachers_nodes(
         for m in models[1:]
     )  # others would look elsewhere
     assert torch.equal(found.boundary, first.boundary)
-    assert torch.equal(found.symbols, first.symbols)
+    assert torch.equal(found.labels, first.labels)
     each = [on_nodes(m, features, first.ranges) for m in models]
     w = torch.tensor(weights or [1.0, 1.0], dtype=torch.float64)
     w /= w.sum()
@@ -200,10 +200,13 @@ def test_a_row_too_short_to_be_heard_has_no_targets(make_model, features):
     assert found.lens.tolist() == [14, 0, 4]
     assert found.mask.sum(1).tolist() == [14, 0, 4]
     assert found.whole.tolist() == [True, False, True]
-    assert torch.equal(found.ctc[0], expected.ctc[0])
-    assert torch.equal(found.ctc[2, :4], expected.ctc[2, :4])
+    assert torch.equal(found.parts["ctc"][0], expected.parts["ctc"][0])
+    assert torch.equal(found.parts["ctc"][2, :4], expected.parts["ctc"][2, :4])
     for row in (0, 2):
-        a, b = (t.nodes.select(t.nodes.row == row) for t in (found, expected))
+        a, b = (
+            t.parts["nodes"].select(t.parts["nodes"].row == row)
+            for t in (found, expected)
+        )
         assert len(a) and torch.equal(a.occupancy, b.occupancy)
 
 
@@ -249,12 +252,14 @@ def test_a_row_of_more_labels_than_frames_has_no_nodes(make_model, features, pat
     teacher = OnlineTeacher([make_model(seed=1)])
     y = [[3, 4], [5], [6, 7, 8, 9, 3]]  # of 14, 9 and 4 frames
     found = teacher.targets(*features, y=y, path_only=path_only)
-    fitting = teacher.targets(*features, y=[*y[:2], [6]], path_only=path_only).nodes
+    fitting = teacher.targets(*features, y=[*y[:2], [6]], path_only=path_only).parts[
+        "nodes"
+    ]
     fitting = fitting.select(fitting.row < 2)
     assert found.mask.sum(1).tolist() == [14, 9, 4]
-    assert torch.equal(found.nodes.row, fitting.row)
-    assert torch.equal(found.nodes.occupancy, fitting.occupancy)
-    assert teacher.targets(*features, y=[[3] * 15] * 3).nodes is None
+    assert torch.equal(found.parts["nodes"].row, fitting.row)
+    assert torch.equal(found.parts["nodes"].occupancy, fitting.occupancy)
+    assert teacher.targets(*features, y=[[3] * 15] * 3).parts.get("nodes") is None
 
 
 # With a cache
@@ -290,13 +295,18 @@ def test_each_cut_is_asked_once_and_read_from_then_on(make_model, cuts, opened):
     assert teacher.heard == 2
     again = cache.targets(cuts, CPU)
     assert teacher.heard == 3
-    assert torch.equal(again.ctc[0, : first.lens[0]], first.ctc[0, : first.lens[0]])
+    assert torch.equal(
+        again.parts["ctc"][0, : first.lens[0]], first.parts["ctc"][0, : first.lens[0]]
+    )
     x, x_lens = collate_features(_cut_set(cuts))
     online = teacher.targets(x, x_lens)
     assert again.lens.tolist() == online.lens.tolist()
     for row, n in enumerate(again.lens.tolist()):
         torch.testing.assert_close(
-            again.ctc[row, :n], online.ctc[row, :n], rtol=2e-3, atol=2e-3
+            again.parts["ctc"][row, :n],
+            online.parts["ctc"][row, :n],
+            rtol=2e-3,
+            atol=2e-3,
         )
 
 
@@ -308,7 +318,7 @@ def test_a_cache_goes_on_where_an_earlier_training_stopped(make_model, cuts, ope
     resumed = CachingTeacher(teacher, opened())
     found = resumed.targets(cuts, CPU)
     assert teacher.heard == 3
-    assert torch.equal(found.ctc, expected.ctc)
+    assert torch.equal(found.parts["ctc"], expected.parts["ctc"])
 
 
 def test_a_finished_cache_is_a_store_like_any_other(make_model, cuts, opened, tmp_path):
@@ -317,7 +327,7 @@ def test_a_finished_cache_is_a_store_like_any_other(make_model, cuts, opened, tm
     cache.writer.finish()
     stored = load_manifest(tmp_path / "kd.jsonl.gz")
     found = collate_targets([stored[c.id] for c in cuts])
-    assert torch.equal(found.ctc, expected.ctc)
+    assert torch.equal(found.parts["ctc"], expected.parts["ctc"])
 
 
 def test_a_cache_hears_as_many_frames_as_the_student(make_model, make_cut, opened):
@@ -327,8 +337,10 @@ def test_a_cache_hears_as_many_frames_as_the_student(make_model, make_cut, opene
     found = CachingTeacher(teacher, opened()).targets([cut, make_cut("b", 100)], CPU)
     assert found.lens.tolist() == [14, 23]
     x = torch.from_numpy(cut.load_features())[None, :61]
-    expected = teacher.targets(x, torch.tensor([61])).ctc[0]
-    torch.testing.assert_close(found.ctc[0, :14], expected, rtol=2e-3, atol=2e-3)
+    expected = teacher.targets(x, torch.tensor([61])).parts["ctc"][0]
+    torch.testing.assert_close(
+        found.parts["ctc"][0, :14], expected, rtol=2e-3, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["short", "multi"])
@@ -377,7 +389,7 @@ def test_what_one_process_stored_the_other_reads(two_caches, cuts):
         assert again.lens.tolist() == [14, 7, 21]
         for row, (targets, i) in enumerate([(first, 0), (first, 1), (other, 0)]):
             n = int(again.lens[row])
-            assert torch.equal(again.ctc[row, :n], targets.ctc[i, :n])
+            assert torch.equal(again.parts["ctc"][row, :n], targets.parts["ctc"][i, :n])
     assert heard(caches) == [2, 1]
 
 
@@ -385,7 +397,7 @@ def test_one_process_follows_the_other_cut_by_cut(two_caches, cuts):
     a, b = caches = two_caches()
     for cut in cuts:
         expected = a.targets([cut], CPU)
-        assert torch.equal(b.targets([cut], CPU).ctc, expected.ctc)
+        assert torch.equal(b.targets([cut], CPU).parts["ctc"], expected.parts["ctc"])
     assert heard(caches) == [3, 0]
 
 
@@ -398,8 +410,8 @@ def test_processes_go_on_with_what_both_had_stored(two_caches, cuts):
     caches = two_caches()
     found = [cache.targets(cuts, CPU) for cache in reversed(caches)]
     assert heard(caches) == [0, 0]
-    assert torch.equal(found[0].ctc, found[1].ctc)
-    assert torch.equal(found[0].ctc[1, :7], expected.ctc[1, :7])
+    assert torch.equal(found[0].parts["ctc"], found[1].parts["ctc"])
+    assert torch.equal(found[0].parts["ctc"][1, :7], expected.parts["ctc"][1, :7])
 
 
 def test_processes_go_on_with_a_cache_that_was_finished(two_caches, cuts):
@@ -419,7 +431,7 @@ def test_a_process_that_is_done_leaves_the_other_what_it_has_read(two_caches, cu
     expected = a.targets(cuts[:2], CPU)
     b.targets(cuts[:1], CPU)
     a.writer.finish()
-    assert torch.equal(b.targets(cuts[:2], CPU).ctc, expected.ctc)
+    assert torch.equal(b.targets(cuts[:2], CPU).parts["ctc"], expected.parts["ctc"])
     assert heard(caches) == [2, 0]
     b.targets(cuts, CPU)
     assert heard(caches) == [2, 1]
@@ -440,7 +452,7 @@ def test_a_line_that_is_half_written_is_not_read(two_caches, cuts):
     assert heard(caches) == [2, 0]
     partial.write_bytes(whole)
     expected = a.targets(cuts[:2], CPU)
-    assert torch.equal(b.targets(cuts[:2], CPU).ctc, expected.ctc)
+    assert torch.equal(b.targets(cuts[:2], CPU).parts["ctc"], expected.parts["ctc"])
     assert heard(caches) == [2, 0]
 
 
@@ -449,7 +461,7 @@ def test_a_cut_on_a_half_written_line_is_asked_anew(two_caches, cuts):
     expected = a.targets(cuts[:1], CPU)
     partial = a.writer.partial
     partial.write_bytes(partial.read_bytes()[:-1])
-    assert torch.equal(b.targets(cuts[:1], CPU).ctc, expected.ctc)
+    assert torch.equal(b.targets(cuts[:1], CPU).parts["ctc"], expected.parts["ctc"])
     assert heard(caches) == [1, 1]
 
 
@@ -466,7 +478,7 @@ def test_manifests_of_several_processes_hold_each_cut_once(
     stored = [load_manifest(cache.writer.manifest) for cache in caches]
     assert [[c.id for c in s] for s in stored] == [["c61"], ["c33", "c90"]]
     found = collate_targets([c for s in stored for c in s])
-    assert torch.equal(found.ctc, expected.ctc)
+    assert torch.equal(found.parts["ctc"], expected.parts["ctc"])
 
 
 def test_noise_is_not_heard(make_model, cuts, opened, make_cut):
@@ -476,7 +488,7 @@ def test_noise_is_not_heard(make_model, cuts, opened, make_cut):
     plain = CachingTeacher(OnlineTeacher([make_model()]), opened())
     expected = plain.targets(cuts, CPU)
     found = plain.targets(mixed, CPU)
-    assert torch.equal(found.ctc, expected.ctc)
+    assert torch.equal(found.parts["ctc"], expected.parts["ctc"])
 
 
 def test_a_cut_of_two_speakers_is_refused(make_model, cuts, opened):

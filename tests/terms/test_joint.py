@@ -23,7 +23,7 @@ def pair(lens=(5, 3), t_student=5, t_teacher=5, v_student=4, v_teacher=4):
         encoder_out_lens=lens,
         ctc_logits=logits.requires_grad_(),
     )
-    return student, Targets(ctc=targets, lens=lens.clone())
+    return student, Targets(lens.clone(), parts={"ctc": targets})
 
 
 def hard(value=37.0):
@@ -38,7 +38,7 @@ def test_the_loss_is_the_weighted_sum(ctc_weight, hard_weight):
     joint = JointKDLoss(ctc_weight, hard_weight, temperature=3.0)
     hard_loss = hard()
     loss, _ = joint(hard_loss, student, targets)
-    kd = ctc_kd_loss(student.ctc_logits, targets.ctc, targets.lens, 3.0)
+    kd = ctc_kd_loss(student.ctc_logits, targets.parts["ctc"], targets.lens, 3.0)
     # The terms differ, so swapped weights and a dropped term both give another sum.
     assert kd > 1 and abs(kd - hard_loss) > 1
     assert torch.equal(loss, hard_weight * hard_loss + ctc_weight * kd)
@@ -50,7 +50,7 @@ def test_the_weights_reach_the_gradients():
     loss, _ = JointKDLoss(0.75, 0.5, temperature=2.0)(hard_loss, student, targets)
     loss.backward()
     logits = student.ctc_logits.detach().clone().requires_grad_()
-    ctc_kd_loss(logits, targets.ctc, targets.lens, 2.0).backward()
+    ctc_kd_loss(logits, targets.parts["ctc"], targets.lens, 2.0).backward()
     assert hard_loss.grad == 0.5
     torch.testing.assert_close(student.ctc_logits.grad, 0.75 * logits.grad)
     assert logits.grad.abs().max() > 0.1
@@ -64,7 +64,7 @@ def test_defaults():
 def test_info_is_the_unweighted_term():
     student, targets = pair()
     _, info = JointKDLoss(0.1, 0.9, 2.0)(hard(), student, targets)
-    kd = ctc_kd_loss(student.ctc_logits, targets.ctc, targets.lens, 2.0)
+    kd = ctc_kd_loss(student.ctc_logits, targets.parts["ctc"], targets.lens, 2.0)
     assert info == {"kd_ctc_loss": kd.item(), "kd_frames": 8.0}
     assert type(info["kd_ctc_loss"]) is float and type(info["kd_frames"]) is float
 
@@ -72,7 +72,9 @@ def test_info_is_the_unweighted_term():
 def test_frames_beyond_the_longest_utterance_may_differ():
     student, targets = pair(t_student=7, t_teacher=6)
     loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
-    kd = ctc_kd_loss(student.ctc_logits[:, :5], targets.ctc[:, :5], targets.lens, 2.0)
+    kd = ctc_kd_loss(
+        student.ctc_logits[:, :5], targets.parts["ctc"][:, :5], targets.lens, 2.0
+    )
     assert info["kd_ctc_loss"] == kd.item()
 
 
@@ -88,12 +90,12 @@ def test_no_frames_leave_the_weighted_hard_loss():
 def test_frames_outside_the_mask_do_not_count():
     student, targets = pair()
     targets.mask[0, 1:3] = False
-    targets.ctc[0, 1:3] = math.nan
+    targets.parts["ctc"][0, 1:3] = math.nan
     loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
     kept = [0, 3, 4]
     kd = ctc_kd_loss(
         torch.stack([student.ctc_logits[0, kept], student.ctc_logits[1, :3]]),
-        torch.stack([targets.ctc[0, kept], targets.ctc[1, :3]]),
+        torch.stack([targets.parts["ctc"][0, kept], targets.parts["ctc"][1, :3]]),
         torch.tensor([3, 3]),
         2.0,
     )
@@ -109,13 +111,16 @@ def test_a_part_of_a_cut_may_have_other_frames(lens):
     """The student's front end has edges where the whole cut has none."""
     student, targets = pair(lens, t_student=max(lens), t_teacher=5)
     targets = Targets(
-        targets.ctc, torch.tensor([5, 3]), whole=torch.tensor([False, False])
+        torch.tensor([5, 3]), None, torch.tensor([False, False]), targets.parts
     )
     common = [min(a, b) for a, b in zip(lens, [5, 3], strict=True)]
     loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
     t = min(max(lens), 5)
     kd = ctc_kd_loss(
-        student.ctc_logits[:, :t], targets.ctc[:, :t], torch.tensor(common), 2.0
+        student.ctc_logits[:, :t],
+        targets.parts["ctc"][:, :t],
+        torch.tensor(common),
+        2.0,
     )
     assert info["kd_ctc_loss"] == pytest.approx(kd.item(), rel=1e-6)
     assert info["kd_frames"] == sum(common)
@@ -124,7 +129,7 @@ def test_a_part_of_a_cut_may_have_other_frames(lens):
 def test_one_whole_cut_that_moved_is_refused_among_parts():
     student, targets = pair()
     targets = Targets(
-        targets.ctc, torch.tensor([4, 4]), whole=torch.tensor([False, True])
+        torch.tensor([4, 4]), None, torch.tensor([False, True]), targets.parts
     )
     with pytest.raises(KDError, match="changed after the targets were made"):
         JointKDLoss()(hard(), student, targets)
@@ -133,7 +138,9 @@ def test_one_whole_cut_that_moved_is_refused_among_parts():
 def test_a_batch_without_any_targets_has_the_hard_loss_alone():
     student, _ = pair()
     bare = Targets(
-        torch.zeros(2, 0, 4), torch.tensor([0, 0]), whole=torch.tensor([False, False])
+        torch.tensor([0, 0]),
+        whole=torch.tensor([False, False]),
+        parts={"ctc": torch.zeros(2, 0, 4)},
     )
     loss, info = JointKDLoss(0.8, 0.25, 2.0)(hard(8.0), student, bare)
     assert loss == 2.0 and info == {"kd_ctc_loss": 0.0, "kd_frames": 0.0}
@@ -144,10 +151,12 @@ def test_a_batch_without_any_targets_has_the_hard_loss_alone():
 def test_sparse_targets_of_all_symbols_are_as_dense_ones():
     student, targets = pair()
     dense, _ = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
-    log_probs, indices = (targets.ctc / 2).log_softmax(-1).sort(-1, descending=True)
+    log_probs, indices = (
+        (targets.parts["ctc"] / 2).log_softmax(-1).sort(-1, descending=True)
+    )
     sparse = SparseDistribution(indices, log_probs, torch.full((2, 5), -math.inf))
     found, info = JointKDLoss(0.5, 0.5, 2.0)(
-        hard(), student, Targets(sparse, targets.lens)
+        hard(), student, Targets(targets.lens, parts={"ctc": sparse})
     )
     torch.testing.assert_close(found, dense)
     assert info["kd_frames"] == 8.0
@@ -207,20 +216,21 @@ def transducer(make_model, features):
     x, x_lens = features
     model(x=x, x_lens=x_lens, y=y, prune_range=3)
     student = hook.take()
-    targets = Targets(said.ctc_logits, said.encoder_out_lens, nodes=nodes)
+    parts = {"ctc": said.ctc_logits, "nodes": nodes}
+    targets = Targets(said.encoder_out_lens, parts=parts)
     return model, student, targets
 
 
 def test_the_transducers_term_is_weighed_and_named(transducer):
     model, student, targets = transducer
-    assert student.symbols.shape == (3, 4) and student.symbols[:, 0].eq(0).all()
+    assert student.labels.shape == (3, 4) and student.labels[:, 0].eq(0).all()
     joint = JointKDLoss(0.75, 0.5, 2.0, rnnt_weight=0.3, rnnt_form="collapsed")
     loss, info = joint(hard(), student, targets, model)
     args = (student.encoder_out, student.encoder_out_lens, student.decoder_out)
     kd_rnnt = transducer_kd_loss(
-        model.joiner, *args, targets.nodes, 2.0, form="collapsed"
+        model.joiner, *args, targets.parts["nodes"], 2.0, form="collapsed"
     )
-    kd_ctc = ctc_kd_loss(student.ctc_logits, targets.ctc, targets.lens, 2.0)
+    kd_ctc = ctc_kd_loss(student.ctc_logits, targets.parts["ctc"], targets.lens, 2.0)
     torch.testing.assert_close(loss, 0.5 * 37.0 + 0.75 * kd_ctc + 0.3 * kd_rnnt)
     assert kd_rnnt > 0.1 and info["kd_rnnt_loss"] == pytest.approx(float(kd_rnnt))
     loss.backward()
@@ -232,7 +242,7 @@ def test_the_transducers_term_is_weighed_and_named(transducer):
 
 def test_the_transducers_term_alone_needs_no_ctc_targets(transducer):
     model, student, targets = transducer
-    targets.ctc = student.ctc_logits = None
+    targets.parts["ctc"] = student.ctc_logits = None
     joint = JointKDLoss(0, 1.0, rnnt_weight=1.0, rnnt_shift=1)
     _, info = joint(hard(), student, targets, model)
     assert set(info) == {"kd_rnnt_loss", "kd_rnnt_frames"}
@@ -242,7 +252,7 @@ def test_the_transducers_term_alone_needs_no_ctc_targets(transducer):
 
 def test_a_batch_without_lattices_has_a_zero_term_for_every_parameter(transducer):
     model, student, targets = transducer
-    targets.nodes, targets.lattices = None, [None, None, None]
+    targets.parts["nodes"], targets.parts["lattice"] = None, [None, None, None]
     loss, info = JointKDLoss(0, 1.0, rnnt_weight=1.0)(hard(), student, targets, model)
     assert info["kd_rnnt_loss"] == 0
     loss.backward()
@@ -253,8 +263,8 @@ def test_a_batch_without_lattices_has_a_zero_term_for_every_parameter(transducer
 
 def test_lattices_of_other_transcripts_are_refused(transducer):
     model, student, targets = transducer
-    student.symbols = student.symbols.clone()
-    student.symbols[1, 2] = 9
+    student.labels = student.labels.clone()
+    student.labels[1, 2] = 9
     with pytest.raises(KDError, match="label 2 of row 1 .* is 9 for the student and 6"):
         JointKDLoss(rnnt_weight=1.0)(hard(), student, targets, model)
 
@@ -341,9 +351,11 @@ def test_copies_of_a_batch_have_the_mean_of_their_terms(sparse):
     """[x1..xN, x1..xN], as the recipe's own losses halve it."""
     student, targets = pair()
     if sparse:
-        log_probs, indices = targets.ctc.log_softmax(-1).sort(-1, descending=True)
+        log_probs, indices = (
+            targets.parts["ctc"].log_softmax(-1).sort(-1, descending=True)
+        )
         rest = torch.full(log_probs.shape[:2], -math.inf)
-        targets.ctc = SparseDistribution(indices, log_probs, rest)
+        targets.parts["ctc"] = SparseDistribution(indices, log_probs, rest)
     other = (0.5 * student.ctc_logits.detach()).requires_grad_()
     both = torch.cat([student.ctc_logits, other])
     doubled = EncoderOut(
@@ -353,7 +365,7 @@ def test_copies_of_a_batch_have_the_mean_of_their_terms(sparse):
     )
     joint, kd = JointKDLoss(0.75, 0.5, 2.0), []
     for logits in (student.ctc_logits, other):
-        kd.append(ctc_kd_loss(logits, targets.ctc, targets.lens, 2.0))
+        kd.append(ctc_kd_loss(logits, targets.parts["ctc"], targets.lens, 2.0))
     loss, info = joint(hard(8.0), doubled, targets)
     torch.testing.assert_close(loss, 4.0 + 0.75 * (kd[0] + kd[1]) / 2)
     assert info["kd_frames"] == 8.0
@@ -364,9 +376,10 @@ def test_copies_of_a_batch_have_the_mean_of_their_terms(sparse):
 def test_targets_of_another_batch_are_refused(rows):
     student, _ = pair()
     lens = torch.full((rows,), 5)
-    targets = Targets(ctc=torch.zeros(rows, 5, 4), lens=lens)
+    targets = Targets(lens, parts={"ctc": torch.zeros(rows, 5, 4)})
     if rows == 1:
-        targets = Targets(ctc=torch.zeros(3, 5, 4), lens=torch.full((3,), 5))
+        parts = {"ctc": torch.zeros(3, 5, 4)}
+        targets = Targets(torch.full((3,), 5), parts=parts)
     with pytest.raises(
         KDError, match=f"2 rows and the teacher's targets {len(targets.lens)}"
     ):

@@ -40,7 +40,7 @@ def given(make_model):
     x, lens = torch.randn(3, 61, 20, generator=g), torch.tensor([61, 42, 23])
     wide = make_model(seed=1, encoder_dim="20,32", encoder_unmasked_dim="12,16")
     targets = OnlineTeacher([wide], hidden=["out", 0]).targets(x, lens, y=Y, s_range=3)
-    targets.nbest = LISTS
+    targets.parts["nbest"] = LISTS
     model = make_model(seed=2).eval()
     for module in model.modules():  # which change gradients at random
         if isinstance(module, (Balancer, Whiten)):
@@ -87,11 +87,13 @@ def by_hand(name, given, student):
     model, targets = given.model, given.targets
     states = (student.encoder_out, student.encoder_out_lens, student.decoder_out)
     if name == "ctc":
-        return ctc_kd_loss(student.ctc_logits, targets.ctc, targets.lens, T)
+        return ctc_kd_loss(student.ctc_logits, targets.parts["ctc"], targets.lens, T)
     if name == "rnnt":
-        return transducer_kd_loss(model.joiner, *states, targets.nodes, T)
+        return transducer_kd_loss(model.joiner, *states, targets.parts["nodes"], T)
     if name == "full_sum":
-        return full_sum_kd_loss(StudentNodes(model.joiner, *states, targets.nodes))
+        return full_sum_kd_loss(
+            StudentNodes(model.joiner, *states, targets.parts["nodes"])
+        )
     if name == "hidden":
         pairs = layers()
         pairs.build(student, targets)
@@ -293,12 +295,16 @@ LACKING = {
 }
 
 
+def lacking_parts(targets, parts):
+    return replace(targets, parts={**targets.parts, **parts})
+
+
 @pytest.mark.parametrize("lacking", LACKING)
 @pytest.mark.parametrize("epoch", [4, 6])
 def test_all_batches_have_the_same_keys_in_the_same_order(given, lacking, epoch):
     """icefall adds them up over processes by their place."""
     joint = joint_of(*TERMS, **off("rnnt", "hidden"))
-    targets = replace(given.targets, **LACKING[lacking])
+    targets = lacking_parts(given.targets, LACKING[lacking])
     student = leaves(given.said)
     loss, info = joint(hard(), student, targets, given.model, epoch=epoch)
     _, whole = joint(hard(), leaves(given.said), given.targets, given.model, epoch=6)
@@ -321,7 +327,7 @@ def test_all_batches_have_the_same_keys_in_the_same_order(given, lacking, epoch)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
 def test_garbage_in_the_padding_changes_nothing(given, garbage):
     for lacking in ("nothing", "ctc", "lattice", "nbest"):
-        targets, found = replace(given.targets, **LACKING[lacking]), []
+        targets, found = lacking_parts(given.targets, LACKING[lacking]), []
         for value in (0.0, garbage):
             student = leaves(given.said)
             with torch.no_grad():
@@ -440,7 +446,7 @@ def test_the_options_of_the_lattices_term_reach_it(given):
     ):
         student = leaves(given.said)
         states = (student.encoder_out, student.encoder_out_lens, student.decoder_out)
-        nodes = shift(targets.nodes, options.get("rnnt_shift", 0), states[1])
+        nodes = shift(targets.parts["nodes"], options.get("rnnt_shift", 0), states[1])
         expected = transducer_kd_loss(
             model.joiner,
             *states,
@@ -464,16 +470,16 @@ def test_total_mixes_both_heads(given):
         student.encoder_out,
         student.encoder_out_lens,
         student.decoder_out,
-        given.targets.nodes,
+        given.targets.parts["nodes"],
     )
-    expected = total_kd_loss(asked, student.ctc_logits, given.targets.ctc, T)
+    expected = total_kd_loss(asked, student.ctc_logits, given.targets.parts["ctc"], T)
     assert info["kd_rnnt_loss"] == pytest.approx(float(expected), rel=1e-5)
     grads = gradients(loss, given, student)
     for name in ("ctc_logits", "joiner.output_linear.weight", "decoder_out"):
         assert grads[name].abs().max() > 0.01, name
     assert joint.needs_ctc_targets and joint.is_total
     # Without CTC targets there is nothing to mix.
-    bare = replace(given.targets, ctc=None)
+    bare = lacking_parts(given.targets, {"ctc": None})
     _, info = joint(hard(), leaves(given.said), bare, given.model)
     assert info == {"kd_rnnt_loss": 0.0, "kd_rnnt_frames": 0.0}
 
@@ -494,7 +500,7 @@ def equal(make_model, given):
     symbols = torch.zeros(3, 4, dtype=torch.int64)
     for row, y in enumerate(Y):
         symbols[row, 1 : 1 + len(y)] = torch.tensor(y)
-    said.symbols, said.decoder_out = symbols, model.decoder(symbols).detach()
+    said.labels, said.decoder_out = symbols, model.decoder(symbols).detach()
     return SimpleNamespace(model=model, said=said, targets=targets)
 
 
@@ -625,8 +631,8 @@ def test_the_formula_names_every_term_and_option(given):
 def test_targets_on_parts_of_cuts_count_the_frames_that_both_have(given):
     """Rows that are not whole, of which the student has fewer frames."""
     t = given.targets
-    longer = Targets(t.ctc, t.lens, t.mask, torch.zeros(3, dtype=torch.bool))
-    longer.hidden = t.hidden
+    parts = {k: t.parts[k] for k in ("ctc", "hidden")}
+    longer = Targets(t.lens, t.mask, torch.zeros(3, dtype=torch.bool), parts)
     student = leaves(given.said)
     student.encoder_out_lens = student.encoder_out_lens - torch.tensor([2, 0, 1])
     _, info = joint_of("ctc", "hidden")(hard(), student, longer, given.model)

@@ -30,7 +30,7 @@ def teacher(layers, t=7, seed=1):
         name: torch.randn(2, t, 1 if name == "out" else 2, c, generator=g)
         for name, c in layers.items()
     }
-    return Targets(None, torch.tensor([t, t - 3]), hidden=hidden)
+    return Targets(torch.tensor([t, t - 3]), parts={"hidden": hidden})
 
 
 def term(layers, said, heard):
@@ -42,8 +42,10 @@ def test_the_term_is_the_sum_over_pairs():
     said, heard = student(), teacher({"out": 5, 3: 6})
     layers = HiddenLayers(parse_layers("out:out,3:2"), "cosine")
     expected = hidden_kd_loss(
-        hidden_rows(said, "out"), heard.hidden["out"], heard.lens, "cosine"
-    ) + hidden_kd_loss(hidden_rows(said, 2), heard.hidden[3], heard.lens, "cosine")
+        hidden_rows(said, "out"), heard.parts["hidden"]["out"], heard.lens, "cosine"
+    ) + hidden_kd_loss(
+        hidden_rows(said, 2), heard.parts["hidden"][3], heard.lens, "cosine"
+    )
     torch.testing.assert_close(term(layers, said, heard), expected)
     assert list(layers.modules.parameters()) == [] and expected > 1
 
@@ -52,7 +54,7 @@ def test_the_term_is_the_sum_over_pairs():
 def test_a_student_that_equals_its_teacher_has_zero_loss_and_gradient(kind):
     said = student()
     rows = {"out": hidden_rows(said, "out").detach()}
-    heard = Targets(None, said.encoder_out_lens, hidden=rows)
+    heard = Targets(said.encoder_out_lens, parts={"hidden": rows})
     loss = term(HiddenLayers(parse_layers("out"), kind), said, heard)
     loss.backward()
     assert loss == 0 and said.encoder_out.grad.abs().max() == 0
@@ -62,7 +64,7 @@ def test_a_projector_begins_with_the_teachers_first_channels():
     said, heard = student(c=5), teacher({"out": 8})
     layers = HiddenLayers(parse_layers("out"))
     x = torch.cat((said.encoder_out, torch.zeros(2, 7, 3)), -1).unsqueeze(2)
-    expected = hidden_kd_loss(x, heard.hidden["out"], heard.lens)
+    expected = hidden_kd_loss(x, heard.parts["hidden"]["out"], heard.lens)
     torch.testing.assert_close(term(layers, said, heard), expected)
 
 
@@ -107,7 +109,9 @@ def test_passes_of_several_weights_add_up_as_unweighted_ones(codes):
         said, heard = student(seed=seed), teacher({"out": 8}, seed=seed + 9)
         if codes:
             g = torch.Generator().manual_seed(seed)
-            heard.hidden = {"out": torch.randint(256, (2, 7, 1, 4), generator=g)}
+            heard.parts["hidden"] = {
+                "out": torch.randint(256, (2, 7, 1, 4), generator=g)
+            }
         return said, heard
 
     if codes:
@@ -161,8 +165,8 @@ def test_an_overflow_is_not_learned_from():
 def test_a_batch_without_layers_has_a_zero_term_with_its_graph():
     said, heard = student(), teacher({"out": 8})
     layers = HiddenLayers(parse_layers("out"))
-    layers.learn_widths(heard.hidden)
-    loss = term(layers, said, Targets(None, heard.lens))
+    layers.learn_widths(heard.parts["hidden"])
+    loss = term(layers, said, Targets(heard.lens))
     loss.backward()
     assert loss == 0 and said.encoder_out.grad.abs().max() == 0
     layers.step()  # with nothing to learn
@@ -173,7 +177,7 @@ def test_frames_outside_the_mask_do_not_count():
     said, heard = student(), teacher({"out": 8})
     layers = HiddenLayers(parse_layers("out"))
     expected = term(layers, said, heard)
-    heard.hidden["out"][1, 4:] = torch.nan
+    heard.parts["hidden"]["out"][1, 4:] = torch.nan
     with torch.no_grad():
         said.encoder_out[1, 4:] = 1e3
     torch.testing.assert_close(term(layers, said, heard), expected)
@@ -183,7 +187,7 @@ def test_codes_are_predicted_by_their_cross_entropy():
     pytest.importorskip("multi_quantization")
     said = student(c=5)
     codes = torch.randint(256, (2, 7, 1, 4), generator=torch.Generator().manual_seed(3))
-    heard = Targets(None, said.encoder_out_lens, hidden={"out": codes})
+    heard = Targets(said.encoder_out_lens, parts={"hidden": {"out": codes}})
     layers = HiddenLayers(parse_layers("out"), lr=0.05)
     losses = []
     for _ in range(30):

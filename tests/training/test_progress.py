@@ -56,7 +56,9 @@ def learn(hidden, steps=1):
     g = torch.Generator().manual_seed(0)
     lens = torch.tensor([7, 4])
     said = EncoderOut(torch.randn(2, 7, 5, generator=g, requires_grad=True), lens)
-    heard = Targets(None, lens, hidden={"out": torch.randn(2, 7, 1, 8, generator=g)})
+    heard = Targets(
+        lens, parts={"hidden": {"out": torch.randn(2, 7, 1, 8, generator=g)}}
+    )
     hidden.build(said, heard)
     for _ in range(steps):
         hidden(said, heard, heard.mask).backward()
@@ -313,7 +315,7 @@ def test_projectors_of_other_layers_are_refused(begin):
         hidden={2: torch.zeros(1, 4, 5)},
         hidden_lens=torch.tensor([4]),
     )
-    heard = Targets(None, torch.tensor([2]), hidden={2: torch.zeros(1, 2, 2, 8)})
+    heard = Targets(torch.tensor([2]), parts={"hidden": {2: torch.zeros(1, 2, 2, 8)}})
     with pytest.raises(KDError, match="--kd-hidden-layers.*or remove kd.pt") as e:
         other.build(said, heard)
     assert "\n" not in str(e.value)

@@ -22,7 +22,7 @@ def stored(lattice, skip=()):
         some = occupancy > 0
         row = LatticeTargets(
             lattice.ranges[i, :t],
-            lattice.symbols[i, :u],
+            lattice.labels[i, :u],
             occupancy,
             lattice.logits[i, :t][some],
         )
@@ -39,7 +39,7 @@ def taught(make_model, features):
             said = hook.encode(*features)
             lattice = hook.lattice(said, Y, s_range)
         lattices = stored(lattice, skip)
-        return Targets(None, said.encoder_out_lens, lattices=lattices), lattice
+        return Targets(said.encoder_out_lens, parts={"lattice": lattices}), lattice
 
     return make
 
@@ -76,7 +76,7 @@ def test_the_pruned_loss_stands_on_the_teachers_ranges(
         assert torch.equal(found[i, :t], lattice.ranges[i, :t])
     by_hand = get_engine().rnnt_loss_pruned(
         logits=logits.float(),
-        symbols=lattice.symbols,
+        symbols=lattice.labels,
         ranges=found,
         termination_symbol=0,
         boundary=lattice.boundary,
@@ -140,7 +140,7 @@ def test_the_lattices_kl_needs_no_second_pass(make_model, features, taught, guid
     hook = ModelTap(model, ctc=False, decoder=True)
     forward(model, features, targets)
     out, kept = hook.take(), ranges.take()
-    nodes = stored_nodes(targets.lattices)
+    nodes = stored_nodes(targets.parts["lattice"])
 
     def kl(logits):
         parts = (out.encoder_out, out.encoder_out_lens, out.decoder_out, nodes)
@@ -167,8 +167,8 @@ def test_a_lattice_that_lacks_a_node_is_asked_again(make_model, features, taught
     model = make_model(seed=2).eval()
     with ModelTap(model) as hook:
         out = hook.encode(*features)
-        decoder_out = model.decoder(torch.nn.functional.pad(lattice.symbols, (1, 0)))
-    nodes = stored_nodes(targets.lattices)
+        decoder_out = model.decoder(torch.nn.functional.pad(lattice.labels, (1, 0)))
+    nodes = stored_nodes(targets.parts["lattice"])
     asked = StudentNodes(
         model.joiner, out.encoder_out, out.encoder_out_lens, decoder_out, nodes
     )
@@ -237,7 +237,7 @@ def test_narrower_lattices_are_widened(make_model, features, taught, guided):
 
 def test_lattices_of_other_cuts_are_refused(make_model, features, taught, guided):
     targets, _ = taught()
-    targets.lattices[1] = targets.lattices[2]
+    targets.parts["lattice"][1] = targets.parts["lattice"][2]
     model = make_model(seed=2).eval()
     guided(model)
     with pytest.raises(KDError, match="row 1 .* 2 labels.*teacher's lattice .* and 1"):

@@ -790,7 +790,9 @@ def test_what_wraps_the_dataset_goes_to_worker_processes(
     dataset = wrap(cuts)
     assert isinstance(dataset, StandInTranscripts)
     batch = pickle.loads(pickle.dumps(dataset))[cuts]
-    torch.testing.assert_close(batch["kd_targets"].ctc, dataset[cuts]["kd_targets"].ctc)
+    torch.testing.assert_close(
+        batch["kd_targets"].parts["ctc"], dataset[cuts]["kd_targets"].parts["ctc"]
+    )
     assert batch["supervisions"]["text"] == dataset[cuts]["supervisions"]["text"]
 
 
@@ -887,7 +889,7 @@ def asked(online, bare_cuts, student, sp, monkeypatch):
             heard = EncoderOut(
                 torch.zeros(0),
                 torch.zeros(0),
-                symbols=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+                labels=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             )
             session._session.ask(batch, heard, torch.device("cpu"))
         (said,) = found
@@ -902,17 +904,22 @@ def test_an_online_lattice_is_pruned_or_full_or_a_path(asked, sp):
     pruned, full, path = asked(kd_s_range=2), asked(kd_s_range=0), asked(kd_path_only=1)
     for row, name in enumerate(TEXTS):
         t, u = frames[name], labels[name]
-        nodes = [said.nodes.select(said.nodes.row == row) for said in (pruned, full)]
+        nodes = [
+            said.parts["nodes"].select(said.parts["nodes"].row == row)
+            for said in (pruned, full)
+        ]
         counts = [n.frame.bincount(minlength=t) for n in nodes]
         assert counts[0].max() == 2 < u + 1
         assert counts[1].max() == u + 1 and len(nodes[1]) > len(nodes[0])
         for n in nodes:
             assert float(n.occupancy.sum()) == pytest.approx(t + u, rel=1e-3)
-        best = path.nodes.select(path.nodes.row == row)
+        best = path.parts["nodes"].select(path.parts["nodes"].row == row)
         assert len(best) == t + u and best.occupancy.eq(1).all()
         ends = [(int(best.frame[i]), int(best.position[i])) for i in (0, -1)]
         assert ends == [(0, 0), (t - 1, u)]
-    assert pruned.ctc is None and not pruned.hidden  # nobody asked
+    assert pruned.parts.get("ctc") is None and not pruned.parts.get(
+        "hidden"
+    )  # nobody asked
 
 
 def test_a_path_of_the_full_lattice_is_the_best_of_all(asked, monkeypatch):
@@ -922,11 +929,19 @@ def test_a_path_of_the_full_lattice_is_the_best_of_all(asked, monkeypatch):
     passed = {
         (int(r), int(t), int(u)): float(o)
         for r, t, u, o in zip(
-            full.nodes.row, full.nodes.frame, full.nodes.position, full.nodes.occupancy
+            full.parts["nodes"].row,
+            full.parts["nodes"].frame,
+            full.parts["nodes"].position,
+            full.parts["nodes"].occupancy,
         )
     }
-    on_path = list(zip(*(x.tolist() for x in (path.nodes.row, path.nodes.frame))))
-    found = [passed[(r, t, int(u))] for (r, t), u in zip(on_path, path.nodes.position)]
+    on_path = list(
+        zip(*(x.tolist() for x in (path.parts["nodes"].row, path.parts["nodes"].frame)))
+    )
+    found = [
+        passed[(r, t, int(u))]
+        for (r, t), u in zip(on_path, path.parts["nodes"].position)
+    ]
     assert sum(found) / len(found) > sum(passed.values()) / len(passed)
 
 
@@ -981,13 +996,20 @@ def test_a_teacher_says_what_it_is_asked_for(make_model, features):
     with ModelTap(model, hidden=[1]) as hook:
         out = hook.encode(*features)
     found = OnlineTeacher([model], hidden=["out", 1], ctc=False).targets(*features, y=y)
-    assert found.ctc is None and sorted(map(str, found.hidden)) == ["1", "out"]
+    assert found.parts.get("ctc") is None and sorted(
+        map(str, found.parts["hidden"])
+    ) == ["1", "out"]
     for layer in ("out", 1):
-        torch.testing.assert_close(found.hidden[layer], hidden_rows(out, layer))
-        assert not found.hidden[layer].requires_grad
+        torch.testing.assert_close(
+            found.parts["hidden"][layer], hidden_rows(out, layer)
+        )
+        assert not found.parts["hidden"][layer].requires_grad
     assert found.mask.sum(1).tolist() == found.lens.tolist()
-    assert found.nodes is not None and not found.nodes.teacher.requires_grad
-    assert OnlineTeacher([model]).targets(*features).nodes is None
+    assert (
+        found.parts.get("nodes") is not None
+        and not found.parts["nodes"].teacher.requires_grad
+    )
+    assert OnlineTeacher([model]).targets(*features).parts.get("nodes") is None
 
 
 def test_hidden_layers_of_several_teachers_are_refused(make_model, online, student):

@@ -42,34 +42,40 @@ def rows_of(rank):
 
 def part(targets, rows):
     """The targets of some rows of a batch."""
-    nodes = targets.nodes
+    parts = targets.parts
+    nodes = parts.get("nodes")
     if nodes is not None:
         nodes = nodes.select((nodes.row >= rows.start) & (nodes.row < rows.stop))
         nodes = replace(nodes, row=nodes.row - rows.start)
     return Targets(
-        targets.ctc[rows],
         targets.lens[rows],
         targets.mask[rows],
         targets.whole[rows],
-        nodes=nodes if nodes is not None and len(nodes) else None,
-        hidden={layer: x[rows] for layer, x in targets.hidden.items()},
-        nbest=targets.nbest[rows],
+        {
+            "ctc": parts["ctc"][rows],
+            "nodes": nodes if nodes is not None and len(nodes) else None,
+            "hidden": {layer: x[rows] for layer, x in parts["hidden"].items()},
+            "nbest": parts["nbest"][rows],
+        },
     )
 
 
 def without_the_second_half(targets):
     """The teacher said nothing of it: NaN stands there."""
+    parts = targets.parts
     targets = replace(
         targets,
-        ctc=targets.ctc.clone(),
         lens=targets.lens * torch.tensor([1, 1, 0, 0]),
         mask=targets.mask & torch.tensor([True, True, False, False])[:, None],
         whole=torch.tensor([True, True, False, False]),
-        nodes=targets.nodes.select(targets.nodes.row < 2),
-        hidden={layer: x.clone() for layer, x in targets.hidden.items()},
-        nbest=[*targets.nbest[:2], [], []],
+        parts={
+            "ctc": parts["ctc"].clone(),
+            "nodes": parts["nodes"].select(parts["nodes"].row < 2),
+            "hidden": {layer: x.clone() for layer, x in parts["hidden"].items()},
+            "nbest": [*parts["nbest"][:2], [], []],
+        },
     )
-    for x in (targets.ctc, *targets.hidden.values()):
+    for x in (targets.parts["ctc"], *targets.parts["hidden"].values()):
         x[2:] = torch.nan
     return targets
 
@@ -77,9 +83,8 @@ def without_the_second_half(targets):
 def nothing():
     """Targets of two cuts that have none, as the data module collates them."""
     no = torch.tensor([False, False])
-    return Targets(
-        None, torch.zeros(2, dtype=torch.int64), torch.zeros(2, 0) > 0, no, nbest=[]
-    )
+    lens, mask = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 0) > 0
+    return Targets(lens, mask, no, {"nbest": []})
 
 
 def build(given):
@@ -107,7 +112,7 @@ def learn(given, targets, weights, rows=ALL, epoch=0.0, parallel=False):
     """The gradients of one batch, and what was logged of it."""
     model = calm(build(given))
     layers = HiddenLayers(parse_layers(LAYERS))
-    layers.learn_widths(given.targets.hidden)
+    layers.learn_widths(given.targets.parts["hidden"])
     kd = {f"{name}_weight": weight for name, weight in weights.items()}
     joint = JointKDLoss(**kd, hard_weight=0.3, temperature=2.0, hidden=layers)
     wrapped = DDP(model, find_unused_parameters=True) if parallel else model
@@ -183,7 +188,12 @@ def given(make_model, make_settings):
     wide = {"encoder_dim": "20,32", "encoder_unmasked_dim": "12,16"}
     teacher = OnlineTeacher([make_model(seed=1, **wide)], hidden=["out", 0])
     targets = teacher.targets(x.float(), x_lens, y=y, s_range=3)
-    targets.nbest = [[(y[0], -1.0), ([3, 4], -1.5)], [([5], -0.3)], [], [(y[3], -2.0)]]
+    targets.parts["nbest"] = [
+        [(y[0], -1.0), ([3, 4], -1.5)],
+        [([5], -0.3)],
+        [],
+        [(y[3], -2.0)],
+    ]
     parser = argparse.ArgumentParser()
     session.add_arguments(parser)
     words = ["--kd-hard-weight=0"]
