@@ -33,9 +33,9 @@ def kd(place, tmp_path):
     defaults = {
         "--asr-dir": place,
         "--train-manifests": "train.jsonl.gz",
-        "--warmup-epochs": 1,
+        "--first-epochs": 1,
         "--kd-epochs": 2,
-        "--finetune-epochs": 1,
+        "--last-epochs": 1,
         "--avg": 2,
         "--python": sys.executable,
     }

@@ -95,7 +95,7 @@ def command(folder: Path) -> List[str]:
     words += ["--train-manifests", "train.jsonl.gz", "--python", sys.executable]
     for name, value in {"warmup": 2, "kd": 2, "finetune": 1}.items():
         words += [f"--{name}-epochs", str(value)]
-    return [*words, "--avg", "2", "--nj", "2"]
+    return [*words, "--avg", "2", "--num-jobs", "2"]
 
 
 def env(folder: Path) -> Dict[str, str]:

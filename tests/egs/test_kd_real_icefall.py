@@ -178,18 +178,31 @@ def kd(librispeech):
     def run(name, teacher, *more):
         lang = librispeech.lang
         words = [SCRIPT, "--asr-dir", librispeech.asr, "--python", sys.executable]
-        words += ["--teacher-dir", teacher, "--teacher-epoch", 2, "--teacher-avg", 1]
+        words += [
+            "--teacher-exp-dir",
+            teacher,
+            "--teacher-epoch",
+            2,
+            "--teacher-avg",
+            1,
+        ]
         words += ["--tokens", f"--bpe-model {shlex.quote(str(lang / 'bpe.model'))}"]
         words += ["--tokens-file", lang / "tokens.txt", "--student", "tiny"]
         flags = "--full-libri 0 --enable-musan 0 --use-fp16 0 --num-buckets 2"
         flags += " --max-duration 12 --num-workers 0 --average-period 1"
         words += ["--train-flags", flags]
-        for option in ("--warmup-epochs", "--finetune-epochs"):
+        for option in ("--first-epochs", "--last-epochs"):
             words += [option, 0]
         words += ["--kd-epochs", 1, "--avg", 1, "--baseline", "false"]
         words += ["--decode-flags", "--max-duration 20 --num-workers 0"]
         words += ["--chunk-size", 16, "--left-context-frames", 64]
-        words += ["--kd-dir", f"data/kd {name}", "--exp-dir", f"exp,{name}:1", *more]
+        words += [
+            "--targets-dir",
+            f"data/kd {name}",
+            "--exp-dir",
+            f"exp,{name}:1",
+            *more,
+        ]
         return _run(*words, env=librispeech.env)
 
     return run

@@ -90,12 +90,12 @@ def test_students_of_other_settings_are_not_mixed_up(kd, calls):
 
 
 def test_one_manifest_is_shared_by_jobs(kd, calls, place):
-    done = kd(stage=1, stop_stage=2, nj=3)
+    done = kd(stage=1, stop_stage=2, num_jobs=3)
     assert done.returncode == 0, done.stderr
     dumps = [r for r in calls() if r[1] == "dump"]
     assert sorted(given(r, "--job") for r in dumps) == ["0", "1", "2"]
     assert {given(r, "--num-jobs") for r in dumps} == {"3"}
-    done = kd(stage=3, stop_stage=3, nj=3)
+    done = kd(stage=3, stop_stage=3, num_jobs=3)
     assert done.returncode == 0 and calls()[0][:4] == [
         "icefall-kd",
         "combine",
@@ -105,7 +105,7 @@ def test_one_manifest_is_shared_by_jobs(kd, calls, place):
 
 
 def test_several_manifests_are_taken_in_turn(kd, calls, place):
-    changes = {"train_manifests": "split/a.*.jsonl.gz", "nj": 2}
+    changes = {"train_manifests": "split/a.*.jsonl.gz", "num_jobs": 2}
     for job, own in (("0", ["a.1", "a.3"]), ("1", ["a.2"])):
         done = kd(stage=1, stop_stage=2, job=job, **changes)
         assert done.returncode == 0, done.stderr
@@ -166,8 +166,8 @@ def test_other_recipes_are_a_file(kd, calls, place, tmp_path, name):
         ({"config": "none.sh"}, "the file none.sh does not exist"),
         ({"avg": 5}, "has 4 epochs to average"),
         ({"avg": 0}, "give 1 to 4"),
-        ({"kd_epochs": 0}, "must be 1 or more"),
-        ({"kd_epochs": "many"}, "is 'many', not a number"),
+        ({"kd_epochs": 0}, "must be a whole number from 1"),
+        ({"kd_epochs": "many"}, "is 'many', and must be a whole number"),
         ({"baseline": "yes"}, "must be true or false"),
         ({"stage": 3, "stop_stage": 3}, "there are no targets"),
         ({"stage": 2, "stop_stage": 2}, "run stage 1 first"),
@@ -199,7 +199,12 @@ def test_stages_that_need_others_say_so(kd, calls):
 def test_help_lists_stages_and_options(kd):
     done = kd("--help")
     assert done.returncode == 0
-    for words in ("Stages: 0 checks", "--teacher-epoch 30", "--nj 1", "10 report"):
+    for words in (
+        "Stages: 0 checks",
+        "--teacher-epoch 30",
+        "--num-jobs 1",
+        "10 report",
+    ):
         assert words in done.stdout
 
 
@@ -249,7 +254,7 @@ def test_jobs_share_the_gpus_that_are_given(kd, calls, monkeypatch, tmp_path, pl
     )
     tool.write_text(text)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    assert kd(stage=1, stop_stage=2, nj=3).returncode == 0
+    assert kd(stage=1, stop_stage=2, num_jobs=3).returncode == 0
     dumps = {given(r, "--job"): r[-1] for r in calls() if r[1] == "dump"}
     assert dumps == {"0": "4", "1": "5", "2": "4"}
 
@@ -258,8 +263,8 @@ def test_jobs_share_the_gpus_that_are_given(kd, calls, monkeypatch, tmp_path, pl
     "changes, words",
     [
         ({"stage": "two"}, "--stage is 'two'"),
-        ({"nj": 0}, "--nj is 0"),
-        ({"nj": 2, "job": 2}, "give --job 0 to 1"),
+        ({"num_jobs": 0}, "--num-jobs is '0'"),
+        ({"num_jobs": 2, "job": 2}, "give --job 0 to 1"),
         ({"job": "x"}, "--job is x"),
     ],
     ids=str,

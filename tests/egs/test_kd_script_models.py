@@ -132,7 +132,7 @@ def test_the_teachers_flags_are_read_once_for_each_teacher(kd, calls, place):
     assert len(command(calls(), "doctor")) == 1
     assert kd(stage=2, stop_stage=2).returncode == 0
     assert command(calls(), "doctor") == []
-    for changes in ({"teacher_epoch": 40}, {"teacher_dir": "zipformer/exp2"}):
+    for changes in ({"teacher_epoch": 40}, {"teacher_exp_dir": "zipformer/exp2"}):
         assert kd(stage=2, stop_stage=2, **changes).returncode == 0
         assert len(command(calls(), "doctor")) == 1
     (place / "data" / "kd" / ".teacher").unlink()
@@ -171,7 +171,7 @@ def test_flags_of_parameters_alone_go_everywhere(kd, calls, models):
         (BOTH, {"decode_flags": "--name 'a"}, "a quotation mark without"),
         (BOTH, {"tokens": "--bpe-model 'a"}, "a quotation mark without"),
         (BOTH, {"train_manifests": ""}, "--train-manifests is empty"),
-        (BOTH, {"teacher_dir": "zipformer/exp3"}, "has no folder zipformer/exp3"),
+        (BOTH, {"teacher_exp_dir": "zipformer/exp3"}, "has no folder zipformer/exp3"),
         (BOTH, {"python": "python3.99"}, "no such program"),
     ],
     ids=str,

@@ -30,9 +30,9 @@ def test_every_path_may_have_any_character(kd, calls, odd_place, tmp_path):
     changes = {
         "asr_dir": asr,
         "config": settings,
-        "teacher_dir": f"exp:{ODD}",
+        "teacher_exp_dir": f"exp:{ODD}",
         "manifest_dir": f"fbank:{ODD}",
-        "kd_dir": f"kd:{ODD}",
+        "targets_dir": f"kd:{ODD}",
         "exp_dir": f"students:{ODD}",
         "kd_config": tmp_path / ODD / "my kd's.yaml",
         "tokens": f"--bpe-model {shlex.quote(str(lang / 'bpe.model'))}",
@@ -70,7 +70,7 @@ def test_every_path_may_have_any_character(kd, calls, odd_place, tmp_path):
 @pytest.mark.parametrize("name", ["exp,lr0.045", "exp:2024", "exp 1", "exp=1"])
 def test_a_teachers_folder_is_one_word(kd, calls, place, name):
     (place / "zipformer" / "exp").rename(place / "zipformer" / name)
-    done = kd(teacher_dir=f"zipformer/{name}", exp_dir=f"zipformer_kd/{name}")
+    done = kd(teacher_exp_dir=f"zipformer/{name}", exp_dir=f"zipformer_kd/{name}")
     assert done.returncode == 0, done.stderr
     decoded = [r for r in calls() if "decode" in r[0]]
     assert [given(r, "--exp-dir") for r in decoded[::3]] == [
@@ -98,8 +98,8 @@ def test_a_manifests_name_may_have_a_space(kd, calls, place):
 def test_slashes_at_the_end_are_left_out(kd, calls):
     changes = {
         "recipe": "zipformer/",
-        "teacher_dir": "zipformer/exp//",
-        "kd_dir": "data/kd/",
+        "teacher_exp_dir": "zipformer/exp//",
+        "targets_dir": "data/kd/",
         "exp_dir": "zipformer_kd/exp/",
         "manifest_dir": "data/fbank/",
     }
@@ -107,7 +107,9 @@ def test_slashes_at_the_end_are_left_out(kd, calls):
     assert not any("//" in word or word.endswith("/") for r in calls() for word in r)
 
 
-@pytest.mark.parametrize("option", ["exp_dir", "kd_dir", "teacher_dir", "asr_dir"])
+@pytest.mark.parametrize(
+    "option", ["exp_dir", "targets_dir", "teacher_exp_dir", "asr_dir"]
+)
 def test_a_path_that_looks_like_an_option_is_refused(kd, calls, option):
     done = kd(**{option: "-x"})
     assert done.returncode == 1 and calls() == []

@@ -51,7 +51,7 @@ def refusal(tmp_path):
 
 def test_all_scripts_have_numbers_to_check():
     assert {script for script, _ in OPTIONS} == set(SCRIPTS)
-    assert {o for s, o in OPTIONS if s == "run_fsdd"} == {"--jobs", "--seeds"}
+    assert {o for s, o in OPTIONS if s == "run_fsdd"} == {"--num-jobs", "--seeds"}
     assert len([o for s, o in OPTIONS if s == "run"]) == 12
 
 
@@ -69,10 +69,10 @@ def test_what_is_no_whole_number_is_refused(refusal, script, option, value):
         ("run", "--teacher-epochs", "1", 2),
         ("run", "--student-epochs", "0", 1),
         ("run", "--long-factor", "0", 1),
-        ("run_fsdd", "--jobs", "0", 1),
+        ("run_fsdd", "--num-jobs", "0", 1),
         ("run_ablation", "--half-step", "5", 6),
         ("run_slices", "--every", "0", 1),
-        ("run_streaming", "--jobs", "0", 1),
+        ("run_streaming", "--num-jobs", "0", 1),
     ],
 )
 def test_a_number_that_is_too_small_is_refused(refusal, script, option, value, least):
@@ -95,7 +95,7 @@ def test_redo_is_true_or_false(refusal, value):
 
 @pytest.mark.parametrize("seeds", ["7", "0 1  999999999", " 3 4 "])
 def test_good_numbers_are_not_refused(refusal, seeds):
-    words = ["--jobs", "3", "--seeds", seeds]
+    words = ["--num-jobs", "3", "--seeds", seeds]
     assert "has no targets" in refusal("run_streaming", *words)
     words = ["--stage", "10", "--redo", "true", "--seed", "0", "--num-threads", "0"]
     words += ["--corpus", "x"]  # which is looked at behind the numbers

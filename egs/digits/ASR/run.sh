@@ -2,18 +2,20 @@
 # The digits recipe, from nothing to a table of WERs. See README.md.
 set -eou pipefail
 caller=$PWD
-cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
+script=$(realpath "${BASH_SOURCE[0]}")
+cd "$(dirname "$script")"
 
-stage=0
-stop_stage=9
+# Options
+stage=0             # first stage
+stop_stage=9        # last stage
 redo=false          # true: do the chosen stages again
 
-corpus=espeak       # espeak (makes itself) or fsdd (needs --corpus-dir)
-corpus_dir=
+corpus=espeak       # espeak (speech is synthesized) or fsdd (needs --corpus-dir)
+corpus_dir=         # fsdd: folder of the dataset's recordings
 test_speaker=theo   # fsdd: held out for test
-untranscribed_speakers=  # fsdd: comma-separated; only the KD student hears them
-teacher_dir=        # fsdd: use the teacher and tokens of this work folder
-num_train=1600
+untranscribed_speakers=  # fsdd: speakers without transcripts, separated by commas
+teacher_work_dir=   # fsdd: use the teacher and tokens of this work folder
+num_train=1600      # number of utterances in each set
 num_untranscribed=800
 num_dev=96
 num_test=300
@@ -23,11 +25,11 @@ seed=42
 teacher_epochs=10
 student_epochs=3
 long_factor=1       # 3: also train and decode both students three times as long
-# What differs from the teacher: 0.3 M parameters instead of 1.3 M.
-student="encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 num-encoder-layers=1,1,1 feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64"
-student_init=teacher
-kd_config=conf/kd.yaml
-kd_flags=           # go before the file, as in "--kd-temperature 2"
+# Settings that differ from the teacher's: 0.3 M parameters instead of 1.3 M.
+student_set="encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 num-encoder-layers=1,1,1 feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64"
+student_init=teacher  # start from the teacher's slices, or: random
+kd_config=conf/kd.yaml  # weights of the losses
+kd_flags=           # override kd_config, such as "--kd-temperature 2"
 
 work_dir=.          # data/ and exp/ go here
 venv=../../../.venv
@@ -36,9 +38,8 @@ num_threads=0       # 0: all cores
 help_message="Usage: $0 [--option value ...]
 Stages: 0 environment, 1 data, 2 features, 3 tokens, 4 teacher, 5 targets,
   6 student, 7 training, 8 decoding, 9 table. A stage whose work is done is skipped,
-  and one that was stopped goes on.
-Options (now):
-$(sed -n '/^stage=0/,/^num_threads=/s/^\([a-z_]*\)=\(.*\)$/  --\1 \2/p' run.sh | tr _ -)"
+  and one that was stopped continues."
+renamed="teacher_dir:teacher_work_dir student:student_set"
 
 . shared/parse_options.sh
 . shared/check_options.sh
@@ -73,17 +74,17 @@ case $corpus in
     || fail "--corpus fsdd needs --corpus-dir, the folder of the dataset's recordings" ;;
   *) fail "the corpus is '$corpus', and must be espeak or fsdd" ;;
 esac
-[ "$corpus" = fsdd ] || [ -z "$untranscribed_speakers$teacher_dir" ] \
-  || fail "--untranscribed-speakers and --teacher-dir are for --corpus fsdd"
+[ "$corpus" = fsdd ] || [ -z "$untranscribed_speakers$teacher_work_dir" ] \
+  || fail "--untranscribed-speakers and --teacher-work-dir are for --corpus fsdd"
 
 mkdir -p "$work_dir/data" "$work_dir/exp"
 data=$work_dir/data
 exp=$work_dir/exp
 lang=$data/lang_bpe_$vocab_size
 teacher=$exp/teacher
-if [ -n "$teacher_dir" ]; then
-  lang=$teacher_dir/data/lang_bpe_$vocab_size
-  teacher=$teacher_dir/exp/teacher
+if [ -n "$teacher_work_dir" ]; then
+  lang=$teacher_work_dir/data/lang_bpe_$vocab_size
+  teacher=$teacher_work_dir/exp/teacher
   [ -f "$teacher/epoch-$teacher_epochs.pt" ] \
     || fail "$teacher has no epoch-$teacher_epochs.pt: run its stages up to 4 first"
 fi
@@ -92,7 +93,7 @@ fi
 settings="corpus=$corpus test_speaker=$test_speaker seed=$seed \
 untranscribed_speakers=$untranscribed_speakers num_train=$num_train num_dev=$num_dev \
 num_test=$num_test vocab_size=$vocab_size teacher_epochs=$teacher_epochs \
-teacher_dir=$teacher_dir student=$student student_init=$student_init \
+teacher_dir=$teacher_work_dir student=$student_set student_init=$student_init \
 student_epochs=$student_epochs long_factor=$long_factor \
 kd=$(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags"
 # write FILE TEXT: whole or not at all.
@@ -181,7 +182,7 @@ if todo 2 "features" "$data/fbank"; then  # 1 minute, 60 MB
 fi
 
 if todo 3 "tokens"; then
-  if [ -z "$teacher_dir" ]; then
+  if [ -z "$teacher_work_dir" ]; then
     run ./local/train_bpe_model.py --lang-dir "$lang" --vocab-size "$vocab_size" \
       --manifest "$data/manifests/digits_cuts_train.jsonl.gz"
   fi
@@ -190,7 +191,7 @@ fi
 bpe=$lang/bpe.model
 
 if todo 4 "teacher" "$exp/teacher"; then  # 8 minutes, 60 MB
-  if [ -z "$teacher_dir" ]; then
+  if [ -z "$teacher_work_dir" ]; then
     train "$teacher" 1 "$teacher_epochs" --manifest-dir "$data/fbank" \
       --bpe-model "$bpe" --seed "$seed" --num-threads "$num_threads"
   fi
@@ -221,7 +222,7 @@ fi
 
 if todo 6 "student" "$exp/student" "$exp/student-kd"; then
   changes=()
-  for change in $student; do changes+=(--set "$change"); done
+  for change in $student_set; do changes+=(--set "$change"); done
   run icefall-kd student "${teacher_flags[@]}" --bpe-model "$bpe" \
     --student-dir "$exp/student" "${changes[@]}" --init "$student_init" --seed "$seed"
   copy_student "$exp/student" "$exp/student-kd"
@@ -239,7 +240,7 @@ hard_last=$((1 + student_epochs * long_factor * hard_mult))
 trained=()
 while read -r f; do trained+=("$f"); done < <(find "$exp/student" "$exp/student-kd" \
   -mindepth 1 -maxdepth 1 ! -name epoch-1.pt ! -name "student_*" 2>/dev/null)
-if todo 7 "training, without and with KD" ${trained[@]+"${trained[@]}"}; then  # 3 minutes
+if todo 7 "training, without and with KD" "${trained[@]}"; then  # 3 minutes
   read -r -a flags < "$exp/student/student_flags"
   common=(--bpe-model "$bpe" --seed "$seed" "${flags[@]}")
   read -r -a more <<< "$kd_flags"

@@ -3,19 +3,22 @@
 # teachers, first parameters, steps and seeds. About 5 minutes a run on one core.
 # Usage, when run_fsdd.sh has run: ./run_ablation.sh [--work-dir work/fsdd]
 set -eou pipefail
-cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
+script=$(realpath "${BASH_SOURCE[0]}")
+cd "$(dirname "$script")"
 
-work_dir=work/fsdd
+# Options
+work_dir=work/fsdd   # the work folder of run_fsdd.sh
 seeds="1 2 3"
 variants="ctc symmetric rnnt collapsed path total full_sum hidden nbest mix"
-jobs=2
+num_jobs=2          # runs at the same time, each on one core
 half_step=312   # of 626; a multiple of 6, for the average over the last sixth
-help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
-  [--variants '$variants']"
+
+help_message="Usage: $0 [--option value ...]"
+renamed="jobs:num_jobs"
 
 . shared/parse_options.sh
 . shared/check_options.sh
-check_numbers 1 jobs
+check_numbers 1 num_jobs
 check_numbers 6 half_step
 check_list seeds
 . shared/threads.sh

@@ -4,20 +4,23 @@
 # Usage: ./run_fsdd.sh --corpus-dir DIR [--work-dir work/fsdd] [--seeds "1 2 3"]
 set -eou pipefail
 caller=$PWD
-cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
+script=$(realpath "${BASH_SOURCE[0]}")
+cd "$(dirname "$script")"
 
-corpus_dir=
+# Options
+corpus_dir=          # folder of the recordings of the Free Spoken Digit Dataset
 work_dir=work/fsdd
 seeds="1 2 3"
-jobs=2
-test_speaker=theo
+num_jobs=2          # runs at the same time, each on one core
+test_speaker=theo   # held out for test
 untranscribed_speakers=nicolas,yweweler
-help_message="Usage: $0 --corpus-dir DIR [--work-dir work/fsdd] [--seeds '1 2 3']
-  [--jobs 2] [--test-speaker theo] [--untranscribed-speakers nicolas,yweweler]"
+
+help_message="Usage: $0 --corpus-dir DIR [--option value ...]"
+renamed="jobs:num_jobs"
 
 . shared/parse_options.sh
 . shared/check_options.sh
-check_numbers 1 jobs
+check_numbers 1 num_jobs
 check_list seeds
 . shared/threads.sh
 . shared/stoppable.sh
@@ -34,7 +37,7 @@ one_seed() {
   local common=(--corpus fsdd --corpus-dir "$corpus_dir" --test-speaker "$test_speaker"
     --seed "$seed" --num-threads 1 --kd-config conf/ctc.yaml)
   local half=(--untranscribed-speakers "$untranscribed_speakers" --num-train 800)
-  local from_random=(--student-init random --student-epochs 3 --teacher-dir "$base")
+  local from_random=(--student-init random --student-epochs 3 --teacher-work-dir "$base")
   run ./run.sh "${common[@]}" --work-dir "$base" --student-epochs 1 --long-factor 3
   run ./run.sh "${common[@]}" "${from_random[@]}" --work-dir "$base-random" \
     --long-factor 3
@@ -43,7 +46,7 @@ one_seed() {
 export OMP_NUM_THREADS=1
 pids=()
 for seed in $seeds; do
-  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 2; done
+  while [ "$(jobs -rp | wc -l)" -ge "$num_jobs" ]; do sleep 2; done
   echo "seed $seed: log in $work_dir/log/seed-$seed"
   in_background one_seed "$seed" >> "$work_dir/log/seed-$seed" 2>&1
   pids+=($!)

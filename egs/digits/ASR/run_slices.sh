@@ -5,20 +5,23 @@
 # makes them.
 # Usage, when run_fsdd.sh has run: ./run_slices.sh [--work-dir work/fsdd]
 set -eou pipefail
-cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
+script=$(realpath "${BASH_SOURCE[0]}")
+cd "$(dirname "$script")"
 
-work_dir=work/fsdd
+# Options
+work_dir=work/fsdd   # the work folder of run_fsdd.sh
 seeds="1 2 3"
 starts="random first important"   # parameters; slices: which channels and layers
-kinds="none mix"                  # KD: without, or conf/kd.yaml
-jobs=2
+losses="none mix"                  # KD: without, or conf/kd.yaml
+num_jobs=2          # runs at the same time, each on one core
 every=50        # steps between two points of the curve
-help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
-  [--starts '$starts'] [--kinds '$kinds']"
+
+help_message="Usage: $0 [--option value ...]"
+renamed="jobs:num_jobs kinds:losses"
 
 . shared/parse_options.sh
 . shared/check_options.sh
-check_numbers 1 jobs every
+check_numbers 1 num_jobs every
 check_list seeds
 . shared/threads.sh
 . shared/stoppable.sh
@@ -29,7 +32,7 @@ export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
 . local/experiments.sh
 out=$work_dir/slices
 
-# one SEED START KIND: build and train a student, and draw its curve.
+# one SEED START LOSS: build and train a student, and draw its curve.
 one() {
   local seed=$1 exp=$out/seed-$1/exp-$2-$3 base=$work_dir/seed-$1
   local random=$work_dir/seed-$1-random settings change flags student
@@ -56,7 +59,7 @@ one() {
   train "$exp" 2 4 --bpe-model "$bpe" --num-threads 1 --seed "$seed" \
     --save-every-n "$every" \
     --manifest-dir "$work_dir/ablation/seed-$seed/kd" "${student[@]}" \
-    ${flags[@]+"${flags[@]}"}
+    "${flags[@]}"
   run ./local/learning_curve.py --exp-dir "$exp" --bpe-model "$bpe" \
     --cuts "$fbank/digits_cuts_test.jsonl.gz" --json "$exp/curve.json"
   touch "$exp/done"
@@ -66,11 +69,11 @@ mkdir -p "$out" "$work_dir/ablation"
 alone "$work_dir/ablation"  # whose targets it makes and uses
 for seed in $seeds; do start "$out" targets "$seed"; done
 finished
-for kind in $kinds; do
+for loss in $losses; do
   for start in $starts; do
-    for seed in $seeds; do start "$out" one "$seed" "$start" "$kind"; done
+    for seed in $seeds; do start "$out" one "$seed" "$start" "$loss"; done
   done
 done
 finished
 ./local/curves_table.py --dir "$out" --seeds "$seeds" --starts "$starts" \
-  --kinds "$kinds" | tee "$out/table.md"
+  --losses "$losses" | tee "$out/table.md"

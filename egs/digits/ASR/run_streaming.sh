@@ -4,18 +4,21 @@
 # of 160 ms. About 5 minutes a run on one core.
 # Usage, when run_fsdd.sh has run: ./run_streaming.sh [--work-dir work/fsdd]
 set -eou pipefail
-cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
+script=$(realpath "${BASH_SOURCE[0]}")
+cd "$(dirname "$script")"
 
-work_dir=work/fsdd
+# Options
+work_dir=work/fsdd   # the work folder of run_fsdd.sh
 seeds="1 2 3"
 variants="none d0 d1 d2 d4"   # none: hard labels alone; dN: CTC frames, delay N
-jobs=2
-help_message="Usage: $0 [--work-dir work/fsdd] [--seeds '1 2 3'] [--jobs 2]
-  [--variants '$variants']"
+num_jobs=2          # runs at the same time, each on one core
+
+help_message="Usage: $0 [--option value ...]"
+renamed="jobs:num_jobs"
 
 . shared/parse_options.sh
 . shared/check_options.sh
-check_numbers 1 jobs
+check_numbers 1 num_jobs
 check_list seeds
 . shared/threads.sh
 . shared/stoppable.sh
@@ -50,7 +53,7 @@ one() {
     --bpe-model "$base/data/lang_bpe_54/bpe.model" --manifest-dir "$manifests" \
     --causal 1 --chunk-size 8 --left-context-frames 64 --encoder-dim 32,32,32 \
     --encoder-unmasked-dim 32,32,32 --num-encoder-layers 1,1,1 \
-    --feedforward-dim 64,64,64 --decoder-dim 64 --joiner-dim 64 ${kd[@]+"${kd[@]}"}
+    --feedforward-dim 64,64,64 --decoder-dim 64 --joiner-dim 64 "${kd[@]}"
 }
 
 mkdir -p "$work_dir/streaming"

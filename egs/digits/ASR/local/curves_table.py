@@ -15,7 +15,7 @@ from typing import Dict, List, Optional, Tuple
 from results_table import HEADS
 from script_utils import UserError, read_rows, run_script, words_of
 
-KINDS = {"none": "without KD", "mix": "with KD"}
+LOSSES = {"none": "without KD", "mix": "with KD"}
 STARTS = {
     "random": "random parameters",
     "first": "slices: first channels, even layers",
@@ -35,24 +35,24 @@ def get_args() -> argparse.Namespace:
     add("--dir", type=Path, default=Path("work/fsdd/slices"))
     add("--seeds", type=str, default="1 2 3")
     add("--starts", type=str, default="random first important")
-    add("--kinds", type=str, default="none mix")
+    add("--losses", type=str, default="none mix")
     return parser.parse_args()
 
 
 def read(args: argparse.Namespace) -> Curves:
     curves: Curves = {}
-    for option, names in (("--kinds", KINDS), ("--starts", STARTS)):
+    for option, names in (("--losses", LOSSES), ("--starts", STARTS)):
         for name in words_of(getattr(args, option[2:]), option):
             if name not in names:
                 raise UserError(f"{option} has {name!r}, give {', '.join(names)}")
-    for kind in args.kinds.split():
+    for loss in args.losses.split():
         for start in args.starts.split():
             for seed in words_of(args.seeds, "--seeds"):
-                path = args.dir / f"seed-{seed}" / f"exp-{start}-{kind}" / "curve.json"
+                path = args.dir / f"seed-{seed}" / f"exp-{start}-{loss}" / "curve.json"
                 if not path.is_file():
                     raise UserError(f"{path} does not exist, let run_slices.sh finish")
                 curve = read_rows(path, ("step", *HEADS))
-                curves.setdefault((start, kind), []).append(curve)
+                curves.setdefault((start, loss), []).append(curve)
     return curves
 
 
@@ -64,18 +64,18 @@ def steps_to(curve: Curve, head: str, wer: float) -> Optional[int]:
 def print_steps(curves: Curves) -> None:
     print("| KD | start | head | WER % to reach | steps | share of random's |")
     print("|---|---|---|---|---|---|")
-    for (start, kind), found in curves.items():
-        base = curves.get(("random", kind))
+    for (start, loss), seed_curves in curves.items():
+        base = curves.get(("random", loss))
         for head in HEADS if base else ():
             goals = [curve[-1][head] for curve in base]
-            steps = [steps_to(c, head, g) for c, g in zip(found, goals)]
+            steps = [steps_to(c, head, g) for c, g in zip(seed_curves, goals)]
             random = [steps_to(c, head, g) for c, g in zip(base, goals)]
             shown = ", ".join("-" if s is None else str(s) for s in steps)
             goal = ", ".join(f"{g:.2f}" for g in goals)
             ratio = "not reached"
             if None not in steps:
                 ratio = f"{sum(steps) / sum(random):.2f}"
-            title = f"| {KINDS[kind]} | {STARTS[start]} | {NAMES[head]} |"
+            title = f"| {LOSSES[loss]} | {STARTS[start]} | {NAMES[head]} |"
             print(f"{title} {goal} | {shown} | {ratio} |")
 
 
@@ -85,12 +85,14 @@ def print_curves(curves: Curves) -> None:
     print("\nMean WER %, CTC / transducer, after so many steps:\n")
     print(f"| KD | start | {' | '.join(map(str, shown))} |")
     print("|---|---" + "|---" * len(shown) + "|")
-    for (start, kind), found in curves.items():
+    for (start, loss), seed_curves in curves.items():
         cells = []
         for step in shown:
-            at = [next(p for p in curve if p["step"] == step) for curve in found]
-            cells.append(" / ".join(f"{mean(p[h] for p in at):.1f}" for h in HEADS))
-        print(f"| {KINDS[kind]} | {STARTS[start]} | {' | '.join(cells)} |")
+            points = [
+                next(p for p in curve if p["step"] == step) for curve in seed_curves
+            ]
+            cells.append(" / ".join(f"{mean(p[h] for p in points):.1f}" for h in HEADS))
+        print(f"| {LOSSES[loss]} | {STARTS[start]} | {' | '.join(cells)} |")
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 # What run_ablation.sh, run_slices.sh and run_streaming.sh share, behind
-# shared/stoppable.sh; they set work_dir and jobs.
+# shared/stoppable.sh; they set work_dir and num_jobs.
 
 # targets SEED: what the teacher says on the training cuts, in three sets.
 targets() {
@@ -28,7 +28,7 @@ start() {
   logs=$1
   local log
   log=$logs/$(tr ' ' - <<< "${*:2}").log
-  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 2; done
+  while [ "$(jobs -rp | wc -l)" -ge "$num_jobs" ]; do sleep 2; done
   echo "${*:2}: log in $log"
   # No `wait PID`: a long run may see the number of a process a second time.
   (stoppable

@@ -2,9 +2,9 @@
 # 10,000 h in 1,000 manifests.
 train_manifests="gigaspeech_XL_split/gigaspeech_cuts_XL.*.jsonl.gz"
 train_flags="--subset XL --max-duration 700 --use-fp16 1 --lr-epochs 1"
-warmup_epochs=1
+first_epochs=1
 kd_epochs=8
-finetune_epochs=1
+last_epochs=1
 avg=4
 decode="decode.py:greedy_search decode.py:modified_beam_search"
 decode_flags="--max-duration 1000"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# To be sourced by kd.sh: words of options, and what a model's flags say of it.
+# To be sourced by kd.sh: options of several words, and what a model's flags say.
 
 # split VARIABLE: its words, as the array `words`. Quotes hold a word together.
 split() {
@@ -12,8 +12,14 @@ split() {
   done < <(xargs -r printf '%s\0' <<< "${!1}")
 }
 
-# says OPTION DEFAULT FLAG...: whether a model's flags switch an option on.
-says() {
+# read_flags FILE: its words, as the array `words`; none where there is no file.
+read_flags() {
+  words=()
+  if [ -f "$1" ]; then read -r -d '' -a words < "$1" || true; fi
+}
+
+# is_on OPTION DEFAULT FLAG...: whether a model's flags switch an option on.
+is_on() {
   local option=$1 value=$2
   shift 2
   while [ $# -gt 1 ]; do
@@ -22,23 +28,17 @@ says() {
   done
   [[ $value =~ ^([Tt]rue|[Yy]es|1|t|y)$ ]]
 }
-has_ctc() { says use-ctc False "$@"; }
-has_transducer() { says use-transducer True "$@"; }
-is_causal() { says causal False "$@"; }
+has_ctc() { is_on use-ctc False "$@"; }
+has_transducer() { is_on use-transducer True "$@"; }
+is_causal() { is_on causal False "$@"; }
 
-# suits SCRIPT FLAG...: whether the model has the head that the script reads.
-suits() {
-  local script=$1
+# has_head_of SCRIPT FLAG...: whether the model has the head that the script reads.
+has_head_of() {
+  local name=$1
   shift
-  case $script in
+  case $name in
     export.py) ;;
     *ctc*) has_ctc "$@" ;;
     *) has_transducer "$@" ;;
   esac
-}
-
-# read_flags FILE: its words, as the array `words`; none where there is no file.
-read_flags() {
-  words=()
-  if [ -f "$1" ]; then read -r -d '' -a words < "$1" || true; fi
 }

@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# To be sourced by kd.sh: what its stages do with manifests and models. The functions
+# read kd.sh's options and arrays.
+
+# Manifests that are not distilled are read where they are, by links.
+link_other_manifests() {
+  local f
+  while IFS= read -r f; do
+    mkdir -p "$targets_dir/$(dirname "$f")"
+    [ -e "$targets_dir/$f" ] \
+      || ln -sfn "$(realpath "$manifest_dir/$f")" "$targets_dir/$f" 2>/dev/null \
+      || [ -L "$targets_dir/$f" ]  # another job was faster
+  done < <(cd "$manifest_dir" && find . -name "*.jsonl.gz" | sed 's|^\./||' \
+    | grep -vxF "$(printf '%s\n' "${manifests[@]}")" || true)
+}
+
+# dump_job N: the part of job N. Jobs share one manifest, or take several in turn.
+dump_job() {
+  local share=() job_manifests=() m i forms=(--keep "$keep")
+  if [ "${#manifests[@]}" -eq 1 ]; then
+    share=(--num-jobs "$num_jobs" --job "$1")
+    job_manifests=("${manifests[@]}")
+  else
+    for i in "${!manifests[@]}"; do
+      if [ $((i % num_jobs)) -eq "$1" ]; then job_manifests+=("${manifests[$i]}"); fi
+    done
+  fi
+  if [ -n "$keep_lattice" ]; then forms+=(--keep-lattice "$keep_lattice"); fi
+  if [ -n "$keep_hidden" ]; then forms+=(--keep-hidden "$keep_hidden"); fi
+  for m in "${job_manifests[@]}"; do
+    mkdir -p "$targets_dir/$(dirname "$m")"
+    if [ -L "$targets_dir/$m" ]; then rm -f "$targets_dir/$m"; fi  # no targets yet
+    icefall-kd dump "${teacher[@]}" "${forms[@]}" --max-duration "$dump_max_duration" \
+      "${share[@]}" "$manifest_dir/$m" "$targets_dir/$m" "${chunked[@]}"
+  done
+}
+
+# A checkpoint that a killed training was writing has no directory at its end.
+is_whole() {
+  [ -f "$1" ] && "${python[@]}" -m zipfile -l "$1" > /dev/null 2>&1
+}
+
+# train FOLDER FIRST LAST [FLAGS]: those of the epochs FIRST to LAST that are not done.
+train() {
+  local folder=$1 first=$2 end=$3 e
+  shift 3
+  alone "$folder"
+  for e in $(seq "$end" -1 "$first"); do
+    if is_whole "$folder/epoch-$e.pt"; then first=$((e + 1)); break; fi
+  done
+  if [ "$first" -gt "$end" ]; then log "$folder has its epoch $end"; return; fi
+  [ -f "$folder/epoch-$((first - 1)).pt" ] \
+    || fail "$folder has no epoch-$((first - 1)).pt: run the stages before this one"
+  read_flags "$exp_dir/start/student_flags"
+  "${python[@]}" "./$plugged/train.py" --world-size "$world_size" \
+    --start-epoch "$first" --num-epochs "$end" --exp-dir "$folder" \
+    --manifest-dir "$targets_dir" "${token_flags[@]}" "${train_words[@]}" \
+    "${words[@]}" "$@" \
+    || fail "the training in $asr_dir/$folder stopped: mend what it says above, and" \
+      "give the same command again; it continues after the last whole epoch"
+}
+
+# copy_start NAME: a student that continues from the first epochs, common to all.
+copy_start() {
+  local e f
+  mkdir -p "$exp_dir/$1"
+  for e in $(seq 1 $((1 + first_epochs))); do
+    f=epoch-$e.pt
+    if [ ! -f "$exp_dir/$1/$f" ]; then
+      [ -f "$exp_dir/start/$f" ] || fail "$exp_dir/start has no $f: run stages 3 and 4"
+      cp "$exp_dir/start/$f" "$exp_dir/$1/$f.tmp"
+      mv "$exp_dir/$1/$f.tmp" "$exp_dir/$1/$f"
+    fi
+  done
+  if [ -d "$exp_dir/start/log" ]; then cp -r "$exp_dir/start/log" "$exp_dir/$1/"; fi
+}
+
+# The decodings and export scripts that fit the student's heads, in `decodings` and
+# `export`; a script that the recipe lacks is refused.
+choose_scripts() {
+  local d name suffix="" needed=()
+  decodings=()
+  split decode
+  for d in "${words[@]}"; do
+    if has_head_of "${d%%:*}" "${student_model[@]}"; then decodings+=("$d"); fi
+  done
+  [ "${#decodings[@]}" -gt 0 ] || [ "$stop_stage" -lt 8 ] || fail "--decode is" \
+    "'$decode', and the student has no such head: give" \
+    "ctc_decode.py:ctc-greedy-search or decode.py:greedy_search"
+  if [ -z "$export" ]; then
+    if is_causal "${student_model[@]}"; then suffix+=-streaming; fi
+    if ! has_transducer "${student_model[@]}"; then suffix+=-ctc; fi
+    export="export.py export-onnx$suffix.py"
+  fi
+  split export
+  if [ "$stop_stage" -ge 8 ]; then needed+=("${decodings[@]%%:*}"); fi
+  if [ "$stop_stage" -ge 9 ]; then needed+=("${words[@]}"); fi
+  for name in "${needed[@]}"; do
+    [ -f "$recipe/$name" ] || fail "$asr_dir/$recipe has no $name: give --decode" \
+      "(now $decode) and --export (now $export) scripts that it has"
+  done
+}
+
+# decode_model FOLDER EPOCH AVG FLAG...: by each method that the model has a head for.
+decode_model() {
+  local folder=$1 model_name=.epoch-$2-avg-$3 d name method mark flags decode_words
+  shift 3
+  flags=("$@")
+  if is_causal "$@"; then
+    flags+=("${chunks[@]}")
+    model_name+=-chunk-$chunk_size-left-$left_context_frames
+  fi
+  for d in "${decodings[@]}"; do
+    name=${d%%:*} method=${d##*:}
+    has_head_of "$name" "$@" || continue
+    mark=$folder/$method/$model_name.done
+    if [ -f "$mark" ]; then log "$folder: $method is done"; continue; fi
+    log "$folder: $method"
+    split decode_flags
+    decode_words=("${words[@]}")
+    if [ "$name" = ctc_decode.py ]; then
+      split ctc_decode_flags
+      decode_words=(--lang-dir "$(dirname "$tokens_file")" "${decode_words[@]}"
+        "${words[@]}")
+    fi
+    take_flags "$recipe/$name" "${flags[@]}" "${decode_words[@]}"
+    "${python[@]}" "./$recipe/$name" --exp-dir "$folder" --decoding-method "$method" \
+      --manifest-dir "$manifest_dir" "${token_flags[@]}" "${words[@]}" \
+      || fail "$name can't decode $asr_dir/$folder by $method: mend what it says above," \
+        "and go on with --stage 8"
+    touch "$mark"
+  done
+}
+
+# take_flags SCRIPT FLAG...: the flags, as the array `words`; without --context-size and
+# its value where the script has no such option, as icefall's ctc_decode.py.
+take_flags() {
+  local file=$1
+  shift
+  words=()
+  while [ $# -gt 0 ]; do
+    if [ "$1" = --context-size ] && ! grep -q -e '"--context-size"' "$file"; then
+      shift 2
+    else
+      words+=("$1")
+      shift
+    fi
+  done
+}
