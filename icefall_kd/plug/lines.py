@@ -1,21 +1,23 @@
-"""The lines that plug a recipe, and where they go.
+"""The lines that plug a recipe, and the places where they are inserted.
 
-The places are found in the syntax tree:
+The places are looked up in the syntax tree:
 
 ================== =====================================================================
 import             behind the last import before the first function or class
 kd.add_arguments   before the ``return`` of ``get_parser()``
 kd.attach          before the optimizer and behind DDP, in the function that calls
                    ``train_dataloaders()``
-kd.joint_loss      in ``compute_loss()``, where the loss and its ``MetricsTracker`` are
-                   there, and the one is not yet written into the other
+kd.begin           at the head of ``compute_loss()``, before it reads the batch
+kd.joint_loss      in ``compute_loss()``, behind the last value of the loss and of its
+                   ``MetricsTracker``, before the loss is logged
 kd.wrap_dataset    in ``train_dataloaders()``, behind the last assignment of the dataset
                    and before the sampler
 ================== =====================================================================
 
-The names in the lines are the recipe's own. A file of another shape is refused with the
-line where it differs. That the file parses, that the lines stand alone, and that taking
-them out gives the same bytes, is checked each time.
+The lines use the recipe's own variable names. A file of another shape is refused with
+the line where it differs. Each time it is checked that the new file parses, that each
+inserted line is a statement of its own, and that taking the lines out gives the same
+bytes.
 """
 
 import ast
@@ -40,149 +42,168 @@ IMPORT = "from icefall_kd.training import session as kd"
 
 
 class StaleLines(KDError):
-    """Lines of icefall_kd that are not the ones which this version writes."""
+    """A file carries other lines of icefall_kd than this version writes."""
 
 
-class Module(NamedTuple):
-    """Where a recipe's training data come from."""
+class DataModule(NamedTuple):
+    """The module and class that a recipe's training data come from."""
 
     name: str  # of the module, without .py
     class_name: str
-    line: int  # where train.py imports it
+    line: int  # the line of train.py that imports the class
 
 
 def _import_place(file: RecipeFile) -> Place:
     body = file.tree.body
     for node in ast.walk(file.tree):
-        name = getattr(node, "asname", None) or getattr(node, "name", None)
+        alias = getattr(node, "asname", None) or getattr(node, "name", None)
         argument = node.arg if isinstance(node, ast.arg) else None
-        if "kd" in (name, getattr(node, "id", None), argument):
+        if "kd" in (alias, getattr(node, "id", None), argument):
             raise file.refusal(
                 getattr(node, "lineno", 1), "kd is a name of the recipe", "rename it"
             )
-    ends = [i for i, n in enumerate(body) if isinstance(n, (*FUNCTIONS, ast.ClassDef))]
-    end = ends[0] if ends else len(body)
-    imports = [
-        i for i in range(end) if isinstance(body[i], (ast.Import, ast.ImportFrom))
-    ]
-    if not imports or imports[-1] + 1 == len(body):
+    definitions = [n for n in body if isinstance(n, (*FUNCTIONS, ast.ClassDef))]
+    end = body.index(definitions[0]) if definitions else len(body)
+    imports = [n for n in body[:end] if isinstance(n, (ast.Import, ast.ImportFrom))]
+    if not imports or imports[-1] is body[-1]:
         raise file.refusal(1, "nothing is imported before the first function")
-    return file.after(body, imports[-1], IMPORT)
+    return file.after(body, body.index(imports[-1]), IMPORT)
 
 
 def _parser_place(file: RecipeFile) -> Place:
     function = file.function("get_parser")
-    last = function.body[-1]
-    returns = [n for n in scope(function) if isinstance(n, ast.Return)]
-    if returns != [last] or not isinstance(last.value, ast.Name):
-        where = returns[0] if returns else function
-        raise file.refusal(where, "get_parser does not end with its only return NAME")
-    return file.before(last, f"kd.add_arguments({last.value.id})")
+    parser = function.body[-1]
+    returns = _returns(function)
+    if returns != [parser] or not isinstance(parser.value, ast.Name):
+        raise file.refusal(
+            returns[0] if returns else function,
+            "get_parser does not end with its only return NAME",
+        )
+    return file.before(parser, f"kd.add_arguments({parser.value.id})")
+
+
+def _returns(function: ast.FunctionDef) -> List[ast.Return]:
+    return [node for node in scope(function) if isinstance(node, ast.Return)]
 
 
 def _run_function(file: RecipeFile) -> Tuple[ast.FunctionDef, ast.Call]:
     """The function that trains, and its call of ``train_dataloaders``."""
-    found = [
-        (f, n)
-        for f in file.tree.body
-        if isinstance(f, ast.FunctionDef)
-        for n in scope(f)
-        if called(n) == "train_dataloaders"
+    calls = [
+        (function, node)
+        for function in file.tree.body
+        if isinstance(function, ast.FunctionDef)
+        for node in scope(function)
+        if called(node) == "train_dataloaders"
     ]
-    if len(found) != 1:
-        where = found[1][1] if found else len(file.lines)
+    if len(calls) != 1:
         raise file.refusal(
-            where, f"train_dataloaders is called {len(found)} times, and must be once"
+            calls[1][1] if calls else len(file.lines),
+            f"train_dataloaders is called {len(calls)} times, and must be once",
         )
-    return found[0]
+    return calls[0]
 
 
 def _attach_place(file: RecipeFile) -> Place:
     run, _ = _run_function(file)
-    nodes = list(scope(run))
-    made = (assigned(n, "get_params") for n in nodes)
-    params = file.one(run, "NAME = get_params()", filter(None, made))
+    body, nodes = run.body, list(scope(run))
+    params_names = filter(None, (assigned(n, "get_params") for n in nodes))
+    params = file.only_name(run, "NAME = get_params()", params_names)
     wrapped = [n for n in nodes if assigned(n, "DDP", "DistributedDataParallel")]
-    model = file.one(
+    model = file.only_name(
         wrapped[0] if wrapped else run, "NAME = DDP(...)", map(assigned, wrapped)
     )
-    ddp = file.index(run.body, wrapped[-1])
-    for at in range(ddp + 1, len(run.body)):
-        if "optim" in assigned(run.body[at]) and called(run.body[at].value):
-            break
-    else:
+    behind_ddp = file.index(body, wrapped[-1]) + 1
+    optimizers = [
+        statement
+        for statement in body[behind_ddp:]
+        if "optim" in assigned(statement) and called(statement.value)
+    ]
+    if not optimizers:
         raise file.refusal(wrapped[-1], "no optimizer is built behind DDP")
-    for statement in run.body[at:]:
+    optimizer = body.index(optimizers[0])
+    for statement in body[optimizer:]:
         for node in (statement, *scope(statement)):
-            if called(node) == "deepcopy" and any(
-                getattr(n, "id", "") == model for n in ast.walk(node)
-            ):
+            names = [getattr(n, "id", "") for n in ast.walk(node)]
+            if called(node) == "deepcopy" and model in names:
                 raise file.refusal(node, "the model is copied behind the optimizer")
-    return file.after(run.body, at - 1, f"kd.attach({params}, {model})")
+    return file.after(body, optimizer - 1, f"kd.attach({params}, {model})")
 
 
-def _loss_place(file: RecipeFile) -> Place:
+def _loss_places(file: RecipeFile) -> List[Place]:
+    """The places of ``kd.begin`` and ``kd.joint_loss``."""
     function = file.function("compute_loss")
-    body, last = function.body, function.body[-1]
-    nodes = list(scope(function))
-    returns = [n for n in nodes if isinstance(n, ast.Return)]
-    value = getattr(last, "value", None)
-    pair = [getattr(n, "id", "") for n in getattr(value, "elts", [])]
-    if returns != [last] or len(pair) != 2 or not all(pair):
-        where = returns[0] if returns else function
+    body, nodes = function.body, list(scope(function))
+    returns = _returns(function)
+    pair = getattr(getattr(body[-1], "value", None), "elts", [])
+    names = [getattr(n, "id", "") for n in pair]
+    if returns != [body[-1]] or len(names) != 2 or not all(names):
         raise file.refusal(
-            where, "compute_loss does not end with its only return, (loss, info)"
+            returns[0] if returns else function,
+            "compute_loss does not end with its only return, (loss, info)",
         )
-    loss, info = pair
-    arguments = function.args.posonlyargs + function.args.args
-    arguments = {a.arg for a in arguments + function.args.kwonlyargs}
-    model = file.one(
+    loss, info = names
+    signature = function.args
+    arguments = {
+        a.arg for a in signature.posonlyargs + signature.args + signature.kwonlyargs
+    }
+    called_names = [getattr(n.func, "id", "") for n in nodes if isinstance(n, ast.Call)]
+    model = file.only_name(
         function,
         "argument of compute_loss that is called, the model,",
-        (
-            n.func.id
-            for n in nodes
-            if isinstance(n, ast.Call) and getattr(n.func, "id", "") in arguments
-        ),
+        [name for name in called_names if name in arguments],
     )
-    batch = file.one(
+    read_names = [
+        getattr(n.value, "id", "")
+        for n in nodes
+        if isinstance(n, ast.Subscript)
+        and getattr(n.slice, "value", "") == "supervisions"
+    ]
+    batch = file.only_name(
         function,
         "argument of compute_loss with a field supervisions, the batch,",
-        (
-            n.value.id
-            for n in nodes
-            if isinstance(n, ast.Subscript)
-            and getattr(n.slice, "value", "") == "supervisions"
-            and getattr(n.value, "id", "") in arguments
-        ),
+        [name for name in read_names if name in arguments],
     )
     if not any(assigned(s, "MetricsTracker") == info for s in body):
-        raise file.refusal(last, f"{info} is no MetricsTracker of compute_loss")
+        raise file.refusal(body[-1], f"{info} is no MetricsTracker of compute_loss")
     if not any(binds(s, loss) for s in body):
-        raise file.refusal(last, f"{loss} is not computed in compute_loss")
-    at = max(i for i, s in enumerate(body) if binds(s, loss, info))
+        raise file.refusal(body[-1], f"{loss} is not computed in compute_loss")
+    last_value = max(i for i, s in enumerate(body) if binds(s, loss, info))
     for node in nodes:
-        written = (
+        logs_the_loss = (
             isinstance(node, ast.Subscript)
             and isinstance(node.ctx, ast.Store)
             and getattr(node.value, "id", "") == info
             and getattr(node.slice, "value", "") == "loss"
         )
-        if written and file.index(body, node) <= at:
+        if logs_the_loss and file.index(body, node) <= last_value:
             raise file.refusal(
                 node, f'{info}["loss"] is written before {loss} has its last value'
             )
+    first = body[1] if ast.get_docstring(function, clean=False) is not None else body[0]
     code = f"{loss} = kd.joint_loss({loss}, {info}, {model}, {batch})"
-    return file.after(body, at, code)
+    return [
+        file.before(first, f"kd.begin({batch})"),
+        file.after(body, last_value, code),
+    ]
+
+
+def _argument_names(
+    calls: Iterable[ast.Call], keyword: str, position: int
+) -> Iterator[str]:
+    """The variable that each call gets for an argument; "" where it is none."""
+    for call in calls:
+        values = [k.value for k in call.keywords if k.arg == keyword]
+        values += call.args[position : position + 1]
+        yield getattr(values[0], "id", "") if values else ""
 
 
 def _dataset_place(file: RecipeFile, class_name: str) -> Place:
     methods = [
-        m
-        for c in file.tree.body
-        if isinstance(c, ast.ClassDef) and c.name == class_name
-        for m in c.body
-        if isinstance(m, ast.FunctionDef) and m.name == "train_dataloaders"
+        method
+        for node in file.tree.body
+        if isinstance(node, ast.ClassDef) and node.name == class_name
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == "train_dataloaders"
     ]
     if len(methods) != 1:
         raise file.refusal(
@@ -193,20 +214,21 @@ def _dataset_place(file: RecipeFile, class_name: str) -> Place:
     method, body = methods[0], methods[0].body
     nodes = list(scope(method))
     loaders = [n for n in nodes if called(n) == "DataLoader"]
-
-    def given(name: str, position: int) -> Iterator[str]:
-        for call in loaders:
-            found = [k.value for k in call.keywords if k.arg == name]
-            found += call.args[position : position + 1]
-            yield getattr(found[0], "id", "") if found else ""
-
-    dataset = file.one(method, "variable that DataLoader reads", given("dataset", 0))
-    sampler = file.one(method, "variable that is its sampler", given("sampler", 2))
+    dataset = file.only_name(
+        method,
+        "variable that DataLoader reads",
+        _argument_names(loaders, "dataset", 0),
+    )
+    sampler = file.only_name(
+        method,
+        "variable that is its sampler",
+        _argument_names(loaders, "sampler", 2),
+    )
     samplers = [n for n in nodes if assigned(n) == sampler and called(n.value)]
-    cuts = file.one(
+    cuts = file.only_name(
         method,
         "variable of cuts that its sampler takes",
-        (getattr((n.value.args or [None])[0], "id", "") for n in samplers),
+        [getattr((n.value.args or [None])[0], "id", "") for n in samplers],
     )
     first = file.index(body, samplers[0])
     if not any(binds(s, dataset) for s in body[:first]):
@@ -214,89 +236,99 @@ def _dataset_place(file: RecipeFile, class_name: str) -> Place:
     late = [s for s in body[first:] if binds(s, dataset, cuts)]
     if late:
         raise file.refusal(late[0], f"{dataset} or {cuts} changes behind the sampler")
-    at = max(i for i in range(first) if binds(body[i], dataset, cuts))
+    last_value = max(i for i in range(first) if binds(body[i], dataset, cuts))
     code = f"{dataset} = kd.wrap_dataset({dataset}, {cuts})"
-    return file.after(body, at, code)
+    return file.after(body, last_value, code)
 
 
-def data_module(data: bytes, path: object) -> Module:
-    """The module and class that a ``train.py`` gets its training data from."""
+def data_module(data: bytes, path: object) -> DataModule:
+    """Return the module and class that a ``train.py`` gets its training data from.
+
+    Args:
+      data: The bytes of the file.
+      path: Its name, for messages.
+
+    Raises:
+      KDError: The class is not imported from a module of the recipe.
+    """
     file = RecipeFile(data, path)
     run, call = _run_function(file)
-    name = getattr(call.func.value, "id", "") if hasattr(call.func, "value") else ""
-    made = [n for n in scope(run) if name and assigned(n) == name]
-    class_name = file.one(
-        call,
-        "NAME = CLASS(...) whose train_dataloaders is called",
-        (called(n.value) for n in made),
+    name = getattr(getattr(call.func, "value", None), "id", "")
+    values = [n.value for n in scope(run) if name and assigned(n) == name]
+    class_name = file.only_name(
+        call, "NAME = CLASS(...) whose train_dataloaders is called", map(called, values)
     )
     for node in ast.walk(file.tree):
         if isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
                 if class_name == (alias.asname or alias.name):
-                    return Module(node.module, alias.name, node.lineno)
+                    return DataModule(node.module, alias.name, node.lineno)
     raise file.refusal(call, f"{class_name} comes from no module of the recipe")
 
 
-def _shape(data: bytes, path: object) -> Tuple[List[str], List[str]]:
-    """A plugged file as others may lay it out: isort moves the import."""
+def _without_layout(data: bytes, path: object) -> Tuple[List[str], List[str]]:
+    """A plugged file's imports of the session, and the rest of it.
+
+    Two files are plugged alike if these are equal: isort moves the import, and black
+    changes spaces.
+    """
     tree = parse(data, path)
-    found = [n for n in marks(tree)[0] if isinstance(n, (ast.Import, ast.ImportFrom))]
-    rest = [ast.dump(n) for n in tree.body if n not in found]
-    return [ast.unparse(n) for n in found], rest
+    imports = [n for n in marks(tree)[0] if isinstance(n, (ast.Import, ast.ImportFrom))]
+    rest = [ast.dump(n) for n in tree.body if n not in imports]
+    return [ast.unparse(n) for n in imports], rest
 
 
-def _bare_lines(data: bytes, path: object) -> Dict[Tuple[int, str], int]:
-    """The line of each statement that plugs a file, by its place in the bare file."""
-    found = sorted(marks(parse(data, path))[0], key=lambda n: n.lineno)
+def _plugging_lines(data: bytes, path: object) -> Dict[Tuple[int, str], int]:
+    """The line of each statement that plugs a file, by its line in the bare file."""
+    statements = sorted(marks(parse(data, path))[0], key=lambda n: n.lineno)
     above, lines = 0, {}
-    for node in found:
+    for node in statements:
         lines[node.lineno - above, ast.unparse(node)] = node.lineno
         above += node.end_lineno - node.lineno + 1
     return lines
 
 
 def _plugged(
-    data: bytes, path: object, places: Callable[[RecipeFile], List[Place]]
+    data: bytes, path: object, find_places: Callable[[RecipeFile], List[Place]]
 ) -> bytes:
     bare = unplug(data, path)
     file = RecipeFile(bare, path)
-    wanted = places(file)
-    new = file.insert(wanted)
+    places = find_places(file)
+    new = file.insert(places)
     if bare != data:
-        if _shape(data, path) == _shape(new, path):
+        if _without_layout(data, path) == _without_layout(new, path):
             return data
-        expected = _bare_lines(new, path)
-        found = _bare_lines(data, path)
-        odd = [line for key, line in found.items() if key not in expected]
-        line = min(odd, default=max(found.values()))
+        expected = _plugging_lines(new, path)
+        present = _plugging_lines(data, path)
+        unexpected = [line for key, line in present.items() if key not in expected]
+        line = min(unexpected, default=max(present.values()))
         raise StaleLines(
             f"{path} (line {line}) carries other lines of icefall_kd than version "
             f"{__version__} writes: take them out, with `icefall-kd plug --undo` or by "
             "hand, and plug it again"
         )
     try:
-        kept = len(marks(parse(new, path))[0]) == len(wanted)
-        kept = kept and unplug(new, path) == bare
+        comes_out = len(marks(parse(new, path))[0]) == len(places)
+        comes_out = comes_out and unplug(new, path) == bare
     except KDError:
-        kept = False
-    if not kept:
+        comes_out = False
+    if not comes_out:
         raise file.refusal(
-            wanted[0].index, "no line can stand alone where icefall_kd's have to"
+            places[0].index, "no line can stand alone where icefall_kd's have to"
         )
     return new
 
 
 def plug_train(data: bytes, path: object) -> bytes:
-    """A ``train.py`` with its four lines.
+    """Return a ``train.py`` with its five lines.
 
     Args:
-      data: The file, plugged or not.
+      data: The bytes of the file, plugged or not.
       path: Its name, for messages.
 
     Raises:
-      StaleLines: it is plugged in another way.
-      KDError: it does not parse, or is of unknown shape.
+      StaleLines: The file carries other lines of icefall_kd.
+      KDError: The file does not parse, or is of unknown shape.
     """
     return _plugged(
         data,
@@ -305,17 +337,22 @@ def plug_train(data: bytes, path: object) -> bytes:
             _import_place(file),
             _parser_place(file),
             _attach_place(file),
-            _loss_place(file),
+            *_loss_places(file),
         ],
     )
 
 
 def plug_data_module(data: bytes, path: object, class_names: Iterable[str]) -> bytes:
-    """A data module with its lines: an import, and one for each class.
+    """Return a data module with its lines: an import, and one for each class.
+
+    Args:
+      data: The bytes of the file, plugged or not.
+      path: Its name, for messages.
+      class_names: The classes whose ``train_dataloaders`` the training scripts call.
 
     Raises:
-      StaleLines: it is plugged in another way.
-      KDError: it does not parse, or is of unknown shape.
+      StaleLines: The file carries other lines of icefall_kd.
+      KDError: The file does not parse, or is of unknown shape.
     """
     names = sorted(set(class_names))
     return _plugged(

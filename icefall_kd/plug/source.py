@@ -1,7 +1,7 @@
-"""A recipe's file: its bytes, lines and syntax tree, and taking our lines out of it.
+"""A recipe's file: its bytes, lines and syntax tree; and taking our lines out of it.
 
-A file is only ever added to, by whole lines, so whatever its layout, encoding and line
-endings are, they stay.
+A file is changed by adding whole lines only, so its layout, encoding and line endings
+stay as they are.
 """
 
 import ast
@@ -15,7 +15,12 @@ BY_HAND = "plug it by hand, as the docstring of icefall_kd.training.session show
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _SCOPES = (*FUNCTIONS, ast.ClassDef, ast.Lambda)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_COMPOUND = ("body", "cases")  # what statements that hold statements have
+_COMPOUND = ("body", "cases")  # fields of statements that contain statements
+_SHARED_LINE = ("a statement shares its line with another", "break the line")
+
+# The module that plugged recipes import, and the one that former versions had. The
+# lines of a copy that was plugged then are stale, and are taken out like any others.
+SESSION_PACKAGES = ("icefall_kd.training.", "icefall_kd.recipe.")
 
 
 class Place(NamedTuple):
@@ -27,26 +32,35 @@ class Place(NamedTuple):
 
 
 def parse(data: bytes, path: object) -> ast.Module:
-    """The syntax tree of a file.
+    """Return the syntax tree of a file.
+
+    Args:
+      data: The bytes of the file.
+      path: Its name, for messages.
 
     Raises:
-      KDError: it is no Python that this Python reads.
+      KDError: This Python can't parse it.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on escapes such as "\d"
             return ast.parse(data)
     except (SyntaxError, ValueError, RecursionError) as e:
-        line = getattr(e, "lineno", None)
-        what = getattr(e, "msg", None) or str(e)
+        line = f" (line {e.lineno})" if getattr(e, "lineno", None) else ""
+        problem = getattr(e, "msg", None) or str(e)
         raise KDError(
-            f"{path}{f' (line {line})' if line else ''} is not valid Python: {what}: "
-            "mend it, until `python3 -m py_compile` takes it"
+            f"{path}{line} is not valid Python: {problem}: mend it, until "
+            "`python3 -m py_compile` takes it"
         ) from None
 
 
 def scope(node: ast.AST, skip: tuple = _SCOPES) -> Iterator[ast.AST]:
-    """What stands below ``node``, but not in functions and classes of its own."""
+    """Yield the nodes below ``node`` that are in its own scope.
+
+    Args:
+      node: A function or statement.
+      skip: Types of nodes that are yielded, and whose inner nodes are not.
+    """
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, skip):
@@ -54,7 +68,7 @@ def scope(node: ast.AST, skip: tuple = _SCOPES) -> Iterator[ast.AST]:
 
 
 def binds(statement: ast.AST, *names: str) -> bool:
-    """Whether a statement gives one of these variables a value."""
+    """Whether ``statement`` gives one of the variables ``names`` a value."""
     nodes = [statement, *scope(statement, (*_SCOPES, *_COMPREHENSIONS))]
     return any(
         isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id in names
@@ -63,14 +77,19 @@ def binds(statement: ast.AST, *names: str) -> bool:
 
 
 def called(node: ast.AST) -> str:
-    """The last part of the name that a call calls; "" where there is no call."""
+    """Return the last part of the name that ``node`` calls; "" if it is no call."""
     if not isinstance(node, ast.Call):
         return ""
     return getattr(node.func, "attr", getattr(node.func, "id", ""))
 
 
 def assigned(node: ast.AST, *functions: str) -> str:
-    """NAME in ``NAME = FUNCTION(...)``, else ""."""
+    """Return NAME if ``node`` is ``NAME = FUNCTION(...)``, else "".
+
+    Args:
+      node: A statement.
+      functions: The names that FUNCTION may have; none: any value may be assigned.
+    """
     if not isinstance(node, (ast.Assign, ast.AnnAssign)):
         return ""
     if functions and called(node.value) not in functions:
@@ -80,59 +99,96 @@ def assigned(node: ast.AST, *functions: str) -> str:
 
 
 class RecipeFile:
-    """A file of a recipe: its bytes, lines and syntax tree."""
+    """A file of a recipe: its bytes, lines and syntax tree.
+
+    Args:
+      data: The bytes of the file.
+      path: Its name, for messages.
+
+    Raises:
+      KDError: This Python can't parse it.
+    """
 
     def __init__(self, data: bytes, path: object) -> None:
         self.data, self.path = data, path
         self.tree = parse(data, path)
         self.lines = data.splitlines(keepends=True)  # as Python counts them
 
-    def refusal(self, where: object, reason: str, remedy: str = BY_HAND) -> KDError:
-        line = getattr(where, "lineno", where)
+    def refusal(self, location: object, reason: str, remedy: str = BY_HAND) -> KDError:
+        """Return the error that names a line of this file.
+
+        Args:
+          location: A node of the syntax tree, or the number of a line.
+          reason: What is wrong in that line.
+          remedy: What the user can do.
+        """
+        line = getattr(location, "lineno", location)
         return KDError(f"{self.path} (line {line}): {reason}: {remedy}")
 
     def function(self, name: str) -> ast.FunctionDef:
-        found = [n for n in self.tree.body if getattr(n, "name", "") == name]
-        if len(found) != 1 or not isinstance(found[0], ast.FunctionDef):
-            where = found[-1].lineno if found else len(self.lines)
-            raise self.refusal(
-                where, f"there are {len(found)} functions {name}, and must be one"
-            )
-        return found[0]
+        """Return the file's only function ``name``.
 
-    def one(self, where: object, what: str, found: Iterable[str]) -> str:
-        """The one name in ``found``, where "" stands for what is no name."""
-        names = sorted({name or "an expression" for name in found})
+        Raises:
+          KDError: There is none of that name, or several.
+        """
+        functions = [n for n in self.tree.body if getattr(n, "name", "") == name]
+        if len(functions) != 1 or not isinstance(functions[0], ast.FunctionDef):
+            raise self.refusal(
+                functions[-1].lineno if functions else len(self.lines),
+                f"there are {len(functions)} functions {name}, and must be one",
+            )
+        return functions[0]
+
+    def only_name(
+        self, location: object, description: str, candidates: Iterable[str]
+    ) -> str:
+        """Return the one name that all of ``candidates`` are.
+
+        Args:
+          location: A node or the number of a line, for the message.
+          description: What the name is of, for the message.
+          candidates: Names; "" stands for an expression that is no name.
+
+        Raises:
+          KDError: There are several names, none, or an expression.
+        """
+        names = sorted({name or "an expression" for name in candidates})
         if len(names) != 1 or not names[0].isidentifier():
-            given = " and ".join(names) or "none"
-            raise self.refusal(where, f"one {what} is expected, and found: {given}")
+            listed = " and ".join(names) or "none"
+            raise self.refusal(
+                location, f"one {description} is expected, and found: {listed}"
+            )
         return names[0]
 
     def index(self, body: List[ast.stmt], node: ast.AST) -> int:
-        """The index of the statement of ``body`` that holds ``node``."""
+        """Return the index of the statement of ``body`` that contains ``node``."""
         return next(i for i, s in enumerate(body) if node in (s, *scope(s)))
 
     def _indent(self, statement: ast.stmt) -> bytes:
         indent = self.lines[statement.lineno - 1][: statement.col_offset]
         if indent.strip():
-            raise self.refusal(
-                statement, "a statement shares its line with another", "break the line"
-            )
+            raise self.refusal(statement, *_SHARED_LINE)
         return indent
 
     def before(self, statement: ast.stmt, code: str) -> Place:
+        """Return the place of a new line ``code`` before ``statement``."""
         return Place(statement.lineno - 1, self._indent(statement), code)
 
     def after(self, body: List[ast.stmt], index: int, code: str) -> Place:
-        """A line behind a statement that is not the last of its block."""
-        here, following = body[index], body[index + 1]
-        if following.lineno <= here.end_lineno:
-            raise self.refusal(
-                following, "a statement shares its line with another", "break the line"
-            )
-        return Place(here.end_lineno, self._indent(here), code)
+        """Return the place of a new line behind a statement that is not the last one.
+
+        Args:
+          body: The statements of a block.
+          index: That of the statement in ``body``.
+          code: The new line.
+        """
+        statement, following = body[index], body[index + 1]
+        if following.lineno <= statement.end_lineno:
+            raise self.refusal(following, *_SHARED_LINE)
+        return Place(statement.end_lineno, self._indent(statement), code)
 
     def insert(self, places: List[Place]) -> bytes:
+        """Return the file with the lines of ``places`` in it."""
         lines = list(self.lines)
         for place in sorted(places, reverse=True):
             ending = b"\n"
@@ -144,70 +200,85 @@ class RecipeFile:
         return b"".join(lines)
 
 
-# Where the session lives, and where it lived before: a copy that was plugged then is
-# stale, and its lines come out like any others.
-SESSION_ROOMS = ("icefall_kd.training.", "icefall_kd.recipe.")
-
-
 def marks(tree: ast.Module) -> Tuple[List[ast.stmt], Optional[ast.AST]]:
-    """The statements that plug a file, and what else speaks of the session."""
+    """Return the statements that plug a file.
+
+    Args:
+      tree: The file's syntax tree.
+
+    Returns:
+      The imports of the session and the simple statements that use it; and a node that
+      uses it within another statement, or None.
+    """
     names: Set[str] = set()
-    found: List[ast.stmt] = []
+    statements: List[ast.stmt] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level:
-            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            full = [alias.name for alias in node.names]
+            modules = [alias.name for alias in node.names]
         else:
             continue
-        if any(f"{name}.".startswith(SESSION_ROOMS) for name in full):
-            found.append(node)
+        if any(f"{module}.".startswith(SESSION_PACKAGES) for module in modules):
+            statements.append(node)
             names |= {a.asname or a.name.partition(".")[0] for a in node.names}
     if not names:
-        return found, None
-    mentioned = [n for n in ast.walk(tree) if getattr(n, "id", None) in names]
+        return statements, None
+    uses = [n for n in ast.walk(tree) if getattr(n, "id", None) in names]
     for node in ast.walk(tree):
         compound = any(hasattr(node, field) for field in _COMPOUND)
         if isinstance(node, ast.stmt) and not compound:
-            mine = [n for n in ast.walk(node) if n in mentioned]
-            if mine:
-                found.append(node)
-                mentioned = [n for n in mentioned if n not in mine]
-    return found, mentioned[0] if mentioned else None
+            inner_uses = [n for n in ast.walk(node) if n in uses]
+            if inner_uses:
+                statements.append(node)
+                uses = [n for n in uses if n not in inner_uses]
+    return statements, uses[0] if uses else None
 
 
 def is_marked(data: bytes, path: object) -> bool:
-    """Whether a file carries lines that plug it, of whatever version."""
+    """Whether a file carries lines that plug it, of whatever version.
+
+    Args:
+      data: The bytes of the file.
+      path: Its name, for messages.
+    """
     return bool(marks(parse(data, path))[0])
 
 
 def unplug(data: bytes, path: object) -> bytes:
-    """The file without the lines that plug it.
+    """Return the file without the lines that plug it.
+
+    Args:
+      data: The bytes of the file.
+      path: Its name, for messages.
 
     Raises:
-      KDError: those lines stand where nothing inserts them.
+      KDError: Those lines are not where they are inserted.
     """
     file = RecipeFile(data, path)
-    found, other = marks(file.tree)
-    if not found:
+    statements, inner_use = marks(file.tree)
+    if not statements:
         return data
     remedy = "take the lines of icefall_kd out by hand"
-    if other is not None:
-        raise file.refusal(other, "icefall_kd stands within another statement", remedy)
-    drop: Set[int] = set()
-    for statement in found:
-        last = file.lines[statement.end_lineno - 1][statement.end_col_offset :].strip()
-        first = file.lines[statement.lineno - 1][: statement.col_offset].strip()
-        if first or (last and not last.startswith(b"#")):
+    if inner_use is not None:
+        raise file.refusal(
+            inner_use, "icefall_kd stands within another statement", remedy
+        )
+    dropped: Set[int] = set()
+    for statement in statements:
+        behind = file.lines[statement.end_lineno - 1][statement.end_col_offset :]
+        behind = behind.strip()
+        before = file.lines[statement.lineno - 1][: statement.col_offset].strip()
+        if before or (behind and not behind.startswith(b"#")):
             raise file.refusal(
                 statement, "icefall_kd shares its line with another statement", remedy
             )
-        drop |= set(range(statement.lineno - 1, statement.end_lineno))
-    bare = b"".join(line for i, line in enumerate(file.lines) if i not in drop)
+        dropped |= set(range(statement.lineno - 1, statement.end_lineno))
+    bare = b"".join(line for i, line in enumerate(file.lines) if i not in dropped)
     try:
         parse(bare, path)
     except KDError:
         raise file.refusal(
-            found[-1], "without icefall_kd's lines no program is left", remedy
+            statements[-1], "without icefall_kd's lines no program is left", remedy
         ) from None
     return bare

@@ -1,111 +1,131 @@
-"""Teacher-guided pruning: the recipe's pruned loss looks where its teacher's path goes.
+"""Teacher-guided pruning: the recipe's pruned loss uses its teacher's ranges.
 
-The recipe's model asks its engine for the label positions of each frame, a call that no
-hook of a module sees. So the engine's function is wrapped while a session lasts, and a
-training batch says that it is on its way when the recipe reads its features.
+The source is Interspeech 2025, zhang25n. The recipe's model calls its transducer engine
+by the engine's own name, ``k2.get_rnnt_prune_ranges(...)``, for the label positions of
+each frame. No hook of a module sees this call, and the model is not edited: so the
+function in the engine's module is replaced, from ``kd.begin(batch)`` until its first
+call.
 """
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, require
 from icefall_kd.rnnt import get_engine
-from icefall_kd.types import Targets
+from icefall_kd.types import LatticeTargets, Targets
 
-NAME = "get_rnnt_prune_ranges"
-_current: Optional["TeacherRanges"] = None
-
-
-class _Batch(dict):
-    """A batch that says when its features are read."""
-
-    def __getitem__(self, key: str) -> Any:
-        if key == "inputs" and _current is not None:
-            _current.expect(super().__getitem__("kd_targets"))
-        return super().__getitem__(key)
-
-
-class AnnouncedBatches(torch.utils.data.Dataset):
-    """The batches of a :class:`icefall_kd.targets.KDDataset`, as they are."""
-
-    def __init__(self, dataset: torch.utils.data.Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, cuts: Any) -> Dict[str, Any]:
-        return _Batch(self.dataset[cuts])
+FUNCTION = "get_rnnt_prune_ranges"
 
 
 class TeacherRanges:
-    """Puts a teacher's ranges in the place of the student's own (Interspeech 2025,
-    zhang25n), and keeps what the student's joiner says there, so that the lattice's KL
-    needs no second pass of it.
+    """Gives the student's pruned loss the teacher's ranges, batch by batch.
+
+    It also keeps the joiner's logits on these ranges, so that the KL at the lattice's
+    nodes needs no second forward pass of the joiner.
 
     Args:
       model: The student.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        global _current
         self.engine = get_engine()
-        self.own: Callable = getattr(self.engine, NAME)
-        self.coming: Optional[Targets] = None
-        self._ranges: Optional[torch.Tensor] = None
-        self._logits: Optional[torch.Tensor] = None
-        setattr(self.engine, NAME, self._guided)
-        self._tap = model.joiner.register_forward_hook(self._keep)
-        _current = self
+        self.joiner = model.joiner
+        self._begun = False
+        self._lattices: List[Optional[LatticeTargets]] = []
+        self._engines_function: Optional[Callable] = None  # while it is replaced
+        self._joiner_hook: Any = None
+        self._ranges: Optional[torch.Tensor] = None  # (N, T, S)
+        self._logits: Optional[torch.Tensor] = None  # (N, T, S, V)
 
-    def close(self) -> None:
-        """Give the engine its function back."""
-        global _current
-        setattr(self.engine, NAME, self.own)
-        self._tap.remove()
-        _current = None
+    def begin(self, targets: Optional[Targets]) -> None:
+        """Guide the next forward pass.
 
-    def expect(self, targets: Optional[Targets]) -> None:
-        """Forget the last batch, whose pass may have failed; these come next."""
-        self.coming, self._ranges, self._logits = targets, None, None
+        Args:
+          targets: Those of its batch; without lattices the student's own ranges stay.
+        """
+        self.close()  # the last batch's forward pass may have failed
+        self._begun = True
+        self._lattices = (
+            targets.parts.get("lattice") if targets is not None else None
+        ) or []
+        if self._lattices:
+            self._engines_function = getattr(self.engine, FUNCTION)
+            setattr(self.engine, FUNCTION, self._guided_ranges)
+            self._joiner_hook = self.joiner.register_forward_hook(self._keep_logits)
 
     def take(self) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-        """The ranges of the last batch, (N, T, S), and the joiner's logits there; None
-        where the student's own ranges stood."""
-        taken = self._ranges, self._logits
-        self.expect(None)
-        return taken
+        """End the batch.
 
-    def _keep(self, module, args, output) -> None:
+        Returns:
+          The teacher's ranges, (N, T, S), and the joiner's logits there, (N, T, S, V);
+          None and None where the student's own ranges stayed.
+
+        Raises:
+          KDError: The recipe did not call ``begin()`` before its forward pass.
+        """
+        require(
+            self._begun,
+            "--kd-teacher-ranges is 1, and compute_loss() does not call kd.begin(batch)"
+            " before it reads the batch: plug the recipe again with `icefall-kd plug`",
+        )
+        ranges_and_logits = self._ranges, self._logits
+        self.close()
+        return ranges_and_logits
+
+    def close(self) -> None:
+        """Undo what :meth:`begin` did."""
+        self._restore_engine()
+        if self._joiner_hook is not None:
+            self._joiner_hook.remove()
+            self._joiner_hook = None
+        self._ranges = self._logits = None
+        self._begun, self._lattices = False, []
+
+    def _restore_engine(self) -> None:
+        if self._engines_function is not None:
+            setattr(self.engine, FUNCTION, self._engines_function)
+            self._engines_function = None
+
+    def _keep_logits(self, joiner, inputs, output: torch.Tensor) -> None:
         if self._ranges is not None and self._logits is None:
             self._logits = output
 
-    def _guided(self, px_grad, py_grad, boundary, s_range: int) -> torch.Tensor:
-        ranges = self.own(px_grad, py_grad, boundary, s_range)
-        targets = self.coming
-        self.expect(None)
-        lattices = targets.parts.get("lattice") if targets is not None else None
-        if not lattices or not torch.is_grad_enabled():
+    def _guided_ranges(self, px_grad, py_grad, boundary, s_range: int) -> torch.Tensor:
+        """Replaces the engine's function, whose arguments these are; (N, T, S)."""
+        self._restore_engine()
+        ranges = getattr(self.engine, FUNCTION)(px_grad, py_grad, boundary, s_range)
+        if not torch.is_grad_enabled():  # validation keeps the recipe's loss
             return ranges
-        width, last = ranges.size(2), px_grad.size(1)
-        copies = len(boundary) // len(lattices)  # two of CR-CTC
-        for i, lattice in enumerate(lattices * copies):
+        width, num_labels = ranges.size(2), px_grad.size(1)
+        copies = len(boundary) // len(self._lattices)  # 2 with CR-CTC
+        for i, lattice in enumerate(self._lattices * copies):
             if lattice is None:
                 continue
             t, u = int(boundary[i, 3]), int(boundary[i, 2])
-            if lattice.ranges.size(0) != t or lattice.labels.size(0) != u:
-                raise KDError(
-                    f"row {i} of a batch has {t} frames and {u} labels, and its "
-                    f"teacher's lattice {lattice.ranges.size(0)} and "
-                    f"{lattice.labels.size(0)}: run `icefall-kd dump` on the cuts "
-                    "that are trained on, with the student's BPE model"
-                )
-            if min(lattice.ranges.size(1), u + 1) > width:
-                raise KDError(
-                    f"the teacher's lattices are {lattice.ranges.size(1)} wide and "
-                    f"--prune-range is {s_range}: give the student as many, or set "
-                    "--kd-teacher-ranges 0"
-                )
-            first = lattice.ranges[:, 0].to(ranges.device).clamp(max=last + 1 - width)
+            _check_lattice(lattice, i, t, u, s_range, width)
+            first = lattice.ranges[:, 0].to(ranges.device)
+            first = first.clamp(max=num_labels + 1 - width)
             ranges[i, :t] = first[:, None] + torch.arange(width, device=ranges.device)
             ranges[i, t:] = ranges[i, t - 1]
         self._ranges = ranges
         return ranges
+
+
+def _check_lattice(
+    lattice: LatticeTargets, row: int, t: int, u: int, s_range: int, width: int
+) -> None:
+    """Refuse a lattice that is not of this row, or wider than the student's."""
+    frames, lattice_width = lattice.ranges.shape
+    labels = lattice.labels.size(0)
+    if frames != t or labels != u:
+        raise KDError(
+            f"row {row} of a batch has {t} frames and {u} labels, and its teacher's "
+            f"lattice {frames} and {labels}: run `icefall-kd dump` on the cuts that "
+            "are trained on, with the student's BPE model"
+        )
+    if min(lattice_width, u + 1) > width:
+        raise KDError(
+            f"the teacher's lattices are {lattice_width} wide and --prune-range is "
+            f"{s_range}: give the student as many, or set --kd-teacher-ranges 0"
+        )

@@ -6,7 +6,8 @@ In ``train.py``::
 
     kd.add_arguments(parser)                              # in get_parser()
     kd.attach(params, model)                              # in run(), after DDP
-    loss = kd.joint_loss(loss, info, model, batch)        # in compute_loss()
+    kd.begin(batch)                                       # compute_loss()'s first line
+    loss = kd.joint_loss(loss, info, model, batch)        # and behind its loss
 
 and in its data module, once the training dataset exists::
 
@@ -128,13 +129,7 @@ class Session:
 
     def wrap(self, dataset, cuts):
         """The training dataset, with what distillation needs of each batch."""
-        dataset = self.time_warp.apply(dataset)
-        dataset = self._with_targets(dataset, cuts)
-        if self.ranges is None:
-            return dataset
-        from icefall_kd.training.pruning import AnnouncedBatches
-
-        return AnnouncedBatches(dataset)
+        return self._with_targets(self.time_warp.apply(dataset), cuts)
 
     def _with_targets(self, dataset, cuts):
         """The training dataset, with targets and transcripts for all of its cuts."""
@@ -387,6 +382,16 @@ def wrap_dataset(dataset, cuts):
         progress = _freezing.progress
         progress.per_epoch = progress.per_epoch or _first_look(cuts).all()
     return dataset
+
+
+def begin(batch: Dict[str, Any]) -> None:
+    """Begin a batch; call it at the head of ``compute_loss()``.
+
+    Args:
+      batch: The recipe's, of training or of validation.
+    """
+    if _session is not None and _session.ranges is not None:
+        _session.ranges.begin(batch.get("kd_targets"))
 
 
 def joint_loss(loss, info, model, batch):

@@ -16,6 +16,7 @@ from toy_recipe import (
     STUBS,
     TRAIN,
     UTILS,
+    as_formerly_plugged,
     data_of,
     plugged,
     refused,
@@ -28,6 +29,8 @@ from icefall_kd.cli import cli
 from icefall_kd.plug import plug as plugging
 from icefall_kd.plug.copies import diff, make_plan
 from icefall_kd.plug.plug import FOREIGN, PLUGGED, RECORD, STALE, examine, plug, undo
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -325,6 +328,45 @@ def test_stale(recipe, change, reason):
     assert any(reason in r for r in report.reasons), report.reasons
 
 
+@pytest.fixture
+def former(recipe):
+    """A working copy that a former version made."""
+    plug(recipe.folder, recipe.new)
+    for name in ("train.py", "asr_datamodule.py"):
+        path = recipe.new / name
+        path.write_text(as_formerly_plugged(path.read_text()))
+    return recipe.new
+
+
+def test_a_copy_that_a_former_version_plugged_is_stale(recipe, former):
+    done = command("--check", former)
+    assert done.exit_code == 3
+    assert "stale" in done.output and "icefall-kd plug --undo" in done.output
+    assert "plug it again" in done.output
+    done = command(recipe.folder, former)
+    assert done.exit_code == 1
+    assert f"icefall-kd plug --undo {former}" in done.output
+    assert command("--undo", former).exit_code == 0
+    for name in ("train.py", "asr_datamodule.py"):
+        assert (former / name).read_bytes() == (recipe.folder / name).read_bytes()
+    assert command(recipe.folder, former).exit_code == 0
+    assert examine(former).state == PLUGGED
+
+
+@pytest.mark.parametrize("name", ["train.py", "decode.py"])
+def test_running_a_copy_of_a_former_version_ends_with_one_sentence(
+    recipe, former, name
+):
+    stubs = recipe.tmp / "stubs"  # of torch, which the toy's data module imports
+    shutil.rmtree(stubs / "icefall_kd")
+    env = {**os.environ, "PYTHONPATH": f"{stubs}{os.pathsep}{ROOT}"}
+    words = [sys.executable, former / name]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("icefall_kd: error: ") and "icefall-kd plug --undo" in line
+
+
 def test_a_recipe_plugged_by_hand(recipe):
     (recipe.folder / "train.py").write_text(plugged(TRAIN))
     report = examine(recipe.folder)
@@ -337,8 +379,7 @@ def test_a_recipe_plugged_by_hand(recipe):
 
 
 def test_the_digits_recipe_is_plugged():
-    root = Path(__file__).resolve().parents[2]
-    assert examine(root / "egs" / "digits" / "ASR" / "zipformer").state == PLUGGED
+    assert examine(ROOT / "egs" / "digits" / "ASR" / "zipformer").state == PLUGGED
 
 
 # --- refusals of a folder ------------------------------------------------------------
@@ -563,7 +604,7 @@ def test_diff_without_a_last_newline(recipe):
 def test_the_command_from_plug_to_undo(recipe):
     done = command(recipe.folder, recipe.new)
     assert done.exit_code == 0, done.output
-    assert "train.py (+4), asr_datamodule.py (+2)" in done.output
+    assert "train.py (+5), asr_datamodule.py (+2)" in done.output
     assert "decode.py, export.py, pretrained.py" in done.output
     assert "--exp-dir" in done.output
     done = command(recipe.folder, recipe.new)

@@ -9,6 +9,7 @@ from toy_recipe import (
     TRAIN,
     TRAIN_LINES,
     added,
+    as_formerly_plugged,
     data_of,
     follows,
     plugged,
@@ -28,14 +29,16 @@ from icefall_kd.plug.lines import (
 from icefall_kd.plug.source import is_marked, unplug
 
 
-def test_a_train_py_gets_four_lines_where_they_belong():
+def test_a_train_py_gets_five_lines_where_they_belong():
     new = plugged(TRAIN)
     assert added(TRAIN, new) == TRAIN_LINES
     assert follows(new, ")", IMPORT)
     assert follows(new, TRAIN_LINES[1], "    return parser")
-    assert follows(new, "    info = MetricsTracker()", TRAIN_LINES[2])
+    head = "def compute_loss(params, model, sp, batch, is_training):"
+    assert follows(new, head, TRAIN_LINES[2])
+    assert follows(new, "    info = MetricsTracker()", TRAIN_LINES[3])
     ddp = "        model = DDP(model, device_ids=[rank], find_unused_parameters=True)"
-    assert follows(new, ddp, TRAIN_LINES[3])
+    assert follows(new, ddp, TRAIN_LINES[4])
     compile(new, "train.py", "exec")
 
 
@@ -108,14 +111,14 @@ def test_every_shape_of_compute_loss(name):
     text = train_of(*SHAPES[name])
     new = plugged(text)
     assert added(text, new) == TRAIN_LINES
-    assert "MetricsTracker()\n" + TRAIN_LINES[2] in new
+    assert "MetricsTracker()\n" + TRAIN_LINES[3] in new
 
 
 def test_info_that_stands_before_the_loss_waits_for_it():
     text = train_of(*INFO_FIRST)
     new = plugged(text)
     assert added(text, new) == TRAIN_LINES
-    assert follows(new, "            loss += one", TRAIN_LINES[2])
+    assert follows(new, "            loss += one", TRAIN_LINES[3])
 
 
 def test_a_loss_of_an_if_without_else_is_still_waited_for():
@@ -126,7 +129,7 @@ def test_a_loss_of_an_if_without_else_is_still_waited_for():
             "    if params.warm:\n        loss = 2 * loss\n    assert loss.requires",
         ),
     )
-    assert follows(plugged(text), "        loss = 2 * loss", TRAIN_LINES[2])
+    assert follows(plugged(text), "        loss = 2 * loss", TRAIN_LINES[3])
 
 
 def test_the_lines_use_the_names_of_the_recipe():
@@ -139,6 +142,7 @@ def test_the_lines_use_the_names_of_the_recipe():
     assert new == [
         IMPORT,
         "    kd.add_arguments(options)",
+        "    kd.begin(minibatch)",
         "    total = kd.joint_loss(total, tracker, net, minibatch)",
         "    kd.attach(hparams, net)",
     ]
@@ -151,7 +155,7 @@ def test_attach_stands_behind_what_lies_between_ddp_and_the_optimizer():
             "    names = []\n    names.append(1)\n    optimizer = Sc",
         )
     )
-    assert follows(plugged(text), "    names.append(1)", TRAIN_LINES[3])
+    assert follows(plugged(text), "    names.append(1)", TRAIN_LINES[4])
 
 
 def test_a_comprehension_is_no_assignment_of_the_loss():
@@ -161,7 +165,7 @@ def test_a_comprehension_is_no_assignment_of_the_loss():
             "    parts = [loss for loss in losses]\n" '    info["loss"] = ',
         )
     )
-    assert follows(plugged(text), "    info = MetricsTracker()", TRAIN_LINES[2])
+    assert follows(plugged(text), "    info = MetricsTracker()", TRAIN_LINES[3])
 
 
 @pytest.mark.parametrize(
@@ -296,7 +300,7 @@ def noisy(draw):
 def test_comments_and_blank_lines_do_not_matter(text):
     new = plug_train(text.encode(), "train.py")
     # A comment of the recipe may read like a line of ours, so count and compare.
-    assert len(new.splitlines()) - len(text.encode().splitlines()) == 4
+    assert len(new.splitlines()) - len(text.encode().splitlines()) == len(TRAIN_LINES)
     assert unplug(new, "train.py") == text.encode()
     assert plug_train(new, "train.py") == new
     compile(new, "train.py", "exec")
@@ -512,6 +516,13 @@ def test_lines_of_another_version_are_stale_and_come_out(old, new):
     with pytest.raises(StaleLines, match=r"x.py \(line \d+\) carries other lines"):
         plugged(other, "x.py")
     assert unplug(other.encode(), "x.py").decode() == TRAIN
+
+
+def test_the_lines_of_the_former_version_are_stale_and_come_out():
+    for text, function in ((TRAIN, plugged), (DATA, wrapped)):
+        former = as_formerly_plugged(function(text))
+        refused(lambda f=function, x=former: f(x, "x.py"), "x.py (line ", "--undo")
+        assert unplug(former.encode(), "x.py").decode() == text
 
 
 def test_a_stale_line_is_named():

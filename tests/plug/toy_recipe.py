@@ -141,6 +141,7 @@ STUBS = {
 TRAIN_LINES = [
     IMPORT,
     "    kd.add_arguments(parser)",
+    "    kd.begin(batch)",
     "    loss = kd.joint_loss(loss, info, model, batch)",
     "    kd.attach(params, model)",
 ]
@@ -172,6 +173,14 @@ def plugged(text, path="train.py"):
 
 def wrapped(text, path="asr_datamodule.py"):
     return plug_data_module(text.encode(), path, ["ToyDataModule"]).decode()
+
+
+def as_formerly_plugged(text):
+    """A plugged file as a former version wrote it."""
+    assert text.count(IMPORT) == 1
+    return text.replace(IMPORT, "from icefall_kd.recipe import session as kd").replace(
+        "    kd.begin(batch)\n", ""
+    )
 
 
 def added(before, after):

@@ -8,7 +8,7 @@ from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import nodes_kd_loss, stored_nodes
 from icefall_kd.rnnt import get_engine
 from icefall_kd.tap import ModelTap
-from icefall_kd.training.pruning import NAME, AnnouncedBatches, TeacherRanges
+from icefall_kd.training.pruning import FUNCTION, TeacherRanges
 from icefall_kd.types import LatticeTargets, Targets
 
 Y = [[3, 4, 3], [5, 6], [7]]
@@ -57,10 +57,10 @@ def guided():
         ranges.close()
 
 
-def forward(model, features, targets, prune_range=3):
-    """The recipe's forward pass on a batch that brings targets."""
-    batch = AnnouncedBatches([{"inputs": features[0], "kd_targets": targets}])[0]
-    losses = model(x=batch["inputs"], x_lens=features[1], y=Y, prune_range=prune_range)
+def forward(model, features, ranges, targets, prune_range=3):
+    """The recipe's pruned loss on a batch with these targets, or none."""
+    ranges.begin(targets)
+    losses = model(x=features[0], x_lens=features[1], y=Y, prune_range=prune_range)
     return losses[1]
 
 
@@ -70,7 +70,7 @@ def test_the_pruned_loss_stands_on_the_teachers_ranges(
     targets, lattice = taught()
     model = make_model(seed=2).eval()
     ranges = guided(model)
-    loss = forward(model, features, targets)
+    loss = forward(model, features, ranges, targets)
     found, logits = ranges.take()
     for i, (_, _, _, t) in enumerate(lattice.boundary.tolist()):
         assert torch.equal(found[i, :t], lattice.ranges[i, :t])
@@ -83,23 +83,23 @@ def test_the_pruned_loss_stands_on_the_teachers_ranges(
         reduction="sum",
     )
     torch.testing.assert_close(loss, by_hand)
-    assert torch.isfinite(loss) and ranges.take() == (None, None)
+    assert torch.isfinite(loss)
 
 
 def test_the_ranges_matter(make_model, features, taught, guided):
     """Else the test above could not fail."""
     model = make_model(seed=2).eval()
     own = model(x=features[0], x_lens=features[1], y=Y, prune_range=3)[1]
-    guided(model)
-    assert not torch.isclose(own, forward(model, features, taught()[0]))
+    ranges = guided(model)
+    assert not torch.isclose(own, forward(model, features, ranges, taught()[0]))
 
 
 def test_rows_without_a_lattice_keep_their_own(make_model, features, taught, guided):
     model = make_model(seed=2).eval()
     ranges = guided(model)
-    whole = forward(model, features, taught()[0])
+    whole = forward(model, features, ranges, taught()[0])
     all_rows, _ = ranges.take()
-    part = forward(model, features, taught(skip=(0,))[0])
+    part = forward(model, features, ranges, taught(skip=(0,))[0])
     found, _ = ranges.take()
     assert torch.equal(found[1:], all_rows[1:]) and not torch.isclose(whole, part)
 
@@ -110,12 +110,10 @@ def test_a_batch_without_targets_and_validation_keep_their_own(
     model = make_model(seed=2).eval()
     own = model(x=features[0], x_lens=features[1], y=Y, prune_range=3)[1]
     ranges = guided(model)
-    assert torch.equal(
-        own, model(x=features[0], x_lens=features[1], y=Y, prune_range=3)[1]
-    )
+    assert torch.equal(own, forward(model, features, ranges, None))
     assert ranges.take() == (None, None)
     with torch.no_grad():
-        assert torch.equal(own, forward(model, features, taught()[0]))
+        assert torch.equal(own, forward(model, features, ranges, taught()[0]))
 
 
 def test_another_models_lattice_in_between_is_left_alone(
@@ -124,7 +122,7 @@ def test_another_models_lattice_in_between_is_left_alone(
     """An online teacher asks the same engine."""
     model, teacher = make_model(seed=2).eval(), make_model(seed=3)
     ranges = guided(model)
-    forward(model, features, taught()[0])
+    forward(model, features, ranges, taught()[0])
     with ModelTap(teacher) as hook:
         asked = hook.lattice(hook.encode(*features), Y, 3)
     ranges.close()
@@ -138,7 +136,7 @@ def test_the_lattices_kl_needs_no_second_pass(make_model, features, taught, guid
     model = make_model(seed=2).eval()
     ranges = guided(model)
     hook = ModelTap(model, ctc=False, decoder=True)
-    forward(model, features, targets)
+    forward(model, features, ranges, targets)
     out, kept = hook.take(), ranges.take()
     nodes = stored_nodes(targets.parts["lattice"])
 
@@ -189,45 +187,61 @@ def test_a_pass_that_failed_leaves_nothing_to_the_next(
     ranges = guided(model)
     handle = model.ctc_output.register_forward_pre_hook(fail)
     with pytest.raises(ZeroDivisionError):
-        forward(model, features, targets)
+        forward(model, features, ranges, targets)
     handle.remove()
     with torch.no_grad():
         model.joiner.output_linear.bias += torch.arange(11.0)
-    forward(model, features, targets)
+    forward(model, features, ranges, targets)
     logits = ranges.take()[1]
-    forward(model, features, targets)
+    forward(model, features, ranges, targets)
     assert torch.equal(logits, ranges.take()[1])
     with pytest.raises(ZeroDivisionError):
         handle = model.ctc_output.register_forward_pre_hook(fail)
-        forward(model, features, targets)
+        forward(model, features, ranges, targets)
     handle.remove()
-    model(x=features[0], x_lens=features[1], y=Y, prune_range=3)  # its own ranges
+    forward(model, features, ranges, None)  # its own ranges
     assert ranges.take() == (None, None)
 
 
-def test_the_engine_gets_its_function_back(make_model):
-    before = getattr(get_engine(), NAME)
-    model = make_model()
-    ranges = TeacherRanges(model)
-    assert getattr(get_engine(), NAME) is not before
+def test_the_engine_gets_its_function_back(make_model, features, taught, guided):
+    def is_replaced():
+        return getattr(get_engine(), FUNCTION) is not before
+
+    before, model = getattr(get_engine(), FUNCTION), make_model(seed=2)
+    ranges = guided(model)
+    assert not is_replaced()
+    targets, _ = taught()
+    ranges.begin(None)
+    assert not is_replaced()
+    ranges.begin(targets)
+    assert is_replaced()
     ranges.close()
-    assert getattr(get_engine(), NAME) is before and not model.joiner._forward_hooks
+    assert not is_replaced() and not model.joiner._forward_hooks
+    forward(model, features, ranges, targets)
+    assert not is_replaced()
+    ranges.take()
+    assert not model.joiner._forward_hooks
+
+
+def test_a_recipe_that_does_not_begin_its_batches_is_refused(make_model, guided):
+    with pytest.raises(KDError, match="does not call kd.begin.*icefall-kd plug"):
+        guided(make_model()).take()
 
 
 def test_wider_lattices_than_the_students_are_refused(
     make_model, features, taught, guided
 ):
     model = make_model(seed=2).eval()
-    guided(model)
+    ranges = guided(model)
     with pytest.raises(KDError, match="3 wide and --prune-range is 2"):
-        forward(model, features, taught()[0], prune_range=2)
+        forward(model, features, ranges, taught()[0], prune_range=2)
 
 
 def test_narrower_lattices_are_widened(make_model, features, taught, guided):
     targets, lattice = taught(s_range=2)
     model = make_model(seed=2).eval()
     ranges = guided(model)
-    assert torch.isfinite(forward(model, features, targets))
+    assert torch.isfinite(forward(model, features, ranges, targets))
     found, _ = ranges.take()
     t = int(lattice.boundary[0, 3])
     assert found.size(2) == 3 and int(found.max()) <= 3
@@ -239,6 +253,6 @@ def test_lattices_of_other_cuts_are_refused(make_model, features, taught, guided
     targets, _ = taught()
     targets.parts["lattice"][1] = targets.parts["lattice"][2]
     model = make_model(seed=2).eval()
-    guided(model)
+    ranges = guided(model)
     with pytest.raises(KDError, match="row 1 .* 2 labels.*teacher's lattice .* and 1"):
-        forward(model, features, targets)
+        forward(model, features, ranges, targets)

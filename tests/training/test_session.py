@@ -675,6 +675,7 @@ def rnnt_step(model, make_params, cuts, **changes):
     session.attach(make_params(ctc=0.0, kd_rnnt_weight=0.5, **changes), model)
     dataset = session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
     batch, info = dataset[cuts], MetricsTracker()
+    session.begin(batch)
     loss = session.joint_loss(recipe_loss(model, batch), info, model, batch)
     loss.backward()
     return dict(info)

@@ -5,7 +5,7 @@ Usage:
   ./zipformer/train.py --exp-dir exp/teacher --num-epochs 4 --seed 42
 
 The model, its options and the optimizer are those of the package zipformer, which is
-icefall's own. The four lines that name kd are all that distillation needs:
+icefall's own. The five lines that name kd are all that distillation needs:
 
   ./zipformer/train.py --exp-dir exp/student-kd --start-epoch 2 --num-epochs 4 \
     --manifest-dir data/kd --kd-ctc-weight 1 $(cat exp/student-kd/student_flags)
@@ -206,6 +206,7 @@ def compute_loss(
       is_training:
         True for training: enables autograd.
     """
+    kd.begin(batch)
     device = model.device if isinstance(model, DDP) else next(model.parameters()).device
     feature = batch["inputs"].to(device)  # (N, T, C)
     supervisions = batch["supervisions"]
