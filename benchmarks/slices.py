@@ -25,8 +25,8 @@ from icefall_kd.cli.student import read_batches
 from icefall_kd.errors import one_sentence
 from icefall_kd.student.build import build_student, check_slices
 from icefall_kd.student.count import count_parameters
-from icefall_kd.student.importance import keep_important
-from icefall_kd.student.judge import judge
+from icefall_kd.student.importance import select_important
+from icefall_kd.student.scores import score_heads
 from icefall_kd.student.search import nearest
 from icefall_kd.teacher.loader import import_train, load_recipe_model
 from icefall_kd.tokens import load_tokenizer
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
     rows = []
 
     def note(name: str, model, number: int) -> None:
-        found = dataclasses.asdict(judge(model, test, sp, settings["blank_id"]))
+        found = dataclasses.asdict(score_heads(model, test, sp, settings["blank_id"]))
         rows.append({"kept": name, "parameters": number, **found})
 
     note("teacher", teacher, size)
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
             changes = nearest(goal, params, params)
             new = check_slices(teacher, params, changes)
             for name, which in CHOICES.items():
-                kept = keep_important(teacher, params, new, heard, **which)
+                kept = select_important(teacher, params, new, heard, **which)
                 student, _ = build_student(
-                    teacher, params, changes, train.get_model, kept=kept
+                    teacher, params, changes, train.get_model, selection=kept
                 )
                 number = sum(p.numel() for p in student.parameters())
                 note(name, student.eval(), number)

@@ -67,6 +67,22 @@ def with_flags(sentence: str, flags: Mapping[str, str]) -> str:
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), sentence)
 
 
+@contextmanager
+def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Let refusals of a block, or of a decorated function, name options.
+
+    Args:
+      flags: The option of each parameter, as in :func:`with_flags`.
+    """
+    try:
+        yield
+    except KDError as e:
+        sentence = with_flags(str(e), flags)
+        if sentence == str(e):
+            raise
+        raise type(e)(sentence) from None
+
+
 class NotFiniteError(KDError):
     """Numbers of one batch are inf or NaN; those of the next may be finite again."""
 

@@ -8,8 +8,10 @@ import pytest
 
 from icefall_kd.errors import (
     KDError,
+    NotFiniteError,
     disk_errors,
     install_excepthook,
+    naming_flags,
     one_sentence,
     require,
     with_flags,
@@ -149,6 +151,19 @@ def test_the_remedy_fits_the_error(number, remedy):
 def test_a_parameter_is_named_as_the_option_that_gave_it():
     said = with_flags("`s_range` is 1 and `other` 2", {"s_range": "--s-range"})
     assert said == "--s-range is 1 and `other` 2"
+
+
+def test_a_refusal_of_a_block_names_options_and_keeps_its_class():
+    with pytest.raises(NotFiniteError, match="^--seed is 1 and `b` 2$"):
+        with naming_flags({"a": "--seed"}):
+            raise NotFiniteError("`a` is 1 and `b` 2")
+
+
+def test_a_refusal_without_parameters_passes_a_block_as_it_is():
+    error = KDError("the file is empty")
+    with pytest.raises(KDError) as e, naming_flags({"a": "--seed"}):
+        raise error
+    assert e.value is error
 
 
 def test_what_is_required_and_does_not_hold_is_refused():

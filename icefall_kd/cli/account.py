@@ -6,9 +6,9 @@ from torch import nn
 
 from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds
-from icefall_kd.student.judge import Judgement
-from icefall_kd.student.keep import HEADS, Kept
 from icefall_kd.student.presets import per_stack
+from icefall_kd.student.scores import HeadScores
+from icefall_kd.student.selection import HEADS, Selection
 
 PARTS = ("encoder_embed", "encoder", "decoder", "joiner", "ctc_output")
 _ROWS = (
@@ -64,7 +64,7 @@ def _numbers(indices: List[int]) -> str:
     return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
 
 
-def _origin(old: Dict[str, Any], new: Dict[str, Any], kept: Kept) -> List[str]:
+def _origin(old: Dict[str, Any], new: Dict[str, Any], kept: Selection) -> List[str]:
     """What each stack's layers and channels are of the teacher's."""
     rows = []
     layers, widths, heads = (
@@ -91,7 +91,7 @@ def _origin(old: Dict[str, Any], new: Dict[str, Any], kept: Kept) -> List[str]:
     return lines
 
 
-def _starts(judged: List[Judgement], num_cuts: int) -> List[str]:
+def _starts(judged: List[HeadScores], num_cuts: int) -> List[str]:
     rows = []
     for title, name, form in _ROWS:
         values = [getattr(j, name) for j in judged]
@@ -107,8 +107,8 @@ def account(
     student: nn.Module,
     old: Dict[str, Any],
     new: Dict[str, Any],
-    kept: Optional[Kept],
-    judged: List[Judgement],
+    kept: Optional[Selection],
+    judged: List[HeadScores],
     num_cuts: int,
 ) -> str:
     """Tables of sizes, of what was kept, and of loss and WER before any training.

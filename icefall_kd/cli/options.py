@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import click
 
-from icefall_kd.errors import KDError, one_sentence
+from icefall_kd.errors import KDError, naming_flags, one_sentence
 
 # Bounds that no sensible use comes near, and beyond which a command would run out of
 # memory or processes, or never end.
@@ -19,8 +19,18 @@ MOST_JOBS = 10_000
 MOST_SEED = 2**32 - 1  # numpy's
 
 
+class Command(click.Command):
+    """A command whose refusals name its options in place of parameters."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with naming_flags({param.name: _name_of(param) for param in self.params}):
+            return super().invoke(ctx)
+
+
 class Commands(click.Group):
     """The commands, each of whose refusals is one sentence, and exit status 1."""
+
+    command_class = Command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with one_sentence():

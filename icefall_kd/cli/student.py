@@ -16,15 +16,15 @@ from icefall_kd.cli.account import account
 from icefall_kd.cli.batches import read_features
 from icefall_kd.cli.cuts import Survey, checked, labels_of, why_long
 from icefall_kd.cli.memory import enough_memory
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, naming_flags
 from icefall_kd.files import check_new_folder, replacing
 from icefall_kd.student.build import build_student, check_settings, check_slices
 from icefall_kd.student.count import count_parameters
-from icefall_kd.student.importance import Batch, keep_important, num_passes
-from icefall_kd.student.judge import Judgement, judge
-from icefall_kd.student.keep import Kept, keep_first
+from icefall_kd.student.importance import FeatureBatch, num_passes, select_important
 from icefall_kd.student.presets import per_stack, preset
+from icefall_kd.student.scores import HeadScores, score_heads
 from icefall_kd.student.search import nearest, parse_goal
+from icefall_kd.student.selection import Selection, select_first
 from icefall_kd.targets.heard import check_supervision, why_unheard
 from icefall_kd.teacher.loader import (
     call_recipe,
@@ -142,7 +142,9 @@ def _changes(
     if size:
         changes = preset(size)
     elif goal:
-        changes = nearest(goal, settings, settings)
+        speed = parse_goal(goal).kind == "speed"
+        with naming_flags({"goal": "--speed" if speed else "--params"}):
+            changes = nearest(goal, settings, settings)
     changes.update(parse_changes(asked, settings))
     return changes
 
@@ -178,7 +180,7 @@ def _check_random(
 
 def read_batches(
     path: str, num_cuts: int, settings: Dict[str, Any], sp: Any
-) -> List[Batch]:
+) -> List[FeatureBatch]:
     """The first ``num_cuts`` cuts: features, lengths and labels."""
     if num_cuts < 1:
         raise KDError(f"--num-cuts is {num_cuts}, and must be 1 or more")
@@ -209,7 +211,7 @@ def read_batches(
     return batches
 
 
-def _enough_memory(batches: List[Batch]) -> ContextManager[None]:
+def _enough_memory(batches: List[FeatureBatch]) -> ContextManager[None]:
     frames = max(x.size(1) for x, _, _ in batches)
     return enough_memory(
         f"a pass over {BATCH} cuts of --cuts of up to {frames} feature frames",
@@ -217,31 +219,39 @@ def _enough_memory(batches: List[Batch]) -> ContextManager[None]:
     )
 
 
-def _judged(models, batches: List[Batch], sp, blank_id: int) -> List[Judgement]:
+def _judged(models, batches: List[FeatureBatch], sp, blank_id: int) -> List[HeadScores]:
     total = len(models) * len(batches)
     with (
         _enough_memory(batches),
         tqdm(desc="Before training", unit=" batches", total=total) as bar,
     ):
-        return [judge(m, batches, sp, blank_id, bar.update) for m in models]
+        return [score_heads(m, batches, sp, blank_id, bar.update) for m in models]
 
 
 def _choose(
-    teacher, settings, student, batches: List[Batch], layers: str, channels: str
-) -> Kept:
+    teacher, settings, student, batches: List[FeatureBatch], layers: str, channels: str
+) -> Selection:
     which = {"layers": layers == "important", "channels": channels == "important"}
     if not any(which.values()):
-        return keep_first(settings, student)
+        return select_first(settings, student)
     total = num_passes(settings, student, len(batches), **which)
     with (
         _enough_memory(batches),
         tqdm(desc="Importance", unit=" batches", total=total) as bar,
     ):
-        return keep_important(
+        return select_important(
             teacher, settings, student, batches, advance=bar.update, **which
         )
 
 
+@naming_flags(
+    {
+        "changes": "--set",
+        "goal": "--params or --speed",
+        "init": "--init",
+        "preset": "--preset",
+    }
+)
 def student(
     recipe: str,
     exp_dir: str,

@@ -1,19 +1,19 @@
 """A smaller Zipformer that starts from its teacher's layers.
 
-Not here yet: other numbers of stacks, other head or positional dimensions.
+A student has its teacher's number of stacks, and its head and positional dimensions.
 """
 
 from typing import Any, Callable, Dict, Optional, Tuple
 
 from torch import nn
 
-from icefall_kd.errors import KDError
-from icefall_kd.student.keep import Kept, keep_first
+from icefall_kd.errors import KDError, require
 from icefall_kd.student.presets import per_stack, to_ints
+from icefall_kd.student.selection import Selection, select_first
 from icefall_kd.student.slices import Slicer
 
 # A slice would not mean the same with these changed.
-_FIXED_OF_STACKS = (
+_FIXED_PER_STACK = (
     "downsampling_factor",
     "query_head_dim",
     "pos_head_dim",
@@ -21,7 +21,7 @@ _FIXED_OF_STACKS = (
     "cnn_module_kernel",
 )
 _FIXED = (
-    *_FIXED_OF_STACKS,
+    *_FIXED_PER_STACK,
     "pos_dim",
     "feature_dim",
     "context_size",
@@ -33,53 +33,8 @@ _WIDTHS = ("encoder_dim", "num_heads", "feedforward_dim", "decoder_dim", "joiner
 _GROUP = 4  # channels that the decoder's convolution reads together
 
 
-def _check(teacher: Dict[str, Any], student: Dict[str, Any]) -> None:
-    for name in _FIXED:
-        old, new = teacher.get(name), student.get(name)
-        same = old == new
-        if not same and name in _FIXED_OF_STACKS:
-            same = per_stack(teacher, name) == per_stack(student, name)
-        if not same:
-            raise KDError(
-                f"the student's {name} is {new} and its teacher's {old}: a student "
-                "that starts from its teacher keeps it; leave it out of --set, give "
-                "--params or --speed in place of --preset, or --init random"
-            )
-    old, new = (per_stack(s, "num_encoder_layers") for s in (teacher, student))
-    if any(a < b for a, b in zip(old, new)):
-        raise KDError(
-            f"the student's layers per stack are {new} and its teacher's {old}: a "
-            "student that starts from its teacher has no more layers; lower "
-            "num-encoder-layers, or give --init random"
-        )
-    for name in _WIDTHS:
-        if name in teacher:
-            old, new = (per_stack(s, name) for s in (teacher, student))
-            if any(a < b for a, b in zip(old, new)):
-                raise KDError(
-                    f"the student's {name} is {student[name]} and its teacher's "
-                    f"{teacher[name]}: a student that starts from its teacher can't be "
-                    "wider; give at most the teacher's, or --init random"
-                )
-    least, most = (per_stack(student, f"encoder_{n}") for n in ("unmasked_dim", "dim"))
-    if any(a > b for a, b in zip(least, most)):
-        raise KDError(
-            f"the student's encoder_unmasked_dim is {student['encoder_unmasked_dim']} "
-            f"and its encoder_dim {student['encoder_dim']}: give at most that"
-        )
-    # With one label of context the decoder has no convolution.
-    if "decoder_dim" in teacher and student.get("context_size") != 1:
-        (width,) = to_ints(student, "decoder_dim")
-        if width % _GROUP:
-            below = max(width // _GROUP * _GROUP, _GROUP)
-            raise KDError(
-                f"the student's decoder_dim is {width}, and the decoder's convolution "
-                f"takes its channels by {_GROUP}: give {below}"
-            )
-
-
 def check_settings(settings: Dict[str, Any], changes: Dict[str, Any]) -> None:
-    """Refuse names that the teacher doesn't have."""
+    """Refuse ``changes`` of names that the teacher's ``settings`` don't have."""
     for name in changes:
         if name not in settings:
             known = ", ".join(k for k in sorted(settings) if "dim" in k or "num_" in k)
@@ -89,21 +44,117 @@ def check_settings(settings: Dict[str, Any], changes: Dict[str, Any]) -> None:
             )
 
 
-def _no_model(changes: Dict[str, Any], error: Exception) -> KDError:
-    shown = ", ".join(f"{k}={v}" for k, v in changes.items())
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-    return KDError(
-        f"no model has the settings {shown} ({reason}): give each stack one number, "
-        f"encoder_unmasked_dim at most encoder_dim, decoder_dim a multiple of {_GROUP}"
+def check_slices(
+    teacher: nn.Module, settings: Dict[str, Any], changes: Dict[str, Any]
+) -> Dict[str, Any]:
+    """Check that a student can start from slices of the teacher's parameters.
+
+    Args:
+      teacher: The trained model.
+      settings: Its settings, by the names of the recipe's params.
+      changes: Those that differ in the student.
+
+    Returns:
+      The student's settings.
+
+    Raises:
+      KDError: as :func:`build_student`.
+    """
+    check_settings(settings, changes)
+    _check_zipformer(teacher)
+    student = {**settings, **changes}
+    _check_fixed(settings, student)
+    _check_sizes(settings, student)
+    _check_own_widths(student)
+    return student
+
+
+def _check_zipformer(teacher: nn.Module) -> None:
+    """Refuse a model whose layers are not those of icefall's Zipformer."""
+    encoder = getattr(teacher, "encoder", teacher)
+    names = {name for name, _ in teacher.named_parameters()}
+    for layer in ("encoder.encoders.0.layers.0", "encoder.encoders.0.encoder.layers.0"):
+        if {f"{layer}.nonlin_attention.in_proj.weight", f"{layer}.norm.log_scale"} <= (
+            names
+        ):
+            return
+    raise KDError(
+        f"the teacher's encoder is a {type(encoder).__name__} without the layers of "
+        "icefall's zipformer recipes (nonlin_attention, BiasNorm), so a student can't "
+        "start from it: give a teacher of those recipes, or `init` random"
     )
 
 
-def _make(get_model: Callable, settings: Dict[str, Any], changes: Dict[str, Any]):
+def _check_fixed(teacher: Dict[str, Any], student: Dict[str, Any]) -> None:
+    for name in _FIXED:
+        old, new = teacher.get(name), student.get(name)
+        same = old == new
+        if not same and name in _FIXED_PER_STACK:  # "4" and "4,4" may be the same
+            same = per_stack(teacher, name) == per_stack(student, name)
+        require(
+            same,
+            f"the student's {name} is {new} and its teacher's {old}: a student that "
+            "starts from its teacher keeps it; leave it out of `changes`, give "
+            "`goal` in place of `preset`, or `init` random",
+        )
+
+
+def _check_sizes(teacher: Dict[str, Any], student: Dict[str, Any]) -> None:
+    """Refuse a student that is deeper or wider than its teacher in some stack."""
+
+    def exceeds(name: str) -> bool:
+        sizes = zip(per_stack(student, name), per_stack(teacher, name))
+        return any(new > old for new, old in sizes)
+
+    if exceeds("num_encoder_layers"):
+        old, new = (per_stack(s, "num_encoder_layers") for s in (teacher, student))
+        raise KDError(
+            f"the student's layers per stack are {new} and its teacher's {old}: a "
+            "student that starts from its teacher has no more layers; lower "
+            "num-encoder-layers, or give `init` random"
+        )
+    for name in _WIDTHS:
+        if name in teacher and exceeds(name):
+            raise KDError(
+                f"the student's {name} is {student[name]} and its teacher's "
+                f"{teacher[name]}: a student that starts from its teacher can't be "
+                "wider; give at most the teacher's, or `init` random"
+            )
+
+
+def _check_own_widths(student: Dict[str, Any]) -> None:
+    """Refuse widths of a student that don't fit each other."""
+    unmasked = per_stack(student, "encoder_unmasked_dim")
+    if any(a > b for a, b in zip(unmasked, per_stack(student, "encoder_dim"))):
+        raise KDError(
+            f"the student's encoder_unmasked_dim is {student['encoder_unmasked_dim']} "
+            f"and its encoder_dim {student['encoder_dim']}: give at most that"
+        )
+    # With one label of context the decoder has no convolution.
+    if "decoder_dim" in student and student.get("context_size") != 1:
+        (width,) = to_ints(student, "decoder_dim")
+        below = max(width // _GROUP * _GROUP, _GROUP)
+        require(
+            width % _GROUP == 0,
+            f"the student's decoder_dim is {width}, and the decoder's convolution "
+            f"takes its channels by {_GROUP}: give {below}",
+        )
+
+
+def _make_model(
+    get_model: Callable, settings: Dict[str, Any], changes: Dict[str, Any]
+) -> nn.Module:
     per_stack(settings, "num_encoder_layers")  # get_model takes stacks without layers
     try:
         return get_model(settings)
-    except Exception as e:  # the model asserts, and raises what it likes
-        raise _no_model(changes, e) from None
+    except Exception as e:  # the model asserts, or raises errors of any class
+        shown = ", ".join(f"{k}={v}" for k, v in changes.items())
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}".rstrip(": ")
+        raise KDError(
+            f"no model has the settings {shown} ({reason}): give each stack one "
+            "number, encoder_unmasked_dim at most encoder_dim, decoder_dim a multiple "
+            f"of {_GROUP}"
+        ) from None
 
 
 def build_student(
@@ -112,19 +163,19 @@ def build_student(
     changes: Dict[str, Any],
     get_model: Callable[[Dict[str, Any]], nn.Module],
     init: str = "teacher",
-    kept: Optional[Kept] = None,
+    selection: Optional[Selection] = None,
 ) -> Tuple[nn.Module, Dict[str, Any]]:
-    """Build a student with some of the teacher's settings changed.
+    """Build a student from a teacher, with some settings changed.
 
     With ``init="teacher"`` each layer starts from a teacher layer of its stack and each
     narrower matrix from some of its channels: whole heads, whole hidden units of all
     projections of a module, and one set of channels along the residual stream, which
     all stacks share. By default layers are the first, the last and evenly between, and
     channels the first, which are those that Zipformer's training masks least
-    (``encoder_unmasked_dim``); ``kept`` says otherwise
-    (:func:`icefall_kd.student.importance.keep_important`).
+    (``encoder_unmasked_dim``). Another choice is given as ``selection``, such as
+    that of :func:`icefall_kd.student.importance.select_important`.
 
-    What the mathematics says of the result:
+    By construction the student's outputs are as follows:
 
     - With all layers and widths of the teacher, parameters and outputs are the
       teacher's, bit for bit.
@@ -143,16 +194,16 @@ def build_student(
       where that is the same stack in both, and so are the heads if all channels are
       such.
 
-    ``kept.norms``, which is not 0 for what importance keeps, scales each BiasNorm once
-    more.
+    ``selection.norm_shifts``, which a choice by importance has, scales each BiasNorm
+    once more.
 
     Args:
       teacher: The trained model.
       settings: Its settings, by the names of the recipe's params.
       changes: Those that differ in the student.
       get_model: The recipe's ``get_model``; it takes an AttributeDict of settings.
-      init: "teacher", or "random" as ``get_model`` leaves it.
-      kept: Which layers, channels, heads and hidden units the student takes.
+      init: "teacher", or "random" for the parameters that ``get_model`` draws.
+      selection: The layers, channels, heads and hidden units that the student takes.
 
     Returns:
       The student and its settings.
@@ -164,50 +215,17 @@ def build_student(
     if init not in ("teacher", "random"):
         raise KDError(f"init is {init!r}, and must be 'teacher' or 'random'")
     check_settings(settings, changes)
-    new = type(settings)(settings)
-    new.update(changes)
+    student_settings = type(settings)(settings)
+    student_settings.update(changes)
     if init == "teacher":
         check_slices(teacher, settings, changes)
-        kept = kept or keep_first(settings, new)
-    student = _make(get_model, new, changes)
-    if init == "random":
-        return student, new
-    slicer = Slicer(teacher.state_dict(), kept, settings, new)
-    target = {
-        name: slicer(name, value.shape).to(value.dtype)
-        for name, value in student.state_dict().items()
-    }
-    student.load_state_dict(target, strict=True)
-    return student, new
-
-
-def check_slices(
-    teacher: nn.Module, settings: Dict[str, Any], changes: Dict[str, Any]
-) -> Dict[str, Any]:
-    """The student's settings, if a student of these can start from the teacher.
-
-    Raises:
-      KDError: as :func:`build_student`.
-    """
-    check_settings(settings, changes)
-    _check_zipformer(teacher)
-    new = {**settings, **changes}
-    _check(settings, new)
-    return new
-
-
-def _check_zipformer(teacher: nn.Module) -> None:
-    """Refuse a model whose layers are not those of icefall's Zipformer."""
-    encoder = getattr(teacher, "encoder", None)
-    names = {name for name, _ in teacher.named_parameters()}
-    first = ("encoder.encoders.0.layers.0", "encoder.encoders.0.encoder.layers.0")
-    wanted = ("nonlin_attention.in_proj.weight", "norm.log_scale")
-    for layer in first:
-        if all(f"{layer}.{part}" in names for part in wanted):
-            return
-    kind = type(encoder).__name__ if encoder is not None else type(teacher).__name__
-    raise KDError(
-        f"the teacher's encoder is a {kind} without the layers of icefall's zipformer "
-        "recipes (nonlin_attention, BiasNorm), so a student can't start from it: give "
-        "a teacher of those recipes, or --init random"
-    )
+        selection = selection or select_first(settings, student_settings)
+    student = _make_model(get_model, student_settings, changes)
+    if init == "teacher":
+        slicer = Slicer(teacher.state_dict(), selection, settings, student_settings)
+        parameters = {
+            name: slicer(name, value.shape).to(value.dtype)
+            for name, value in student.state_dict().items()
+        }
+        student.load_state_dict(parameters, strict=True)
+    return student, student_settings

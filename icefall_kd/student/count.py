@@ -1,9 +1,9 @@
 """Parameters and multiply-adds of a Zipformer, from its settings alone.
 
-Counted are the modules of icefall's zipformer.py, subsampling.py, decoder.py,
-joiner.py and model.py, term by term; no model is built, and no torch imported. Not
-counted: models with adapters or LoRA, which are refused, and the multiply-adds of an
-attention decoder, which greedy search doesn't run.
+The functions add up the modules of icefall's zipformer.py, subsampling.py, decoder.py,
+joiner.py and model.py. They build no model and import no torch. Models with adapters or
+LoRA are refused. The multiply-adds of an attention decoder are not counted, as greedy
+search doesn't run it.
 """
 
 from typing import Any, Dict, List, NamedTuple
@@ -12,40 +12,43 @@ from icefall_kd.errors import KDError
 from icefall_kd.student.presets import per_stack, to_ints
 
 FRAMES_PER_SECOND = 100  # of features
-# Conv2dSubsampling's channels, and what ConvNeXt makes of the last of them.
+# Channels of Conv2dSubsampling, and hidden channels of the ConvNeXt behind it.
 _CHANNELS = (1, 8, 32, 128)
 _HIDDEN = 3 * _CHANNELS[-1]
 _CONVNEXT_KERNEL = 7 * 7
 
 
-class Stack(NamedTuple):
+class StackSizes(NamedTuple):
+    """The sizes of one encoder stack."""
+
     downsample: int
     layers: int
     dim: int
     heads: int
-    query: int  # dimensions a head
+    query: int  # channels of a head, as the next two
     pos: int
     value: int
     feedforward: int
     kernel: int
 
     @property
-    def hidden(self) -> List[int]:
-        """Of the three feed-forward modules."""
+    def feedforward_dims(self) -> List[int]:
+        """Hidden channels of the three feed-forward modules."""
         return [self.feedforward * n // 4 for n in (3, 4, 5)]
 
     @property
-    def nonlin(self) -> int:
+    def nonlin_dim(self) -> int:
         """Hidden channels of the nonlinear attention."""
         return 3 * self.dim // 4
 
     @property
     def query_key_pos(self) -> int:
+        """Channels of all heads' queries, keys and position queries."""
         return self.heads * (2 * self.query + self.pos)
 
 
-def stacks_of(settings: Dict[str, Any]) -> List[Stack]:
-    """The sizes of each stack's layers, by Zipformer's width rule."""
+def stacks_of(settings: Dict[str, Any]) -> List[StackSizes]:
+    """The sizes of each stack, by Zipformer's width rule."""
     names = (
         "downsampling_factor",
         "num_encoder_layers",
@@ -57,7 +60,7 @@ def stacks_of(settings: Dict[str, Any]) -> List[Stack]:
         "feedforward_dim",
         "cnn_module_kernel",
     )
-    return [Stack(*row) for row in zip(*(per_stack(settings, n) for n in names))]
+    return [StackSizes(*row) for row in zip(*(per_stack(settings, n) for n in names))]
 
 
 def _number(settings: Dict[str, Any], name: str) -> int:
@@ -104,12 +107,12 @@ def _embed_parameters(settings: Dict[str, Any], dim: int) -> int:
     return convs + convnext + out + dim + 1  # BiasNorm: a bias and a scale
 
 
-def _layer_parameters(s: Stack, pos_dim: int, causal: bool) -> int:
+def _layer_parameters(s: StackSizes, pos_dim: int, causal: bool) -> int:
     d, values = s.dim, s.heads * s.value
     attention = _linear(d, s.query_key_pos) + pos_dim * s.heads * s.pos
     attention += 2 * (_linear(d, values) + _linear(values, d))
-    feedforward = sum(_linear(d, h) + _linear(h, d) for h in s.hidden)
-    nonlin = _linear(d, 3 * s.nonlin) + _linear(s.nonlin, d)
+    feedforward = sum(_linear(d, h) + _linear(h, d) for h in s.feedforward_dims)
+    nonlin = _linear(d, 3 * s.nonlin_dim) + _linear(s.nonlin_dim, d)
     depthwise = d * (s.kernel + 1)
     if causal:  # half a kernel to the left, and two scales at a chunk's edges
         depthwise += d * ((s.kernel + 1) // 2 + 1) + 2 * d * s.kernel
@@ -118,7 +121,7 @@ def _layer_parameters(s: Stack, pos_dim: int, causal: bool) -> int:
     return attention + feedforward + nonlin + conv + scales
 
 
-def _encoder_parameters(settings: Dict[str, Any], stacks: List[Stack]) -> int:
+def _encoder_parameters(settings: Dict[str, Any], stacks: List[StackSizes]) -> int:
     pos_dim, causal = _number(settings, "pos_dim"), bool(settings.get("causal"))
     total = 2  # the weights of the last downsampling
     for s in stacks:
@@ -135,20 +138,20 @@ def _attention_decoder_parameters(settings: Dict[str, Any], memory: int) -> int:
         _number(settings, f"attention_decoder_{name}")
         for name in ("dim", "num_layers", "attention_dim", "feedforward_dim")
     )
-    own = 3 * _linear(d, a) + _linear(a, d)
+    self_attention = 3 * _linear(d, a) + _linear(a, d)
     cross = _linear(d, a) + 2 * _linear(memory, a) + _linear(a, d)
-    layer = own + cross + _linear(d, f) + _linear(f, d) + 3 * 2 * d
+    layer = self_attention + cross + _linear(d, f) + _linear(f, d) + 3 * 2 * d
     return vocab * d + layers * layer + _linear(d, vocab)
 
 
 def count_parameters(settings: Dict[str, Any]) -> Dict[str, int]:
-    """Parameters of the model that the recipe's ``get_model`` makes of ``settings``.
+    """Count the parameters of the model that ``get_model(settings)`` would build.
 
-    Equal to the sum of ``p.numel()``, part by part.
+    Each number equals the sum of ``p.numel()`` over that part.
 
     Args:
-      settings: By the names of the recipe's params; the heads and ``causal`` are
-        icefall's defaults where they are missing (a transducer alone, not causal).
+      settings: By the names of the recipe's params. Missing heads and ``causal`` are
+        icefall's defaults: a transducer alone, not causal.
 
     Returns:
       ``encoder_embed``, ``encoder``, ``decoder``, ``joiner``, ``simple`` (both
@@ -198,23 +201,23 @@ def _embed_products(settings: Dict[str, Any], frames: int, dim: int) -> int:
     return total + points * last * dim
 
 
-def _layer_products(s: Stack, n: int, pos_dim: int, causal: bool) -> int:
+def _layer_products(s: StackSizes, n: int, pos_dim: int, causal: bool) -> int:
     """Multiply-adds of a layer over ``n`` frames."""
     d, values, offsets = s.dim, s.heads * s.value, 2 * n - 1
     attention = n * d * s.query_key_pos + n * n * s.heads * s.query
     position = offsets * s.heads * s.pos * (pos_dim + n)
     self_attention = 2 * (2 * n * d * values + n * n * values)
-    nonlin = 4 * n * d * s.nonlin + n * n * s.nonlin  # with one head's weights
-    feedforward = 2 * n * d * sum(s.hidden)
+    nonlin = 4 * n * d * s.nonlin_dim + n * n * s.nonlin_dim  # with one head's weights
+    feedforward = 2 * n * d * sum(s.feedforward_dims)
     taps = s.kernel + ((s.kernel + 1) // 2 if causal else 0)
     conv = 2 * n * d * (3 * d + taps)
     return attention + position + self_attention + nonlin + feedforward + conv
 
 
 def _encoder_products(
-    settings: Dict[str, Any], stacks: List[Stack], frames: int
+    settings: Dict[str, Any], stacks: List[StackSizes], frames: int
 ) -> int:
-    """``frames`` are those that encoder_embed leaves, at 50 Hz."""
+    """Multiply-adds of all stacks; ``frames`` are stack frames (50 Hz)."""
     pos_dim, causal = _number(settings, "pos_dim"), bool(settings.get("causal"))
     total = 2 * (-(-frames // 2)) * max(s.dim for s in stacks)  # the last downsampling
     for s in stacks:
@@ -226,7 +229,7 @@ def _encoder_products(
 
 
 def _decoder_products(settings: Dict[str, Any]) -> int:
-    """Of the stateless decoder's convolution, in groups of four channels."""
+    """Weights of the stateless decoder's convolution, in groups of four channels."""
     dim, context = _number(settings, "decoder_dim"), _number(settings, "context_size")
     return dim * 4 * context if context > 1 else 0
 
@@ -234,28 +237,26 @@ def _decoder_products(settings: Dict[str, Any]) -> int:
 def count_multiply_adds(
     settings: Dict[str, Any], seconds: float = 10.0
 ) -> Dict[str, float]:
-    """Multiply-adds that decoding takes for each second of audio.
+    """Count the multiply-adds of decoding for each second of audio.
 
-    One utterance of ``seconds`` at 100 feature frames a second goes through the encoder
-    as ``forward`` does it, whole: T frames become T50 = (T - 7) // 2 and T25 =
-    (T50 + 1) // 2, and the n = ceil(T50 / downsampling) frames of a stack attend to one
-    another, which costs n^2 (heads (query + 2 pos + 2 value) + 3/4 dim) a layer. A
-    causal model is counted so too: its masks spare no products, unlike streaming with
-    its caches.
+    One utterance goes through the encoder as a whole, as in ``forward``: T feature
+    frames become T50 = (T - 7) // 2 stack frames and T25 = (T50 + 1) // 2 frames. The
+    n = ceil(T50 / downsampling) frames of a stack attend to one another, which costs
+    n^2 (heads (query + 2 pos + 2 value) + 3/4 dim) a layer. A causal model is counted
+    in the same way, as its masks save no products (streaming with caches would).
 
-    The heads are counted as greedy search runs them. CTC: ``ctc_output`` once a frame,
-    at 25 Hz. Transducer: the encoder's projection once a frame; the decoder, its
-    projection and the joiner's output layer once a frame too, the most that one symbol
-    a frame can take (after a blank the decoder's last output is still good). ``all``
-    has both heads where a model has both.
+    The heads are counted as greedy search runs them. CTC: ``ctc_output`` once a frame.
+    Transducer: the encoder's projection, the decoder, its projection and the joiner's
+    output layer once a frame, which is the most for one token a frame (after a blank
+    the decoder need not run again). ``all`` has both heads where a model has both.
 
-    Counted are matrix products, convolutions, and the weighted sums of downsampling;
-    not biases, norms, activations, softmax, bypasses, embeddings and other element-wise
-    work.
+    Matrix products, convolutions and the weighted sums of downsampling are counted;
+    biases, norms, activations, softmax, bypasses, embeddings and other element-wise
+    operations are not.
 
     Args:
       settings: As in :func:`count_parameters`.
-      seconds: Length of the utterance.
+      seconds: The utterance's length.
 
     Returns:
       ``encoder_embed``, ``encoder``, ``decoder``, ``joiner``, ``ctc_output``, and their

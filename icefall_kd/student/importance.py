@@ -1,4 +1,4 @@
-"""How much a teacher's layers, channels, heads and hidden units matter, measured."""
+"""Selects a student's layers, channels, heads and hidden units by their importance."""
 
 from contextlib import contextmanager
 from typing import (
@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from icefall_kd.student.count import stacks_of
-from icefall_kd.student.keep import HEADS, Kept, keep_first
 from icefall_kd.student.presets import per_stack
+from icefall_kd.student.selection import HEADS, Selection, select_first
 from icefall_kd.tap import ModelTap
 
-# Features (N, T, F), their lengths (N,), and the labels of each utterance or None.
-Batch = Tuple[torch.Tensor, torch.Tensor, Optional[Sequence[Sequence[int]]]]
+# Features (N, T, F), their lengths (N,) in feature frames, and the token ids of each
+# utterance or None.
+FeatureBatch = Tuple[torch.Tensor, torch.Tensor, Optional[Sequence[Sequence[int]]]]
 _MODULES = (
     "feed_forward1",
     "feed_forward2",
@@ -32,7 +33,7 @@ _MODULES = (
     "nonlin_attention",
 )
 _ATTENTIONS = ("self_attn1", "self_attn2")
-# What reads the encoder's output, and what else the transducer reads.
+# The matrices that read the encoder's output, and the other ones of the transducer.
 _READERS = ("simple_am_proj", "joiner.encoder_proj", "ctc_output.1")
 _FRONT_NORM = "encoder_embed.out_norm"
 _TRANSDUCER = ("joiner.output_linear", "joiner.decoder_proj")
@@ -46,19 +47,20 @@ _ACTIVATIONS: Dict[str, Callable] = {
 
 
 def encoder_layers(model: nn.Module) -> List[List[Tuple[str, nn.Module]]]:
-    """Of each stack its layers and their names."""
-    found: List[List[Tuple[str, nn.Module]]] = []
+    """For each stack of ``model``, an icefall Zipformer, the names and its layers."""
+    stacks = []
     for i, stack in enumerate(model.encoder.encoders):
-        inner = getattr(stack, "encoder", None)
-        prefix = f"encoder.encoders.{i}" + (".encoder" if inner is not None else "")
-        layers = (inner if inner is not None else stack).layers
-        found.append([(f"{prefix}.layers.{j}", m) for j, m in enumerate(layers)])
-    return found
+        prefix = f"encoder.encoders.{i}"
+        if hasattr(stack, "encoder"):  # a stack that is downsampled wraps its layers
+            prefix, stack = f"{prefix}.encoder", stack.encoder
+        layers = enumerate(stack.layers)
+        stacks.append([(f"{prefix}.layers.{j}", layer) for j, layer in layers])
+    return stacks
 
 
 @contextmanager
 def _bypassed(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let these layers hand their input on as it is."""
+    """Make ``layers`` return their input during a block."""
     handles = [m.register_forward_hook(lambda m, args, out: args[0]) for m in layers]
     try:
         yield
@@ -67,56 +69,60 @@ def _bypassed(layers: Iterable[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def _keep_layers(
+def _select_layers(
     model: nn.Module,
-    batches: Sequence[Batch],
-    stacks: Sequence[int],
+    batches: Sequence[FeatureBatch],
+    depths: Sequence[int],
     advance: Callable[[], Any],
 ) -> List[List[int]]:
-    """Of each stack the layers that stay, so many as ``stacks`` says."""
-    with ModelTap(model, ctc=False) as hook:
+    """For each stack its most important layers, as many as ``depths`` has.
+
+    Greedily, the layer is removed without which the encoder's output changes least.
+    """
+    with ModelTap(model, ctc=False) as tap:
 
         def outputs() -> List[torch.Tensor]:
-            found = []
+            """The encoder's output of each batch, (valid frames, C)."""
+            rows = []
             for x, x_lens, _ in batches:
-                out = hook.encode(x, x_lens)
+                out = tap.encode(x, x_lens)
                 frames = torch.arange(out.encoder_out.size(1), device=x.device)
                 valid = frames < out.encoder_out_lens.unsqueeze(1)
-                found.append(out.encoder_out[valid].float())
+                rows.append(out.encoder_out[valid].float())
                 advance()
-            return found
+            return rows
 
-        whole = outputs()
-        kept = []
-        for stack, keep in zip(encoder_layers(model), stacks):
-            left = list(range(len(stack)))
-            while len(left) > keep:
+        references = outputs()
+        selected = []
+        for stack, depth in zip(encoder_layers(model), depths):
+            remaining = list(range(len(stack)))
+            while len(remaining) > depth:
+                removed = [m for j, (_, m) in enumerate(stack) if j not in remaining]
                 damage = {}
-                gone = [m for k, (_, m) in enumerate(stack) if k not in left]
-                for j in left:
-                    with _bypassed([*gone, stack[j][1]]):
-                        pairs = zip(whole, outputs())
+                for j in remaining:
+                    with _bypassed([*removed, stack[j][1]]):
+                        pairs = zip(references, outputs())
                         damage[j] = sum(float(((a - b) ** 2).sum()) for a, b in pairs)
-                left.remove(min(left, key=damage.__getitem__))
-            kept.append(left)
-    return kept
+                remaining.remove(min(remaining, key=damage.__getitem__))
+            selected.append(remaining)
+    return selected
 
 
 class _Shares:
-    """Of matrices y = W x, the share of each x_c in what comes out.
+    """For matrices y = W x, the share of each x_c in the output.
 
-    E[x_c^2] ||W_c||^2, W_c the column that reads x_c, over the sum of that over all c:
-    the norms of activation and weight together, as Wanda (Sun et al.,
-    arXiv:2306.11695) takes them of single weights.
+    That is E[x_c^2] ||W_c||^2, where W_c is the column that reads x_c, divided by its
+    sum over all c. Wanda (Sun et al., arXiv:2306.11695) multiplies the norms of
+    activation and weight likewise, for single weights.
     """
 
     def __init__(self) -> None:
-        self.squares: Dict[str, torch.Tensor] = {}
+        self.squares: Dict[str, torch.Tensor] = {}  # (C,), sums of x_c^2
         self.matrices: Dict[str, torch.Tensor] = {}
         self.handles: List[Any] = []
 
     def tap(self, name: str, module: nn.Module) -> None:
-        """Listen to what a matrix reads; of a BiasNorm, to what it measures, x - b."""
+        """Add up the squares of a matrix's input; for a BiasNorm those of x - b."""
         activation = _ACTIVATIONS.get(getattr(module, "activation", ""))
         is_norm = not hasattr(module, "weight")
         if not is_norm:
@@ -126,10 +132,10 @@ class _Shares:
             x = args[0].detach().float()
             if is_norm:
                 x = x - module.bias.detach().float()
-            x = activation(x) if activation else x
-            self.squares[name] = self.squares.get(name, 0) + (x**2).flatten(
-                0, -2
-            ).sum(0, dtype=torch.float64)
+            if activation is not None:
+                x = activation(x)
+            squares = (x**2).flatten(0, -2).sum(0, dtype=torch.float64)
+            self.squares[name] = self.squares.get(name, 0) + squares
 
         self.handles.append(module.register_forward_pre_hook(hook))
 
@@ -137,8 +143,8 @@ class _Shares:
         for handle in self.handles:
             handle.remove()
 
-    def of(self, name: str) -> Optional[torch.Tensor]:
-        """(C,), of sum 1; None where the matrix was not asked."""
+    def share(self, name: str) -> Optional[torch.Tensor]:
+        """(C,), of sum 1; None for a matrix that computed nothing."""
         if name not in self.squares:
             return None
         columns = (self.matrices[name].detach().double() ** 2).sum(0)
@@ -146,60 +152,61 @@ class _Shares:
         return share / share.sum().clamp(min=1e-300)
 
 
-def _each(batch: Batch) -> Iterator[Batch]:
-    """The utterances one by one: in a batch the matrices read its padding too."""
+def _utterances(batch: FeatureBatch) -> Iterator[FeatureBatch]:
+    """Batches of one utterance, as in larger ones the matrices read padding too."""
     x, x_lens, y = batch
     for i, n in enumerate(x_lens.tolist()):
         yield x[i : i + 1, :n], x_lens[i : i + 1], None if y is None else [y[i]]
 
 
-def _listen(model: nn.Module, batches: Sequence[Batch], advance: Callable) -> _Shares:
-    """Let the teacher hear the batches, and all its matrices tapped."""
+def _measure_shares(
+    model: nn.Module, batches: Sequence[FeatureBatch], advance: Callable
+) -> _Shares:
+    """Run the teacher over the batches, with taps on all matrices."""
     shares = _Shares()
     modules = dict(model.named_modules())
     transducer = isinstance(modules.get("joiner.output_linear"), nn.Linear)
     try:
         for layers in encoder_layers(model):
             for name, layer in layers:
+                parts = ["self_attn_weights.in_proj", "norm"]
                 for part in (*_MODULES, *_ATTENTIONS):
-                    for end in ("in_proj", "out_proj"):
-                        module = layer.get_submodule(f"{part}.{end}")
-                        shares.tap(f"{name}.{part}.{end}", module)
-                for part in ("self_attn_weights.in_proj", "norm"):
+                    parts += [f"{part}.in_proj", f"{part}.out_proj"]
+                for part in parts:
                     shares.tap(f"{name}.{part}", layer.get_submodule(part))
         for name in (*_READERS, *_TRANSDUCER):
             if isinstance(modules.get(name), nn.Linear):
                 shares.tap(name, modules[name])
         shares.tap(_FRONT_NORM, modules[_FRONT_NORM])
-        with ModelTap(model, ctc="ctc_output.1" in shares.matrices) as hook:
+        with ModelTap(model, ctc="ctc_output.1" in shares.matrices) as tap:
             for batch in batches:
-                for x, x_lens, y in _each(batch):
-                    out = hook.encode(x, x_lens)
+                for x, x_lens, y in _utterances(batch):
+                    out = tap.encode(x, x_lens)
                     if transducer and y is not None:
-                        hook.lattice(out, y)
+                        tap.lattice(out, y)
                 advance()
     finally:
         shares.close()
     return shares
 
 
-def _keep_stream(
+def _select_stream(
     shares: _Shares, model: nn.Module, teacher: Dict[str, Any], student: Dict[str, Any]
 ) -> List[int]:
-    """The channels of the residual stream that the student keeps.
+    """The channels of the residual stream that the student takes.
 
-    All stacks share one stream: a stack of width w takes the first w channels of the
-    one before, or fills up with zeros. So the student's channel j is one and the same
-    of the teacher's in all stacks that have it, and lies within the teacher's width in
-    each of them. From the narrowest stack on, those are taken whose share is the
-    largest in the mean over all matrices that read them in the stacks concerned.
+    All stacks share one stream: a stack of width w reads the first w channels of the
+    one before, or pads with zeros. So the student's channel j is the same channel of
+    the teacher in all stacks that have it, and lies within the teacher's width in each
+    of them. Beginning with the narrowest stack, the channels are taken whose share,
+    averaged over all matrices that read them in the stacks concerned, is largest.
     """
-    found: List[torch.Tensor] = []
+    stack_shares: List[torch.Tensor] = []
     for layers in encoder_layers(model):
         parts = (*_MODULES, *_ATTENTIONS, "self_attn_weights")
-        read = [shares.of(f"{name}.{p}.in_proj") for name, _ in layers for p in parts]
-        found.append(torch.stack(read).mean(0))
-    heads = [shares.of(name) for name in _READERS]
+        readers = [f"{name}.{part}.in_proj" for name, _ in layers for part in parts]
+        stack_shares.append(torch.stack([shares.share(r) for r in readers]).mean(0))
+    heads = [shares.share(name) for name in _READERS]
     heads = [share for share in heads if share is not None]
     widths = per_stack(student, "encoder_dim")
     limits = per_stack(teacher, "encoder_dim")
@@ -207,10 +214,12 @@ def _keep_stream(
     for width in sorted(set(widths)):
         stacks = [i for i, w in enumerate(widths) if w >= width]
         limit = min(limits[i] for i in stacks)
-        share = sum((found[i][:limit] for i in stacks), torch.zeros(limit).double())
+        share = torch.zeros(limit, dtype=torch.float64)
+        for i in stacks:
+            share += stack_shares[i][:limit]
         if heads:
-            share = share + torch.stack(heads).mean(0)[:limit]
-        share[[c for c in order if c < limit]] = -1.0
+            share += torch.stack(heads).mean(0)[:limit]
+        share[[c for c in order if c < limit]] = -1.0  # taken already
         order += sorted(share.topk(width - len(order)).indices.tolist())
     return order
 
@@ -218,10 +227,11 @@ def _keep_stream(
 def _norm_shifts(
     shares: _Shares, model: nn.Module, student: Dict[str, Any], stream: List[int]
 ) -> Dict[str, float]:
-    """What brings each BiasNorm's scale to the teacher's in the mean.
+    """Shifts of BiasNorm's log-scales that keep its mean scale that of the teacher.
 
-    BiasNorm divides by the root of the mean over channels of (x - b)^2; over the kept
-    channels that mean is r times what it was, and 1/2 log r goes to its log-scale.
+    BiasNorm divides by the root of the mean over channels of (x - b)^2. Over the
+    selected channels that mean is r times the former, so 1/2 log r is added to the
+    log-scale.
     """
     shifts = {}
     widths = per_stack(student, "encoder_dim")
@@ -235,35 +245,37 @@ def _norm_shifts(
     return shifts
 
 
-def _best(share: torch.Tensor, n: int) -> List[int]:
-    return sorted(share.topk(n).indices.tolist())
+def _largest(share: torch.Tensor, count: int) -> List[int]:
+    return sorted(share.topk(count).indices.tolist())
 
 
-def _keep_units(
+def _select_units(
     shares: _Shares, model: nn.Module, teacher: Dict[str, Any], student: Dict[str, Any]
 ) -> Dict[str, List[int]]:
-    """Of each module the hidden units, of each layer the heads that are kept."""
-    kept: Dict[str, List[int]] = {}
+    """The hidden units of each module and the heads of each layer that are taken."""
+    units: Dict[str, List[int]] = {}
     sizes = zip(stacks_of(teacher), stacks_of(student))
     for layers, (old, new) in zip(encoder_layers(model), sizes):
+        counts = (*new.feedforward_dims, new.dim, new.dim, new.nonlin_dim)
         for name, _ in layers:
-            for part, n in zip(_MODULES, (*new.hidden, new.dim, new.dim, new.nonlin)):
-                kept[f"{name}.{part}"] = _best(shares.of(f"{name}.{part}.out_proj"), n)
-            values = [shares.of(f"{name}.{part}.out_proj") for part in _ATTENTIONS]
+            for part, count in zip(_MODULES, counts):
+                share = shares.share(f"{name}.{part}.out_proj")
+                units[f"{name}.{part}"] = _largest(share, count)
+            values = [shares.share(f"{name}.{part}.out_proj") for part in _ATTENTIONS]
             share = sum(v.view(old.heads, -1).sum(1) for v in values)
-            share[0] = float("inf")  # whose weights the nonlinear attention takes too
-            kept[name + HEADS] = _best(share, new.heads)
-    joined = shares.of("joiner.output_linear")
+            share[0] = float("inf")  # the nonlinear attention uses its weights too
+            units[name + HEADS] = _largest(share, new.heads)
+    joined = shares.share("joiner.output_linear")
     if joined is not None:
-        kept["joiner"] = _best(joined, int(student["joiner_dim"]))
-        share = shares.of("joiner.decoder_proj")
+        units["joiner"] = _largest(joined, int(student["joiner_dim"]))
+        share = shares.share("joiner.decoder_proj")
         conv = getattr(getattr(model.decoder, "conv", None), "weight", None)
         group = 1 if conv is None else conv.size(1)  # channels that are read together
         share = share.view(-1, group).sum(1)
-        groups = torch.tensor(_best(share, int(student["decoder_dim"]) // group))
+        groups = torch.tensor(_largest(share, int(student["decoder_dim"]) // group))
         channels = groups.unsqueeze(1) * group + torch.arange(group)
-        kept["decoder"] = channels.flatten().tolist()
-    return kept
+        units["decoder"] = channels.flatten().tolist()
+    return units
 
 
 def num_passes(
@@ -273,51 +285,57 @@ def num_passes(
     layers: bool = True,
     channels: bool = True,
 ) -> int:
-    """How often :func:`keep_important` lets the teacher hear a batch."""
+    """How often :func:`select_important` runs the teacher on a batch.
+
+    Args:
+      teacher, student, layers, channels: As in :func:`select_important`.
+      num_batches: The number of its batches.
+    """
     stacks = zip(
         per_stack(teacher, "num_encoder_layers"),
         per_stack(student, "num_encoder_layers"),
     )
-    tries = 1 + sum(sum(range(b + 1, a + 1)) for a, b in stacks)
+    tries = 1 + sum(sum(range(new + 1, old + 1)) for old, new in stacks)
     return num_batches * (tries * layers + channels)
 
 
-def keep_important(
+def select_important(
     model: nn.Module,
     teacher: Dict[str, Any],
     student: Dict[str, Any],
-    batches: Sequence[Batch],
+    batches: Sequence[FeatureBatch],
     layers: bool = True,
     channels: bool = True,
     advance: Callable[[], Any] = lambda: None,
-) -> Kept:
-    """What a student keeps of its teacher by importance, measured on some cuts.
+) -> Selection:
+    """Select what matters most in a teacher, measured on some cuts.
 
-    Layers go one after the other: of those left in a stack, the one without which the
-    encoder's output x changes least, by the sum over frames of ||x - x'||^2, all other
-    stacks being whole. Channels of the residual stream, hidden units and whole heads
-    are kept by their share in what the matrices that read them give out,
-    E[x_c^2] ||W_c||^2; one set of channels along the residual stream. The scales of
-    BiasNorm are set so that they stay the teacher's in the mean.
+    Layers are removed one after the other: in each stack the one without which the
+    encoder's output x changes least, by the sum over frames of ||x - x'||^2, while all
+    other stacks are complete. Channels of the residual stream, hidden units and whole
+    heads are ranked by their share in the output of the matrices that read them,
+    E[x_c^2] ||W_c||^2; all stacks share one set of channels. The scales of BiasNorm are
+    shifted so that on average they stay the teacher's.
 
     Args:
       model: The teacher.
-      teacher: Its settings.
-      student: The student's, no wider and no deeper.
-      batches: What the teacher hears: features (N, T, F), lengths (N,), and labels, by
-        which the joiner's and the decoder's channels are measured; without them (None)
-        the first of those are kept.
-      layers: Whether to choose the layers; else they are evenly spaced.
-      channels: Whether to choose all the others; else the first are kept.
-      advance: Called after each pass over a batch.
+      teacher: Its settings, by the names of the recipe's params.
+      student: The student's settings, no wider and no deeper.
+      batches: Features (N, T, F), lengths (N,) in feature frames, and token ids, which
+        the channels of joiner and decoder need; without them (None) the first of those
+        are taken.
+      layers: Whether to select layers by importance; else they are evenly spaced.
+      channels: Whether to select channels, heads and hidden units by importance; else
+        the first are taken.
+      advance: A function that is called after each pass over a batch.
     """
-    kept = keep_first(teacher, student)
+    selection = select_first(teacher, student)
     if layers:
-        stacks = per_stack(student, "num_encoder_layers")
-        kept.layers = _keep_layers(model, batches, stacks, advance)
+        depths = per_stack(student, "num_encoder_layers")
+        selection.layers = _select_layers(model, batches, depths, advance)
     if channels:
-        shares = _listen(model, batches, advance)
-        kept.stream = _keep_stream(shares, model, teacher, student)
-        kept.units = _keep_units(shares, model, teacher, student)
-        kept.norms = _norm_shifts(shares, model, student, kept.stream)
-    return kept
+        shares = _measure_shares(model, batches, advance)
+        selection.stream = _select_stream(shares, model, teacher, student)
+        selection.units = _select_units(shares, model, teacher, student)
+        selection.norm_shifts = _norm_shifts(shares, model, student, selection.stream)
+    return selection

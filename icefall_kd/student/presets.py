@@ -1,7 +1,7 @@
-"""Settings of Zipformers with a name: icefall's own, and a ladder below its smallest.
+"""Named settings of Zipformers: icefall's own, and a ladder below its smallest.
 
-A preset says what shape a model has. What it is trained on and for (vocabulary, heads,
-features, causal or not) stays with the recipe.
+A preset holds the shape of a model. Its vocabulary, heads, features and whether it is
+causal are the recipe's.
 """
 
 from typing import Any, Dict, List, Tuple
@@ -114,8 +114,11 @@ STREAMING = "-streaming"
 def streaming(settings: Dict[str, Any]) -> Dict[str, Any]:
     """The same settings for a causal model, with icefall's usual chunks.
 
-    ``chunk_size`` and ``left_context_frames`` are in frames at 50 Hz; training chooses
-    among them at random, and -1 is the whole utterance.
+    ``chunk_size`` and ``left_context_frames`` count stack frames (50 Hz); training
+    draws one of them for each batch, and -1 is the whole utterance.
+
+    Args:
+      settings: By the names of the recipe's params.
     """
     chunks = {"chunk_size": "16,32,64,-1", "left_context_frames": "64,128,256,-1"}
     return {**settings, "causal": True, **chunks}
@@ -123,17 +126,17 @@ def streaming(settings: Dict[str, Any]) -> Dict[str, Any]:
 
 def preset_names() -> List[str]:
     """All names that :func:`preset` takes, each with its streaming form."""
-    return [name + end for name in PRESETS for end in ("", STREAMING)]
+    return [name + suffix for name in PRESETS for suffix in ("", STREAMING)]
 
 
 def preset(name: str) -> Dict[str, Any]:
     """The settings of a preset, by the names of the recipe's params.
 
     Args:
-      name: One of :data:`PRESETS`, or that with ``-streaming`` behind it.
+      name: One of :data:`PRESETS`, or such a name followed by ``-streaming``.
 
     Raises:
-      KDError: no such preset.
+      KDError: ``name`` is none of them.
     """
     base = name[: -len(STREAMING)] if name.endswith(STREAMING) else name
     if base not in PRESETS:
@@ -146,7 +149,11 @@ def preset(name: str) -> Dict[str, Any]:
 
 
 def to_ints(settings: Dict[str, Any], name: str) -> Tuple[int, ...]:
-    """A setting as a tuple: ``"2,2,4"``, 2 and (2, 2, 4) are all taken.
+    """A setting as a tuple; its value may be ``"2,2,4"``, 2 or (2, 2, 4).
+
+    Args:
+      settings: By the names of the recipe's params.
+      name: One of them.
 
     Raises:
       KDError: it is missing, or no list of positive whole numbers.
@@ -167,7 +174,11 @@ def to_ints(settings: Dict[str, Any], name: str) -> Tuple[int, ...]:
 
 
 def per_stack(settings: Dict[str, Any], name: str) -> Tuple[int, ...]:
-    """A setting for each stack; one number stands for all of them.
+    """A setting for each stack; a single number is repeated for all of them.
+
+    Args:
+      settings: By the names of the recipe's params.
+      name: One of them.
 
     Raises:
       KDError: there are neither one nor as many numbers as stacks.

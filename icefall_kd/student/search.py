@@ -6,7 +6,7 @@ teacher, setting by setting, so that each point is a slice of it; where the teac
 stacks are others than the presets', the line goes straight from the smallest to the
 teacher. Without a teacher it ends at XL.
 
-Not searched: which stacks or layers can best be spared (the line knows no data).
+The search doesn't measure which stacks or layers can best be spared: it reads no data.
 """
 
 import re
@@ -16,8 +16,8 @@ from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds, count_parameters
 from icefall_kd.student.presets import LADDER, PRESETS, per_stack, preset, to_ints
 
-TOLERANCE = 0.05  # of the goal; a point farther off isn't taken
-_NEAR = 0.01  # as near as this, a preset or the teacher itself is taken as it is
+TOLERANCE = 0.05  # the largest relative distance of a student from its goal
+_NEAR = 0.01  # a preset or the teacher itself at this distance is taken at once
 _STEPS = 100  # points on the line between two presets
 _MULTIPLE = 4  # of widths: the decoder's convolution has groups of four
 
@@ -31,7 +31,7 @@ _SMALLEST = {
     "decoder_dim": 32,
     "joiner_dim": 32,
 }
-_WHOLE = ("num_encoder_layers", "num_heads")  # the others are widths
+_COUNTS = ("num_encoder_layers", "num_heads")  # the others are widths
 _SINGLE = ("pos_dim", "decoder_dim", "joiner_dim")  # one number for all stacks
 _GOAL = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKmMxX]?)")
 
@@ -39,18 +39,22 @@ Point = Dict[str, Tuple[int, ...]]
 
 
 class Goal(NamedTuple):
-    """How large (parameters), or how many times as fast as the teacher (speed)."""
+    """A number of parameters, or a speed relative to the teacher's."""
 
     kind: str  # "parameters" or "speed"
     value: float
-    text: str  # as it was given
+    text: str  # the user's words
 
 
 def parse_goal(goal: Union[str, int]) -> Goal:
-    """``"5M"``, ``"800k"`` or ``5000000`` parameters, or ``"2.5x"`` the speed.
+    """Parse a goal for a student.
+
+    Args:
+      goal: A number of parameters, as ``"5M"``, ``"800k"`` or ``5000000``, or a speed,
+        as ``"2.5x"``.
 
     Raises:
-      KDError: anything else, nothing, or a student slower than its teacher.
+      KDError: ``goal`` has another form, is 0, or below the teacher's speed.
     """
     text = str(goal).strip()
     match = _GOAL.fullmatch(text)
@@ -77,16 +81,16 @@ def parse_goal(goal: Union[str, int]) -> Goal:
 # The line
 
 
-def _read(name: str, settings: Dict[str, Any]) -> Tuple[int, ...]:
+def _numbers_of(name: str, settings: Dict[str, Any]) -> Tuple[int, ...]:
     return (to_ints if name in _SINGLE else per_stack)(settings, name)
 
 
-def _numbers(settings: Dict[str, Any]) -> Point:
+def _to_point(settings: Dict[str, Any]) -> Point:
     """The settings that make up a model's shape."""
-    return {name: _read(name, settings) for name in PRESETS["s"]}
+    return {name: _numbers_of(name, settings) for name in PRESETS["s"]}
 
 
-def _settings(point: Point) -> Dict[str, Any]:
+def _to_settings(point: Point) -> Dict[str, Any]:
     return {
         name: numbers[0] if name in _SINGLE else ",".join(map(str, numbers))
         for name, numbers in point.items()
@@ -94,29 +98,29 @@ def _settings(point: Point) -> Dict[str, Any]:
 
 
 def _bounded(point: Point, bound: Point) -> Point:
-    """``bound``, and no more of what varies than ``point`` has."""
+    """``point``, no setting above that of ``bound``, fixed ones equal to it."""
     return {**bound, **{n: tuple(map(min, point[n], bound[n])) for n in _SMALLEST}}
 
 
 def _ends(teacher: Optional[Dict[str, Any]]) -> List[Point]:
-    """What the line goes through, from the smallest to the largest."""
-    ends = [_numbers(preset(name)) for name in LADDER]
+    """The points that the line goes through, from the smallest to the largest."""
+    ends = [_to_point(preset(name)) for name in LADDER]
     if teacher is not None:
-        top = _numbers(teacher)
-        same = top["downsampling_factor"] == ends[0]["downsampling_factor"]
-        ends = [_bounded(p, top) for p in ends] if same else []
-        ends.append(top)
-    first = ends[0]
-    smallest = {n: (v,) * len(first[n]) for n, v in _SMALLEST.items()}
-    ends.insert(0, _bounded(smallest, first))
-    return [p for i, p in enumerate(ends) if p not in ends[:i]]
+        largest = _to_point(teacher)
+        if largest["downsampling_factor"] == ends[0]["downsampling_factor"]:
+            ends = [_bounded(point, largest) for point in ends] + [largest]
+        else:
+            ends = [largest]
+    smallest = {n: (v,) * len(ends[0][n]) for n, v in _SMALLEST.items()}
+    ends.insert(0, _bounded(smallest, ends[0]))
+    return [point for i, point in enumerate(ends) if point not in ends[:i]]
 
 
 def _between(a: Point, b: Point, x: float) -> Point:
     """a^(1 - x) b^x, setting by setting; ``a`` is nowhere more than ``b``."""
     point = {}
     for name in a:
-        step = 1 if name in _WHOLE else _MULTIPLE
+        step = 1 if name in _COUNTS else _MULTIPLE
         numbers = []
         for low, high in zip(a[name], b[name]):
             value = step * round(low * (high / low) ** x / step)
@@ -126,10 +130,11 @@ def _between(a: Point, b: Point, x: float) -> Point:
 
 
 def _candidates(ends: List[Point]) -> Iterator[Tuple[int, Point]]:
-    """Points with their rank: 0 for an end of two stretches, 1 for a point on the line,
-    2 for one with the layers that the line has a little before or behind it.
+    """Yield points with their rank.
 
-    Layers come whole, so the line has steps; rank 2 fills the gaps there.
+    Rank 0 is an end of the line or of a part of it, 1 a point on the line, and 2 one
+    with the numbers of layers of a neighbouring part. The number of layers is whole, so
+    the line has steps: rank 2 fills the gaps there.
     """
     line = [
         _between(a, b, i / _STEPS)
@@ -142,8 +147,8 @@ def _candidates(ends: List[Point]) -> Iterator[Tuple[int, Point]]:
     for point in line:
         yield 1, point
         i = depths.index(point["num_encoder_layers"])
-        for other in depths[max(i - 1, 0) : i] + depths[i + 1 : i + 2]:
-            yield 2, {**point, "num_encoder_layers": other}
+        for layers in depths[max(i - 1, 0) : i] + depths[i + 1 : i + 2]:
+            yield 2, {**point, "num_encoder_layers": layers}
 
 
 # The search
@@ -159,26 +164,25 @@ def _shown(value: float, kind: str) -> str:
     return f"{value:.{digits}f}{end}"
 
 
-def _none_near(goal: Goal, values: List[float], of_teacher: bool) -> KDError:
-    nearest = min(values, key=lambda v: max(v / goal.value, goal.value / v))
-    least, most = ("smallest", "largest")
-    if goal.kind == "speed":
-        least, most = ("slowest", "fastest")
-    which = "nearest"
+def _refusal(goal: Goal, values: List[float], of_teacher: bool) -> KDError:
+    """The error for a goal that none of the reachable ``values`` is near."""
+    nearest_value = min(values, key=lambda v: max(v / goal.value, goal.value / v))
+    speed = goal.kind == "speed"
+    extreme = "nearest"
     if goal.value > max(values):
-        which = most
+        extreme = "fastest" if speed else "largest"
     elif goal.value < min(values):
-        which = least
-    who = "no student of this teacher" if of_teacher else "no student"
-    shown = _shown(nearest, goal.kind)
-    if goal.kind == "speed":
+        extreme = "slowest" if speed else "smallest"
+    student = "no student of this teacher" if of_teacher else "no student"
+    shown = _shown(nearest_value, goal.kind)
+    if speed:
         return KDError(
-            f"{who} is {goal.text} as fast in multiply-adds: the {which} is {shown}; "
-            f"give --speed {shown}"
+            f"{student} is {goal.text} as fast in multiply-adds: the {extreme} is "
+            f"{shown}; give `goal` {shown}"
         )
     return KDError(
-        f"{who} has {goal.text} parameters: the {which} has {nearest:,.0f}; give "
-        f"--params {shown}"
+        f"{student} has {goal.text} parameters: the {extreme} has "
+        f"{nearest_value:,.0f}; give `goal` {shown}"
     )
 
 
@@ -187,7 +191,7 @@ def nearest(
     base: Dict[str, Any],
     teacher: Optional[Dict[str, Any]] = None,
 ) -> Dict[str, Any]:
-    """The settings that bring ``base`` to a goal.
+    """Find the settings that bring ``base`` nearest to a goal.
 
     Between neighbouring presets each setting goes geometrically, a^(1 - x) b^x, to
     whole layers and heads and to widths in multiples of four. A preset within 1 % of
@@ -203,7 +207,7 @@ def nearest(
         for any shape.
 
     Returns:
-      Those that differ from ``base``, as the recipe's parser has them.
+      The settings that differ from ``base``, in the form of the recipe's options.
 
     Raises:
       KDError: a goal of another form, a speed without a teacher, or none within 5 %.
@@ -222,21 +226,22 @@ def nearest(
             return reference / count_multiply_adds(settings)["all"]
         return count_parameters(settings)["all"]
 
-    best, values = None, []
+    values = []
+    best, best_point = (3, 0.0), None  # the lowest rank, and its least distance
     for rank, point in _candidates(_ends(teacher)):
-        value = value_of({**base, **_settings(point)})
+        value = value_of({**base, **_to_settings(point)})
         values.append(value)
-        off = max(value / wanted.value, wanted.value / value) - 1
-        if off > (_NEAR, 2 * _NEAR, TOLERANCE)[rank]:
+        distance = max(value / wanted.value, wanted.value / value) - 1
+        if distance > (_NEAR, 2 * _NEAR, TOLERANCE)[rank]:
             rank = 2
-        if off <= TOLERANCE and (best is None or (rank, off) < best[:2]):
-            best = (rank, off, point)
-    if best is None:
-        raise _none_near(wanted, values, teacher is not None)
-    changed = _settings(best[2])
+        if distance <= TOLERANCE and (rank, distance) < best:
+            best, best_point = (rank, distance), point
+    if best_point is None:
+        raise _refusal(wanted, values, teacher is not None)
+    changed = _to_settings(best_point)
     stacks = {"downsampling_factor": changed["downsampling_factor"]}
     return {
         name: value
         for name, value in changed.items()
-        if name not in base or _read(name, {**stacks, **base}) != best[2][name]
+        if name not in base or _numbers_of(name, {**stacks, **base}) != best_point[name]
     }

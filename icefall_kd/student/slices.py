@@ -1,4 +1,4 @@
-"""Picks a student's numbers out of its teacher's parameters."""
+"""Cuts a student's parameters out of its teacher's."""
 
 import re
 from typing import Any, Dict, Optional, Tuple
@@ -6,8 +6,8 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.student.keep import HEADS, Kept
 from icefall_kd.student.presets import per_stack
+from icefall_kd.student.selection import HEADS, Selection
 
 # A layer of a stack, with or without the wrapper that downsamples.
 _LAYER = re.compile(r"^(encoder\.encoders\.(\d+)\.(?:encoder\.)?layers\.)(\d+)\.(.*)$")
@@ -68,27 +68,34 @@ def _layer_axes(part: str) -> Tuple[Axis, ...]:
 
 
 class Slicer:
-    """The parameters of a student, cut out of its teacher's.
+    """Cuts the parameters of a student out of its teacher's.
 
     Args:
       source: The teacher's ``state_dict``.
-      kept: What the student takes.
+      selection: The layers, channels and units that the student takes.
       teacher: The teacher's settings.
-      student: The student's.
+      student: The student's settings.
     """
 
     def __init__(
         self,
         source: Dict[str, torch.Tensor],
-        kept: Kept,
+        selection: Selection,
         teacher: Dict[str, Any],
         student: Dict[str, Any],
     ) -> None:
-        self.source, self.kept = source, kept
+        self.source, self.selection = source, selection
         self.teacher, self.student = teacher, student
 
     def __call__(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """The student's parameter ``name``, which is to have ``shape``.
+        """Cut out one parameter of the student.
+
+        Args:
+          name: The student's parameter.
+          shape: Its shape.
+
+        Returns:
+          A tensor of ``shape`` and of the teacher's dtype.
 
         Raises:
           KDError: a parameter that the teacher lacks, that is larger in the student, or
@@ -99,70 +106,80 @@ class Slicer:
         match = _LAYER.match(name)
         if match:
             stack = int(match.group(2))
-            layer = f"{match.group(1)}{self.kept.layers[stack][int(match.group(3))]}"
+            layer = (
+                f"{match.group(1)}{self.selection.layers[stack][int(match.group(3))]}"
+            )
             origin, axes = f"{layer}.{match.group(4)}", _layer_axes(match.group(4))
         elif name.endswith("out_combiner.bypass_scale"):
             axes = (_STREAM,)
         if origin not in self.source:
             raise KDError(
                 f"the teacher has no parameter {origin} for the student's {name}: "
-                "give the student the teacher's heads, or --init random"
+                "give the student the teacher's heads, or `init` random"
             )
         value = self.source[origin]
         if value.ndim != len(shape) or any(a < b for a, b in zip(value.shape, shape)):
             raise KDError(
                 f"the student's {name} has shape {tuple(shape)} and its teacher's only "
                 f"{tuple(value.shape)}: a student that starts from its teacher can't "
-                "be wider; lower its --set values, or give --init random"
+                "be wider; lower its `changes`, or give `init` random"
             )
         for dim, axis in enumerate(axes[: value.ndim]):
             if axis is not None:
                 index = self._index(axis, origin, stack, layer, shape[dim])
                 value = value.index_select(dim, index.to(value.device))
-        if value.shape != shape or (not axes and self._moved(name, bool(layer))):
+        if value.shape != shape or (not axes and self._needs_rule(name, bool(layer))):
             raise KDError(
                 f"the student's {name} has shape {tuple(shape)} and its teacher's "
                 f"{tuple(value.shape)}, and no rule says which of its numbers to take: "
                 "keep its size, and the first channels of the encoder, or give "
-                "--init random"
+                "`init` random"
             )
         norm, _, leaf = origin.rpartition(".")
         if leaf == "log_scale":
-            return value + self.kept.norms.get(norm, 0.0)
+            return value + self.selection.norm_shifts.get(norm, 0.0)
         return value.clone()
 
-    def _moved(self, name: str, in_layer: bool) -> bool:
-        """Whether a parameter without a rule may find other channels than it knows."""
-        ours = ("encoder_embed.", "encoder.", "decoder.", "joiner.", "ctc_output.")
+    def _needs_rule(self, name: str, in_layer: bool) -> bool:
+        """Whether a parameter without a rule may belong to channels that were selected.
+
+        Outside the layers, icefall's own parameters without a rule read no channels,
+        such as the bias of the logits.
+        """
+        icefall = ("encoder_embed.", "encoder.", "decoder.", "joiner.", "ctc_output.")
         simple = ("simple_am_proj.", "simple_lm_proj.")
-        if name.startswith(ours + simple) and not in_layer:
-            return False  # one that reads no channels, such as the bias of the logits
-        moved = self.kept.stream != list(range(len(self.kept.stream)))
-        return moved or (in_layer and bool(self.kept.units))
+        if name.startswith(icefall + simple) and not in_layer:
+            return False
+        stream = self.selection.stream
+        reordered = stream != list(range(len(stream)))
+        return reordered or (in_layer and bool(self.selection.units))
 
     def _index(
         self, axis: Tuple[str, ...], name: str, stack: int, layer: str, n: int
     ) -> torch.Tensor:
-        """Which of the teacher's numbers along an axis are the student's ``n``."""
+        """The teacher's indices along an axis that are the student's ``n``, (n,)."""
         if axis == _STREAM:
-            return torch.tensor(self.kept.stream[:n])
+            return torch.tensor(self.selection.stream[:n])
         if axis[0] == "heads":
             return self._heads(axis[1:], stack, layer)
         if not layer:
-            return self.kept.of(axis[1], n)
+            return self.selection.indices(axis[1], n)
         owner = f"{layer}.{axis[1]}"
         blocks = _BLOCKS.get(name[len(layer) + 1 :].rpartition(".")[0], 1)
-        units = self.kept.of(owner, n // blocks)
+        units = self.selection.indices(owner, n // blocks)
         size = self.source[name].size(0) // blocks
         return torch.cat([units + b * size for b in range(blocks)])
 
     def _heads(self, dims: Tuple[str, ...], stack: int, layer: str) -> torch.Tensor:
-        heads = per_stack(self.teacher, "num_heads")[stack]
-        kept = self.kept.of(layer + HEADS, per_stack(self.student, "num_heads")[stack])
-        index, begin = [], 0
+        """Indices of the selected heads' channels, a block for each of ``dims``."""
+        old, new = (
+            per_stack(s, "num_heads")[stack] for s in (self.teacher, self.student)
+        )
+        heads = self.selection.indices(layer + HEADS, new)
+        blocks, begin = [], 0
         for dim in dims:
             width = per_stack(self.teacher, dim)[stack]
-            channels = kept.unsqueeze(1) * width + torch.arange(width)
-            index.append(begin + channels.flatten())
-            begin += heads * width
-        return torch.cat(index)
+            channels = heads.unsqueeze(1) * width + torch.arange(width)
+            blocks.append(begin + channels.flatten())
+            begin += old * width
+        return torch.cat(blocks)

@@ -51,6 +51,22 @@ def test_an_empty_yes_or_no_is_refused(convert):
         convert(YesNo(), "")
 
 
+def test_a_commands_refusal_names_its_options(capsys):
+    @click.group(cls=Commands)
+    def tool():
+        pass
+
+    @tool.command()
+    @click.option("--s-range", type=int)
+    def align(s_range):
+        raise KDError(f"`s_range` is {s_range} and `lattice` is 1")
+
+    with pytest.raises(SystemExit) as e:
+        tool.main(["align", "--s-range", "7"])
+    assert e.value.code == 1
+    assert capsys.readouterr().err.endswith(": --s-range is 7 and `lattice` is 1\n")
+
+
 @pytest.mark.parametrize("kind", [Text(), Place()])
 def test_what_is_not_utf8_is_refused(convert, kind):
     assert convert(kind, "öt") == "öt"

@@ -12,11 +12,11 @@ from icefall_kd.cli.account import _numbers, account
 from icefall_kd.cli.student import flags_of, model_names, read_batches
 from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds, count_parameters
-from icefall_kd.student.importance import keep_important
-from icefall_kd.student.judge import judge
-from icefall_kd.student.keep import keep_first
+from icefall_kd.student.importance import select_important
 from icefall_kd.student.presets import preset
+from icefall_kd.student.scores import score_heads
 from icefall_kd.student.search import nearest
+from icefall_kd.student.selection import select_first
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens import load_tokenizer
 
@@ -116,10 +116,10 @@ def test_the_student_is_what_the_library_builds(
     old = teacher_exp.settings
     teacher = teacher_exp.models["epoch-2"]
     which = [word == "important" for word in (layers, channels)]
-    kept = keep_important(teacher, old, settings, batches, *which)
+    kept = select_important(teacher, old, settings, batches, *which)
     if not any(which):
-        kept = keep_first(old, settings)
-    expected, _ = build_student(teacher, old, NARROW, recipe.get_model, kept=kept)
+        kept = select_first(old, settings)
+    expected, _ = build_student(teacher, old, NARROW, recipe.get_model, selection=kept)
     check_equal(model, expected)
     assert _numbers(kept.layers[1]) in done.out
 
@@ -139,7 +139,7 @@ def test_the_account_says_what_was_printed_and_how_both_begin(
     rows = {}
     for line in text.splitlines():
         rows[" ".join(w for w in line.split() if not w[0].isdigit())] = line.split()
-    found = [judge(m, batches, sp) for m in (teacher, model)]
+    found = [score_heads(m, batches, sp) for m in (teacher, model)]
     for title, name, form in (
         ("CTC loss a token", "ctc_loss", ".3f"),
         ("CTC WER %", "ctc_wer", ".2f"),
@@ -439,7 +439,7 @@ def test_a_cut_is_measured_on_the_frames_that_the_recipe_hears(
     assert x.shape[1] == 61 and x_lens.tolist() == [61]
 
 
-@pytest.mark.parametrize("what", ["judge", "keep_important"])
+@pytest.mark.parametrize("what", ["score_heads", "select_important"])
 def test_where_memory_runs_out_the_batches_are_named(
     invoke, student_words, cut_words, folder, monkeypatch, what
 ):

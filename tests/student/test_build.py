@@ -10,7 +10,7 @@ from zipformer.bin.train import get_model
 
 from icefall_kd import ModelTap, build_student
 from icefall_kd.errors import KDError
-from icefall_kd.student.keep import layer_map
+from icefall_kd.student.selection import layer_map
 
 LAYER = re.compile(r"(encoder\.encoders\.(\d)\.(?:encoder\.)?layers\.)(\d)(\..*)")
 NARROW = {
@@ -287,7 +287,7 @@ def test_a_random_student_may_be_wider_and_deeper(build):
 )
 def test_a_wider_student_is_refused(build, changes, both):
     (name,) = changes
-    with pytest.raises(KDError, match="can't be wider.*--init random") as e:
+    with pytest.raises(KDError, match="can't be wider.*`init` random") as e:
         build(**changes)
     assert f"the student's {name} is {both[0]} and its teacher's {both[1]}:" in str(
         e.value
@@ -302,7 +302,7 @@ def test_other_numbers_of_stacks_are_refused(build, name):
 
 @pytest.mark.parametrize("layers", ["3,3", "2,4", "4"])
 def test_a_deeper_student_is_refused(build, layers):
-    with pytest.raises(KDError, match="layers per stack.*--init random") as e:
+    with pytest.raises(KDError, match="layers per stack.*`init` random") as e:
         build(num_encoder_layers=layers)
     assert "(2, 3)" in str(e.value)
 
@@ -329,7 +329,7 @@ def test_a_setting_that_slices_cannot_follow_is_refused(
     with pytest.raises(KDError, match=f"student's {name} is {value}") as e:
         build(**{name: value})
     assert f"teacher's {make_settings()[name]}" in str(e.value)
-    assert "--init random" in str(e.value)
+    assert "`init` random" in str(e.value)
 
 
 def test_the_same_setting_written_otherwise_is_taken(build):
@@ -386,7 +386,7 @@ def test_a_teacher_that_is_no_such_zipformer_is_refused(
     if not refused:
         build_student(teacher, make_settings(), {}, get_model, init)
         return
-    with pytest.raises(KDError, match=f"encoder is a {name} without.*--init random"):
+    with pytest.raises(KDError, match=f"encoder is a {name} without.*`init` random"):
         build_student(teacher, make_settings(), {}, get_model, init)
 
 
@@ -405,7 +405,7 @@ def test_a_head_that_the_teacher_lacks_is_refused(make_model, make_settings):
     teacher = make_model(use_transducer=False)
     settings = make_settings(use_transducer=False)
     with pytest.raises(
-        KDError, match="teacher has no parameter (joiner|decoder).*--init"
+        KDError, match="teacher has no parameter (joiner|decoder).*`init`"
     ):
         build_student(teacher, settings, {"use_transducer": True}, get_model)
 

@@ -1,4 +1,4 @@
-"""keep_important: what matters is measured right, and the teacher left as it was."""
+"""select_important: what matters is measured right, and the teacher left as it was."""
 
 import random
 from contextlib import nullcontext
@@ -19,13 +19,13 @@ from icefall_kd.student.importance import (
     _MODULES,
     _READERS,
     _TRANSDUCER,
-    _keep_stream,
-    _listen,
+    _measure_shares,
+    _select_stream,
     encoder_layers,
-    keep_important,
     num_passes,
+    select_important,
 )
-from icefall_kd.student.keep import HEADS, keep_first
+from icefall_kd.student.selection import HEADS, select_first
 
 Y = [[3, 4, 9], [5], [7, 7]]
 NARROW = {
@@ -56,7 +56,7 @@ def keep(teacher, make_settings, batch):
     def important(batches=None, layers=False, channels=True, **changes):
         settings, new = make_settings(), make_settings(**changes)
         batches = batches or [batch]
-        return keep_important(teacher, settings, new, batches, layers, channels)
+        return select_important(teacher, settings, new, batches, layers, channels)
 
     return important
 
@@ -66,7 +66,7 @@ def layers_of(model):
 
 
 def listen(model, batches):
-    return _listen(model, batches, lambda: None)
+    return _measure_shares(model, batches, lambda: None)
 
 
 # Shares
@@ -117,8 +117,8 @@ def test_shares_are_those_of_the_squares_that_each_channel_adds(teacher, batch):
     found, expected = listen(teacher, [batch]), naive_shares(teacher, batch)
     assert len(expected) == 5 * (2 * 8 + 1) + 3 + 2
     for name, share in expected.items():
-        torch.testing.assert_close(found.of(name), share, rtol=1e-4, atol=1e-7)
-        assert float(found.of(name).sum()) == pytest.approx(1)
+        torch.testing.assert_close(found.share(name), share, rtol=1e-4, atol=1e-7)
+        assert float(found.share(name).sum()) == pytest.approx(1)
 
 
 def test_padding_has_no_share(teacher, batch):
@@ -133,7 +133,7 @@ def test_padding_has_no_share(teacher, batch):
     ]
     together, one_by_one = listen(teacher, [(loud, x_lens, y)]), listen(teacher, alone)
     for name in matrices(teacher):
-        torch.testing.assert_close(together.of(name), one_by_one.of(name))
+        torch.testing.assert_close(together.share(name), one_by_one.share(name))
 
 
 def test_batches_add_up(teacher, batch):
@@ -141,7 +141,7 @@ def test_batches_add_up(teacher, batch):
     halves = [(x[:1], x_lens[:1], y[:1]), (x[1:], x_lens[1:], y[1:])]
     whole, found = listen(teacher, [batch]), listen(teacher, halves)
     for name in matrices(teacher):
-        torch.testing.assert_close(found.of(name), whole.of(name))
+        torch.testing.assert_close(found.share(name), whole.share(name))
 
 
 # Layers
@@ -198,9 +198,9 @@ def test_the_layer_that_goes_changes_the_output_least(teacher, keep, batch):
 def test_layers_alone_leave_the_first_channels_and_channels_the_even_layers(
     keep, make_settings
 ):
-    first = keep_first(make_settings(), make_settings(**NARROW))
+    first = select_first(make_settings(), make_settings(**NARROW))
     kept = keep(layers=True, channels=False, **NARROW)
-    assert (kept.stream, kept.units, kept.norms) == (first.stream, {}, {})
+    assert (kept.stream, kept.units, kept.norm_shifts) == (first.stream, {}, {})
     kept = keep(layers=False, channels=True, **NARROW)
     assert kept.layers == first.layers == [[0], [0, 2]] and kept.stream != first.stream
 
@@ -298,7 +298,7 @@ def test_a_decoder_without_convolution_is_kept_channel_by_channel(
     teacher = make_model(seed=2, **shape).eval()
     silence(teacher.joiner.decoder_proj, [0, 5, 6])
     settings, new = make_settings(**shape), make_settings(**shape, decoder_dim=13)
-    kept = keep_important(teacher, settings, new, [batch], layers=False)
+    kept = select_important(teacher, settings, new, [batch], layers=False)
     left = [c for c in range(16) if c not in (0, 5, 6)]
     assert kept.units["decoder"] == left
 
@@ -328,7 +328,7 @@ class Shares:
     def __init__(self, stacks, heads):
         self.stacks, self.heads = stacks, heads
 
-    def of(self, name):
+    def share(self, name):
         if name in _READERS:
             return self.heads
         return self.stacks[int(name.split(".")[2])]
@@ -357,7 +357,7 @@ def test_one_set_of_channels_fits_the_teachers_width_in_every_stack(case):
         }
         for dims in (limits, widths)
     ]
-    stream = _keep_stream(Shares(shares, heads), model, *settings)
+    stream = _select_stream(Shares(shares, heads), model, *settings)
     assert len(stream) == len(set(stream)) == max(widths)
     for limit, width in zip(limits, widths, strict=True):
         assert max(stream[:width]) < limit
@@ -376,7 +376,7 @@ def test_where_all_is_kept_it_is_kept_in_order_and_no_norm_shifts(keep):
     kept = keep(layers=True)
     assert kept.layers == [[0, 1], [0, 1, 2]] and kept.stream == list(range(24))
     assert all(units == list(range(len(units))) for units in kept.units.values())
-    assert len(kept.norms) == 6 and set(kept.norms.values()) == {0.0}
+    assert len(kept.norm_shifts) == 6 and set(kept.norm_shifts.values()) == {0.0}
 
 
 def test_a_shift_brings_the_mean_square_of_the_kept_to_that_of_all(
@@ -386,7 +386,7 @@ def test_a_shift_brings_the_mean_square_of_the_kept_to_that_of_all(
     norms = {"encoder_embed.out_norm": (teacher.encoder_embed.out_norm, 8)}
     for layers, width in zip(encoder_layers(teacher), (8, 12), strict=True):
         norms.update({f"{name}.norm": (layer.norm, width) for name, layer in layers})
-    assert set(kept.norms) == set(norms)
+    assert set(kept.norm_shifts) == set(norms)
     seen = {}
 
     def tap(name):
@@ -404,7 +404,7 @@ def test_a_shift_brings_the_mean_square_of_the_kept_to_that_of_all(
     for name, (_, width) in norms.items():
         found = torch.cat(seen[name]) ** 2
         ratio = found[:, kept.stream[:width]].mean() / found.mean()
-        scale = torch.tensor(kept.norms[name]).exp()
+        scale = torch.tensor(kept.norm_shifts[name]).exp()
         torch.testing.assert_close(scale, ratio.sqrt(), rtol=1e-4, atol=0)
 
 
@@ -421,7 +421,7 @@ def test_the_passes_are_told_beforehand(
     batches = [(x[:, :23], x_lens, [[3]])] * 2
     settings, new = make_settings(), make_settings(num_encoder_layers=stacks)
     calls = []
-    keep_important(
+    select_important(
         teacher, settings, new, batches, layers, channels, lambda: calls.append(0)
     )
     assert len(calls) == num_passes(settings, new, 2, layers, channels)
@@ -447,12 +447,12 @@ def test_a_student_starts_from_what_is_kept(
 ):
     teacher = make_model(seed=2, **shape).eval()
     settings, new = make_settings(**shape), make_settings(**{**shape, **NARROW})
-    kept = keep_important(teacher, settings, new, [(*features, y)])
+    kept = select_important(teacher, settings, new, [(*features, y)])
     assert [len(of) for of in kept.layers] == [1, 2]
     assert {"joiner", "decoder"} & set(kept.units) == (
         {"joiner", "decoder"} if heads else set()
     )
-    student, _ = build_student(teacher, settings, NARROW, get_model, kept=kept)
+    student, _ = build_student(teacher, settings, NARROW, get_model, selection=kept)
     with ModelTap(student, ctc=shape.get("use_ctc", True)) as hook:
         out = hook.encode(*features)
     assert out.encoder_out.shape == (3, 14, 12)
@@ -492,7 +492,7 @@ def test_the_teacher_is_left_as_found(make_model, make_settings, batch, fault):
     before = state_of(teacher)
     for layers in (False, True):
         with pytest.raises(KDError) if fault else nullcontext():
-            keep_important(teacher, settings, new, batches, layers)
+            select_important(teacher, settings, new, batches, layers)
         assert state_of(teacher) == before
 
 
@@ -503,5 +503,5 @@ def test_a_teacher_that_cannot_be_tapped_is_left_without_hooks(
     before = state_of(teacher)
     settings = make_settings()
     with pytest.raises(AttributeError):
-        keep_important(teacher, settings, settings, [batch], layers=False)
+        select_important(teacher, settings, settings, [batch], layers=False)
     assert state_of(teacher) == before

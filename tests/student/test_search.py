@@ -200,7 +200,7 @@ def test_any_teacher_has_a_slice_of_the_size_or_a_refusal_whose_remedy_works(
     try:
         changes = nearest(goal, teacher, teacher)
     except KDError as e:
-        goal = re.search(r"; give --params (\S+)$", str(e)).group(1)
+        goal = re.search(r"; give `goal` (\S+)$", str(e)).group(1)
         changes = nearest(goal, teacher, teacher)
     student = {**teacher, **changes}
     assert is_slice(student, teacher)
@@ -307,14 +307,12 @@ def test_a_student_larger_than_its_teacher_is_refused():
         nearest("50M", TEACHERS["s"], TEACHERS["s"])
     assert str(e.value) == (
         "no student of this teacher has 50M parameters: the largest has 23,414,115; "
-        "give --params 23.4M"
+        "give `goal` 23.4M"
     )
 
 
 def test_a_student_smaller_than_any_is_refused():
-    message = (
-        r"has 100k parameters: the smallest has 3\d\d,\d\d\d; give --params 3\d\dk$"
-    )
+    message = r"has 100k parameters: the smallest has 3\d\d,\d\d\d; give `goal` 3\d\dk$"
     with pytest.raises(KDError, match=f"^no student of this teacher {message}"):
         nearest("100k", TEACHERS["m"], TEACHERS["m"])
     with pytest.raises(KDError, match=f"^no student {message}"):
@@ -322,7 +320,7 @@ def test_a_student_smaller_than_any_is_refused():
 
 
 def test_more_parameters_than_xl_are_refused():
-    with pytest.raises(KDError, match="largest has 747,196,271; give --params 747M$"):
+    with pytest.raises(KDError, match="largest has 747,196,271; give `goal` 747M$"):
         nearest("5000M", RECIPE)
 
 

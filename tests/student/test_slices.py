@@ -12,8 +12,8 @@ from zipformer.bin.train import get_model
 from icefall_kd import ModelTap, build_student
 from icefall_kd.errors import KDError
 from icefall_kd.student.importance import encoder_layers
-from icefall_kd.student.keep import HEADS, Kept, keep_first
 from icefall_kd.student.presets import per_stack
+from icefall_kd.student.selection import HEADS, Selection, select_first
 
 MODULES = (
     *("feed_forward1", "feed_forward2", "feed_forward3"),
@@ -56,7 +56,7 @@ def keep_random(settings, new, seed=0):
         limit = min(b for a, b in zip(widths, limits, strict=True) if a >= width)
         left = [c for c in range(limit) if c not in stream]
         stream += rng.sample(left, width - len(stream))
-    kept = Kept([], stream)
+    kept = Selection([], stream)
     for i, layers in enumerate(encoder_layers(teacher)):
         smaller = encoder_layers(student)[i]
         kept.layers.append(sorted(rng.sample(range(len(layers)), len(smaller))))
@@ -189,14 +189,16 @@ def pair(make_model, make_settings):
         teacher, settings = make_model(seed=3, **shape).eval(), make_settings(**shape)
         new = make_settings(**{**shape, **changes})
         kept = keep(settings, new)
-        student, found = build_student(teacher, settings, changes, get_model, kept=kept)
+        student, found = build_student(
+            teacher, settings, changes, get_model, selection=kept
+        )
         assert found == new
         return teacher, student.eval(), (settings, new, kept)
 
     return make
 
 
-KEEP = pytest.mark.parametrize("keep", [keep_first, keep_random])
+KEEP = pytest.mark.parametrize("keep", [select_first, keep_random])
 
 
 # Equal to the masked teacher
@@ -231,7 +233,7 @@ def test_a_narrower_stream_is_the_teacher_with_the_others_masked(
 )
 def test_fewer_layers_are_the_teacher_with_the_others_bypassed(pair, features, layers):
     changes = {"num_encoder_layers": ",".join(str(len(of)) for of in layers)}
-    kept = Kept(layers, list(range(24)))
+    kept = Selection(layers, list(range(24)))
     teacher, student, terms = pair(changes, lambda *_: kept)
     found = everything(student, features)
     check(found, everything(masked(teacher, student, *terms), features), *terms[1:])
@@ -269,7 +271,7 @@ def test_of_another_last_stack_the_other_channels_and_all_stacks_are_equal(
     pair, features
 ):
     """Channels 8 to 11: the teacher has them in both stacks, the student in one."""
-    teacher, student, terms = pair(LAST_NARROWER, keep_first, encoder_dim="24,16")
+    teacher, student, terms = pair(LAST_NARROWER, select_first, encoder_dim="24,16")
     found = everything(student, features)
     expected = everything(masked(teacher, student, *terms), features)
     check_stacks(found, expected, *terms[1:])
@@ -281,7 +283,7 @@ def test_channels_of_the_same_last_stack_are_equal_where_it_is_not_the_widest(
     pair, features
 ):
     stream = [3, 15, 0, 7, 8, 2, 11, 9, 23, 16, 20, 17]  # 8 of 16, 4 of the other 8
-    kept = Kept([[0, 1], [0, 1, 2]], stream)
+    kept = Selection([[0, 1], [0, 1, 2]], stream)
     teacher, student, terms = pair(LAST_NARROWER, lambda *_: kept, encoder_dim="24,16")
     found = everything(student, features)
     check(found, everything(masked(teacher, student, *terms), features), *terms[1:])
@@ -294,7 +296,7 @@ def test_shifts_are_added_to_the_norms_of_the_teachers_layers(pair):
     norms = {"encoder.encoders.1.encoder.layers.2.norm": 0.25}
     norms["encoder_embed.out_norm"] = -0.5
     layers = [[0], [2]]
-    kept = Kept(layers, list(range(24)), norms=norms)
+    kept = Selection(layers, list(range(24)), norm_shifts=norms)
     teacher, student, _ = pair({"num_encoder_layers": "1,1"}, lambda *_: kept)
     first, last = (m.encoder.encoders[1].encoder.layers for m in (student, teacher))
     a, b = first[0].norm.log_scale, last[2].norm.log_scale
@@ -319,7 +321,7 @@ ATTENTION = {
 
 
 def test_an_attention_decoder_is_copied_where_it_reads_the_same_channels(pair):
-    teacher, student, _ = pair({"num_encoder_layers": "1,2"}, keep_first, **ATTENTION)
+    teacher, student, _ = pair({"num_encoder_layers": "1,2"}, select_first, **ATTENTION)
     source = teacher.attention_decoder.state_dict()
     for name, value in student.attention_decoder.state_dict().items():
         assert torch.equal(value, source[name]), name
@@ -329,12 +331,12 @@ def test_an_attention_decoder_is_copied_where_it_reads_the_same_channels(pair):
     "changes, keep",
     [
         ({"num_encoder_layers": "1,2"}, keep_random),
-        ({"encoder_dim": "12,20"}, keep_first),
+        ({"encoder_dim": "12,20"}, select_first),
     ],
     ids=["other-order", "narrower"],
 )
 def test_an_attention_decoder_that_reads_other_channels_is_refused(pair, changes, keep):
-    with pytest.raises(KDError, match="attention_decoder.*no rule.*--init random"):
+    with pytest.raises(KDError, match="attention_decoder.*no rule.*`init` random"):
         pair(changes, keep, **ATTENTION)
 
 
@@ -352,11 +354,11 @@ def adapted(make_model, settings, changes, kept):
         return with_adapters(get_model(settings))
 
     teacher = with_adapters(make_model(seed=3)).eval()
-    return teacher, build_student(teacher, settings, changes, make, kept=kept)[0]
+    return teacher, build_student(teacher, settings, changes, make, selection=kept)[0]
 
 
 def test_adapters_are_copied_with_their_layers(make_model, make_settings):
-    kept = Kept([[1], [1]], list(range(24)))
+    kept = Selection([[1], [1]], list(range(24)))
     changes = {"num_encoder_layers": "1,1"}
     teacher, student = adapted(make_model, make_settings(), changes, kept)
     for a, b in zip(encoder_layers(student), encoder_layers(teacher), strict=True):
@@ -374,5 +376,5 @@ def test_adapters_of_other_units_are_refused(make_model, make_settings, what):
         kept.units = {}
     else:
         kept, changes = None, {"feedforward_dim": "16,32"}
-    with pytest.raises(KDError, match="lora_A.*no rule.*--init random"):
+    with pytest.raises(KDError, match="lora_A.*no rule.*`init` random"):
         adapted(make_model, settings, changes, kept)

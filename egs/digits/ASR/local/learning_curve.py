@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from icefall_kd.cli.student import read_batches
 from icefall_kd.errors import one_sentence
-from icefall_kd.student.judge import judge
+from icefall_kd.student.scores import score_heads
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens import load_tokenizer
 
@@ -72,7 +72,7 @@ def main() -> None:
             if not batches:
                 sp = load_tokenizer(args.bpe_model, settings["vocab_size"])
                 batches = read_batches(args.cuts, args.num_cuts, settings, sp)
-            found = judge(model, batches, sp, settings.get("blank_id", 0))
+            found = score_heads(model, batches, sp, settings.get("blank_id", 0))
             curve.append({"step": step, **dataclasses.asdict(found)})
             bar.set_postfix_str(f"step {step}: {found.ctc_wer:.2f} %")
     args.json.write_text(json.dumps(curve, indent=1) + "\n", "utf8")

@@ -28,7 +28,7 @@ from script_utils import UserError, run_script
 from teacher_utils import RECIPE
 from tqdm import tqdm
 
-from icefall_kd.decode import transducer_greedy
+from icefall_kd.student.greedy import transducer_greedy
 from icefall_kd.tap import ModelTap
 from icefall_kd.teacher.loader import load_recipe_model
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from icefall_kd import ModelTap
-from icefall_kd.decode import ctc_greedy, transducer_greedy
-from icefall_kd.student import judge as judge_module
-from icefall_kd.student.judge import judge
+from icefall_kd.errors import KDError
+from icefall_kd.student import scores
+from icefall_kd.student.greedy import ctc_greedy, transducer_greedy
+from icefall_kd.student.scores import score_heads
 
 Y = [[3, 4, 9, 4], [5], [7, 7, 2]]
 
@@ -90,7 +91,7 @@ def test_losses_are_those_of_torch_and_of_all_alignments(model, batch, features)
     )
     rows = zip(out.encoder_out, lens, Y, strict=True)
     transducer = sum(naive_transducer_loss(model, row[:n], y) for row, n, y in rows)
-    found = judge(model, [batch], Sp())
+    found = score_heads(model, [batch], Sp())
     assert found.ctc_loss == pytest.approx(float(ctc) / count, rel=1e-5)
     assert found.transducer_loss == pytest.approx(float(transducer) / count, rel=1e-5)
 
@@ -99,8 +100,8 @@ def test_batches_count_by_their_tokens_and_words(model, batch):
     x, x_lens, y = batch
     parts = [(x[i : i + 1, : x_lens[i]], x_lens[i : i + 1], [y[i]]) for i in range(3)]
     calls = []
-    found = judge(model, parts, Sp(), advance=lambda: calls.append(0))
-    whole = judge(model, [batch], Sp())
+    found = score_heads(model, parts, Sp(), advance=lambda: calls.append(0))
+    whole = score_heads(model, [batch], Sp())
     assert vars(found) == pytest.approx(vars(whole), rel=1e-4) and len(calls) == 3
 
 
@@ -116,7 +117,7 @@ def test_the_blank_of_the_model(make_model, batch, features, blank_id):
         blank=blank_id,
         reduction="sum",
     )
-    found = judge(model, [batch], Sp(), blank_id)
+    found = score_heads(model, [batch], Sp(), blank_id)
     assert found.ctc_loss == pytest.approx(float(expected) / 8, rel=1e-5)
 
 
@@ -125,9 +126,9 @@ def test_the_blank_of_the_model(make_model, batch, features, blank_id):
 
 def test_word_error_rates_by_hand(model, batch, monkeypatch):
     said = [[3, 9, 4], [5, 5, 5], []]  # a deletion; two insertions; three deletions
-    monkeypatch.setattr(judge_module, "ctc_greedy", lambda *args: said)
-    monkeypatch.setattr(judge_module, "transducer_greedy", lambda *args: Y)
-    found = judge(model, [batch], Sp())
+    monkeypatch.setattr(scores, "ctc_greedy", lambda *args: said)
+    monkeypatch.setattr(scores, "transducer_greedy", lambda *args: Y)
+    found = score_heads(model, [batch], Sp())
     assert found.ctc_wer == 100 * 6 / 8 and found.transducer_wer == 0
 
 
@@ -140,7 +141,7 @@ def test_word_error_rates_are_those_of_greedy_search(model, batch, features):
         ctc_greedy(out.ctc_logits, lens),
         transducer_greedy(model, out.encoder_out, lens),
     )
-    found = judge(model, [batch], Sp())
+    found = score_heads(model, [batch], Sp())
     for said, wer in zip(hyps, (found.ctc_wer, found.transducer_wer), strict=True):
         errors = sum(naive_errors(a, b) for a, b in zip(Y, said, strict=True))
         assert wer == pytest.approx(100 * errors / 8) and any(said)
@@ -157,14 +158,14 @@ def test_a_real_tokenizer_takes_silence(make_model, features, bpe_models):
         model.joiner.output_linear.bias[0] += 1e4
         model.ctc_output[1].bias[0] += 1e4
     x, x_lens = features[0], torch.tensor([61, 61, 61])
-    found = judge(model, [(x, x_lens, y)], sp)
+    found = score_heads(model, [(x, x_lens, y)], sp)
     assert found.ctc_wer == found.transducer_wer == 100.0
 
 
 @pytest.mark.parametrize("batches", [0, 1])
 def test_where_no_words_are_there_is_no_rate(model, batch, batches):
     """No cuts at all, or transcripts whose labels make no word."""
-    found = judge(model, [batch] * batches, Sp(silent=range(11)))
+    found = score_heads(model, [batch] * batches, Sp(silent=range(11)))
     assert found.ctc_wer is None and found.transducer_wer is None
     assert (found.ctc_loss is None) == (found.transducer_loss is None) == (not batches)
 
@@ -173,10 +174,10 @@ def test_where_no_words_are_there_is_no_rate(model, batch, batches):
 
 
 def test_a_head_that_is_not_there_has_no_values(make_model, batch):
-    found = judge(make_model(use_transducer=False).eval(), [batch], Sp())
+    found = score_heads(make_model(use_transducer=False).eval(), [batch], Sp())
     assert found.transducer_loss is None and found.transducer_wer is None
     assert found.ctc_loss > 0 and found.ctc_wer is not None
-    found = judge(make_model(use_ctc=False).eval(), [batch], Sp())
+    found = score_heads(make_model(use_ctc=False).eval(), [batch], Sp())
     assert found.ctc_loss is None and found.ctc_wer is None
     assert found.transducer_loss > 0 and found.transducer_wer is not None
 
@@ -203,9 +204,9 @@ def test_the_model_is_left_as_found(make_model, batch, fault):
     x, x_lens, y = batch
     batches = [batch, (x[:, :8], x_lens.clamp(max=8), y)][: 1 + fault]
     if fault:
-        with pytest.raises(ValueError, match="8 feature frames"):
-            judge(model, batches, Sp())
+        with pytest.raises(KDError, match="8 feature frames"):
+            score_heads(model, batches, Sp())
     else:
-        first, again = (judge(model, batches, Sp()) for _ in range(2))
+        first, again = (score_heads(model, batches, Sp()) for _ in range(2))
         assert first == again  # no dropout, and one chunk size
     assert state() == before

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zipformer.decode.search import ctc_greedy_search, greedy_search
 
-from icefall_kd.decode import ctc_greedy, transducer_greedy
+from icefall_kd.student.greedy import ctc_greedy, transducer_greedy
 
 LENGTHS = [17, 3, 1, 12, 8]
 
