@@ -285,7 +285,12 @@ def shar(**options) -> None:
     default=10_000,
     help="Steps in each of its two phases.",
 )
-@click.option("--seed", type=Count(0, MOST_SEED), default=42)
+@click.option(
+    "--seed",
+    type=Count(0, MOST_SEED),
+    default=42,
+    help="Seed of the vectors and of the quantizer.",
+)
 def quantizer(**options) -> None:
     """Train the vector quantizer of a teacher's hidden layer on IN_CUTS; write OUT.
 

@@ -15,25 +15,24 @@ corpus_dir=         # fsdd: folder of the dataset's recordings
 test_speaker=theo   # fsdd: held out for test
 untranscribed_speakers=  # fsdd: speakers without transcripts, separated by commas
 teacher_work_dir=   # fsdd: use the teacher and tokens of this work folder
-num_train=1600      # number of utterances in each set
-num_untranscribed=800
-num_dev=96
-num_test=300
-vocab_size=54
-seed=42
+num_train=1600      # number of training utterances
+num_untranscribed=800  # number of utterances of untranscribed speakers
+num_dev=96          # number of validation utterances
+num_test=300        # number of test utterances
+vocab_size=54       # number of BPE tokens
+seed=42             # of the corpus, the trainings and the student's parameters
 
-teacher_epochs=10
-student_epochs=3
+teacher_epochs=10   # epochs of the teacher
+student_epochs=3    # epochs of both students, with long_factor 1
 long_factor=1       # 3: also train and decode both students three times as long
-# Settings that differ from the teacher's: 0.3 M parameters instead of 1.3 M.
-student_set="encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 num-encoder-layers=1,1,1 feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64"
+student_set="encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 num-encoder-layers=1,1,1 feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64"  # settings that differ from the teacher's: 0.3 M parameters instead of 1.3 M
 student_init=teacher  # start from the teacher's slices, or: random
 kd_config=conf/kd.yaml  # weights of the losses
 kd_flags=           # override kd_config, such as "--kd-temperature 2"
 
 work_dir=.          # data/ and exp/ go here
-venv=../../../.venv
-num_threads=0       # 0: all cores
+venv=../../../.venv  # environment that stage 0 makes, if there is none
+num_threads=0       # CPU threads of each program; 0: all cores
 
 help_message="Usage: $0 [--option value ...]
 Stages: 0 environment, 1 data, 2 features, 3 tokens, 4 teacher, 5 targets,

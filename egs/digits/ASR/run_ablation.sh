@@ -8,8 +8,8 @@ cd "$(dirname "$script")"
 
 # Options
 work_dir=work/fsdd   # the work folder of run_fsdd.sh
-seeds="1 2 3"
-variants="ctc symmetric rnnt collapsed path total full_sum hidden nbest mix"
+seeds="1 2 3"       # of the students
+variants="ctc symmetric rnnt collapsed path total full_sum hidden nbest mix"  # losses to train with
 num_jobs=2          # runs at the same time, each on one core
 half_step=312   # of 626; a multiple of 6, for the average over the last sixth
 

@@ -9,11 +9,11 @@ cd "$(dirname "$script")"
 
 # Options
 corpus_dir=          # folder of the recordings of the Free Spoken Digit Dataset
-work_dir=work/fsdd
-seeds="1 2 3"
+work_dir=work/fsdd   # results go here
+seeds="1 2 3"       # of corpora, teachers and students
 num_jobs=2          # runs at the same time, each on one core
 test_speaker=theo   # held out for test
-untranscribed_speakers=nicolas,yweweler
+untranscribed_speakers=nicolas,yweweler  # in the third experiment
 
 help_message="Usage: $0 --corpus-dir DIR [--option value ...]"
 renamed="jobs:num_jobs"

@@ -10,7 +10,7 @@ cd "$(dirname "$script")"
 
 # Options
 work_dir=work/fsdd   # the work folder of run_fsdd.sh
-seeds="1 2 3"
+seeds="1 2 3"       # of the students
 starts="random first important"   # parameters; slices: which channels and layers
 losses="none mix"                  # KD: without, or conf/kd.yaml
 num_jobs=2          # runs at the same time, each on one core

@@ -9,7 +9,7 @@ cd "$(dirname "$script")"
 
 # Options
 work_dir=work/fsdd   # the work folder of run_fsdd.sh
-seeds="1 2 3"
+seeds="1 2 3"       # of the students
 variants="none d0 d1 d2 d4"   # none: hard labels alone; dN: CTC frames, delay N
 num_jobs=2          # runs at the same time, each on one core
 

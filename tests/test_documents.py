@@ -1,0 +1,165 @@
+"""The documents: their links, commands, options, files and Python, against the code."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from icefall_kd.cli import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tools/*.md")]
+    + [*ROOT.glob("egs/*/ASR/*.md")]
+)
+# Options of icefall, pytest, pip and other programs that the documents name.
+OTHERS = """
+    --manifest-dir --start-epoch --num-epochs --max-duration --use-fp16 --full-libri
+    --use-averaged-model --chunk-size --left-context-frames --num-encoder-layers
+    --ctc-loss-scale --use-cr-ctc --enable-spec-aug --use-ctc --use-transducer
+    --base-lr --jit --world-size --epoch --avg --iter --exp-dir --lang-dir
+    --bpe-model --recipe --num-workers --gres --array --wrap --logdir
+    --master-port --help --causal --dist
+""".split()
+TOOLS = [*ROOT.glob("tools/*.sh"), *ROOT.glob("tools/*.py"), *ROOT.glob("tests/*.sh")]
+TOOLS += [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("egs/*/ASR/local/*.py")]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def commands(text):
+    """The words of each shell command in a document."""
+    for block in blocks(text, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+@pytest.fixture(scope="module")
+def options_page():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "options_table.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_the_page_of_options_is_what_the_code_has(options_page):
+    """Else run tools/options_table.py > docs/options.md."""
+    assert (ROOT / "docs" / "options.md").read_text("utf8") == options_page
+
+
+def test_every_option_has_a_meaning(options_page):
+    rows = re.findall(r"^\| `(-.*?)` \| .*? \|(.*)\|$", options_page, re.M)
+    assert len(rows) > 150
+    assert [name for name, meaning in rows if not meaning.strip()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_to_files(path):
+    text = path.read_text("utf8")
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_options_that_a_document_names_exist(path, options_page):
+    sources = "".join(p.read_text("utf8") for p in TOOLS)
+    known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", options_page + sources))
+    text = path.read_text("utf8")
+    former = text.find("## Former names")
+    named = re.findall(r"(?<![\w-])--[a-z][\w-]*[\w*]", text[: former % (1 << 30)])
+    assert [o for o in named if o not in known | set(OTHERS) and o[-1] != "*"] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_commands_of_icefall_kd_are_understood(path):
+    for words in commands(path.read_text("utf8")):
+        if words[0] != "icefall-kd":
+            continue
+        command = cli.commands[words[1]]
+        with command.make_context(words[1], words[2:]) as context:
+            flags = context.params.get("flags") or ()
+        # Of what it takes as a model's flags, each is one of the recipe's.
+        assert {f for f in flags if f.startswith("--")} <= set(OTHERS)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_scripts_that_a_document_calls_exist_and_have_its_options(path):
+    for words in commands(path.read_text("utf8")):
+        name = words[1] if words[0] == "bash" else words[0]
+        if not re.search(r"^(\./|egs/|tools/|tests/).*\.(sh|py)$", name):
+            continue
+        script = (path.parent if name.startswith("./") else ROOT) / name
+        assert script.exists(), name
+        if script.suffix == ".sh" and "# Options" in script.read_text():
+            done = subprocess.run([script, "--help"], capture_output=True, text=True)
+            options = re.findall(r"^  (--[a-z-]+) ", done.stdout, re.M)
+            assert {w for w in words if re.match("--[a-z-]+$", w)} <= {
+                *options,
+                "--help",
+            }
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_files_that_a_document_names_exist(path):
+    named = set(
+        re.findall(
+            r"`((?:icefall_kd|egs|tools|tests|benchmarks|docs)/[^`*\s]*)`",
+            path.read_text("utf8"),
+        )
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_modules_that_a_document_names_exist(path):
+    """As `losses/ctc.py`, in the folder of the package."""
+    folders = {p.name for p in (ROOT / "icefall_kd").iterdir() if p.is_dir()}
+    names = re.findall(r"`(\w+)/(\w+\.py)`", path.read_text("utf8"))
+    package = [(folder, name) for folder, name in names if folder in folders]
+    assert [
+        p for p in package if not (ROOT / "icefall_kd" / p[0] / p[1]).exists()
+    ] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_python_of_a_document_imports_what_there_is(path):
+    for block in blocks(path.read_text("utf8"), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(
+                "icefall_kd"
+            ):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), alias.name
+
+
+def test_both_languages_have_the_same_commands():
+    """All but names that are shown, as of models in a report."""
+    for path in (ROOT / "README.md", ROOT / "egs/librispeech/ASR/README.md"):
+        other = path.with_name("README.zh-CN.md")
+        both = [list(commands(p.read_text("utf8"))) for p in (path, other)]
+        assert [w[0] for w in both[0]] == [w[0] for w in both[1]]
+        tables = [p.read_text("utf8").count("\n|---") for p in (path, other)]
+        assert tables[0] == tables[1]
+
+
+def test_the_readme_names_the_command_that_tests_everything():
+    assert ["bash", "tests/run.sh"] in commands((ROOT / "README.md").read_text("utf8"))
+    assert "bash tests/run.sh" in (ROOT / ".ci" / "run").read_text()
