@@ -99,9 +99,9 @@ def ways(case: str, args: argparse.Namespace) -> Dict[str, Callable[[], None]]:
 
     found = {
         "naive": step(naive, teacher),
-        "dense": step(lambda s, t: row_kl(s, t, TEMPERATURE), teacher),
+        "dense": step(lambda s, t: row_kl(s, t, temperature=TEMPERATURE), teacher),
         f"sparse, {args.entries} entries": step(
-            lambda s, t: row_kl(s, t, TEMPERATURE), kept
+            lambda s, t: row_kl(s, t, temperature=TEMPERATURE), kept
         ),
     }
     try:
@@ -157,15 +157,21 @@ def fused_ways(
 
     found = {
         "layer, then naive": run(lambda: naive(layer(x), teacher)),
-        "layer, then sparse": run(lambda: row_kl(layer(x), kept, TEMPERATURE)),
-        "layer fused, dense": run(lambda: linear_kl(x, layer, teacher, TEMPERATURE)),
-        "layer fused, sparse": run(lambda: linear_kl(x, layer, kept, TEMPERATURE)),
+        "layer, then sparse": run(
+            lambda: row_kl(layer(x), kept, temperature=TEMPERATURE)
+        ),
+        "layer fused, dense": run(
+            lambda: linear_kl(x, layer, teacher, temperature=TEMPERATURE)
+        ),
+        "layer fused, sparse": run(
+            lambda: linear_kl(x, layer, kept, temperature=TEMPERATURE)
+        ),
     }
     try:
         liger = liger_loss(layer)
     except ImportError:
         return found
-    ours = float(linear_kl(x[:99], layer, teacher[:99], TEMPERATURE))
+    ours = float(linear_kl(x[:99], layer, teacher[:99], temperature=TEMPERATURE))
     theirs = float(liger(x[:99], teacher[:99]))
     if abs(theirs / ours - 1) > 0.01:
         print(f"Liger's divergence is {theirs} where ours is {ours}: left out")

@@ -22,7 +22,6 @@ class FramePairs(NamedTuple):
 @torch.no_grad()
 def align_late_student(
     student: torch.Tensor,
-    linear: Optional[torch.nn.Linear],
     teacher: Distribution,
     temperature: float,
     valid: torch.Tensor,
@@ -49,8 +48,7 @@ def align_late_student(
     of valid frames, such as an utterance, is aligned by itself.
 
     Args:
-      student: (N * T, V) logits, or (N * T, C) what ``linear`` takes.
-      linear: The layer that makes the logits; None: ``student`` holds them.
+      student: (N * T, V), logits.
       teacher: N * T rows of V logits or log-probabilities, or sparse.
       temperature: Of both; a sparse teacher is at it already.
       valid: (N, T), bool, frames that count on both sides. Others are never read.
@@ -68,7 +66,7 @@ def align_late_student(
     stretch = starts.flatten()[rows].cumsum(0) - 1  # (R,), which one a row is in
     lengths = stretch.bincount()
     delay = min(delay, int(lengths.max()) - 1)
-    kl = _costs(student, linear, teacher, temperature, rows, delay, softmax)
+    kl = _costs(student, teacher, temperature, rows, delay, softmax)
     costs = kl.clone()
     if weights is not None:
         for j in range(delay + 1):
@@ -103,12 +101,12 @@ def align_late_student(
     return FramePairs(student_index, teacher_index, weights, kl[teacher_index, late_by])
 
 
-def _costs(student, linear, teacher, temperature, rows, delay, softmax) -> torch.Tensor:
+def _costs(student, teacher, temperature, rows, delay, softmax) -> torch.Tensor:
     """KL of the i-th of ``rows`` and the student's (i + j)-th, (R, delay + 1).
 
     Cells of i + j beyond R - 1 hold anything.
     """
-    v = student.size(1) if linear is None else linear.out_features
+    v = student.size(1)
     dtype = wide(student.dtype)
     costs = torch.zeros(len(rows), delay + 1, dtype=dtype, device=rows.device)
     kept = teacher.indices.size(-1) if is_sparse(teacher) else 0
@@ -118,9 +116,6 @@ def _costs(student, linear, teacher, temperature, rows, delay, softmax) -> torch
             part = rows[begin : begin + step]
             # The student's rows reach as far behind the chunk as the delay does.
             x = student.index_select(0, rows[begin : begin + step + delay]).to(dtype)
-            if linear is not None:
-                bias = None if linear.bias is None else linear.bias.to(dtype)
-                x = torch.nn.functional.linear(x, linear.weight.to(dtype), bias)
             if temperature != 1:
                 x *= 1 / temperature
             x.clamp_(min=FLOOR)
@@ -263,7 +258,7 @@ class LateKL(torch.autograd.Function):
         grad = torch.empty_like(student, dtype=wide(student.dtype))
         grad.index_fill_(0, (~valid).flatten().nonzero().squeeze(1), 0.0)
         pairs = align_late_student(
-            student, None, teacher, temperature, valid, weights, delay, grad
+            student, teacher, temperature, valid, weights, delay, grad
         )
         rows = valid.flatten().nonzero().squeeze(1)
         teach = _teach_sparse if is_sparse(teacher) else _teach_dense

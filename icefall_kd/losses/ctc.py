@@ -5,12 +5,11 @@ from typing import Dict, Optional, Tuple
 import torch
 
 from icefall_kd.errors import KDError, NotFiniteError
-from icefall_kd.losses.alignment import LateKL, align_late_student
+from icefall_kd.losses.alignment import LateKL
 from icefall_kd.losses.kl import (
     FLOOR,
     check_temperature,
     chunk_rows,
-    linear_kl,
     row_kl,
     valid_frames,
     wide,
@@ -25,12 +24,12 @@ SAMPLE = 8  # rows that the guards look at
 
 
 def ctc_kd_loss(
-    student_logits: torch.Tensor,
+    student: torch.Tensor,
     teacher: Distribution,
     lengths: torch.Tensor,
-    temperature: float = 1.0,
-    mask: Optional[torch.Tensor] = None,
     *,
+    mask: Optional[torch.Tensor] = None,
+    temperature: float = 1.0,
     frames: str = "all",
     delay: int = 0,
     blank_id: int = 0,
@@ -55,14 +54,14 @@ def ctc_kd_loss(
     wrong label that no frame chooses is free.
 
     Args:
-      student_logits: (N, T, V), before LogSoftmax; log-probabilities have the same
+      student: (N, T, V), logits before LogSoftmax; log-probabilities have the same
         value and gradient. Gradients flow here only.
       teacher: (N, T, V), before or after LogSoftmax (a constant per frame does not
         matter); or a SparseDistribution over (N, T, K) at this very temperature.
         Frames from ``lengths`` on are never read.
       lengths: (N,), valid frames, 0 to T.
-      temperature: T above 0.
       mask: (N, T), bool: of the valid frames only these count; by default all.
+      temperature: T above 0.
       frames: One of FRAMES: the weights w, see :func:`frame_weights`.
       delay: How late the student may be, d, in frames, 0 or more.
       blank_id: The blank symbol.
@@ -74,107 +73,64 @@ def ctc_kd_loss(
       KDError: shapes that differ, lengths beyond T, a bad temperature or option,
         probabilities in place of logits, NaN.
     """
-    options = (lengths, temperature, mask, frames, delay, blank_id)
-    return _loss(student_logits, None, teacher, *options)
-
-
-def fused_ctc_kd_loss(
-    encoder_out: torch.Tensor,
-    linear: torch.nn.Linear,
-    teacher: Distribution,
-    lengths: torch.Tensor,
-    temperature: float = 1.0,
-    mask: Optional[torch.Tensor] = None,
-    *,
-    frames: str = "all",
-    delay: int = 0,
-    blank_id: int = 0,
-) -> torch.Tensor:
-    """:func:`ctc_kd_loss` of ``linear(encoder_out)``, whose logits never exist whole.
-
-    Args:
-      encoder_out: (N, T, C). Gradients flow here and to the layer's parameters.
-      linear: The CTC head's, C to V.
-    """
-    if encoder_out.size(-1) != linear.in_features:
-        raise KDError(
-            f"the encoder's output has shape {tuple(encoder_out.shape)} and the CTC "
-            f"layer takes {linear.in_features} channels: give that encoder's own layer"
-        )
-    options = (lengths, temperature, mask, frames, delay, blank_id)
-    return _loss(encoder_out, linear, teacher, *options)
-
-
-def _loss(
-    student: torch.Tensor,
-    linear: Optional[torch.nn.Linear],
-    teacher: Distribution,
-    lengths: torch.Tensor,
-    temperature: float,
-    mask: Optional[torch.Tensor],
-    frames: str,
-    delay: int,
-    blank_id: int,
-) -> torch.Tensor:
-    """The loss of logits, or of a layer's input where there is a layer."""
-    check_temperature(temperature)
-    v = student.size(-1) if linear is None else linear.out_features
-    _check_shapes((*student.shape[:-1], v), teacher)
-    _check_options(frames, delay, blank_id, v)
+    _check(student, teacher, temperature, frames, delay, blank_id)
     valid = valid_frames(student, lengths, mask, "logits")
     rows = valid.flatten().nonzero().squeeze(1)
     flat = student.flatten(0, 1)
     if is_sparse(teacher):
         teacher = teacher.to(student.device)
-        _check_symbols(teacher.indices.flatten(0, 1)[rows], v)
+        _check_symbols(teacher.indices.flatten(0, 1)[rows], student.size(-1))
     else:
         teacher = teacher.detach().to(student.device)
-    said = _flat(teacher)
-    _check_rows(flat, linear, said, rows)
+    flat_teacher = _flat(teacher)
+    _check_rows(flat, flat_teacher, rows)
     weights = None
     if frames != "all":
-        weights = frame_weights(teacher, valid, frames, blank_id, temperature)
+        weights = frame_weights(
+            teacher, valid, frames, temperature=temperature, blank_id=blank_id
+        )
         weights = weights.flatten()[rows]
-    pair = (flat, linear, said, temperature)
     if delay and len(rows):
-        value = _late_kl(*pair, rows, valid, weights, delay)
+        value = LateKL.apply(
+            flat, flat_teacher, float(temperature), valid, weights, delay
+        )
     else:
-        value = _kl(*pair, rows, rows, weights)
+        if weights is not None:  # rows without weight need no work
+            counted = weights != 0
+            rows, weights = rows[counted], weights[counted]
+        value = row_kl(
+            flat,
+            flat_teacher,
+            temperature=temperature,
+            student_rows=rows,
+            teacher_rows=rows,
+            weights=weights,
+        )
     if value.isnan():
         _refuse_nan(student, teacher, valid)
     return value
 
 
-def _late_kl(
-    flat, linear, said, temperature, rows, valid, weights, delay
-) -> torch.Tensor:
-    """The least loss of a student that may be late, over monotone alignments."""
-    if linear is None:
-        return LateKL.apply(flat, said, float(temperature), valid, weights, delay)
-    pair = (flat, linear, said, temperature)
-    pairs = align_late_student(*pair, valid, weights, delay)
-    return _kl(*pair, rows[pairs.student], rows[pairs.teacher], pairs.weights)
-
-
-def _kl(
-    flat, linear, said, temperature, student_rows, teacher_rows, weights
-) -> torch.Tensor:
-    if weights is not None:  # rows without weight need no work
-        counted = weights != 0
-        student_rows, teacher_rows = student_rows[counted], teacher_rows[counted]
-        weights = weights[counted]
-    if linear is None:
-        return row_kl(flat, said, temperature, student_rows, teacher_rows, weights)
-    x = flat.index_select(0, student_rows)
-    return linear_kl(x, linear, index_rows(said, teacher_rows), temperature, weights)
+def _check(
+    student: torch.Tensor,
+    teacher: Distribution,
+    temperature: float,
+    frames: str,
+    delay: int,
+    blank_id: int,
+) -> None:
+    check_temperature(temperature)
+    _check_shapes(tuple(student.shape), teacher)
+    _check_options(frames, delay, blank_id, student.size(-1))
 
 
 def frame_weights(
     teacher: Distribution,
     valid: torch.Tensor,
     frames: str,
-    blank_id: int = 0,
+    *,
     temperature: float = 1.0,
+    blank_id: int = 0,
 ) -> torch.Tensor:
     """How much each frame of a teacher counts, (N, T), float; 0 outside ``valid``.
 
@@ -255,8 +211,9 @@ def _statistics(
 def ctc_diagnostics(
     logits: Distribution,
     lengths: torch.Tensor,
-    blank_id: int = 0,
+    *,
     mask: Optional[torch.Tensor] = None,
+    blank_id: int = 0,
 ) -> Dict[str, float]:
     """What tells a CTC head that collapsed, or is too sure to teach or to learn.
 
@@ -330,12 +287,11 @@ def _check_symbols(indices: torch.Tensor, v: int) -> None:
 
 
 @torch.no_grad()
-def _check_rows(flat, linear, said: Distribution, rows: torch.Tensor) -> None:
+def _check_rows(student: torch.Tensor, said: Distribution, rows: torch.Tensor) -> None:
     """Look for probabilities and logits in each other's place, in a few rows."""
     n = min(SAMPLE, len(rows))
     few = rows[torch.linspace(0, max(len(rows) - 1, 0), n, device=rows.device).long()]
-    if linear is None:
-        _check_logits("student", flat[few])
+    _check_logits("student", student[few])
     said = index_rows(said, few)
     if not is_sparse(said):
         return _check_logits("teacher", said)
@@ -375,5 +331,5 @@ def _refuse_nan(student, teacher: Distribution, valid: torch.Tensor) -> None:
             )
     raise NotFiniteError(
         "kd_ctc_loss is nan, and the student's and the teacher's outputs are finite: "
-        "look at the weights of the CTC layer"
+        "divided by `temperature` they are not, so give a larger one"
     )

@@ -11,7 +11,7 @@ from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import collapse
 
 
-def full_sum_kd_loss(student: StudentNodes, blank_id: int = 0) -> torch.Tensor:
+def full_sum_kd_loss(student: StudentNodes, *, blank_id: int = 0) -> torch.Tensor:
     """Distance between what teacher and student make of a transcript as a whole.
 
     sum over utterances n of d(log P(y_n|x_n) - log P~(y_n|x_n)): the student is taught
@@ -78,7 +78,7 @@ def _boundary(
     student: StudentNodes, rows: torch.Tensor, row: torch.Tensor
 ) -> torch.Tensor:
     """(len(rows), 4): 0, 0, U_n, T_n; every path begins and ends in a node."""
-    nodes, lens = student.nodes, student.encoder_out_lens[rows].to(torch.int64)
+    nodes, lens = student.nodes, student.lengths[rows].to(torch.int64)
     first = (nodes.frame == 0) & (nodes.position == 0)
     last = (nodes.frame == lens[row] - 1) & (nodes.label < 0)
     for end in (first, last):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from icefall_kd.errors import KDError, NotFiniteError
 from icefall_kd.losses.kl import valid_frames, wide
 
-KINDS = ("mse", "cosine")
+DISTANCES = ("mse", "cosine")
 EPSILON = 1e-6  # of a norm
 
 
@@ -16,8 +16,9 @@ def hidden_kd_loss(
     student: torch.Tensor,
     teacher: torch.Tensor,
     lengths: torch.Tensor,
-    kind: str = "mse",
+    *,
     mask: Optional[torch.Tensor] = None,
+    distance: str = "mse",
 ) -> torch.Tensor:
     """Distance of a hidden layer of the student from one of the teacher.
 
@@ -36,18 +37,20 @@ def hidden_kd_loss(
         a projector where the widths differ. Gradients flow here only.
       teacher: (N, T, R, C). Frames from ``lengths`` on are never read.
       lengths: (N,), valid frames, 0 to T.
-      kind: ``mse`` or ``cosine``.
       mask: (N, T), bool: of the valid frames only these count; by default all.
+      distance: ``mse`` or ``cosine``.
 
     Returns:
       A scalar; 0 with a zero gradient if no frame is valid.
 
     Raises:
-      KDError: shapes that differ, lengths beyond T, an unknown kind, or numbers that
-        are not finite.
+      KDError: shapes that differ, lengths beyond T, an unknown `distance`, or numbers
+        that are not finite.
     """
-    if kind not in KINDS:
-        raise KDError(f"the hidden loss is {kind!r}, and must be one of {KINDS}")
+    if distance not in DISTANCES:
+        raise KDError(
+            f"`distance` is {distance!r}, and must be one of {', '.join(DISTANCES)}"
+        )
     if student.ndim != 4 or student.shape != teacher.shape:
         raise KDError(
             f"the student's layer has shape {tuple(student.shape)} and the teacher's "
@@ -66,7 +69,7 @@ def hidden_kd_loss(
                     "that are not finite in its valid frames: check its checkpoint and "
                     "the features"
                 )
-        if kind == "mse":
+        if distance == "mse":
             return (x - y).square().mean((1, 2)).sum() if len(x) else x.sum()
         x, y = (F.normalize(v, dim=-1, eps=EPSILON) for v in (x, y))
         return 0.5 * (x - y).square().sum(-1).mean(1).sum() if len(x) else x.sum()

@@ -275,6 +275,7 @@ def valid_frames(
 def row_kl(
     student: torch.Tensor,
     teacher: Distribution,
+    *,
     temperature: float = 1.0,
     student_rows: Optional[torch.Tensor] = None,
     teacher_rows: Optional[torch.Tensor] = None,
@@ -303,6 +304,7 @@ def linear_kl(
     x: torch.Tensor,
     linear: torch.nn.Linear,
     teacher: Distribution,
+    *,
     temperature: float = 1.0,
     weights: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:

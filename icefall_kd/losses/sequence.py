@@ -14,7 +14,7 @@ from icefall_kd.rnnt import get_engine
 NBest = List[List[Tuple[List[int], float]]]
 
 
-def nbest_weights(scores: Sequence[float], temperature: float = 1.0) -> torch.Tensor:
+def nbest_weights(scores: Sequence[float], *, temperature: float = 1.0) -> torch.Tensor:
     """The weights of one utterance's hypotheses.
 
     w_h = exp(s_h / T) / sum over h' of exp(s_h' / T): the teacher's distribution over
@@ -43,11 +43,12 @@ def nbest_weights(scores: Sequence[float], temperature: float = 1.0) -> torch.Te
 
 
 def nbest_ctc_loss(
-    ctc_logits: torch.Tensor,
-    lengths: torch.Tensor,
+    student: torch.Tensor,
     nbest: NBest,
-    blank_id: int = 0,
+    lengths: torch.Tensor,
+    *,
     temperature: float = 1.0,
+    blank_id: int = 0,
 ) -> torch.Tensor:
     """The CTC loss of a teacher's n-best lists.
 
@@ -59,12 +60,12 @@ def nbest_ctc_loss(
     in float32, in float64 for float64 inputs, also inside autocast.
 
     Args:
-      ctc_logits: (N, T, V), the student's, before LogSoftmax. Frames from ``lengths``
-        on are never read.
-      lengths: (N,), valid frames, 0 to T.
+      student: (N, T, V), CTC logits before LogSoftmax. Frames from ``lengths`` on are
+        never read.
       nbest: The hypotheses of each utterance; an utterance without any counts 0.
-      blank_id: In 0 to V - 1.
+      lengths: (N,), valid frames, 0 to T.
       temperature: T of the weights.
+      blank_id: In 0 to V - 1.
 
     Returns:
       A scalar; 0 with a zero gradient if no hypothesis is left.
@@ -74,7 +75,7 @@ def nbest_ctc_loss(
         of lists than of rows, bad lengths, scores or temperature.
     """
     check_temperature(temperature)
-    logits = _valid(ctc_logits, lengths, "CTC logits")
+    logits = _valid(student, lengths, "CTC logits")
     _check_nbest(nbest, len(logits), logits.size(2), blank_id)
     frames = lengths.tolist()
 
@@ -106,10 +107,11 @@ def nbest_ctc_loss(
 def nbest_transducer_loss(
     model: nn.Module,
     encoder_out: torch.Tensor,
-    encoder_out_lens: torch.Tensor,
     nbest: NBest,
-    prune_range: int = 5,
+    lengths: torch.Tensor,
+    *,
     temperature: float = 1.0,
+    prune_range: int = 5,
     simple_scale: float = 0.5,
 ) -> torch.Tensor:
     """The pruned transducer loss of a teacher's n-best lists.
@@ -129,11 +131,11 @@ def nbest_transducer_loss(
       model: The student, with ``decoder``, ``joiner``, ``simple_am_proj`` and
         ``simple_lm_proj``, as icefall's AsrModel; not wrapped in DDP.
       encoder_out: (N, T, C), the student's, with its graph. Frames from
-        ``encoder_out_lens`` on are never read.
-      encoder_out_lens: (N,), valid frames.
+        ``lengths`` on are never read.
       nbest: The hypotheses of each utterance; an utterance without any counts 0.
-      prune_range: Label positions at a frame, 2 or more.
+      lengths: (N,), valid frames.
       temperature: T of the weights.
+      prune_range: Label positions at a frame, 2 or more.
       simple_scale: Of the simple loss, which trains the two simple projections; icefall
         has 0.5 after its warm-up.
 
@@ -150,11 +152,11 @@ def nbest_transducer_loss(
             f"prune_range is {prune_range}, and no path gets through fewer than 2 "
             "label positions: icefall has 5"
         )
-    encoder_out = _valid(encoder_out, encoder_out_lens, "encoder output")
+    encoder_out = _valid(encoder_out, lengths, "encoder output")
     blank_id = int(model.decoder.blank_id)
     size = model.joiner.output_linear.out_features
     _check_nbest(nbest, len(encoder_out), size, blank_id)
-    frames = encoder_out_lens.tolist()
+    frames = lengths.tolist()
     rows, tokens, weights = _flat(
         nbest, lambda y, row: 0 < len(y) <= frames[row], temperature
     )
@@ -166,7 +168,7 @@ def nbest_transducer_loss(
         zero = simple_am[:0].sum() + am[:0].sum()
         return zero.to(wide(zero.dtype))
     index = torch.tensor(rows, device=am.device)
-    lens = encoder_out_lens.to(am.device)[index]
+    lens = lengths.to(am.device)[index]
     simple, pruned = _transducer_losses(
         model, simple_am[index], am[index], lens, tokens, blank_id, prune_range
     )
@@ -231,7 +233,9 @@ def _flat(
         kept = [h for h in hypotheses if fits(h[0], row)]
         rows += [row] * len(kept)
         tokens += [y for y, _ in kept]
-        weights += nbest_weights([score for _, score in kept], temperature).tolist()
+        weights += nbest_weights(
+            [score for _, score in kept], temperature=temperature
+        ).tolist()
     return rows, tokens, weights
 
 

@@ -16,15 +16,15 @@ class StudentNodes:
 
     ::
 
-        student = StudentNodes(joiner, encoder_out, lens, decoder_out, nodes)
+        student = StudentNodes(joiner, encoder_out, decoder_out, nodes, lengths)
         loss = full_sum_kd_loss(student) + nodes_kd_loss(student, form="collapsed")
 
     Args:
       joiner: The student's, with ``encoder_proj``, ``decoder_proj``, ``output_linear``.
       encoder_out: (N, T, C), the student's, with its graph.
-      encoder_out_lens: (N,), valid frames.
       decoder_out: (N, U + 1, D), of the labels behind a leading blank.
-      nodes: R nodes and what the teacher says there.
+      nodes: R nodes and the teacher's output there.
+      lengths: (N,), valid frames of ``encoder_out``.
 
     Raises:
       KDError: nodes beyond the student's frames or labels, another vocabulary; later,
@@ -35,16 +35,16 @@ class StudentNodes:
         self,
         joiner: nn.Module,
         encoder_out: torch.Tensor,
-        encoder_out_lens: torch.Tensor,
         decoder_out: torch.Tensor,
         nodes: Nodes,
+        lengths: torch.Tensor,
     ) -> None:
         self.joiner = joiner
         self.encoder_out, self.decoder_out = encoder_out, decoder_out
         here = nodes.row.device == encoder_out.device
         self.nodes = nodes if here else nodes.to(encoder_out.device)
-        self.encoder_out_lens = encoder_out_lens.to(encoder_out.device)
-        _check_inside(encoder_out, encoder_out_lens, decoder_out, self.nodes)
+        self.lengths = lengths.to(encoder_out.device)
+        _check_inside(encoder_out, lengths, decoder_out, self.nodes)
         _check_vocabulary(self.nodes.teacher, joiner.output_linear.out_features)
         self._states: Optional[torch.Tensor] = None
         self._logits: Optional[torch.Tensor] = None
@@ -97,9 +97,13 @@ class StudentNodes:
           weights: (R,), of the nodes; None: 1.
         """
         if self._logits is not None:
-            return row_kl(self._logits, teacher, temperature, weights=weights)
+            return row_kl(
+                self._logits, teacher, temperature=temperature, weights=weights
+            )
         layer = self.joiner.output_linear
-        return linear_kl(self.states, layer, teacher, temperature, weights)
+        return linear_kl(
+            self.states, layer, teacher, temperature=temperature, weights=weights
+        )
 
     def select(self, index: torch.Tensor) -> "StudentNodes":
         """The student at some of the nodes; where it wasn't evaluated yet, it will be

@@ -20,6 +20,7 @@ from icefall_kd.types import (
 )
 
 FORMS = ("nodes", "collapsed", "mean_u", "sampled_u")
+NODE_WEIGHTS = ("occupancy", "equal")
 
 
 def nodes_of(lattice: PrunedLattice) -> Nodes:
@@ -125,7 +126,7 @@ def collapse(nodes: Nodes, blank_id: int, temperature: float = 1.0) -> Nodes:
     return replace(nodes, teacher=SparseDistribution(pair, log_pair, rest))
 
 
-def shift(nodes: Nodes, frames: int, encoder_out_lens: torch.Tensor) -> Nodes:
+def shift(nodes: Nodes, frames: int, lengths: torch.Tensor) -> Nodes:
     """Teach a student that lags behind: what the teacher says at t, at t + frames.
 
     (Kurata and Saon, arXiv:2110.03334.) Nodes beyond the student's end go.
@@ -136,15 +137,16 @@ def shift(nodes: Nodes, frames: int, encoder_out_lens: torch.Tensor) -> Nodes:
             "0 or more"
         )
     moved = nodes.frame + frames
-    inside = moved < encoder_out_lens.to(moved.device)[nodes.row]
+    inside = moved < lengths.to(moved.device)[nodes.row]
     return replace(nodes, frame=moved).select(inside)
 
 
 def nodes_kd_loss(
     student: StudentNodes,
+    *,
     temperature: float = 1.0,
     form: str = "nodes",
-    occupancy: bool = True,
+    node_weights: str = "occupancy",
     blank_id: int = 0,
     generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
@@ -167,7 +169,7 @@ def nodes_kd_loss(
         and m_t the mean of the logits over the frame's nodes, all weighing the same.
         The mean is over the label positions that the teacher's path takes with a
         probability above 1/510; others are no nodes. Each frame counts once, whatever
-        ``occupancy`` says.
+        ``node_weights`` says.
 
     Nodes of the best path alone (arXiv:2110.03334) come from :func:`path_nodes`, or
     from a store kept as ``path:...``.
@@ -176,7 +178,7 @@ def nodes_kd_loss(
       student: The student at R nodes, with the teacher's distributions.
       temperature: T. A sparse teacher is at this temperature already.
       form: One of ``FORMS``.
-      occupancy: Whether nodes count by the teacher's occupancy.
+      node_weights: "occupancy": nodes count by the teacher's; "equal": by 1.
       blank_id: For "collapsed".
       generator: For "sampled_u"; None: torch's own.
 
@@ -190,14 +192,21 @@ def nodes_kd_loss(
     """
     check_temperature(temperature)
     if form not in FORMS:
-        raise KDError(f"the form is {form!r}, and must be one of {FORMS}")
+        raise KDError(f"`form` is {form!r}, and must be one of {', '.join(FORMS)}")
+    if node_weights not in NODE_WEIGHTS:
+        raise KDError(
+            f"`node_weights` is {node_weights!r}, and must be one of "
+            f"{', '.join(NODE_WEIGHTS)}"
+        )
     if form == "mean_u":
         _need_dense(student.nodes.teacher, form)
         _, _, which = _frames(student.nodes)
         layer = student.joiner.output_linear  # is linear: the states' mean will do
         teacher = _means(student.nodes.teacher, which)
-        return linear_kl(_means(student.states, which), layer, teacher, temperature)
-    weights = student.nodes.occupancy if occupancy else None
+        return linear_kl(
+            _means(student.states, which), layer, teacher, temperature=temperature
+        )
+    weights = student.nodes.occupancy if node_weights == "occupancy" else None
     if form == "sampled_u":
         index, weights = _draw(student.nodes, weights, generator)
         student = student.select(index)
@@ -210,12 +219,13 @@ def nodes_kd_loss(
 def transducer_kd_loss(
     joiner: nn.Module,
     encoder_out: torch.Tensor,
-    encoder_out_lens: torch.Tensor,
     decoder_out: torch.Tensor,
     nodes: Nodes,
+    lengths: torch.Tensor,
+    *,
     temperature: float = 1.0,
     form: str = "nodes",
-    occupancy: bool = True,
+    node_weights: str = "occupancy",
     blank_id: int = 0,
     generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
@@ -226,14 +236,22 @@ def transducer_kd_loss(
     :class:`icefall_kd.losses.student_nodes.StudentNodes`, of the others
     :func:`nodes_kd_loss`.
     """
-    student = StudentNodes(joiner, encoder_out, encoder_out_lens, decoder_out, nodes)
-    return nodes_kd_loss(student, temperature, form, occupancy, blank_id, generator)
+    student = StudentNodes(joiner, encoder_out, decoder_out, nodes, lengths)
+    return nodes_kd_loss(
+        student,
+        temperature=temperature,
+        form=form,
+        node_weights=node_weights,
+        blank_id=blank_id,
+        generator=generator,
+    )
 
 
 def total_kd_loss(
     student: StudentNodes,
     ctc_logits: torch.Tensor,
     teacher_ctc: Distribution,
+    *,
     temperature: float = 1.0,
     ctc_share: float = 0.5,
 ) -> torch.Tensor:
@@ -279,7 +297,7 @@ def total_kd_loss(
         )
         means = nn.functional.linear(means, weight, bias)
         taught = _mix(teacher_ctc, _means(nodes.teacher, which), ctc_share)
-        return row_kl(_mix(ctc, means, ctc_share), taught, temperature)
+        return row_kl(_mix(ctc, means, ctc_share), taught, temperature=temperature)
 
 
 def _mix(ctc: torch.Tensor, means: torch.Tensor, share: float) -> torch.Tensor:
@@ -348,36 +366,3 @@ def _draw(
     # Rounding may bring x up to the frame's end, where the next frame begins.
     drawn = torch.minimum(torch.searchsorted(mass, x, right=True), last)
     return order[drawn], (end - begin).to(weights.dtype)
-
-
-def lattice_kd_loss(
-    student: PrunedLattice,
-    teacher: PrunedLattice,
-    temperature: float = 1.0,
-    occupancy: bool = True,
-) -> torch.Tensor:
-    """:func:`transducer_kd_loss` of logits that exist already, on the same ranges.
-
-    Args:
-      student: With the student's logits, (N, T, S, V).
-      teacher: On the same nodes, which is checked.
-    """
-    check_temperature(temperature)
-    if student.logits.shape != teacher.logits.shape or not torch.equal(
-        student.ranges, teacher.ranges
-    ):
-        raise KDError(
-            f"the student's lattice has shape {tuple(student.logits.shape)} and the "
-            f"teacher's {tuple(teacher.logits.shape)}, and both must stand on the same "
-            "ranges: ask the student with ranges=teacher.ranges"
-        )
-    rows = passed_nodes(teacher.occupancy.flatten()).nonzero().squeeze(1)
-    weights = teacher.occupancy.flatten()[rows] if occupancy else None
-    return row_kl(
-        student.logits.flatten(0, 2),
-        teacher.logits.detach().flatten(0, 2),
-        temperature,
-        rows,
-        rows,
-        weights,
-    )

@@ -84,7 +84,7 @@ def _score_batch(
     lens = out.encoder_out_lens
     nbest = [[(tokens, 0.0)] for tokens in labels]  # the transcript alone
     if head == "ctc":
-        loss = nbest_ctc_loss(out.ctc_logits, lens, nbest, blank_id)
+        loss = nbest_ctc_loss(out.ctc_logits, nbest, lens, blank_id=blank_id)
         return float(loss), ctc_greedy(out.ctc_logits, lens, blank_id)
-    loss = nbest_transducer_loss(model, out.encoder_out, lens, nbest, simple_scale=0.0)
+    loss = nbest_transducer_loss(model, out.encoder_out, nbest, lens, simple_scale=0.0)
     return float(loss), transducer_greedy(model, out.encoder_out, lens)

@@ -280,8 +280,8 @@ class _Batch:
             logits,
             said,
             self.lens,
-            self.joint.temperature,
-            self.mask,
+            temperature=self.joint.temperature,
+            mask=self.mask,
             frames=self.joint.ctc_frames,
             delay=self.joint.ctc_delay,
             blank_id=self.blank_id,
@@ -310,9 +310,9 @@ class _Batch:
             self._asked = StudentNodes(
                 self.model.joiner,
                 student.encoder_out,
-                student.encoder_out_lens,
                 student.decoder_out,
                 nodes,
+                student.encoder_out_lens,
             )
             if student.lattice_logits is not None:
                 self._asked.take_logits(student.ranges, student.lattice_logits)
@@ -335,14 +335,16 @@ class _Batch:
         if joint.is_total:
             if self._no_ctc_targets():
                 return self._no_lattice()
-            value = total_kd_loss(asked, *self._ctc_logits(), joint.temperature)
+            value = total_kd_loss(
+                asked, *self._ctc_logits(), temperature=joint.temperature
+            )
         else:
             value = nodes_kd_loss(
                 asked,
-                joint.temperature,
-                joint.rnnt_form,
-                occupancy=joint.node_weights == "occupancy",
+                temperature=joint.temperature,
+                form=joint.rnnt_form,
                 blank_id=self.blank_id,
+                node_weights=joint.node_weights,
             )
         return value, self._frames_of(nodes)
 
@@ -351,7 +353,7 @@ class _Batch:
         if nodes is None:
             return self._no_lattice()
         asked = self._student_nodes(nodes)
-        value = full_sum_kd_loss(asked, self.blank_id)
+        value = full_sum_kd_loss(asked, blank_id=self.blank_id)
         return value, self._frames_of(nodes)
 
     def hidden(self) -> Term:
@@ -367,11 +369,14 @@ class _Batch:
             return value, 0.0
         if student.ctc_logits is not None:
             value = value + nbest_ctc_loss(
-                student.ctc_logits, student.encoder_out_lens, lists, self.blank_id
+                student.ctc_logits,
+                lists,
+                student.encoder_out_lens,
+                blank_id=self.blank_id,
             )
         if student.decoder_out is not None:
             value = value + nbest_transducer_loss(
-                self.model, student.encoder_out, student.encoder_out_lens, lists
+                self.model, student.encoder_out, lists, student.encoder_out_lens
             )
         some = torch.tensor([bool(x) for x in lists], device=self.lens.device)
         return value, float(student.encoder_out_lens.to(some.device)[some].sum())

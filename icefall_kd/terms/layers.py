@@ -15,7 +15,7 @@ from torch import nn
 
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import OUT, Layer, hidden_rows, import_quantization
-from icefall_kd.losses.hidden import KINDS, hidden_kd_loss
+from icefall_kd.losses.hidden import DISTANCES, hidden_kd_loss
 from icefall_kd.losses.kl import wide
 from icefall_kd.types import EncoderOut, Targets
 
@@ -114,10 +114,10 @@ class HiddenLayers:
     def __init__(
         self, pairs: List[Tuple[Layer, Layer]], kind: str = "mse", lr: float = 1e-3
     ) -> None:
-        if kind not in KINDS:
+        if kind not in DISTANCES:
             raise KDError(
                 f"the hidden loss is {kind!r}: give --kd-hidden-kind one of "
-                f"{', '.join(KINDS)}"
+                f"{', '.join(DISTANCES)}"
             )
         self.pairs, self.kind, self.lr = pairs, kind, lr
         self.modules = nn.ModuleDict()
@@ -178,11 +178,15 @@ class HiddenLayers:
         with torch.autocast(rows.device.type, enabled=False):
             rows = rows.to(wide(rows.dtype))
             if isinstance(module, nn.Identity):
-                return hidden_kd_loss(rows, said, lengths, self.kind, mask)
+                return hidden_kd_loss(
+                    rows, said, lengths, distance=self.kind, mask=mask
+                )
             scale: List[torch.Tensor] = []
             rows = _ToScale.apply(rows, scale)
             if said.is_floating_point():
-                value = hidden_kd_loss(module(rows), said, lengths, self.kind, mask)
+                value = hidden_kd_loss(
+                    module(rows), said, lengths, distance=self.kind, mask=mask
+                )
                 return _FromScale.apply(value, scale)
             x, codes = rows[mask], said[mask]
             if not len(x):

@@ -274,7 +274,7 @@ class Session:
         if student.ctc_logits is None:
             return
         found = ctc_diagnostics(
-            student.ctc_logits, student.encoder_out_lens, self.blank_id
+            student.ctc_logits, student.encoder_out_lens, blank_id=self.blank_id
         )
         info.update({f"kd_{name}": value for name, value in found.items()})
 

@@ -211,7 +211,7 @@ def test_all_symbols_give_the_dense_loss_and_gradient(temperature):
         else:
             teacher = teacher[None]
         x = student[None].clone().requires_grad_()
-        value = ctc_kd_loss(x, teacher, torch.tensor([13]), temperature)
+        value = ctc_kd_loss(x, teacher, torch.tensor([13]), temperature=temperature)
         value.backward()
         results.append((value.detach(), x.grad))
     (dense, dense_grad), (sparse, sparse_grad) = results
@@ -230,7 +230,7 @@ def test_all_symbols_before_they_are_bytes_give_the_dense_loss(temperature):
     results = []
     for teacher in (kept, logits[None]):
         x = student.clone().requires_grad_()
-        value = ctc_kd_loss(x, teacher, torch.tensor([13]), temperature)
+        value = ctc_kd_loss(x, teacher, torch.tensor([13]), temperature=temperature)
         value.backward()
         results.append((value.detach(), x.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)

@@ -27,7 +27,8 @@ def batch(seed=0, n=3, t=7, v=5, scale=3.0, dtype=torch.float32):
 
 def value_and_grad(loss, student, *args):
     student = student.detach().clone().requires_grad_()
-    value = loss(student, *args)
+    options = dict(zip(("temperature", "mask"), args[2:], strict=False))
+    value = loss(student, *args[:2], **options)
     if value.requires_grad:
         value.backward()
     grad = torch.zeros_like(student) if student.grad is None else student.grad
@@ -74,7 +75,7 @@ def test_float32_equals_the_naive_twin_in_float64(naive_kd, seed):
 def test_gradcheck(temperature):
     student, teacher, lengths = batch(n=2, t=4, v=3, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda s: ctc_kd_loss(s, teacher, lengths, temperature),
+        lambda s: ctc_kd_loss(s, teacher, lengths, temperature=temperature),
         student.requires_grad_(),
     )
 
@@ -83,7 +84,7 @@ def test_the_gradient_follows_a_factor_behind_the_loss():
     student, teacher, lengths = batch()
     _, grad = value_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0)
     _, scaled = value_and_grad(
-        lambda s: -2.5 * ctc_kd_loss(s, teacher, lengths, 2.0), student
+        lambda s: -2.5 * ctc_kd_loss(s, teacher, lengths, temperature=2.0), student
     )
     torch.testing.assert_close(scaled, -2.5 * grad)
     assert grad.abs().max() > 0.1
@@ -97,10 +98,12 @@ def test_temperature_is_1_unless_given(naive_kd):
 def test_the_sum_over_a_batch_is_the_sum_of_its_utterances():
     student, teacher, lengths = batch(n=4, dtype=torch.float64)
     alone = [
-        ctc_kd_loss(student[i : i + 1], teacher[i : i + 1], lengths[i : i + 1], 2.0)
+        ctc_kd_loss(
+            student[i : i + 1], teacher[i : i + 1], lengths[i : i + 1], temperature=2.0
+        )
         for i in range(4)
     ]
-    together = ctc_kd_loss(student, teacher, lengths, 2.0)
+    together = ctc_kd_loss(student, teacher, lengths, temperature=2.0)
     torch.testing.assert_close(together, torch.stack(alone).sum())
 
 
@@ -132,15 +135,18 @@ def test_a_constant_per_frame_does_not_matter(temperature):
 
 def test_log_probabilities_serve_as_teacher_logits():
     student, teacher, lengths = batch(dtype=torch.float64)
-    raw = ctc_kd_loss(student, teacher, lengths, 3.0)
-    log_probs = ctc_kd_loss(student, teacher.log_softmax(-1), lengths, 3.0)
+    raw = ctc_kd_loss(student, teacher, lengths, temperature=3.0)
+    log_probs = ctc_kd_loss(student, teacher.log_softmax(-1), lengths, temperature=3.0)
     torch.testing.assert_close(raw, log_probs)
     assert raw > 0.1
 
 
 @given(seed=st.integers(0, 2**31), temperature=st.floats(0.2, 20))
 def test_never_negative(seed, temperature):
-    assert ctc_kd_loss(*batch(seed, dtype=torch.float64), temperature) >= -1e-12
+    assert (
+        ctc_kd_loss(*batch(seed, dtype=torch.float64), temperature=temperature)
+        >= -1e-12
+    )
 
 
 # Padding
@@ -185,7 +191,9 @@ def test_more_padding_changes_nothing(extra):
 def test_no_valid_frame_gives_0_with_zero_gradient(dtype):
     student, teacher, _ = batch(dtype=dtype)
     student = student.requires_grad_()
-    value = ctc_kd_loss(student, teacher, torch.zeros(3, dtype=torch.int64), 2.0)
+    value = ctc_kd_loss(
+        student, teacher, torch.zeros(3, dtype=torch.int64), temperature=2.0
+    )
     value.backward()
     assert value == 0 and value.dtype == torch.float32
     assert torch.equal(student.grad, torch.zeros_like(student))
@@ -239,8 +247,8 @@ def test_half_inputs_are_computed_in_float32(dtype):
 
 def test_a_half_student_takes_a_float32_teacher():
     student, teacher, lengths = batch()
-    value = ctc_kd_loss(student.half(), teacher, lengths, 2.0)
-    expected = ctc_kd_loss(student.half().float(), teacher, lengths, 2.0)
+    value = ctc_kd_loss(student.half(), teacher, lengths, temperature=2.0)
+    expected = ctc_kd_loss(student.half().float(), teacher, lengths, temperature=2.0)
     assert value.dtype == torch.float32 and torch.equal(value, expected)
 
 
@@ -270,7 +278,7 @@ def test_logits_made_within_autocast():
     _, teacher, lengths = batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         student = layer(torch.randn(3, 7, 6))
-        value = ctc_kd_loss(student, teacher, lengths, 2.0)
+        value = ctc_kd_loss(student, teacher, lengths, temperature=2.0)
     value.backward()
     assert student.dtype == torch.bfloat16 and value.dtype == torch.float32
     assert torch.isfinite(value) and torch.isfinite(layer.weight.grad).all()
@@ -299,7 +307,7 @@ def test_the_gradient_at_high_temperature_has_its_limit():
 def test_a_temperature_out_of_range_is_refused(temperature):
     student, teacher, lengths = batch()
     with pytest.raises(KDError, match="temperature") as e:
-        ctc_kd_loss(student, teacher, lengths, temperature)
+        ctc_kd_loss(student, teacher, lengths, temperature=temperature)
     assert repr(temperature) in str(e.value) and "above 0" in str(e.value)
 
 
@@ -334,7 +342,7 @@ def test_the_teacher_gets_no_gradient():
     student, teacher, lengths = batch()
     student.requires_grad_()
     teacher.requires_grad_()
-    ctc_kd_loss(student, teacher, lengths, 2.0).backward()
+    ctc_kd_loss(student, teacher, lengths, temperature=2.0).backward()
     assert teacher.grad is None
     assert student.grad.abs().max() > 0
 
@@ -370,8 +378,8 @@ def test_a_full_mask_changes_nothing():
     student, teacher, lengths = batch()
     ones = torch.ones(3, 7, dtype=torch.bool)
     assert torch.equal(
-        ctc_kd_loss(student, teacher, lengths, 2.0, ones),
-        ctc_kd_loss(student, teacher, lengths, 2.0),
+        ctc_kd_loss(student, teacher, lengths, temperature=2.0, mask=ones),
+        ctc_kd_loss(student, teacher, lengths, temperature=2.0),
     )
 
 
@@ -439,7 +447,7 @@ def test_sparse_gradcheck(temperature, k):
     student, teacher, lengths = batch(n=2, t=4, v=5, dtype=torch.float64)
     sparse = sparse_of(teacher, k, temperature)
     assert torch.autograd.gradcheck(
-        lambda s: ctc_kd_loss(s, sparse, lengths, temperature),
+        lambda s: ctc_kd_loss(s, sparse, lengths, temperature=temperature),
         student.requires_grad_(),
     )
 
@@ -471,8 +479,8 @@ def test_sparse_equal_pair_gives_0_with_zero_gradient(dtype, k):
 def test_sparse_is_a_lower_bound_of_dense_and_not_negative(seed, k, temperature):
     student, teacher, lengths = batch(seed, v=9, dtype=torch.float64)
     sparse = sparse_of(teacher, k, temperature, seed)
-    value = ctc_kd_loss(student, sparse, lengths, temperature)
-    dense = ctc_kd_loss(student, teacher, lengths, temperature)
+    value = ctc_kd_loss(student, sparse, lengths, temperature=temperature)
+    dense = ctc_kd_loss(student, teacher, lengths, temperature=temperature)
     assert -1e-12 <= value <= dense * (1 + 1e-9) + 1e-12
 
 
@@ -549,7 +557,7 @@ def test_an_empty_mask_gives_0_with_zero_gradient(dtype, sparse):
     teacher = sparse_of(teacher.float(), 2) if sparse else teacher
     mask = torch.zeros(3, 7, dtype=torch.bool)
     student.requires_grad_()
-    value = ctc_kd_loss(student, teacher, lengths, 2.0, mask)
+    value = ctc_kd_loss(student, teacher, lengths, temperature=2.0, mask=mask)
     value.backward()
     assert value == 0 and value.dtype == torch.float32
     assert student.grad.abs().max() == 0
@@ -566,7 +574,9 @@ def test_sparse_half_inputs_are_computed_in_float32(dtype):
     # Float16's gradient is scaled on its way, and so rounded twice.
     torch.testing.assert_close(grad, expected[1].to(dtype), rtol=2**-10, atol=1e-7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ctc_kd_loss(student, sparse, lengths, 2.0), expected[0])
+        assert torch.equal(
+            ctc_kd_loss(student, sparse, lengths, temperature=2.0), expected[0]
+        )
 
 
 def test_sparse_large_half_logits_stay_finite():

@@ -1,4 +1,4 @@
-"""ctc_kd_loss: which frames count, delays, the fused form, guards and diagnostics."""
+"""ctc_kd_loss: which frames count, delays, guards and diagnostics."""
 
 import math
 
@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 from icefall_kd.errors import KDError
 from icefall_kd.losses import alignment, ctc, kl
 from icefall_kd.losses.alignment import align_late_student
-from icefall_kd.losses.ctc import (
-    FRAMES,
-    ctc_diagnostics,
-    ctc_kd_loss,
-    frame_weights,
-    fused_ctc_kd_loss,
-)
+from icefall_kd.losses.ctc import FRAMES, ctc_diagnostics, ctc_kd_loss, frame_weights
 from icefall_kd.losses.kl import row_kl
 from icefall_kd.types import SparseDistribution
 
@@ -57,6 +51,8 @@ def value_and_grads(value, *inputs):
 
 def loss_and_grad(loss, student, *args, **options):
     student = student.detach().clone().requires_grad_()
+    args, named = args[:2], zip(("temperature", "mask"), args[2:], strict=False)
+    options = {**dict(named), **options}
     value, (grad,) = value_and_grads(loss(student, *args, **options), student)
     return value, grad
 
@@ -171,7 +167,9 @@ def test_gradcheck(frames, delay, k):
     student, teacher, lengths = batch(n=2, t=5, v=4)
     teacher = form(teacher, k, 2.0)
     assert torch.autograd.gradcheck(
-        lambda s: ctc_kd_loss(s, teacher, lengths, 2.0, frames=frames, delay=delay),
+        lambda s: ctc_kd_loss(
+            s, teacher, lengths, temperature=2.0, frames=frames, delay=delay
+        ),
         student.requires_grad_(),
     )
 
@@ -196,7 +194,13 @@ def test_the_defaults_are_the_plain_row_kl_bit_for_bit(k):
     rows = up_to(lengths, 13).flatten().nonzero().squeeze(1)
 
     def plain(s):
-        return row_kl(s.flatten(0, 1), ctc._flat(teacher), 1.0, rows, rows)
+        return row_kl(
+            s.flatten(0, 1),
+            ctc._flat(teacher),
+            temperature=1.0,
+            student_rows=rows,
+            teacher_rows=rows,
+        )
 
     expected = loss_and_grad(plain, student)
     for options in ({}, {"frames": "all", "delay": 0, "blank_id": 3}):
@@ -222,7 +226,9 @@ def test_weights_equal_the_naive_ones(seed, n, t, v, k, temperature, frames):
     _, (teacher, lengths, _, mask), blank_id = drawn(seed, n, t, v, k, temperature)
     valid = up_to(lengths, t)
     valid = valid if mask is None else valid & mask
-    found = frame_weights(teacher, valid, frames, blank_id, temperature)
+    found = frame_weights(
+        teacher, valid, frames, blank_id=blank_id, temperature=temperature
+    )
     expected = naive_weights(teacher, valid, frames, blank_id, temperature)
     torch.testing.assert_close(found.double(), expected, rtol=1e-9, atol=1e-12)
     assert found.shape == (n, t) and found[~valid].eq(0).all()
@@ -262,7 +268,7 @@ def test_a_spike_outside_the_mask_has_no_neighbours():
 @pytest.mark.parametrize("blank_id", [0, 2])
 def test_non_blank_asks_for_the_blank_symbol(blank_id):
     valid = torch.ones(1, 6, dtype=torch.bool)
-    found = frame_weights(spiky([1, 4], 6), valid, "non-blank", blank_id)
+    found = frame_weights(spiky([1, 4], 6), valid, "non-blank", blank_id=blank_id)
     spikes = [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]
     assert found[0].tolist() == [abs(x - (blank_id == 2)) for x in spikes]
 
@@ -286,7 +292,7 @@ def test_a_frame_that_keeps_no_symbol_is_not_a_non_blank_one(blank_id):
     )
     valid = torch.ones(1, 4, dtype=torch.bool)
     for frames in ("non-blank", "symmetric", "confidence"):
-        assert not frame_weights(none, valid, frames, blank_id).any()
+        assert not frame_weights(none, valid, frames, blank_id=blank_id).any()
     assert frame_weights(none, valid, "entropy").tolist() == [[1.0] * 4]
 
 
@@ -574,8 +580,7 @@ def test_no_frame_of_either_side_is_left_out(frames, k, monkeypatch):
         pairs.append(align_late_student(*args))
         return pairs[-1]
 
-    for module in (ctc, alignment):
-        monkeypatch.setattr(module, "align_late_student", spy)
+    monkeypatch.setattr(alignment, "align_late_student", spy)
     student, teacher, lengths = batch(seed=10, t=17)
     ctc_kd_loss(student, form(teacher, k), lengths, frames=frames, delay=3)
     (found,) = pairs
@@ -583,112 +588,6 @@ def test_no_frame_of_either_side_is_left_out(frames, k, monkeypatch):
     frames = torch.arange(int(lengths.sum()))
     assert torch.equal(ours.unique(), frames) and torch.equal(theirs.unique(), frames)
     assert 0 <= (ours - theirs).min() and 2 <= (ours - theirs).max() <= 3
-
-
-# The fused form
-
-
-def layer_and_input(seed=0, c=6, v=5, bias=True, dtype=torch.float64):
-    student, teacher, lengths = batch(seed, v=v)
-    torch.manual_seed(seed)
-    layer = torch.nn.Linear(c, v, bias=bias).to(torch.float64)
-    x = torch.randn(*student.shape[:2], c, dtype=torch.float64)
-    return x.to(dtype), layer.to(dtype), teacher.to(dtype), lengths
-
-
-@every_frames
-@pytest.mark.parametrize("delay", [0, 2])
-@pytest.mark.parametrize("k", [None, 2])
-@pytest.mark.parametrize("bias", [True, False])
-def test_fused_equals_the_loss_of_its_logits(frames, delay, k, bias):
-    x, layer, teacher, lengths = layer_and_input(seed=11, bias=bias)
-    x.requires_grad_()
-    mask = torch.ones(3, 9, dtype=torch.bool)
-    mask[0, 3] = False
-    args = (form(teacher, k, 2.0), lengths, 2.0, mask)
-    options = {"frames": frames, "delay": delay}
-    inputs = (x, *layer.parameters())
-    found = value_and_grads(fused_ctc_kd_loss(x, layer, *args, **options), *inputs)
-    expected = value_and_grads(ctc_kd_loss(layer(x), *args, **options), *inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
-    assert all(g.abs().max() > 1e-3 for g in found[1])
-
-
-@pytest.mark.parametrize("delay", [0, 2])
-def test_fused_gradcheck(delay):
-    x, layer, teacher, lengths = layer_and_input(seed=12, c=3, v=4)
-    assert torch.autograd.gradcheck(
-        lambda x, *_: fused_ctc_kd_loss(
-            x, layer, teacher, lengths, 2.0, frames="entropy", delay=delay
-        ),
-        (x.requires_grad_(), *layer.parameters()),
-    )
-
-
-@pytest.mark.parametrize("garbage", [NAN, INF])
-@pytest.mark.parametrize("delay", [0, 2])
-def test_fused_never_reads_padding(garbage, delay):
-    x, layer, teacher, lengths = layer_and_input(seed=13)
-    expected = fused_ctc_kd_loss(x, layer, teacher, lengths, delay=delay)
-    padding = ~up_to(lengths, 9)
-    x[padding] = teacher[padding] = garbage
-    x.requires_grad_()
-    value = fused_ctc_kd_loss(x, layer, teacher, lengths, delay=delay)
-    value.backward()
-    assert padding.any() and torch.equal(value, expected)
-    assert x.grad[padding].eq(0).all() and torch.isfinite(layer.weight.grad).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("k", [None, 2])
-def test_fused_half_inputs_within_autocast(dtype, k):
-    x, layer, teacher, lengths = layer_and_input(seed=14, dtype=torch.float32)
-    args = (form(teacher, k), lengths)
-    expected = fused_ctc_kd_loss(x, layer, *args, frames="entropy", delay=1)
-    half = x.to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = fused_ctc_kd_loss(half, layer, *args, frames="entropy", delay=1)
-    value.backward()
-    assert value.dtype == torch.float32 and half.grad.dtype == dtype
-    torch.testing.assert_close(value, expected, rtol=3e-2, atol=0)
-    assert torch.isfinite(half.grad).all() and half.grad.abs().max() > 1e-3
-    assert torch.isfinite(layer.weight.grad).all()
-
-
-def test_fused_no_valid_frame_gives_0_with_zero_gradient():
-    x, layer, teacher, _ = layer_and_input()
-    x.requires_grad_()
-    none = torch.zeros(3, dtype=torch.int64)
-    value = fused_ctc_kd_loss(x, layer, teacher, none, delay=1)
-    value.backward()
-    assert value == 0 and x.grad.eq(0).all() and layer.weight.grad.eq(0).all()
-
-
-@pytest.mark.parametrize("delay", [0, 2])
-def test_fused_logits_never_exist_whole(delay, monkeypatch):
-    x, layer, teacher, _ = layer_and_input()
-    sizes, linear = [], torch.nn.functional.linear
-
-    def spy(x, *args):
-        sizes.append(len(x))
-        return linear(x, *args)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", spy)
-    monkeypatch.setitem(kl.CHUNK, "cpu", 20)  # 4 rows of 27
-    fused_ctc_kd_loss(x, layer, teacher, torch.tensor([9, 9, 9]), delay=delay)
-    assert len(sizes) >= 7 and max(sizes) <= 4 + delay  # rows behind a chunk's end
-
-
-def test_a_layer_of_another_encoder_is_refused():
-    x, _, teacher, lengths = layer_and_input()
-    with pytest.raises(KDError, match=r"\(3, 9, 6\) and the CTC layer takes 7"):
-        fused_ctc_kd_loss(x, torch.nn.Linear(7, 5), teacher, lengths)
-
-
-def test_a_layer_of_another_vocabulary_is_refused():
-    x, _, teacher, lengths = layer_and_input()
-    with pytest.raises(KDError, match=r"\(3, 9, 8\) .* \(3, 9, 5\)"):
-        fused_ctc_kd_loss(x, torch.nn.Linear(6, 8), teacher, lengths)
 
 
 # Guards
@@ -710,12 +609,6 @@ def test_bfloat16_probabilities_are_refused():
     student, teacher, lengths = batch(v=50)
     with pytest.raises(KDError, match="student's logits are probabilities"):
         ctc_kd_loss(student.softmax(-1).bfloat16(), teacher, lengths)
-
-
-def test_the_fused_form_refuses_a_teacher_of_probabilities():
-    x, layer, teacher, lengths = layer_and_input()
-    with pytest.raises(KDError, match="teacher's logits are probabilities"):
-        fused_ctc_kd_loss(x, layer, teacher.softmax(-1), lengths)
 
 
 def test_probabilities_in_padding_alone_are_not_looked_at():
@@ -745,9 +638,9 @@ def test_one_symbol_or_one_frame_is_too_little_to_tell():
 
 def test_log_probabilities_of_the_student_do_as_well():
     student, teacher, lengths = batch()
-    options = {"frames": "symmetric", "delay": 1}
+    options = {"frames": "symmetric", "delay": 1, "temperature": 2.0}
     for k in (None, 2):
-        args = (form(teacher, k, 2.0), lengths, 2.0)
+        args = (form(teacher, k, 2.0), lengths)
         logits = student.clone().requires_grad_()
         expected = loss_and_grad(ctc_kd_loss, student, *args, **options)
         value = ctc_kd_loss(logits.log_softmax(-1), *args, **options)
@@ -799,19 +692,12 @@ def test_nan_in_the_student_is_named_with_its_shape(frames, delay, k, bad):
         )
 
 
-def test_nan_in_the_encoders_output_is_named_with_its_shape():
-    x, layer, teacher, lengths = layer_and_input()
-    x[0, 3, 2] = NAN
-    with pytest.raises(KDError, match=r"nan: the student's .*\(3, 9, 6\).* 1 of"):
-        fused_ctc_kd_loss(x, layer, teacher, lengths)
-
-
-def test_nan_in_the_layer_is_found():
-    x, layer, teacher, lengths = layer_and_input()
-    with torch.no_grad():
-        layer.weight[2, 1] = NAN
-    with pytest.raises(KDError, match="nan.*weights of the CTC layer"):
-        fused_ctc_kd_loss(x, layer, teacher, lengths)
+@pytest.mark.parametrize("delay", [0, 2])
+def test_logits_that_overflow_at_the_temperature_are_refused(delay):
+    student, teacher, lengths = batch(dtype=torch.float32)
+    student[0, 3, 2] = 3e38
+    with pytest.raises(KDError, match="nan.*finite.*`temperature`"):
+        ctc_kd_loss(student, teacher, lengths, temperature=0.5, delay=delay)
 
 
 @every_frames

@@ -69,7 +69,9 @@ def sparse_of(nodes, k):
 
 
 def loss(joiner, states, nodes, blank_id=0):
-    return full_sum_kd_loss(StudentNodes(joiner, *states, nodes), blank_id)
+    return full_sum_kd_loss(
+        StudentNodes(joiner, states[0], states[2], nodes, states[1]), blank_id=blank_id
+    )
 
 
 def value_and_grads(value, joiner, states):
@@ -169,7 +171,7 @@ def test_a_student_that_equals_its_teacher_has_zero_loss_and_gradient(dtype):
     states, nodes = lattice()
     states = tuple(x.detach().to(dtype) if x.ndim == 3 else x for x in states)
     states = tuple(x.requires_grad_() if x.ndim == 3 else x for x in states)
-    own = StudentNodes(joiner, *states, nodes).logits().detach()
+    own = StudentNodes(joiner, states[0], states[2], nodes, states[1]).logits().detach()
     for teacher in (own + 2.0, own.log_softmax(-1)):  # a constant does not matter
         equal = replace(nodes, teacher=teacher)
         value, grads = value_and_grads(loss(joiner, states, equal), joiner, states)
@@ -322,10 +324,10 @@ def test_autocast_leaves_the_loss_in_float32():
     states = tuple(
         x.detach().float().requires_grad_() if x.ndim == 3 else x for x in states
     )
-    student = StudentNodes(joiner, *states, nodes)
+    student = StudentNodes(joiner, states[0], states[2], nodes, states[1])
     student.logits()  # as they come, so that the loss alone is within autocast
     expected = value_and_grads(full_sum_kd_loss(student), joiner, states)
-    student = StudentNodes(joiner, *states, nodes)
+    student = StudentNodes(joiner, states[0], states[2], nodes, states[1])
     student.logits()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = full_sum_kd_loss(student)
@@ -370,11 +372,13 @@ def test_the_full_sum_shares_the_joiner_with_other_losses():
     calls = []
     for module in joiner.children():
         module.register_forward_hook(lambda m, *_: calls.append(m))
-    student = StudentNodes(joiner, *states, nodes)
+    student = StudentNodes(joiner, states[0], states[2], nodes, states[1])
     both = full_sum_kd_loss(student) + nodes_kd_loss(student)
     assert len(calls) == 3
     alone = loss(joiner, states, nodes)
-    alone = alone + nodes_kd_loss(StudentNodes(joiner, *states, nodes))
+    alone = alone + nodes_kd_loss(
+        StudentNodes(joiner, states[0], states[2], nodes, states[1])
+    )
     torch.testing.assert_close(
         value_and_grads(both, joiner, states), value_and_grads(alone, joiner, states)
     )

@@ -36,7 +36,9 @@ def naive(x, y, lengths, kind):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradient_are_the_naive_ones(shape, kind):
     x, y, lengths = case(shape)
-    loss, twin = hidden_kd_loss(x, y, lengths, kind), naive(x, y, lengths, kind)
+    loss, twin = hidden_kd_loss(x, y, lengths, distance=kind), naive(
+        x, y, lengths, kind
+    )
     torch.testing.assert_close(loss, twin)
     a, b = (torch.autograd.grad(v, x)[0] for v in (loss, twin))
     torch.testing.assert_close(a, b)
@@ -45,7 +47,9 @@ def test_value_and_gradient_are_the_naive_ones(shape, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind):
     x, y, lengths = case((2, 3, 2, 5))
-    assert torch.autograd.gradcheck(lambda v: hidden_kd_loss(v, y, lengths, kind), x)
+    assert torch.autograd.gradcheck(
+        lambda v: hidden_kd_loss(v, y, lengths, distance=kind), x
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,7 +58,7 @@ def test_equal_layers_have_no_loss_and_no_gradient(kind, dtype):
     x = case((2, 5, 2, 7), dtype=torch.float32)[0].detach().to(dtype)
     x[0, 0] = 0
     x.requires_grad_()
-    loss = hidden_kd_loss(x, x.detach().clone(), torch.tensor([5, 3]), kind)
+    loss = hidden_kd_loss(x, x.detach().clone(), torch.tensor([5, 3]), distance=kind)
     loss.backward()
     assert loss.item() == 0 and not x.grad.any()
 
@@ -64,7 +68,7 @@ def test_equal_layers_have_no_loss_and_no_gradient(kind, dtype):
 def test_padding_is_never_read(kind, garbage):
     x, y, _ = case((2, 6, 2, 3))
     lengths = torch.tensor([6, 2])
-    expected = hidden_kd_loss(x, y, lengths, kind)
+    expected = hidden_kd_loss(x, y, lengths, distance=kind)
     gradient = torch.autograd.grad(expected, x)[0]
     padded, other = (
         torch.nn.functional.pad(v.detach(), (0, 0, 0, 0, 0, 3), value=garbage)
@@ -72,7 +76,7 @@ def test_padding_is_never_read(kind, garbage):
     )
     padded[1, 2:] = other[1, 2:] = garbage
     padded.requires_grad_()
-    loss = hidden_kd_loss(padded, other, lengths, kind)
+    loss = hidden_kd_loss(padded, other, lengths, distance=kind)
     found = torch.autograd.grad(loss, padded)[0]
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found[:, :6], gradient)
@@ -85,7 +89,7 @@ def test_an_empty_mask_gives_zero_and_zero_gradient(kind, dtype):
     x = torch.randn(2, 3, 2, 5).to(dtype).requires_grad_()
     empty = torch.zeros(2, 3, dtype=torch.bool)
     for lengths, mask in ((torch.tensor([3, 1]), empty), (torch.tensor([0, 0]), None)):
-        loss = hidden_kd_loss(x, torch.ones_like(x), lengths, kind, mask)
+        loss = hidden_kd_loss(x, torch.ones_like(x), lengths, distance=kind, mask=mask)
         (gradient,) = torch.autograd.grad(loss, x)
         assert loss.item() == 0 and not gradient.any()
 
@@ -94,7 +98,7 @@ def test_an_empty_mask_gives_zero_and_zero_gradient(kind, dtype):
 def test_a_mask_leaves_frames_out(kind):
     x, y, _ = case((1, 4, 2, 3))
     mask = torch.tensor([[True, False, True, True]])
-    found = hidden_kd_loss(x, y, torch.tensor([3]), kind, mask)
+    found = hidden_kd_loss(x, y, torch.tensor([3]), distance=kind, mask=mask)
     kept = [0, 2]
     expected = naive(x[:, kept], y[:, kept], torch.tensor([2]), kind)
     torch.testing.assert_close(found, expected)
@@ -107,9 +111,9 @@ def test_half_precision_is_near_and_large_numbers_stay_finite(kind, dtype):
     x, y = ((300 * v.detach()).to(dtype) for v in (x, y))
     x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = hidden_kd_loss(x, y, lengths, kind)
+        loss = hidden_kd_loss(x, y, lengths, distance=kind)
     (gradient,) = torch.autograd.grad(loss, x)
-    expected = hidden_kd_loss(x.double(), y.double(), lengths, kind)
+    expected = hidden_kd_loss(x.double(), y.double(), lengths, distance=kind)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert loss.dtype == torch.float32 and torch.isfinite(gradient).all()
 
@@ -117,7 +121,7 @@ def test_half_precision_is_near_and_large_numbers_stay_finite(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vector_of_zeros_has_a_finite_gradient(kind):
     x = torch.zeros(1, 2, 1, 3, requires_grad=True)
-    loss = hidden_kd_loss(x, torch.ones(1, 2, 1, 3), torch.tensor([2]), kind)
+    loss = hidden_kd_loss(x, torch.ones(1, 2, 1, 3), torch.tensor([2]), distance=kind)
     (gradient,) = torch.autograd.grad(loss, x)
     assert torch.isfinite(gradient).all()
 
@@ -132,7 +136,7 @@ def test_the_teacher_gets_no_gradient():
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(kind="l1"), "'l1'"),
+        (dict(distance="l1"), "distance` is 'l1'"),
         (dict(teacher=torch.zeros(2, 5, 2, 4)), r"\(2, 5, 2, 3\).*\(2, 5, 2, 4\)"),
         (dict(teacher=torch.zeros(2, 5, 3)), "projector"),
         (dict(lengths=torch.tensor([6, 1])), "lengths go up to 6.* 5 frames"),

@@ -59,7 +59,7 @@ def test_equals_the_naive_twin(seed, m, v, k, temperature):
     student.requires_grad_()
     said = teacher if k is None else sparse_of(teacher, min(k, v), temperature)
     found = value_and_grads(
-        lambda: row_kl(student, said, temperature, weights=weights), student
+        lambda: row_kl(student, said, temperature=temperature, weights=weights), student
     )
     kept = None if k is None else said.indices
     expected = value_and_grads(
@@ -77,9 +77,11 @@ def test_a_fused_layer_equals_the_layer_and_the_loss(k, bias):
     layer = torch.nn.Linear(5, 7, bias=bias).double()
     x = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     inputs = (x, *layer.parameters())
-    found = value_and_grads(lambda: linear_kl(x, layer, teacher, 2.0, weights), *inputs)
+    found = value_and_grads(
+        lambda: linear_kl(x, layer, teacher, temperature=2.0, weights=weights), *inputs
+    )
     expected = value_and_grads(
-        lambda: row_kl(layer(x), teacher, 2.0, weights=weights), *inputs
+        lambda: row_kl(layer(x), teacher, temperature=2.0, weights=weights), *inputs
     )
     torch.testing.assert_close(found, expected)
 
@@ -94,7 +96,7 @@ def test_a_fused_layer_passes_gradcheck(k):
 
     def loss(x, weight, bias):
         layer.weight, layer.bias = weight, bias
-        return linear_kl(x, layer, teacher, 2.0, weights)
+        return linear_kl(x, layer, teacher, temperature=2.0, weights=weights)
 
     weight, bias = layer.weight, layer.bias
     del layer.weight, layer.bias
@@ -112,7 +114,15 @@ def test_the_size_of_a_chunk_does_not_matter(monkeypatch, k, chosen):
 
     def run():
         return value_and_grads(
-            lambda: row_kl(student, teacher, 2.0, which, which, weights), student
+            lambda: row_kl(
+                student,
+                teacher,
+                temperature=2.0,
+                student_rows=which,
+                teacher_rows=which,
+                weights=weights,
+            ),
+            student,
         )
 
     expected = run()
@@ -122,12 +132,17 @@ def test_the_size_of_a_chunk_does_not_matter(monkeypatch, k, chosen):
 
 def test_rows_that_are_not_chosen_have_no_gradient_and_are_not_read():
     student, teacher, _ = rows()
-    expected = row_kl(student[[9, 2]], teacher[[1, 4]], 2.0)
+    expected = row_kl(student[[9, 2]], teacher[[1, 4]], temperature=2.0)
     student[[0, 1, 3]] = torch.nan
     teacher[[0, 2, 3]] = torch.nan
     student.requires_grad_()
-    which = torch.tensor([9, 2]), torch.tensor([1, 4])
-    value = row_kl(student, teacher, 2.0, *which)
+    value = row_kl(
+        student,
+        teacher,
+        temperature=2.0,
+        student_rows=torch.tensor([9, 2]),
+        teacher_rows=torch.tensor([1, 4]),
+    )
     value.backward()
     torch.testing.assert_close(value, expected)
     assert student.grad[[0, 1, 3, 4, 5, 6, 7, 8, 10]].eq(0).all()
@@ -177,10 +192,17 @@ def test_a_half_gradient_is_finite_where_the_scaled_loss_lets_it_be(
     def gradient(x):
         x = x.detach().requires_grad_()
         if fused:
-            value = linear_kl(x, layer, said, temperature, weights)
+            value = linear_kl(x, layer, said, temperature=temperature, weights=weights)
         else:
             some = weights[:4] if chosen else weights
-            value = row_kl(x, said, temperature, which, which, some)
+            value = row_kl(
+                x,
+                said,
+                temperature=temperature,
+                student_rows=which,
+                teacher_rows=which,
+                weights=some,
+            )
         (1e-3 * value).backward()
         return x.grad
 
@@ -224,6 +246,8 @@ def test_no_rows_give_0_with_zero_gradient():
     student, teacher, _ = rows()
     student.requires_grad_()
     none = torch.zeros(0, dtype=torch.int64)
-    value = row_kl(student, teacher, 1.0, none, none)
+    value = row_kl(
+        student, teacher, temperature=1.0, student_rows=none, teacher_rows=none
+    )
     value.backward()
     assert value == 0 and student.grad.eq(0).all()

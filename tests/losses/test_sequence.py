@@ -44,7 +44,7 @@ def naive_sum(loss, nbest, fits, temperature):
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
 def test_weights_are_the_normalised_probabilities_and_sum_to_1(temperature):
     scores = [-1.2, -0.3, -4.0, -0.3]
-    weights = nbest_weights(scores, temperature)
+    weights = nbest_weights(scores, temperature=temperature)
     expected = torch.tensor(naive_weights(scores, temperature), dtype=torch.float64)
     torch.testing.assert_close(weights, expected)
     assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
@@ -53,7 +53,7 @@ def test_weights_are_the_normalised_probabilities_and_sum_to_1(temperature):
 @pytest.mark.parametrize("temperature", [1e-300, 1.0, 1e300])
 @pytest.mark.parametrize("scores", [[-9000.0, -9001.0], [-1e308, 1e308], [-700.0]])
 def test_weights_of_extreme_scores_are_finite_and_sum_to_1(scores, temperature):
-    weights = nbest_weights(scores, temperature)
+    weights = nbest_weights(scores, temperature=temperature)
     assert torch.isfinite(weights).all() and float(weights.sum()) == pytest.approx(1)
 
 
@@ -144,7 +144,9 @@ def ctc_batch(seed=0, n=4, t=7, v=5, blank_id=0, dtype=torch.float64):
 def test_ctc_equals_the_naive_double_loop(seed, n, t, v, blank, temperature):
     blank_id = v - 1 if blank else 0
     logits, lengths, nbest = ctc_batch(seed, n, t, v, blank_id)
-    value = nbest_ctc_loss(logits, lengths, nbest, blank_id, temperature)
+    value = nbest_ctc_loss(
+        logits, nbest, lengths, blank_id=blank_id, temperature=temperature
+    )
     expected = twin_of_ctc(logits, lengths, nbest, blank_id, temperature)
     expected = expected + 0 * logits.sum()
     torch.testing.assert_close(value, expected)
@@ -158,14 +160,15 @@ def test_ctc_gradcheck():
     nbest = [[([1, 2], -0.5), ([], -1.0), ([3, 3], -0.2)], [([2], 0.0)]]
     lengths = torch.tensor([4, 3])
     assert torch.autograd.gradcheck(
-        lambda x: nbest_ctc_loss(x, lengths, nbest, 0, 2.0), (logits,)
+        lambda x: nbest_ctc_loss(x, nbest, lengths, blank_id=0, temperature=2.0),
+        (logits,),
     )
 
 
 def test_one_hypothesis_gives_the_plain_ctc_loss():
     logits = ctc_batch(n=3, t=9, v=6)[0]
     lengths, y = torch.tensor([9, 5, 7]), [[1, 1, 4], [5], [2, 3, 2, 5]]
-    found = nbest_ctc_loss(logits, lengths, [[(labels, -3.0)] for labels in y])
+    found = nbest_ctc_loss(logits, [[(labels, -3.0)] for labels in y], lengths)
     expected = torch.nn.functional.ctc_loss(
         logits.log_softmax(-1).transpose(0, 1),
         torch.tensor([k for labels in y for k in labels]),
@@ -182,11 +185,11 @@ def test_ctc_hypotheses_that_do_not_fit_leave_their_weight_to_the_others():
     fit = [([1, 2, 1], -1.0), ([], -2.0)]
     # Three tokens of which two repeat need five frames.
     more = [([1, 2, 1, 2], 0.0), ([2, 2, 2], 0.0)]
-    found = nbest_ctc_loss(logits, lengths, [more[:1] + fit + more[1:], [([], 0.0)]])
-    expected = nbest_ctc_loss(logits, lengths, [fit, []])
+    found = nbest_ctc_loss(logits, [more[:1] + fit + more[1:], [([], 0.0)]], lengths)
+    expected = nbest_ctc_loss(logits, [fit, []], lengths)
     torch.testing.assert_close(found, expected)
     assert torch.isfinite(found) and found > 0
-    exact = nbest_ctc_loss(logits, torch.tensor([5, 0]), [[([2, 2, 2], 0.0)], []])
+    exact = nbest_ctc_loss(logits, [[([2, 2, 2], 0.0)], []], torch.tensor([5, 0]))
     assert exact > 0
 
 
@@ -194,12 +197,12 @@ def test_ctc_hypotheses_that_do_not_fit_leave_their_weight_to_the_others():
 def test_ctc_does_not_read_padding(value):
     logits, lengths, nbest = ctc_batch(seed=3)
     assert (lengths < 7).sum() > 1
-    expected = nbest_ctc_loss(logits, lengths, nbest)
+    expected = nbest_ctc_loss(logits, nbest, lengths)
     (expected_grad,) = grads_of(expected, [logits])
     padding = torch.arange(7) >= lengths.unsqueeze(1)
     dirty = logits.detach().masked_fill(padding.unsqueeze(-1), value)
     dirty = torch.nn.functional.pad(dirty, (0, 0, 0, 2), value=value).requires_grad_()
-    found = nbest_ctc_loss(dirty, lengths, nbest)
+    found = nbest_ctc_loss(dirty, nbest, lengths)
     (grad,) = grads_of(found, [dirty])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(grad[:, :7], expected_grad)
@@ -209,24 +212,24 @@ def test_ctc_does_not_read_padding(value):
 def test_ctc_of_no_hypotheses_is_0_with_zero_gradient():
     logits, lengths, _ = ctc_batch()
     for nbest in ([[]] * 4, [[([1] * 9, 0.0)], [], [], []]):
-        value = nbest_ctc_loss(logits, lengths, nbest)
+        value = nbest_ctc_loss(logits, nbest, lengths)
         (grad,) = torch.autograd.grad(value, logits)
         assert value == 0 and grad.eq(0).all()
 
 
 def test_empty_hypotheses_alone_are_all_blanks():
     logits, _, _ = ctc_batch(n=1, t=6)
-    found = nbest_ctc_loss(logits, torch.tensor([5]), [[([], -1.0)]])
+    found = nbest_ctc_loss(logits, [[([], -1.0)]], torch.tensor([5]))
     torch.testing.assert_close(found, -logits.log_softmax(-1)[0, :5, 0].sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_ctc_of_half_types_is_computed_in_float32(dtype):
     logits, lengths, nbest = ctc_batch(seed=5, dtype=dtype)
-    expected = nbest_ctc_loss(logits.float(), lengths, nbest)
+    expected = nbest_ctc_loss(logits.float(), nbest, lengths)
     assert expected > 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = nbest_ctc_loss(logits, lengths, nbest)
+        found = nbest_ctc_loss(logits, nbest, lengths)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
     (grad,) = torch.autograd.grad(found, logits)
@@ -264,7 +267,7 @@ def heard():
         [],
         [([5], -2.0), ([5, 6, 1, 8], -0.3), ([1] * 8, -0.1), ([10, 10, 2], -7.0)],
     ]
-    return encoder_out.requires_grad_(), torch.tensor([9, 4, 7]), nbest
+    return encoder_out.requires_grad_(), nbest, torch.tensor([9, 4, 7])
 
 
 def parts_of(model):
@@ -317,7 +320,7 @@ def recipe_loss(model, encoder_out, labels, prune_range, simple_scale):
 
 
 def naive_transducer(loss, heard, temperature):
-    encoder_out, lens, nbest = heard
+    encoder_out, nbest, lens = heard
     return naive_sum(
         lambda n, y: loss(encoder_out[n, : lens[n]], y),
         nbest,
@@ -332,7 +335,13 @@ def test_the_transducer_equals_the_naive_double_loop_over_full_lattices(
     student, heard, simple_scale, temperature
 ):
     inputs = [heard[0], *parts_of(student)]
-    found = nbest_transducer_loss(student, *heard, 8, temperature, simple_scale)
+    found = nbest_transducer_loss(
+        student,
+        *heard,
+        temperature=temperature,
+        prune_range=8,
+        simple_scale=simple_scale,
+    )
     expected = naive_transducer(
         lambda x, y: full_loss(student, x, y, simple_scale), heard, temperature
     )
@@ -347,10 +356,12 @@ def test_the_transducer_equals_the_recipes_pruned_loss_in_a_double_loop(
     quiet_model, heard, prune_range
 ):
     model = quiet_model(seed=2)
-    encoder_out, lens, nbest = heard
-    heard = (encoder_out.detach().float().requires_grad_(), lens, nbest)
+    encoder_out, nbest, lens = heard
+    heard = (encoder_out.detach().float().requires_grad_(), nbest, lens)
     inputs = [heard[0], *parts_of(model)]
-    found = nbest_transducer_loss(model, *heard, prune_range, 2.0, 0.3)
+    found = nbest_transducer_loss(
+        model, *heard, temperature=2.0, prune_range=prune_range, simple_scale=0.3
+    )
     expected = naive_transducer(
         lambda x, y: recipe_loss(model, x, y, prune_range, 0.3), heard, 2.0
     )
@@ -366,19 +377,19 @@ def test_one_hypothesis_gives_the_recipes_own_loss(make_model, features):
         encoder_out, lens = model.forward_encoder(*features)
     y = [[3, 4, 3, 8, 9, 2], [5, 6], [7]]
     simple, pruned = model.forward_transducer(encoder_out, lens, y, prune_range=5)
-    found = nbest_transducer_loss(model, encoder_out, lens, [[(k, -1.0)] for k in y])
+    found = nbest_transducer_loss(model, encoder_out, [[(k, -1.0)] for k in y], lens)
     torch.testing.assert_close(found, pruned + 0.5 * simple)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, 1e30])
 def test_the_transducer_does_not_read_padding(student, heard, value):
-    encoder_out, lens, nbest = heard
+    encoder_out, nbest, lens = heard
     expected = nbest_transducer_loss(student, *heard)
     (expected_grad,) = grads_of(expected, [encoder_out])
     padding = torch.arange(9) >= lens.unsqueeze(1)
     dirty = encoder_out.detach().masked_fill(padding.unsqueeze(-1), value)
     dirty = torch.nn.functional.pad(dirty, (0, 0, 0, 2), value=value).requires_grad_()
-    found = nbest_transducer_loss(student, dirty, lens, nbest)
+    found = nbest_transducer_loss(student, dirty, nbest, lens)
     inputs = [dirty, *parts_of(student)]
     grad, *others = grads_of(found, inputs)
     torch.testing.assert_close(found, expected)
@@ -390,23 +401,23 @@ def test_the_transducer_does_not_read_padding(student, heard, value):
 def test_transducer_hypotheses_that_do_not_fit_leave_their_weight_to_the_others(
     student, heard
 ):
-    encoder_out, lens, nbest = heard
+    encoder_out, nbest, lens = heard
     fit = [[h for h in hyps if 0 < len(h[0]) < 8] for hyps in nbest]
     assert [len(x) for x in fit] == [2, 0, 3]
-    found = nbest_transducer_loss(student, encoder_out, lens, nbest)
-    expected = nbest_transducer_loss(student, encoder_out, lens, fit)
+    found = nbest_transducer_loss(student, encoder_out, nbest, lens)
+    expected = nbest_transducer_loss(student, encoder_out, fit, lens)
     torch.testing.assert_close(found, expected)
     # As many tokens as frames fit.
     assert (
-        nbest_transducer_loss(student, encoder_out, lens, [[], [], [([1] * 7, 0.0)]])
+        nbest_transducer_loss(student, encoder_out, [[], [], [([1] * 7, 0.0)]], lens)
         > 0
     )
 
 
 def test_the_transducer_of_no_hypotheses_is_0_with_zero_gradient(student, heard):
-    encoder_out, lens, _ = heard
+    encoder_out, _, lens = heard
     for nbest in ([[], [], []], [[([], 0.0)], [([1] * 5, 0.0)], []]):
-        value = nbest_transducer_loss(student, encoder_out, lens, nbest)
+        value = nbest_transducer_loss(student, encoder_out, nbest, lens)
         (grad,) = torch.autograd.grad(value, encoder_out)
         assert value == 0 and grad.eq(0).all()
 
@@ -416,17 +427,17 @@ def test_the_transducer_within_autocast_is_float32_finite_and_near(
     make_model, heard, dtype
 ):
     model = make_model(seed=2).eval()
-    encoder_out, lens, nbest = heard
-    expected = nbest_transducer_loss(model, encoder_out.float(), lens, nbest)
+    encoder_out, nbest, lens = heard
+    expected = nbest_transducer_loss(model, encoder_out.float(), nbest, lens)
     encoder_out = encoder_out.detach().to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = nbest_transducer_loss(model, encoder_out, lens, nbest)
-        nothing = nbest_transducer_loss(model, encoder_out, lens, [[], [], []])
+        found = nbest_transducer_loss(model, encoder_out, nbest, lens)
+        nothing = nbest_transducer_loss(model, encoder_out, [[], [], []], lens)
     assert found.dtype == nothing.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.1)
     grads = grads_of(found, [encoder_out, *parts_of(model)])
     assert all(torch.isfinite(g).all() for g in grads) and grads[0].abs().max() > 0
-    outside = nbest_transducer_loss(model, encoder_out, lens, nbest)
+    outside = nbest_transducer_loss(model, encoder_out, nbest, lens)
     torch.testing.assert_close(outside, expected, rtol=0.02, atol=0.1)
 
 
@@ -454,22 +465,22 @@ def test_tokens_that_the_student_lacks_are_refused(call, token):
     loss, x = call
     nbest = [[], [([3], 0.0), ([4, token], -1.0)]]
     message = f"utterance 1 has the token {token}, and the student's are 0 to 10"
-    refused(message, loss, x, torch.tensor([5, 5]), nbest)
+    refused(message, loss, x, nbest, torch.tensor([5, 5]))
 
 
 def test_bad_input_is_refused(call):
     loss, x = call
     lens, nbest = torch.tensor([5, 4]), [[([3], 0.0)], [([4], -1.0)]]
-    refused("lists of 1 utterances and the batch has 2", loss, x, lens, nbest[:1])
+    refused("lists of 1 utterances and the batch has 2", loss, x, nbest[:1], lens)
     for temperature in (0, -1.0, NAN):
-        refused("temperature is", loss, x, lens, nbest, temperature=temperature)
-    refused("lengths go up to 6", loss, x, torch.tensor([5, 6]), nbest)
-    refused("have shape", loss, x[0], lens, nbest)
-    refused("finite", loss, x, lens, [[([3], NAN)], []])
+        refused("temperature is", loss, x, nbest, lens, temperature=temperature)
+    refused("lengths go up to 6", loss, x, nbest, torch.tensor([5, 6]))
+    refused("have shape", loss, x[0], nbest, lens)
+    refused("finite", loss, x, [[([3], NAN)], []], lens)
     for value in (NAN, INF):
         bad = x.clone()
         bad[1, 3, 2] = value
-        refused(r"shape \(2, 5, \d\d\), are not finite", loss, bad, lens, nbest)
+        refused(r"shape \(2, 5, \d\d\), are not finite", loss, bad, nbest, lens)
 
 
 def test_a_transducer_loss_refuses_what_it_cannot_do(make_model):
@@ -479,9 +490,9 @@ def test_a_transducer_loss_refuses_what_it_cannot_do(make_model):
         nbest_transducer_loss,
         make_model(),
         x,
-        lens,
         [[([3, 4], 0.0)]],
+        lens,
         prune_range=1,
     )
     model = make_model(use_transducer=False, use_ctc=True)
-    refused("AsrModel has no decoder", nbest_transducer_loss, model, x, lens, [[]])
+    refused("AsrModel has no decoder", nbest_transducer_loss, model, x, [[]], lens)

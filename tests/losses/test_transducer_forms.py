@@ -56,16 +56,24 @@ class Case:
 
     def student(self):
         return StudentNodes(
-            self.joiner, self.encoder_out, self.lens, self.decoder_out, self.nodes
+            self.joiner, self.encoder_out, self.decoder_out, self.nodes, self.lens
         )
 
     def loss(self, form, temperature=1.0, occupancy=True, seed=5, student=None):
         student = student or self.student()
         if form == "total":
             ctc = self.ctc, self.teacher_ctc
-            return total_kd_loss(student, *ctc, temperature, SHARE)
+            return total_kd_loss(
+                student, *ctc, temperature=temperature, ctc_share=SHARE
+            )
         g = torch.Generator().manual_seed(seed)
-        return nodes_kd_loss(student, temperature, form, occupancy, generator=g)
+        return nodes_kd_loss(
+            student,
+            temperature=temperature,
+            form=form,
+            generator=g,
+            node_weights="occupancy" if occupancy else "equal",
+        )
 
 
 def case(seed=0, n=3, t=5, u=3, v=6, dtype=torch.float64, kept=0.7):
@@ -347,11 +355,19 @@ def test_a_selection_is_the_student_at_these_nodes(asked):
 def test_draws_are_the_nodes_loss_in_expectation(occupancy):
     c = case(seed=3)
     student = c.student()
-    expected = float(nodes_kd_loss(student, occupancy=occupancy))
+    expected = float(
+        nodes_kd_loss(student, node_weights="occupancy" if occupancy else "equal")
+    )
     g = torch.Generator().manual_seed(1)
     draws = torch.stack(
         [
-            nodes_kd_loss(student, 1.0, "sampled_u", occupancy, generator=g).detach()
+            nodes_kd_loss(
+                student,
+                temperature=1.0,
+                form="sampled_u",
+                generator=g,
+                node_weights="occupancy" if occupancy else "equal",
+            ).detach()
             for _ in range(2000)
         ]
     )
@@ -420,7 +436,13 @@ def test_a_range_over_all_labels_gives_the_full_lattices_loss(
     _, taught = full_logits(make_model(seed=1), features)
     nodes = nodes_of(lattice_of(1, s_range))
     found = transducer_kd_loss(
-        student.joiner, *states, nodes, form=form, occupancy=False
+        student.joiner,
+        states[0],
+        states[2],
+        nodes,
+        states[1],
+        form=form,
+        node_weights="equal",
     )
     expected = 0.0
     for n, (t, y) in enumerate(zip(states[1].tolist(), Y)):
@@ -433,7 +455,13 @@ def test_a_range_over_all_labels_gives_the_full_lattices_loss(
                 expected += float(kl(p[i, j], q[i, j], 1.0, classes))
     assert float(found) == pytest.approx(expected, rel=1e-4)
     pruned = transducer_kd_loss(
-        student.joiner, *states, nodes_of(lattice_of(1, 2)), form=form, occupancy=False
+        student.joiner,
+        states[0],
+        states[2],
+        nodes_of(lattice_of(1, 2)),
+        states[1],
+        form=form,
+        node_weights="equal",
     )
     assert float(pruned) != pytest.approx(expected, rel=1e-3)
 
@@ -511,7 +539,7 @@ def test_total_refuses_ctc_outputs_that_do_not_fit():
     )
     refused("temperature is 0", c, ALL[4], temperature=0)
     with pytest.raises(KDError, match="CTC share is 1.5"):
-        total_kd_loss(c.student(), c.ctc, c.teacher_ctc, 1.0, 1.5)
+        total_kd_loss(c.student(), c.ctc, c.teacher_ctc, temperature=1.0, ctc_share=1.5)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -519,7 +547,9 @@ def test_a_total_of_one_head_alone_is_that_heads_loss(share):
     c = case()
     teacher_ctc = c.teacher_ctc.clone()
     teacher_ctc[:, :, 1] = -INF if share == 0 else 0.0  # 0 * -inf is no NaN
-    found = total_kd_loss(c.student(), c.ctc, teacher_ctc, 2.0, share)
+    found = total_kd_loss(
+        c.student(), c.ctc, teacher_ctc, temperature=2.0, ctc_share=share
+    )
     if share == 0:
         expected = c.loss("mean_u", 2.0)
     else:

@@ -674,7 +674,9 @@ def test_sparse_targets_of_a_batch_are_padded(make_cut, make_store, read_targets
     student = torch.randn(5, 21, 11, generator=torch.Generator().manual_seed(0))
     from icefall_kd import ctc_kd_loss
 
-    together = ctc_kd_loss(student, found.parts["ctc"], found.lens, 1.0, found.mask)
+    together = ctc_kd_loss(
+        student, found.parts["ctc"], found.lens, temperature=1.0, mask=found.mask
+    )
     alone = 0.0
     for i, cut in enumerate(cuts):
         one = collate_targets([cut])

@@ -38,7 +38,9 @@ def test_the_loss_is_the_weighted_sum(ctc_weight, hard_weight):
     joint = JointKDLoss(ctc_weight, hard_weight, temperature=3.0)
     hard_loss = hard()
     loss, _ = joint(hard_loss, student, targets)
-    kd = ctc_kd_loss(student.ctc_logits, targets.parts["ctc"], targets.lens, 3.0)
+    kd = ctc_kd_loss(
+        student.ctc_logits, targets.parts["ctc"], targets.lens, temperature=3.0
+    )
     # The terms differ, so swapped weights and a dropped term both give another sum.
     assert kd > 1 and abs(kd - hard_loss) > 1
     assert torch.equal(loss, hard_weight * hard_loss + ctc_weight * kd)
@@ -50,7 +52,7 @@ def test_the_weights_reach_the_gradients():
     loss, _ = JointKDLoss(0.75, 0.5, temperature=2.0)(hard_loss, student, targets)
     loss.backward()
     logits = student.ctc_logits.detach().clone().requires_grad_()
-    ctc_kd_loss(logits, targets.parts["ctc"], targets.lens, 2.0).backward()
+    ctc_kd_loss(logits, targets.parts["ctc"], targets.lens, temperature=2.0).backward()
     assert hard_loss.grad == 0.5
     torch.testing.assert_close(student.ctc_logits.grad, 0.75 * logits.grad)
     assert logits.grad.abs().max() > 0.1
@@ -64,7 +66,9 @@ def test_defaults():
 def test_info_is_the_unweighted_term():
     student, targets = pair()
     _, info = JointKDLoss(0.1, 0.9, 2.0)(hard(), student, targets)
-    kd = ctc_kd_loss(student.ctc_logits, targets.parts["ctc"], targets.lens, 2.0)
+    kd = ctc_kd_loss(
+        student.ctc_logits, targets.parts["ctc"], targets.lens, temperature=2.0
+    )
     assert info == {"kd_ctc_loss": kd.item(), "kd_frames": 8.0}
     assert type(info["kd_ctc_loss"]) is float and type(info["kd_frames"]) is float
 
@@ -73,7 +77,10 @@ def test_frames_beyond_the_longest_utterance_may_differ():
     student, targets = pair(t_student=7, t_teacher=6)
     loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
     kd = ctc_kd_loss(
-        student.ctc_logits[:, :5], targets.parts["ctc"][:, :5], targets.lens, 2.0
+        student.ctc_logits[:, :5],
+        targets.parts["ctc"][:, :5],
+        targets.lens,
+        temperature=2.0,
     )
     assert info["kd_ctc_loss"] == kd.item()
 
@@ -97,7 +104,7 @@ def test_frames_outside_the_mask_do_not_count():
         torch.stack([student.ctc_logits[0, kept], student.ctc_logits[1, :3]]),
         torch.stack([targets.parts["ctc"][0, kept], targets.parts["ctc"][1, :3]]),
         torch.tensor([3, 3]),
-        2.0,
+        temperature=2.0,
     )
     assert info["kd_ctc_loss"] == pytest.approx(kd.item(), rel=1e-6)
     assert info["kd_frames"] == 6.0
@@ -120,7 +127,7 @@ def test_a_part_of_a_cut_may_have_other_frames(lens):
         student.ctc_logits[:, :t],
         targets.parts["ctc"][:, :t],
         torch.tensor(common),
-        2.0,
+        temperature=2.0,
     )
     assert info["kd_ctc_loss"] == pytest.approx(kd.item(), rel=1e-6)
     assert info["kd_frames"] == sum(common)
@@ -226,11 +233,18 @@ def test_the_transducers_term_is_weighed_and_named(transducer):
     assert student.labels.shape == (3, 4) and student.labels[:, 0].eq(0).all()
     joint = JointKDLoss(0.75, 0.5, 2.0, rnnt_weight=0.3, rnnt_form="collapsed")
     loss, info = joint(hard(), student, targets, model)
-    args = (student.encoder_out, student.encoder_out_lens, student.decoder_out)
     kd_rnnt = transducer_kd_loss(
-        model.joiner, *args, targets.parts["nodes"], 2.0, form="collapsed"
+        model.joiner,
+        student.encoder_out,
+        student.decoder_out,
+        targets.parts["nodes"],
+        student.encoder_out_lens,
+        temperature=2.0,
+        form="collapsed",
     )
-    kd_ctc = ctc_kd_loss(student.ctc_logits, targets.parts["ctc"], targets.lens, 2.0)
+    kd_ctc = ctc_kd_loss(
+        student.ctc_logits, targets.parts["ctc"], targets.lens, temperature=2.0
+    )
     torch.testing.assert_close(loss, 0.5 * 37.0 + 0.75 * kd_ctc + 0.3 * kd_rnnt)
     assert kd_rnnt > 0.1 and info["kd_rnnt_loss"] == pytest.approx(float(kd_rnnt))
     loss.backward()
@@ -365,7 +379,9 @@ def test_copies_of_a_batch_have_the_mean_of_their_terms(sparse):
     )
     joint, kd = JointKDLoss(0.75, 0.5, 2.0), []
     for logits in (student.ctc_logits, other):
-        kd.append(ctc_kd_loss(logits, targets.parts["ctc"], targets.lens, 2.0))
+        kd.append(
+            ctc_kd_loss(logits, targets.parts["ctc"], targets.lens, temperature=2.0)
+        )
     loss, info = joint(hard(8.0), doubled, targets)
     torch.testing.assert_close(loss, 4.0 + 0.75 * (kd[0] + kd[1]) / 2)
     assert info["kd_frames"] == 8.0

@@ -85,21 +85,22 @@ def frames(given):
 def by_hand(name, given, student):
     """One term, from the losses' own functions."""
     model, targets = given.model, given.targets
-    states = (student.encoder_out, student.encoder_out_lens, student.decoder_out)
+    lens = student.encoder_out_lens
+    states = (student.encoder_out, student.decoder_out, targets.parts["nodes"], lens)
     if name == "ctc":
-        return ctc_kd_loss(student.ctc_logits, targets.parts["ctc"], targets.lens, T)
-    if name == "rnnt":
-        return transducer_kd_loss(model.joiner, *states, targets.parts["nodes"], T)
-    if name == "full_sum":
-        return full_sum_kd_loss(
-            StudentNodes(model.joiner, *states, targets.parts["nodes"])
+        return ctc_kd_loss(
+            student.ctc_logits, targets.parts["ctc"], targets.lens, temperature=T
         )
+    if name == "rnnt":
+        return transducer_kd_loss(model.joiner, *states, temperature=T)
+    if name == "full_sum":
+        return full_sum_kd_loss(StudentNodes(model.joiner, *states))
     if name == "hidden":
         pairs = layers()
         pairs.build(student, targets)
         return pairs(student, targets, targets.mask)
-    return nbest_ctc_loss(student.ctc_logits, states[1], LISTS) + nbest_transducer_loss(
-        model, *states[:2], LISTS
+    return nbest_ctc_loss(student.ctc_logits, LISTS, lens) + nbest_transducer_loss(
+        model, student.encoder_out, LISTS, lens
     )
 
 
@@ -379,9 +380,9 @@ def evaluations(given, monkeypatch):
     handle = layer.register_forward_hook(lambda *args: calls.append("whole"))
     true = student_nodes.linear_kl
 
-    def linear_kl(*args):
+    def linear_kl(*args, **options):
         calls.append("in chunks")
-        return true(*args)
+        return true(*args, **options)
 
     monkeypatch.setattr(student_nodes, "linear_kl", linear_kl)
     yield calls
@@ -445,15 +446,17 @@ def test_the_options_of_the_lattices_term_reach_it(given):
         {"temperature": 1.0},
     ):
         student = leaves(given.said)
-        states = (student.encoder_out, student.encoder_out_lens, student.decoder_out)
-        nodes = shift(targets.parts["nodes"], options.get("rnnt_shift", 0), states[1])
+        lens = student.encoder_out_lens
+        nodes = shift(targets.parts["nodes"], options.get("rnnt_shift", 0), lens)
         expected = transducer_kd_loss(
             model.joiner,
-            *states,
+            student.encoder_out,
+            student.decoder_out,
             nodes,
-            options.get("temperature", T),
-            options.get("rnnt_form", "nodes"),
-            options.get("node_weights") != "equal",
+            lens,
+            temperature=options.get("temperature", T),
+            form=options.get("rnnt_form", "nodes"),
+            node_weights=options.get("node_weights", "occupancy"),
         )
         _, info = joint_of("rnnt", **options)(hard(), student, targets, model)
         assert info["kd_rnnt_loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -468,11 +471,13 @@ def test_total_mixes_both_heads(given):
     asked = StudentNodes(
         given.model.joiner,
         student.encoder_out,
-        student.encoder_out_lens,
         student.decoder_out,
         given.targets.parts["nodes"],
+        student.encoder_out_lens,
     )
-    expected = total_kd_loss(asked, student.ctc_logits, given.targets.parts["ctc"], T)
+    expected = total_kd_loss(
+        asked, student.ctc_logits, given.targets.parts["ctc"], temperature=T
+    )
     assert info["kd_rnnt_loss"] == pytest.approx(float(expected), rel=1e-5)
     grads = gradients(loss, given, student)
     for name in ("ctc_logits", "joiner.output_linear.weight", "decoder_out"):

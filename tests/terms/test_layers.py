@@ -42,9 +42,12 @@ def test_the_term_is_the_sum_over_pairs():
     said, heard = student(), teacher({"out": 5, 3: 6})
     layers = HiddenLayers(parse_layers("out:out,3:2"), "cosine")
     expected = hidden_kd_loss(
-        hidden_rows(said, "out"), heard.parts["hidden"]["out"], heard.lens, "cosine"
+        hidden_rows(said, "out"),
+        heard.parts["hidden"]["out"],
+        heard.lens,
+        distance="cosine",
     ) + hidden_kd_loss(
-        hidden_rows(said, 2), heard.parts["hidden"][3], heard.lens, "cosine"
+        hidden_rows(said, 2), heard.parts["hidden"][3], heard.lens, distance="cosine"
     )
     torch.testing.assert_close(term(layers, said, heard), expected)
     assert list(layers.modules.parameters()) == [] and expected > 1

@@ -141,7 +141,7 @@ def test_the_lattices_kl_needs_no_second_pass(make_model, features, taught, guid
     nodes = stored_nodes(targets.parts["lattice"])
 
     def kl(logits):
-        parts = (out.encoder_out, out.encoder_out_lens, out.decoder_out, nodes)
+        parts = (out.encoder_out, out.decoder_out, nodes, out.encoder_out_lens)
         asked = StudentNodes(model.joiner, *parts)
         if logits is not None:
             asked.take_logits(*logits)
@@ -168,7 +168,7 @@ def test_a_lattice_that_lacks_a_node_is_asked_again(make_model, features, taught
         decoder_out = model.decoder(torch.nn.functional.pad(lattice.labels, (1, 0)))
     nodes = stored_nodes(targets.parts["lattice"])
     asked = StudentNodes(
-        model.joiner, out.encoder_out, out.encoder_out_lens, decoder_out, nodes
+        model.joiner, out.encoder_out, decoder_out, nodes, out.encoder_out_lens
     )
     asked.take_logits(lattice.ranges[..., :1], lattice.logits[..., :1, :])
     assert asked._logits is None and torch.isfinite(nodes_kd_loss(asked))

@@ -507,10 +507,10 @@ def test_nbest_lists_need_no_store_and_teach_both_heads(
     done = step(model, wrap(cuts)[cuts])
     out, expected = found[0], 0.0
     if lacks != "ctc":
-        expected += nbest_ctc_loss(out.ctc_logits, out.encoder_out_lens, lists_of(sp))
+        expected += nbest_ctc_loss(out.ctc_logits, lists_of(sp), out.encoder_out_lens)
     if lacks != "transducer":
         expected += nbest_transducer_loss(
-            model, out.encoder_out, out.encoder_out_lens, lists_of(sp)
+            model, out.encoder_out, lists_of(sp), out.encoder_out_lens
         )
     assert done.info == {
         "kd_nbest_loss": pytest.approx(float(expected), rel=1e-5),
