@@ -81,16 +81,16 @@ class Side:
         )
         self.optimizer = train.ScaledAdam(groups, lr=0.045, clipping_scale=2.0)
         session.attach(self.params, self.model)
-        self.session = session._session
+        self.session = session.current()
         self.dataset: Any = K2SpeechRecognitionDataset(return_cuts=True)
 
     def open(self, cuts) -> None:
-        session._session = self.session
+        session.resume(self.session)
         self.dataset = session.wrap_dataset(self.dataset, cuts)
 
     def step(self, cuts) -> Dict[str, float]:
         """Seconds of each part."""
-        session._session = self.session
+        session.resume(self.session)
         at = [time.perf_counter()]
         batch = self.dataset[cuts]
         at.append(time.perf_counter())

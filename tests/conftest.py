@@ -100,9 +100,8 @@ def as_found():
     sys.excepthook = hook
     _forget_recipes(path)
     session = sys.modules.get("icefall_kd.training.session")
-    if session is not None and session._session is not None:
-        session._session.hook.close()
-        session._session = None
+    if session is not None:
+        session.detach()
     places = sys.modules.get("icefall_kd.targets.places")
     if places is not None:
         places.forget()

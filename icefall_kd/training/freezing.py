@@ -10,86 +10,98 @@ import torch
 
 from icefall_kd.distributed import rank_and_world_size
 from icefall_kd.student.freeze import Freezer
-from icefall_kd.training.progress import Progress
+from icefall_kd.training.checkpoint import KDCheckpoint
+from icefall_kd.training.clock import EpochClock
 
 
 class Freezing:
-    """What ``--kd-freeze`` asks for, batch by batch.
+    """Freezes and thaws parts of the student by ``--kd-freeze``.
 
     Args:
-      params: The recipe's own.
+      params: The recipe's params.
       model: The student, as the recipe trains it.
-      progress: That of the session, which counts the batches, or one's own.
+      clock: The session's clock.
+      checkpoint: The session's file, which keeps which parts thawed.
+
+    Attributes:
+      thawed: The batch of the whole training that was the first of each thawed part.
 
     Raises:
-      KDError: what :class:`icefall_kd.student.freeze.Freezer` refuses.
+      KDError: What :class:`icefall_kd.student.freeze.Freezer` refuses.
     """
 
-    def __init__(self, params: Dict[str, Any], model, progress: Progress) -> None:
-        self.params, self.progress = params, progress
-        batch = params.get("batch_idx_train")
-        thawed = [
-            part
-            for part, at in progress.thawed.items()
-            if batch is None or at <= batch  # else the checkpoint is an earlier one
-        ]
+    def __init__(
+        self,
+        params: Dict[str, Any],
+        model: torch.nn.Module,
+        clock: EpochClock,
+        checkpoint: KDCheckpoint,
+    ) -> None:
+        self.params, self.clock, self.checkpoint = params, clock, checkpoint
+        self.thawed: Dict[str, int] = {}
+        checkpoint.register("thawed", self)
         self.freezer = Freezer(
-            model, params["kd_freeze"], float(progress.whole()), thawed
+            model, params["kd_freeze"], float(clock.epochs_done()), self.thawed
         )
-        progress.thawed = {part: progress.thawed[part] for part in thawed}
-        self._hook = None
+        self._hook: Any = None
+
+    def state_dict(self) -> Dict[str, int]:
+        """Return which parts thawed, and when."""
+        return dict(self.thawed)
+
+    def load_state_dict(self, state: Dict[str, int]) -> None:
+        """Take over the parts that had thawed by the checkpoint's batch.
+
+        Args:
+          state: That of :meth:`state_dict`, perhaps of a later batch.
+        """
+        batch = self.params.get("batch_idx_train")
+        self.thawed = {
+            part: first_batch
+            for part, first_batch in state.items()
+            if batch is None or first_batch <= batch
+        }
 
     def start(self) -> None:
         """Freeze from the next training batch on."""
-        if self.freezer.pending and not self.progress.kept:
-            self.progress.keep(self.progress.hidden)
         # A plain function: a deep copy of the model shares it.
         self._hook = self.freezer.model.register_forward_pre_hook(
-            lambda module, args: self._before_batch(module)
+            lambda *_: self._before_forward()
         )
 
     def close(self) -> None:
+        """Thaw all parts."""
         if self._hook is not None:
             self._hook.remove()
         self.freezer.close()
-        self.progress.close()
 
     @property
-    def asks_for_fractions(self) -> bool:
+    def needs_fractions(self) -> bool:
         """Whether a part is to thaw within an epoch."""
-        return any(until % 1 for until in self.freezer.pending)
+        return any(epochs % 1 for epochs in self.freezer.pending)
 
-    def _before_batch(self, model) -> None:
+    def _before_forward(self) -> None:
         if not torch.is_grad_enabled():
             return
         for part in self.freezer.update(self._epoch()):
-            self.progress.thawed[str(part)] = int(self.params.get("batch_idx_train", 0))
-            self.progress.learned = True
-            self.progress.save()
-
-    def after_batch(self, trains: bool, batch: Dict[str, Any]) -> None:
-        """Count a training batch, where no session does; keep the file at others."""
-        if trains:
-            self.progress.mark()
-            self.progress.saw(len(batch["supervisions"]["text"]))
-        else:
-            self.progress.save()
+            self.thawed[str(part)] = int(self.params.get("batch_idx_train", 0))
+            self.checkpoint.write()
 
     def _epoch(self) -> float:
-        """How many epochs are done, the same number in all processes.
+        """Return how many epochs are done, the same number in all processes.
 
-        Each counts the cuts of its own batches: within an epoch the first one's count
-        holds for all, or one would thaw what another one still freezes.
+        Each process counts the cuts of its own batches. Within an epoch the first one's
+        count holds for all: else one would thaw what another one still freezes.
         """
-        whole = self.progress.whole()
-        if not any(whole < until < whole + 1 for until in self.freezer.pending):
-            return float(whole)
-        fraction = self.progress.fraction()
+        done = self.clock.epochs_done()
+        if not any(done < epochs < done + 1 for epochs in self.freezer.pending):
+            return float(done)
+        fraction = self.clock.fraction()
         if rank_and_world_size()[1] > 1:
             import torch.distributed as dist
 
             device = next(self.freezer.model.parameters()).device
-            agreed = torch.tensor(fraction, dtype=torch.float64, device=device)
-            dist.broadcast(agreed, 0)
-            fraction = agreed.item()
-        return whole + fraction
+            shared = torch.tensor(fraction, dtype=torch.float64, device=device)
+            dist.broadcast(shared, 0)
+            fraction = shared.item()
+        return done + fraction

@@ -23,7 +23,7 @@ class TimeWarp:
 
     def __init__(self, params: Dict[str, Any], joint, stored: bool, cached: bool):
         self.kind = params["kd_time_warp"]
-        self.followed = None  # a WarpRecord, once the dataset is there
+        self.record = None  # a WarpRecord, once the dataset is there
         if self.kind not in KINDS:
             raise KDError(
                 f"--kd-time-warp is {self.kind}, and must be one of {', '.join(KINDS)}"
@@ -78,5 +78,5 @@ class TimeWarp:
             else:
                 from icefall_kd.targets.warp import WarpRecord
 
-                transforms[i] = self.followed = WarpRecord(transforms[i])
+                transforms[i] = self.record = WarpRecord(transforms[i])
         return dataset

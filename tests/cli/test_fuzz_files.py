@@ -21,8 +21,9 @@ from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens.characters import Characters
+from icefall_kd.training.checkpoint import FILE, KDCheckpoint
+from icefall_kd.training.clock import EpochClock
 from icefall_kd.training.options import read_config
-from icefall_kd.training.progress import FILE, Progress
 
 # What may stand in a JSON file where something else is looked for.
 VALUES: List[Any] = [
@@ -157,13 +158,17 @@ def test_quantizers(tmp_path):
 
 
 def test_the_progress_of_a_training(tmp_path):
+    def read(**params):
+        params["exp_dir"] = tmp_path
+        KDCheckpoint(params, EpochClock(params))
+
     path = tmp_path / FILE
     for values in changed({"first_epoch": 1, "at": {}, "thawed": {}}):
         torch.save(values, path)
-        refused_or_read(lambda: Progress({"exp_dir": tmp_path, "start_epoch": 2}))
+        refused_or_read(lambda: read(start_epoch=2))
     for damaged in cut_short(path.read_bytes()):
         path.write_bytes(damaged)
-        refused_or_read(lambda: Progress({"exp_dir": tmp_path}))
+        refused_or_read(read)
 
 
 @pytest.fixture

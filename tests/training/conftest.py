@@ -1,7 +1,5 @@
 """Settings of a student that is distilled, and cuts with what its teacher said."""
 
-import sys
-
 import pytest
 import torch
 from lhotse import CutSet
@@ -9,15 +7,6 @@ from lhotse import CutSet
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import LogitWriter
 from icefall_kd.training.options import OPTIONS
-
-
-@pytest.fixture(autouse=True)
-def nothing_at_exit():
-    """No session leaves its file in the folder of a test that is over."""
-    yield
-    session = sys.modules.get("icefall_kd.training.session")
-    if session is not None and session._session is not None:
-        session._session.close()
 
 
 @pytest.fixture

@@ -25,19 +25,11 @@ from icefall_kd.errors import KDError
 from icefall_kd.rnnt import get_engine
 from icefall_kd.targets import KDDataset
 from icefall_kd.training import session
-from icefall_kd.training.progress import Progress
+from icefall_kd.training.clock import EpochClock
 
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "zipformer"
 TOO_LONG = timedelta(seconds=120)  # a process that waits for ever fails by then
 ALL = slice(0, 4)
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_frozen():
-    yield
-    if session._freezing is not None:
-        session._freezing.close()
-        session._freezing = None
 
 
 def bits(tensors):
@@ -79,17 +71,17 @@ def cuts(make_cut, make_store):
 
 
 def test_without_the_option_nothing_is_built(make_model, make_params, monkeypatch):
-    monkeypatch.setattr(Progress, "__init__", Untouchable.__iter__)
+    monkeypatch.setattr(EpochClock, "__init__", Untouchable.__iter__)
     model = make_model()
     session.attach(make_params(ctc=0.0), model)
-    assert session._session is session._freezing is None
+    assert session.current() is None
     assert not model._forward_pre_hooks
 
 
 def test_parts_freeze_without_distillation(make_model, make_params, cuts):
     model = make_model().train()
     session.attach(make_params(ctc=0.0, kd_freeze="encoder_embed decoder:2"), model)
-    assert session._session is None
+    assert session.current().distillation is None
     dataset = K2SpeechRecognitionDataset()
     assert session.wrap_dataset(dataset, Untouchable()) is dataset  # whole epochs
     batch, info = dataset[cuts], MetricsTracker()
@@ -127,11 +119,11 @@ def test_with_distillation_batches_are_counted_once(make_model, make_params, cut
         ctc=0.5, kd_freeze="decoder:1.5", cur_epoch=1, num_epochs=3, batch_idx_train=0
     )
     session.attach(params, model)
-    progress = session._session.progress
-    assert progress is session._freezing.progress
+    clock, freezing = session.current().clock, session.current().freezing
+    assert freezing.clock is clock
     session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
-    assert progress.per_epoch == 3
-    progress.per_epoch = 9
+    assert clock.cuts_per_epoch == 3
+    clock.cuts_per_epoch = 9
     batch, trains = KDDataset(K2SpeechRecognitionDataset())[cuts], []
     for epoch in (1, 1, 1, 2, 2, 2):
         params.cur_epoch, info = epoch, MetricsTracker()
@@ -141,14 +133,14 @@ def test_with_distillation_batches_are_counted_once(make_model, make_params, cut
         session.joint_loss(loss, info, model, batch).backward()
         assert info["kd_ctc_loss"] > 0
     assert trains == 5 * [False] + [True]
-    assert progress.seen == 9 and progress.thawed == {"decoder:1.5": 6}
+    assert clock.cuts_seen == 9 and freezing.thawed == {"decoder:1.5": 6}
 
 
 def test_for_a_part_of_an_epoch_the_cuts_are_counted(make_model, make_params, cuts):
     session.attach(make_params(ctc=0.0, kd_freeze="decoder:0.5"), make_model())
     dataset = K2SpeechRecognitionDataset()
     assert session.wrap_dataset(dataset, cuts) is dataset
-    assert session._freezing.progress.per_epoch == 3
+    assert session.current().clock.cuts_per_epoch == 3
 
 
 def test_batches_before_the_first_epoch_thaw_nothing(make_model, make_params, cuts):
@@ -174,7 +166,7 @@ def test_a_refusal_leaves_nothing_behind(make_model, make_params, ctc, words):
     model = make_model()
     with pytest.raises(KDError, match=words if ctc >= 0 else "--kd-ctc-weight"):
         session.attach(make_params(ctc=ctc, kd_freeze=words), model)
-    assert session._session is session._freezing is None
+    assert session.current() is None
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert all(p.requires_grad for p in model.parameters())
 
@@ -187,7 +179,7 @@ def test_attaching_again_thaws_what_was_frozen(make_model, make_params, cuts):
     assert not all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     session.attach(make_params(ctc=0.0), model)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert session._freezing is None and not model._forward_pre_hooks
+    assert session.current() is None and not model._forward_pre_hooks
 
 
 def test_a_copy_of_the_model_runs_and_freezes_nothing(make_model, make_params, cuts):
@@ -196,7 +188,7 @@ def test_a_copy_of_the_model_runs_and_freezes_nothing(make_model, make_params, c
     batch = K2SpeechRecognitionDataset()[cuts]
     recipe_loss(model, batch)
     assert recipe_loss(copy.deepcopy(model), batch) > 0
-    assert session._freezing.freezer.model is model
+    assert session.current().freezing.freezer.model is model
 
 
 # The digits recipe's own training
@@ -419,7 +411,7 @@ def train_apart(given, rank):
     params["kd_freeze"] = "encoder_embed decoder:0.5 joiner:1 encoder.0:1.25"
     wrapped = DDP(model, find_unused_parameters=True)
     session.attach(params, wrapped)
-    session._freezing.progress.per_epoch = 16
+    session.current().clock.cuts_per_epoch = 16
     groups = get_parameter_groups_with_lrs(wrapped, lr=0.02, include_names=True)
     optimizer = ScaledAdam(groups, lr=0.02, clipping_scale=2.0)
     batch, inputs = supervised(given, (slice(0, 1), slice(1, 4))[rank])

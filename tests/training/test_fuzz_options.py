@@ -76,12 +76,7 @@ def toy(teacher_exp, make_model, make_settings, make_cut, make_store, tmp_path):
             print(f"icefall_kd: error: {e.sentence}", file=sys.stderr)
             raise SystemExit(1) from None
         finally:
-            if session._session is not None:
-                session._session.close()
-                session._session = None
-            if session._freezing is not None:
-                session._freezing.close()
-                session._freezing = None
+            session.detach()
 
     return SimpleNamespace(main=main, names=names)
 

@@ -87,7 +87,9 @@ def train(model, params, batches, device="cpu", dtype=torch.bfloat16):
         scaler.update()
         optimizer.zero_grad()
         if params["kd_hidden_weight"]:
-            projectors = session._session.joint.hidden.modules.parameters()
+            projectors = (
+                session.current().distillation.joint.hidden.modules.parameters()
+            )
             parameters += projectors
         assert finite(parameters), step
         found.losses.append(float(loss))

@@ -308,7 +308,7 @@ def test_params_travel_to_processes_and_checkpoints_as_plain_values(
     params = make_params(**{**vars(args), "num_epochs": 30})
     session.attach(params, make_model())
     assert params.kd_ctc_weight == "0:0.8,10:0.5"
-    assert session._session.joint.weights(29)["ctc"] == 0.5
+    assert session.current().distillation.joint.weights(29)["ctc"] == 0.5
     data = pickle.dumps(dict(params))
     assert b"0:0.8,10:0.5" in data and b"icefall_kd" not in data
     assert pickle.loads(data) == dict(params)

@@ -273,7 +273,7 @@ def test_every_batch_of_a_session_has_the_same_keys(
 
 
 def projectors():
-    return session._session.joint.hidden.modules
+    return session.current().distillation.joint.hidden.modules
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
@@ -489,8 +489,9 @@ def seen():
     found = []
 
     def watch():
-        take = session._session.hook.take
-        session._session.hook.take = lambda: found.append(take()) or found[-1]
+        tap = session.current().distillation.tap
+        take = tap.take
+        tap.take = lambda: found.append(take()) or found[-1]
         return found
 
     return watch
@@ -530,7 +531,7 @@ def test_lists_go_with_their_cuts_whatever_the_order(
     cuts = [cuts[2], part_of(cuts[0], 0.3), cuts[0].pad(duration=0.7)]
     session.attach(params(kd_nbest_weight=0.5), student())
     batch = wrap(CutSet.from_cuts(cuts))[CutSet.from_cuts(cuts)]
-    first, second, third = session._session.nbest(batch)
+    first, second, third = session.current().distillation.nbest_lists(batch)
     (one, _, three) = lists_of(sp)
     assert (first, second, third) == (one, three, [])  # by duration
 
@@ -584,7 +585,7 @@ def test_moving_weights_are_logged_times_frames(student, params, store, step):
         assert info["kd_hard_weight"] == pytest.approx(hard * frames)
         assert (info["kd_ctc_loss"] > 0) == (ctc > 0)
     given.cur_epoch = 2
-    assert session._session.progress.per_epoch == 3
+    assert session.current().clock.cuts_per_epoch == 3
     found = [step(model, batch).info["kd_ctc_weight"] / frames for _ in range(2)]
     assert found == [pytest.approx(0.5), pytest.approx(0.0)]  # an epoch is one batch
 
@@ -597,7 +598,7 @@ def test_what_is_logged_is_the_weight_once_icefall_divides_it(
     batch = wrap(cuts)[cuts]
     info = MetricsTracker()
     info.update(step(model, batch).info)
-    factor = session._session.settings["subsampling_factor"]
+    factor = session.current().distillation.params["subsampling_factor"]
     info["frames"] = int((batch["supervisions"]["num_frames"] // factor).sum())
     normal = dict(info.norm_items())
     assert normal["kd_ctc_weight"] == normal["kd_hard_weight"] / 0.3 == 1.0
@@ -776,7 +777,7 @@ def test_a_cache_keeps_no_stand_in_as_a_transcript(
     session.attach(online(kd_cache_dir=str(tmp_path / "on")), model)
     done = step(model, wrap(cuts)[cuts])
     assert done.info["kd_ctc_loss"] > 1
-    writer = session._session.cache.writer
+    writer = session.current().distillation.source.cache.writer
     writer.finish()
     texts = [c.supervisions[0].text for c in CutSet.from_file(writer.manifest)]
     assert len(texts) == 3 and not any(texts)
@@ -891,7 +892,9 @@ def asked(online, bare_cuts, student, sp, monkeypatch):
                 torch.zeros(0),
                 labels=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             )
-            session._session.ask(batch, heard, torch.device("cpu"))
+            session.current().distillation.source.targets(
+                batch, heard, torch.device("cpu")
+            )
         (said,) = found
         return said
 

@@ -31,7 +31,7 @@ def dataset():
 
 def attach(model, params):
     session.attach(params, model)
-    return session._session
+    return session.current().distillation
 
 
 def test_it_is_off_unless_asked_and_the_log_says_so(

@@ -137,7 +137,7 @@ def train(given, rank):
     model = build(given).train()
     wrapped = DDP(model, find_unused_parameters=True)
     session.attach(given.params, wrapped)
-    session._session.progress.per_epoch = 12
+    session.current().clock.cuts_per_epoch = 12
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     rows = (slice(0, 1), slice(1, 4))[rank]
     batch = {"x": given.x[rows], "x_lens": given.x_lens[rows], "y": given.y[rows]}
@@ -152,7 +152,7 @@ def train(given, rank):
         loss.backward()
         optimizer.step()
         infos.append(dict(info))
-    hidden = session._session.joint.hidden
+    hidden = session.current().distillation.joint.hidden
     hidden.step()
     return {
         "infos": infos,

@@ -1,0 +1,277 @@
+"""Distilling one student: its tap, its teacher's targets and the joint loss."""
+
+from typing import Any, Dict, List, Tuple
+
+import torch
+
+from icefall_kd.distributed import rank_and_world_size
+from icefall_kd.kinds.nbest import read_nbest
+from icefall_kd.losses.ctc import ctc_diagnostics
+from icefall_kd.tap import ModelTap
+from icefall_kd.targets.dataset import cuts_of_rows
+from icefall_kd.targets.look import FirstLook
+from icefall_kd.targets.transcripts import StandInTranscripts, stand_in
+from icefall_kd.terms.joint import JointKDLoss
+from icefall_kd.terms.layers import HiddenLayers, parse_layers
+from icefall_kd.terms.schedule import Schedule
+from icefall_kd.training import checks
+from icefall_kd.training.checkpoint import KDCheckpoint
+from icefall_kd.training.clock import EpochClock
+from icefall_kd.training.computed import NoTargets, OnlineTargets
+from icefall_kd.training.online import online_teacher
+from icefall_kd.training.options import WEIGHTS
+from icefall_kd.training.pruning import TeacherRanges
+from icefall_kd.training.stored import StoredTargets
+from icefall_kd.training.time_warp import TimeWarp
+from icefall_kd.training.tokenizer import StudentTokenizer
+from icefall_kd.types import EncoderOut, Targets
+
+
+def joint_loss_of(params: Dict[str, Any], num_epochs: float) -> JointKDLoss:
+    """Return the joint loss that the ``--kd-*`` options describe.
+
+    Args:
+      params: The recipe's params.
+      num_epochs: How many epochs this training has.
+    """
+    hidden = None
+    if params["kd_hidden_layers"]:
+        pairs = parse_layers(params["kd_hidden_layers"])
+        hidden = HiddenLayers(
+            pairs, params["kd_hidden_kind"], params["kd_projector_lr"]
+        )
+    return JointKDLoss(
+        **{f"{name}_weight": params[f"kd_{name}_weight"] for name in WEIGHTS},
+        hard_weight=params["kd_hard_weight"],
+        temperature=params["kd_temperature"],
+        rnnt_form=params["kd_rnnt_form"],
+        rnnt_shift=params["kd_rnnt_shift"],
+        node_weights=params["kd_node_weights"],
+        ctc_frames=params["kd_ctc_frames"],
+        ctc_delay=params["kd_ctc_delay"],
+        hidden=hidden,
+        schedule=Schedule(params["kd_schedule"], num_epochs, params["kd_last_epochs"]),
+    )
+
+
+class Distillation:
+    """Distils one student in a recipe's training.
+
+    Args:
+      params: The recipe's params.
+      model: The student, as the recipe trains it.
+      clock: The session's clock.
+      checkpoint: The session's file, which keeps the projectors.
+
+    Attributes:
+      joint: The joint loss.
+      source: Where targets come from: :class:`StoredTargets`, :class:`OnlineTargets` or
+        :class:`NoTargets`.
+      tap: The student's tap.
+      ranges: Teacher-guided pruning, or None.
+
+    Raises:
+      KDError: An option has a value that can't be used or does not fit the student, the
+        teacher or the other options.
+    """
+
+    def __init__(
+        self,
+        params: Dict[str, Any],
+        model: torch.nn.Module,
+        clock: EpochClock,
+        checkpoint: KDCheckpoint,
+    ) -> None:
+        self.clock, self.checkpoint = clock, checkpoint
+        self.joint = joint_loss_of(params, clock.num_epochs)
+        model = getattr(model, "module", model)
+        checks.leave_out_heads(self.joint, model)
+        self.params = dict(params)
+        self.blank_id = params.get("blank_id", 0)  # no such param: k2's, with CTC alone
+        self.tokenizer = StudentTokenizer(params)
+        has_teacher = bool(params["kd_teacher_exp_dir"])
+        has_cache = bool(params["kd_cache_dir"])
+        checks.check_online(params, self.joint, has_teacher)
+        if params["kd_teacher_ranges"]:
+            checks.check_ranges(self.joint, has_teacher)
+        reads_store = self.joint.needs_targets and (has_cache or not has_teacher)
+        self.time_warp = TimeWarp(params, self.joint, reads_store, has_cache)
+        self.source = self._source()
+        hidden = self.joint.hidden
+        nbest = "nbest" in self.joint.terms
+        self.tap = ModelTap(
+            model,
+            hidden.student_layers if hidden else (),
+            ctc=self.joint.needs_ctc_targets or (nbest and checks.has_ctc(model)),
+            decoder=self.joint.needs_lattice
+            or (nbest and checks.has_transducer(model)),
+        )
+        self.ranges = TeacherRanges(model) if params["kd_teacher_ranges"] else None
+        self._has_untranscribed_cuts = False
+        self._last_batch_trained = True
+        self._state_dict_hook: Any = None
+        if hidden is not None:
+            checkpoint.register("hidden", hidden, "projectors")
+        if self.has_state:
+            # A plain function, which copies of the model share.
+            self._state_dict_hook = model._register_state_dict_hook(
+                lambda *_: self._before_checkpoint()
+            )
+
+    def _source(self) -> Any:
+        if not self.joint.needs_targets:
+            return NoTargets()
+        hidden = self.joint.hidden
+        teacher, name = online_teacher(
+            self.params,
+            hidden.teacher_layers if hidden else [],
+            ctc=self.joint.needs_ctc_targets,
+        )
+        if teacher is None:
+            return StoredTargets(
+                self.params, self.joint, self.tokenizer, self.time_warp
+            )
+        return OnlineTargets(self.params, self.joint, teacher, name, self.tokenizer)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether anything changes while the student trains, beside its parameters."""
+        return self.joint.hidden is not None or self.joint.moves
+
+    def close(self) -> None:
+        """Take all hooks off the model and the engine."""
+        self.tap.close()
+        if self._state_dict_hook is not None:
+            self._state_dict_hook.remove()
+        if self.ranges is not None:
+            self.ranges.close()
+
+    def wrap_dataset(
+        self, dataset: torch.utils.data.Dataset, cuts: FirstLook
+    ) -> torch.utils.data.Dataset:
+        """Return the training dataset with the targets and transcripts of all cuts.
+
+        Args:
+          dataset: The recipe's.
+          cuts: The training cuts.
+        """
+        dataset = self.source.wrap(self.time_warp.apply(dataset), cuts)
+        self.clock.cuts_per_epoch = cuts.total
+        self._has_untranscribed_cuts = bool(cuts.untranscribed)
+        if cuts.total and not cuts.untranscribed:
+            return dataset
+        text = ""
+        if cuts.untranscribed or self.tokenizer.path:
+            text = stand_in(self.tokenizer.tokenizer, self.blank_id)
+        return StandInTranscripts(dataset, text)
+
+    def take_student(self) -> EncoderOut:
+        """Return the outputs of the student's last forward pass."""
+        student = self.tap.take()
+        if self.ranges is not None:
+            student.ranges, student.lattice_logits = self.ranges.take()
+        return student
+
+    def learn(self) -> None:
+        """Let the projectors learn from the last batch, if they have not yet."""
+        self._step()
+        self._last_batch_trained = not self.clock.before_first_epoch
+
+    def _step(self) -> None:
+        projectors = self.joint.hidden
+        if projectors is not None:
+            if self._last_batch_trained:
+                projectors.step()
+            else:
+                projectors.forget()
+
+    def _before_checkpoint(self) -> None:
+        """The recipe reads the student's parameters, perhaps for a checkpoint."""
+        if self.joint.hidden is not None:
+            if rank_and_world_size()[1] > 1:
+                return  # the projectors learn in all processes at once, not in one
+            self._step()
+        self.checkpoint.before_checkpoint()
+
+    def log_ctc_head(self, info: Dict[str, float], student: EncoderOut) -> None:
+        """Log how blank and how peaky the CTC head is on a validation batch.
+
+        Args:
+          info: What the recipe logs of the batch.
+          student: The student's outputs.
+        """
+        if student.ctc_logits is None:
+            return
+        diagnostics = ctc_diagnostics(
+            student.ctc_logits, student.encoder_out_lens, blank_id=self.blank_id
+        )
+        info.update({f"kd_{name}": value for name, value in diagnostics.items()})
+
+    def add_terms(
+        self,
+        loss: torch.Tensor,
+        info: Dict[str, float],
+        student: EncoderOut,
+        targets: Targets,
+        batch: Dict[str, Any],
+        epoch: float,
+    ) -> torch.Tensor:
+        """Return the joint loss of a training batch.
+
+        Args:
+          loss: A scalar, the recipe's loss.
+          info: What the recipe logs of the batch; the terms are added.
+          student: The student's outputs.
+          targets: The teacher's.
+          batch: The recipe's.
+          epoch: How many epochs are done, with the fraction of the present one.
+        """
+        transcribed = bool(batch.get("kd_transcribed", True))
+        loss, terms = self.joint(
+            loss,
+            student,
+            targets,
+            self.tap.model,
+            self.blank_id,
+            epoch=epoch,
+            transcribed=transcribed,
+        )
+        info.update(terms)
+        factor = int(self.params.get("subsampling_factor", 4))
+        frames = float((batch["supervisions"]["num_frames"] // factor).sum())
+        if self.joint.moves:  # icefall divides by frames what it logs
+            for name, weight in self.joint.weights(epoch).items():
+                info[f"kd_{name}_weight"] = weight * frames
+        if self._has_untranscribed_cuts:
+            info["kd_hard_frames"] = frames if transcribed else 0.0
+        return loss
+
+    def targets(
+        self, batch: Dict[str, Any], student: EncoderOut, device: torch.device
+    ) -> Targets:
+        """Return the targets of a training batch.
+
+        Args:
+          batch: The recipe's.
+          student: The student's outputs.
+          device: The student's.
+        """
+        targets = self.source.targets(batch, student, device)
+        if "nbest" in self.joint.terms:
+            targets.parts["nbest"] = self.nbest_lists(batch)
+        return targets
+
+    def nbest_lists(self, batch: Dict[str, Any]) -> List[List[Tuple[List[int], float]]]:
+        """Return the n-best list of each row: token ids and the log score of each
+        hypothesis.
+
+        Args:
+          batch: The recipe's, with its cuts.
+        """
+        lists = []
+        for cut in cuts_of_rows(batch):
+            hypotheses = read_nbest(cut)
+            labels = self.tokenizer.encode([text for text, _ in hypotheses])
+            scores = [score for _, score in hypotheses]
+            lists.append(list(zip(labels, scores)))
+        return lists

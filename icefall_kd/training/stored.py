@@ -1,0 +1,132 @@
+"""The targets that the training cuts carry, as this student can use them."""
+
+import logging
+from typing import Any, Dict, Optional
+
+import torch
+
+from icefall_kd.errors import require
+from icefall_kd.targets.dataset import KDDataset, collate_targets, store_fingerprint
+from icefall_kd.targets.fingerprint import Fingerprint
+from icefall_kd.targets.look import FirstLook
+from icefall_kd.targets.places import look_beside
+from icefall_kd.targets.store import tracks_with_targets
+from icefall_kd.tokens import hash_tokens, token_map
+from icefall_kd.training import checks
+from icefall_kd.training.time_warp import TimeWarp
+from icefall_kd.training.tokenizer import StudentTokenizer
+from icefall_kd.types import EncoderOut, Targets
+
+
+class StoredTargets:
+    """Targets that ``icefall-kd dump`` stored.
+
+    Args:
+      params: The recipe's params.
+      joint: The joint loss.
+      tokenizer: The student's.
+      time_warp: What becomes of SpecAugment's time warp.
+    """
+
+    def __init__(
+        self,
+        params: Dict[str, Any],
+        joint: Any,
+        tokenizer: StudentTokenizer,
+        time_warp: TimeWarp,
+    ) -> None:
+        self.params, self.joint = params, joint
+        self.tokenizer, self.time_warp = tokenizer, time_warp
+
+    def wrap(self, dataset: torch.utils.data.Dataset, cuts: FirstLook) -> KDDataset:
+        """Return the dataset with the targets of its cuts.
+
+        Args:
+          dataset: The recipe's training dataset.
+          cuts: The training cuts.
+
+        Raises:
+          KDError: Cuts have no targets, or the store does not fit the joint loss or
+            the student.
+        """
+        folder = str(self.params.get("manifest_dir") or "")
+        look_beside(folder)
+        missing = self.params["kd_missing"]
+        fingerprint, store = store_fingerprint(cuts, missing)
+        checks.check_kept(self.joint, fingerprint, store)
+        checks.check_path(self.params, self.joint, fingerprint, store)
+        if self.joint.hidden:
+            self.joint.hidden.learn_widths(_layers_of_one(cuts.cuts))
+        symbols = self._token_map(fingerprint, store)
+        frame_shift = self._frame_shift(fingerprint, store)
+        return KDDataset(
+            dataset,
+            missing,
+            frame_shift,
+            symbols,
+            lattice=self.joint.needs_lattice,
+            hidden=bool(self.joint.hidden),
+            time_warp=self.time_warp.record,
+            manifest_dir=folder,
+        )
+
+    def _token_map(
+        self, fingerprint: Fingerprint, store: str
+    ) -> Optional[torch.Tensor]:
+        """The student's id of each of the teacher's tokens; None for the same ids."""
+        names = self.tokenizer.names()
+        tokens = names and hash_tokens(names)
+        symbols = None
+        if tokens and fingerprint.tokens and tokens != fingerprint.tokens:
+            symbols = token_map(store, names, fingerprint.tokens)
+        if symbols is None:
+            blank_id = self.params.get("blank_id", 0)
+            fingerprint.check_student(self.params["vocab_size"], blank_id, tokens)
+            return None
+        checks.check_lattices_stay(self.joint, "the orders of symbols", store)
+        logging.warning(
+            f"The teacher's symbols in {store} stand in another order than the "
+            "student's: targets are reordered"
+        )
+        return symbols
+
+    def _frame_shift(self, fingerprint: Fingerprint, store: str) -> Optional[float]:
+        """Seconds between the student's frames; None where the teacher's are alike."""
+        factor = int(self.params.get("subsampling_factor", 4))
+        shift = factor * fingerprint.feature_shift
+        if abs(shift - fingerprint.frame_shift) <= 1e-6:
+            return None
+        checks.check_lattices_stay(self.joint, "the frame rates", store)
+        logging.warning(
+            f"The teacher gives a frame every {fingerprint.frame_shift} s and the "
+            f"student every {shift} s: targets are resampled in time"
+        )
+        return shift
+
+    def targets(
+        self, batch: Dict[str, Any], student: EncoderOut, device: torch.device
+    ) -> Targets:
+        """Return the targets that the dataset put into a training batch.
+
+        Args:
+          batch: The recipe's.
+          student: The student's outputs, which are not needed.
+          device: The student's, to which the joint loss moves the targets.
+
+        Raises:
+          KDError: The dataset was not wrapped.
+        """
+        require(
+            "kd_targets" in batch,
+            "a training batch has no kd_targets: let the data module call "
+            "wrap_dataset(train, cuts_train) after session.attach() ran",
+        )
+        return batch["kd_targets"]
+
+
+def _layers_of_one(cuts: Any) -> Dict[Any, torch.Tensor]:
+    """The hidden layers of the first cut with targets."""
+    for cut in cuts:
+        if tracks_with_targets(cut):
+            return collate_targets([cut], hidden=True).parts["hidden"]
+    return {}
