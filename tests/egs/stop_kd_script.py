@@ -93,7 +93,7 @@ def prepare(folder: Path) -> None:
 def command(folder: Path) -> List[str]:
     words = [str(SCRIPT), "--asr-dir", str(folder / "icefall/egs/corpus/ASR")]
     words += ["--train-manifests", "train.jsonl.gz", "--python", sys.executable]
-    for name, value in {"warmup": 2, "kd": 2, "finetune": 1}.items():
+    for name, value in {"first": 2, "kd": 2, "last": 1}.items():
         words += [f"--{name}-epochs", str(value)]
     return [*words, "--avg", "2", "--num-jobs", "2"]
 
