@@ -27,7 +27,8 @@ from lhotse import CutSet
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
-from icefall_kd.kinds.codec import Codec, LatticeCodec
+from icefall_kd.kinds.codec import Codec
+from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.tap import ModelTap
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens import load_tokenizer

@@ -9,16 +9,32 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Each public name: its module and its name there.
+# Each public name: its module, and its name there where it is another one.
 _FRONT_DOOR = {
-    "ModelTap": "icefall_kd.tap:ModelTap",
+    # Running a model
+    "ModelTap": "icefall_kd.tap",
     "TeacherHook": "icefall_kd.tap:ModelTap",  # its former name
-    "LogitWriter": "icefall_kd.targets.writer:LogitWriter",
-    "JointKDLoss": "icefall_kd.terms.joint:JointKDLoss",
-    "build_student": "icefall_kd.student.build:build_student",
-    "ctc_kd_loss": "icefall_kd.losses.ctc:ctc_kd_loss",
-    "transducer_kd_loss": "icefall_kd.losses.transducer:transducer_kd_loss",
-    "hidden_kd_loss": "icefall_kd.losses.hidden:hidden_kd_loss",
+    "load_model": "icefall_kd.teacher.loader:load_recipe_model",
+    # Storing targets and reading them
+    "Fingerprint": "icefall_kd.targets.fingerprint",
+    "TargetWriter": "icefall_kd.targets.writer",
+    "LogitWriter": "icefall_kd.targets.writer:TargetWriter",  # its former name
+    "TargetDataset": "icefall_kd.targets.dataset",
+    "KDDataset": "icefall_kd.targets.dataset:TargetDataset",  # its former name
+    # What they exchange
+    "EncoderOut": "icefall_kd.types",
+    "LatticeTargets": "icefall_kd.types",
+    "NoPath": "icefall_kd.types",
+    "Nodes": "icefall_kd.types",
+    "PrunedLattice": "icefall_kd.types",
+    "SparseDistribution": "icefall_kd.types",
+    "Targets": "icefall_kd.types",
+    # The student and its losses
+    "build_student": "icefall_kd.student.build",
+    "JointKDLoss": "icefall_kd.terms.joint",
+    "ctc_kd_loss": "icefall_kd.losses.ctc",
+    "transducer_kd_loss": "icefall_kd.losses.transducer",
+    "hidden_kd_loss": "icefall_kd.losses.hidden",
 }
 
 __all__ = ["__version__", *_FRONT_DOOR]
@@ -28,7 +44,7 @@ def __getattr__(name: str) -> Any:
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _FRONT_DOOR[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return getattr(import_module(module), attribute or name)
 
 
 def __dir__() -> list:

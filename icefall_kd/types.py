@@ -104,6 +104,8 @@ class EncoderOut:
     # and its joiner's logits at their nodes, (N, T, S, V).
     ranges: Optional[torch.Tensor] = None
     lattice_logits: Optional[torch.Tensor] = None
+    # For each row a PrunedLattice with N = 1 or NoPath, on the CPU: a teacher's alone.
+    lattices: Optional[list] = None
 
 
 @dataclass

@@ -424,12 +424,12 @@ def make_store(tmp_path, make_fingerprint, make_logits):
     """Store targets of cuts; return the cuts that carry them."""
     from lhotse import load_manifest
 
-    from icefall_kd.targets import LogitWriter
+    from icefall_kd.targets import TargetWriter
 
     def make(cuts, name="kd", **changes):
         manifest = tmp_path / f"{name}.jsonl.gz"
         fingerprint = make_fingerprint(**changes)
-        with LogitWriter(manifest, tmp_path / name, fingerprint) as writer:
+        with TargetWriter(manifest, tmp_path / name, fingerprint) as writer:
             for cut in cuts:
                 logits = make_logits(cut, vocab_size=fingerprint.vocab_size)
                 writer.write(cut, logits)
@@ -441,10 +441,13 @@ def make_store(tmp_path, make_fingerprint, make_logits):
 @pytest.fixture(scope="session")
 def read_targets():
     """The CTC targets that a cut carries."""
-    from icefall_kd.targets.dataset import read_ctc
-    from icefall_kd.targets.store import Pointer
+    from icefall_kd.targets.dataset import collate_targets
+    from icefall_kd.types import index_rows
 
-    return lambda cut: read_ctc(cut, Pointer.of(cut))
+    def read(cut):
+        return index_rows(collate_targets([cut], kinds=["ctc"]).parts["ctc"], 0)
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -74,10 +74,10 @@ def test_to_write_targets_says_what_it_needs(elsewhere, tmp_path, tree_of):
     code = """
 import sys
 from icefall_kd.errors import KDError
-from icefall_kd.targets import Fingerprint, LogitWriter
+from icefall_kd.targets import Fingerprint, TargetWriter
 mark = Fingerprint("a", "", 11, 0, 4, 0.04, 8000, 20, "kaldi-fbank")
 try:
-    LogitWriter(sys.argv[1] + "/out.jsonl.gz", sys.argv[1] + "/kd", mark)
+    TargetWriter(sys.argv[1] + "/out.jsonl.gz", sys.argv[1] + "/kd", mark)
 except KDError as e:
     print(e)
 """

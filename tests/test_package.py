@@ -32,7 +32,7 @@ def test_the_first_use_of_a_name_imports_it(run_python):
     "name, module",
     [
         ("ModelTap", "icefall_kd.tap"),
-        ("LogitWriter", "icefall_kd.targets.writer"),
+        ("TargetWriter", "icefall_kd.targets.writer"),
         ("JointKDLoss", "icefall_kd.terms.joint"),
         ("build_student", "icefall_kd.student.build"),
         ("ctc_kd_loss", "icefall_kd.losses.ctc"),

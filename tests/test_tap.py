@@ -10,7 +10,7 @@ import torch
 
 from icefall_kd import ModelTap
 from icefall_kd.errors import KDError
-from icefall_kd.kinds.codec import LatticeCodec
+from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.losses.transducer import nodes_of, path_nodes, stored_nodes
 from icefall_kd.tap import ctc_linear
 from icefall_kd.types import PrunedLattice

@@ -85,7 +85,7 @@ class _Sink:
     def _do(self, batch: Batch, said: Said) -> None:
         for i, cut in enumerate(batch.cuts):
             if cut.id not in self.writer:
-                self.records[cut.id] = self.writer.encode(cut, *said.of(i))
+                self.records[cut.id] = self.writer.encode(cut, **said.of(i))
         for cut in batch.window or []:
             if cut.id in self.records:
                 self.writer.append(cut, self.records.pop(cut.id))
@@ -335,7 +335,7 @@ def _rehearse(
     with enough_memory(f"the teacher's pass over the cut {cut.id}", remedy):
         x, x_lens = read_features([cut])
         said = teacher(x.to(device), x_lens.to(device), [cut])
-        encoder.encode(cut, *said.of(0))
+        encoder.encode(cut, **said.of(0))
 
 
 def _ask(

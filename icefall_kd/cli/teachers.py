@@ -25,14 +25,14 @@ class Said:
     lattices: Optional[List[Union[PrunedLattice, NoPath]]] = None  # of each utterance
     hidden: Dict[Layer, torch.Tensor] = field(default_factory=dict)  # (N, T, R, C)
 
-    def of(self, i: int) -> Tuple:
-        """What :meth:`LogitWriter.encode` takes of utterance ``i``."""
+    def of(self, i: int) -> Dict[str, Any]:
+        """What :meth:`TargetWriter.encode` takes of utterance ``i``."""
         n = self.lens[i]
-        return (
-            None if self.ctc is None else self.ctc[i, :n],
-            self.lattices and self.lattices[i],
-            {layer: x[i, :n] for layer, x in self.hidden.items()},
-        )
+        return {
+            "ctc": None if self.ctc is None else self.ctc[i, :n],
+            "lattice": self.lattices and self.lattices[i],
+            "hidden": {layer: x[i, :n] for layer, x in self.hidden.items()},
+        }
 
 
 class Teacher:

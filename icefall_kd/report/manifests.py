@@ -69,8 +69,7 @@ def stored_by(cuts: Iterable[Cut]) -> Stored:
         except KDError:
             found.missing.append(store)
             continue
-        parts = {"ctc": mark.ctc, "lattice": mark.lattice, "hidden": mark.hidden}
-        kept = ", ".join(f"{name} {form}" for name, form in parts.items() if form)
+        kept = ", ".join(f"{name} {form}" for name, form in mark.forms.items())
         if kept not in found.kept:
             found.kept.append(kept)
     return found

@@ -1,10 +1,8 @@
-"""Reads targets in the dataset's workers, and lines them up with the batch."""
+"""Reads targets in the workers of the data loader, and lines them up with the batch."""
 
-from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch
@@ -12,8 +10,8 @@ from lhotse import CutSet
 from lhotse.cut import Cut, MonoCut
 from lhotse.utils import compute_num_frames
 
-from icefall_kd.errors import KDError
-from icefall_kd.kinds.hidden import Layer
+from icefall_kd.errors import KDError, require
+from icefall_kd.kinds import KINDS, TargetKind
 from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.look import FirstLook
 from icefall_kd.targets.places import look_beside
@@ -28,31 +26,26 @@ from icefall_kd.targets.store import (
     tracks_with_targets,
 )
 from icefall_kd.targets.warp import WarpRecord
-from icefall_kd.types import (
-    Distribution,
-    LatticeTargets,
-    SparseDistribution,
-    Targets,
-    index_rows,
-)
+from icefall_kd.types import Targets
 
 MISSING = ("refuse", "hard")
-ROUNDING = 1e-6  # seconds; what sums and differences of times leave is below
+ROUNDING = 1e-6  # seconds; above the rounding errors of sums of times
 
 
 @dataclass
 class _Piece:
-    """Frames first to last of a record, and the frame of the cut where they begin."""
+    """The frames of one record that a row has."""
 
-    at: int
-    first: int
-    last: int
+    begin: int  # the row's frame where they begin
+    first: int  # frame of the record
+    last: int  # frame of the record behind them
     pointer: Pointer
-    whole: bool  # the cut as the teacher heard it, at the start of the row's cut
+    is_whole: bool  # whether the row's cut begins as the cut that was dumped, unchanged
 
     @property
     def end(self) -> int:
-        return self.at + self.last - self.first
+        """The row's frame behind them."""
+        return self.begin + self.last - self.first
 
 
 def _frames(seconds: float, frame_shift: float) -> int:
@@ -63,350 +56,330 @@ def _frames(seconds: float, frame_shift: float) -> int:
 
 
 def _piece(offset: float, cut: MonoCut, pointer: Pointer) -> _Piece:
-    """What ``cut`` has kept of its record.
+    """The frames of a record that are left in ``cut``.
 
-    Frames are counted from the start of the cut that the teacher heard, and rounded
-    to the nearest, as Lhotse rounds its temporal arrays.
+    Frames are counted from the start of the cut that was dumped, and rounded to the
+    nearest, as Lhotse rounds its temporal arrays.
+
+    Args:
+      offset: Seconds from the start of the row's cut.
+      cut: A part of the cut that was dumped, or that cut itself.
+      pointer: That of ``cut``.
     """
     check_unmoved(cut, pointer)
     shift = fingerprint_of(pointer).frame_shift
-    at = _frames(offset, shift)
-    moved = max(abs(cut.start - pointer.start), abs(cut.duration - pointer.duration))
-    if moved < ROUNDING:
-        return _Piece(at, 0, pointer.frames, pointer, offset == 0)
+    begin = _frames(offset, shift)
+    change = max(abs(cut.start - pointer.start), abs(cut.duration - pointer.duration))
+    if change < ROUNDING:
+        return _Piece(begin, 0, pointer.frames, pointer, offset == 0)
     first = _frames(cut.start - pointer.start, shift)
     last = first + max(1, _frames(cut.duration, shift))
     first = min(first, pointer.frames)
-    return _Piece(at, first, min(last, pointer.frames), pointer, False)
+    return _Piece(begin, first, min(last, pointer.frames), pointer, False)
 
 
 def _pieces(cut: Cut, missing: str) -> List[_Piece]:
-    """What the tracks of ``cut`` carry, in time's order."""
+    """The frames that the tracks of ``cut`` carry targets for, in the order of time."""
     pieces = [_piece(*track) for track in tracks_with_targets(cut)]
     if not pieces and missing == "refuse":
         raise KDError(
             f"the cut {cut.id} has no targets ({FIELD}): {REMEDY}, or let such cuts "
             "have the hard loss alone with --kd-missing hard"
         )
-    pieces.sort(key=lambda p: p.at)
-    for a, b in zip(pieces, pieces[1:]):
-        if a.end > b.at + 1:
+    pieces.sort(key=lambda piece: piece.begin)
+    for piece, following in zip(pieces, pieces[1:]):
+        overlap = piece.end - following.begin
+        if overlap > 1:
             raise KDError(
                 f"the cut {cut.id} mixes two cuts with targets, and both speak at "
-                f"frames {b.at} to {min(a.end, b.end) - 1}: mix with cuts that carry "
-                "none, such as noise"
+                f"frames {following.begin} to {min(piece.end, following.end) - 1}: mix "
+                "with cuts that carry none, such as noise"
             )
-        a.last = min(a.last, a.first + b.at - a.at)
+        if overlap == 1:  # both were rounded up
+            piece.last -= 1
     return pieces
 
 
-@contextmanager
-def _told(pieces: List[_Piece]) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, RuntimeError) as e:
-        raise KDError(
-            f"the targets of cuts {pieces[0].pointer.cut} to {pieces[-1].pointer.cut} "
-            f"can't be read ({type(e).__name__}: {e}): make them again with "
-            "`icefall-kd dump --overwrite`"
-        ) from None
-
-
-def _decode(
-    pieces: List[_Piece], records: List[Dict[str, bytes]]
-) -> Optional[Distribution]:
-    """All frames of all records, one record's behind the other's."""
-    found = read_fingerprint(pieces[0].pointer.store)
-    codec, _ = found.codecs()
-    if codec is None:
-        return None
-    frames = [p.pointer.frames for p in pieces]
-    with _told(pieces):
-        return codec.decode([r["ctc"] for r in records], frames, found.vocab_size)
-
-
-def _decode_hidden(
-    pieces: List[_Piece], records: List[Dict[str, bytes]]
-) -> Dict[Layer, torch.Tensor]:
-    found = read_fingerprint(pieces[0].pointer.store)
-    if not found.hidden:
-        raise KDError(
-            f"the store {pieces[0].pointer.store} keeps no hidden layers: dump with "
-            "--keep-hidden out:half"
-        )
-    layers = {}
-    for codec in found.hidden_codecs():
-        with _told(pieces):
-            layers[codec.layer] = torch.cat(
-                [
-                    codec.decode(r[codec.part], p.pointer.frames)
-                    for p, r in zip(pieces, records)
-                ]
-            )
-    return layers
-
-
-def _lattice(piece: _Piece, record: Dict[str, bytes]) -> Optional[LatticeTargets]:
-    """The lattice of a cut; None where no path gets through it."""
-    found = read_fingerprint(piece.pointer.store)
-    _, codec = found.codecs()
-    if codec is None:
-        raise KDError(
-            f"the store {piece.pointer.store} keeps no lattices: dump with "
-            "--keep-lattice collapsed"
-        )
-    if "lattice" not in record:
-        return None
-    with _told([piece]):
-        return codec.decode(record["lattice"], found.vocab_size)
-
-
-def kept_frames(cut: MonoCut, pointer: Pointer) -> int:
-    """How many frames of its record ``cut`` has kept."""
-    piece = _piece(0.0, cut, pointer)
-    return piece.last - piece.first
-
-
-def read_ctc(cut: MonoCut, pointer: Pointer) -> Optional[Distribution]:
-    """The CTC targets of the frames that ``cut`` has kept; None where there are none.
-
-    Raises:
-      KDError: a cut whose time has moved, or a record that is damaged.
-    """
-    piece = _piece(0.0, cut, pointer)
-    rows = _decode([piece], [pointer.read()])
-    return None if rows is None else index_rows(rows, slice(piece.first, piece.last))
-
-
 def collate_targets(
-    cuts: List[Cut],
-    missing: str = "refuse",
-    lattice: bool = False,
-    hidden: bool = False,
+    cuts: List[Cut], missing: str = "refuse", kinds: Optional[Sequence[str]] = None
 ) -> Targets:
     """Read and pad the targets of ``cuts``, one row a cut.
 
     A mixed cut has the targets of each of its tracks, at that track's place; where none
-    of them speaks, in noise and padding, ``mask`` is False.
+    of them has any, in noise and padding, ``mask`` is False.
 
     Args:
       cuts: MonoCuts or MixedCuts.
       missing: What becomes of a cut without targets: "refuse", or "hard", a row whose
         mask is False throughout.
-      lattice: Read lattices too; of whole cuts only.
-      hidden: Read hidden layers too.
+      kinds: The kinds of targets to be read; None for all that the store holds.
+
+    Raises:
+      KDError: a cut without targets that is to be refused, whose time has moved, or
+        that mixes speech with speech; a record that is damaged; stores of different
+        teachers, or without one of ``kinds``.
     """
-    batch = [_pieces(cut, missing) for cut in cuts]
-    lens = [max((p.end for p in pieces), default=0) for pieces in batch]
-    pieces = [p for row in batch for p in row]
-    records = [p.pointer.read() for p in pieces]  # first: it refuses a wrong pointer
+    pieces_of_rows = [_pieces(cut, missing) for cut in cuts]
+    lens = [max((p.end for p in pieces), default=0) for pieces in pieces_of_rows]
+    # The records of the batch, numbered row by row and in the order of time. Their
+    # frames are numbered too, one record's behind the other's; `index` has the number
+    # of the frame that each frame of each row takes, -1 for one without targets:
+    #
+    #   record 0 of 5 frames, record 1 of 3     0 1 2 3 4 | 5 6 7
+    #   a row: record 0 without its first two
+    #   frames, two frames of noise, record 1   2 3 4 -1 -1 5 6 7
+    pieces: List[_Piece] = []
     index = np.full((len(cuts), max(lens, default=0)), -1)
-    begin = 0
-    for i, row in enumerate(batch):
-        for p in row:
-            index[i, p.at : p.end] = np.arange(begin + p.first, begin + p.last)
-            begin += p.pointer.frames
-    whole = [len(row) == 1 and row[0].whole for row in batch]
+    whole: List[Optional[int]] = []  # the record that a row consists of, if of one
+    frames_before = 0
+    for row, pieces_of_row in enumerate(pieces_of_rows):
+        is_whole = len(pieces_of_row) == 1 and pieces_of_row[0].is_whole
+        whole.append(len(pieces) if is_whole else None)
+        for piece in pieces_of_row:
+            index[row, piece.begin : piece.end] = np.arange(
+                frames_before + piece.first, frames_before + piece.last
+            )
+            frames_before += piece.pointer.frames
+            pieces.append(piece)
     index = torch.from_numpy(index)
-    parts: Dict[str, Any] = {}
-    for store in {p.pointer.store for p in pieces}:
-        first = pieces[0].pointer.store
-        read_fingerprint(first).check_same(read_fingerprint(store), first)
-    if pieces:
-        flat, at = _decode(pieces, records), index.clamp(min=0)
-        if flat is not None:
-            parts["ctc"] = index_rows(flat, at)
-        if hidden:
-            parts["hidden"] = index_rows(_decode_hidden(pieces, records), at)
-    if lattice:
-        read = iter(records)
-        parts["lattice"] = lattices = []
-        for row, complete in zip(batch, whole):
-            of_row = [(p, next(read)) for p in row]
-            lattices.append(_lattice(*of_row[0]) if complete else None)
-    lens, whole = torch.tensor(lens), torch.tensor(whole)
-    return Targets(lens, index >= 0, whole, parts)
+    pointers = [piece.pointer for piece in pieces]
+    parts = _read_parts(pointers, index.clamp(min=0), whole, kinds) if pieces else {}
+    is_whole = torch.tensor([record is not None for record in whole])
+    return Targets(torch.tensor(lens), index >= 0, is_whole, parts)
+
+
+def _read_parts(
+    pointers: List[Pointer],
+    index: torch.Tensor,
+    whole: List[Optional[int]],
+    names: Optional[Sequence[str]],
+) -> Dict[str, Any]:
+    """The values of each kind, for ``Targets.parts``."""
+    records = [p.read() for p in pointers]  # first: it refuses a wrong pointer
+    frames = [p.frames for p in pointers]
+    store = pointers[0].store
+    fingerprint = read_fingerprint(store)
+    for other_store in {p.store for p in pointers}:
+        fingerprint.check_same(read_fingerprint(other_store), store)
+    parts = {}
+    for name in fingerprint.kinds if names is None else names:
+        require(
+            name in KINDS,
+            f"stores hold no kind of target {name!r}: give some of {', '.join(KINDS)}",
+        )
+        kind = fingerprint.kinds.get(name)
+        require(
+            kind is not None,
+            f"the store {store} keeps no {KINDS[name].title}: dump with "
+            f"{KINDS[name].example}",
+        )
+        try:
+            parts[name] = kind.collate(records, frames, index, whole)
+        except (ValueError, KeyError, RuntimeError) as e:
+            raise KDError(
+                f"the targets of cuts {pointers[0].cut} to {pointers[-1].cut} can't be "
+                f"read ({type(e).__name__}: {e}): make them again with `icefall-kd "
+                "dump --overwrite`"
+            ) from None
+    return parts
 
 
 def resample_frames(
-    targets: Targets, frame_shift: float, wanted_shift: float
+    targets: Targets, frame_shift: float, student_frame_shift: float
 ) -> Targets:
-    """Targets of one frame rate for a student of another.
+    """Bring targets to the frame rate of a student.
 
-    The student's frame j takes the teacher's frame that is spoken at its middle,
-    floor((j + 1/2) wanted_shift / frame_shift); the mask goes with it.
-    """
-    # In whole microseconds: 3 frames / (0.01 s / 0.03 s) are 8.999 in floating point.
-    mine, wanted = round(1e6 * frame_shift), round(1e6 * wanted_shift)
-    if mine == wanted:
-        return targets
-    frames = torch.arange(targets.mask.size(1) * mine // wanted)
-    at = (slice(None), (2 * frames + 1) * wanted // (2 * mine))
-    lens = targets.lens * mine // wanted
-    whole = torch.zeros_like(targets.whole)  # front ends differ at the edges
-    parts = {k: x for k, x in targets.parts.items() if k in ("ctc", "hidden")}
-    return Targets(lens, targets.mask[at], whole, index_rows(parts, at))
-
-
-def map_symbols(targets: Targets, symbols: torch.Tensor) -> Targets:
-    """Targets over the student's symbols.
+    The student's frame j takes the teacher's frame at its middle, floor((j + 1/2)
+    student_frame_shift / frame_shift); the mask goes with it.
 
     Args:
-      targets: Over the teacher's V symbols.
-      symbols: (V,), the student's index of each. Where two of the teacher's become
-        one, their probabilities add up. All the student's symbols must occur.
+      targets: The teacher's.
+      frame_shift: Seconds between two frames of the teacher.
+      student_frame_shift: Seconds between two frames of the student.
+
+    Returns:
+      The targets, without the kinds that can't be resampled.
     """
-    size = int(symbols.max()) + 1
-    if len(torch.unique(symbols)) != size or int(symbols.min()) < 0:
-        raise KDError(
-            f"the symbols map to {len(torch.unique(symbols))} of the student's {size}: "
-            "all of them must occur"
-        )
-    ctc = targets.parts.get("ctc")
-    if ctc is None:
-        pass
-    elif isinstance(ctc, SparseDistribution):
-        ctc = SparseDistribution(symbols[ctc.indices], ctc.log_probs, ctc.log_tail)
-        if len(symbols) != size:
-            raise KDError(
-                f"{len(symbols)} symbols of the teacher become {size} of the student, "
-                "and sparse targets can only be reordered: dump with --keep dense"
-            )
-    elif len(symbols) == size:
-        out = torch.empty_like(ctc)
-        out[..., symbols] = ctc
-        ctc = out
-    else:
-        out = ctc.new_zeros((*ctc.shape[:-1], size))
-        index = symbols.expand(ctc.shape)
-        ctc = out.scatter_add_(-1, index, ctc.softmax(-1)).log()
-    parts = {k: x for k, x in targets.parts.items() if k != "lattice"}
-    return replace(targets, parts={**parts, **({} if ctc is None else {"ctc": ctc})})
+    # In whole microseconds: 3 frames / (0.01 s / 0.03 s) are 8.999 in floating point.
+    old, new = round(1e6 * frame_shift), round(1e6 * student_frame_shift)
+    if old == new:
+        return targets
+    frames = torch.arange(targets.mask.size(1) * old // new)
+    index = (slice(None), (2 * frames + 1) * new // (2 * old))
+    return Targets(
+        targets.lens * old // new,
+        targets.mask[index],
+        torch.zeros_like(targets.whole),  # front ends differ at the edges
+        _of_each_kind(targets, lambda kind, x: kind.index_frames(x, index)),
+    )
+
+
+def map_tokens(targets: Targets, token_ids: torch.Tensor) -> Targets:
+    """Express targets in the student's tokens.
+
+    Args:
+      targets: Over the teacher's V tokens.
+      token_ids: (V,), the student's id of each. Where two of the teacher's become one,
+        their probabilities add up. All the student's tokens must occur.
+
+    Returns:
+      The targets, without the kinds that can't be mapped.
+
+    Raises:
+      KDError: ids that leave out a token of the student's, or sparse targets where two
+        tokens become one.
+    """
+    size, count = int(token_ids.max()) + 1, len(torch.unique(token_ids))
+    require(
+        count == size and int(token_ids.min()) >= 0,
+        f"the tokens map to {count} of the student's {size}: all of them must occur",
+    )
+    parts = _of_each_kind(targets, lambda kind, x: kind.map_tokens(x, token_ids))
+    return replace(targets, parts=parts)
+
+
+def _of_each_kind(
+    targets: Targets, function: Callable[[Type[TargetKind], Any], Any]
+) -> Dict[str, Any]:
+    """Apply a function to each kind's values; leave out what it returns None for."""
+    parts = {name: function(KINDS[name], x) for name, x in targets.parts.items()}
+    return {name: x for name, x in parts.items() if x is not None}
 
 
 def store_fingerprint(
     cuts: Iterable[Cut], missing: str = "refuse"
 ) -> Tuple[Fingerprint, str]:
-    """The fingerprint of the stores that carry the targets of ``cuts``, and the first
-    store's folder.
+    """Return the fingerprint of the stores that hold the targets of ``cuts``.
 
     Args:
       cuts: The training cuts, or a :class:`~icefall_kd.targets.look.FirstLook` at them.
       missing: Whether to "refuse" cuts without targets, or to train "hard" on them.
 
+    Returns:
+      The fingerprint, and the first store's folder.
+
     Raises:
       KDError: if any cut has no targets (with ``missing="hard"``: if none has), or if
         the stores are of different teachers.
     """
-    bare, left_out, total, first, stores = 0, 0, 0, "", Counter()
+    bare, left_out, total, first_bare, stores = 0, 0, 0, "", set()
     for cut in cuts if isinstance(cuts, FirstLook) else FirstLook(cuts):
         total += 1
-        found = {pointer.store for _, _, pointer in tracks_with_targets(cut)}
-        stores.update(found)
-        if not found:
+        stores_of_cut = {pointer.store for _, _, pointer in tracks_with_targets(cut)}
+        stores.update(stores_of_cut)
+        if not stores_of_cut:
             bare += 1
             left_out += is_left_out(cut)
-            first = first or cut.id
+            first_bare = first_bare or cut.id
     if bare and (missing == "refuse" or bare == total):
-        words = f"{bare} of {total} training cuts have no targets ({FIELD}), {first} "
-        if missing == "refuse" and bare == left_out:
-            raise KDError(
-                f"{words}the first, as `icefall-kd dump` left them out: let such cuts "
-                "have the hard loss alone with --kd-missing hard, or leave them out of "
-                "the training"
-            )
+        _refuse_bare(bare, total, first_bare, missing == "refuse" and bare == left_out)
+    require(stores, "there are no training cuts: check --manifest-dir")
+    fingerprints = {path: Fingerprint.read(Path(path)) for path in sorted(stores)}
+    first_store, first_fingerprint = next(iter(fingerprints.items()))
+    for path, fingerprint in fingerprints.items():
+        fingerprint.check_same(first_fingerprint, path)
+    return first_fingerprint, first_store
+
+
+def _refuse_bare(bare: int, total: int, cut_id: str, all_left_out: bool) -> None:
+    """Refuse training cuts of which some have no targets, ``cut_id`` the first."""
+    words = f"{bare} of {total} training cuts have no targets ({FIELD}), {cut_id} "
+    if all_left_out:
         raise KDError(
-            f"{words}the first: {REMEDY}, let such cuts have the hard loss alone with "
-            "--kd-missing hard, or switch distillation off with --kd-ctc-weight 0"
+            f"{words}the first, as `icefall-kd dump` left them out: let such cuts "
+            "have the hard loss alone with --kd-missing hard, or leave them out of "
+            "the training"
         )
-    if not stores:
-        raise KDError("there are no training cuts: check --manifest-dir")
-    prints = {path: Fingerprint.read(Path(path)) for path in sorted(stores)}
-    path, found = next(iter(prints.items()))
-    for other, value in prints.items():
-        value.check_same(found, other)
-    return found, path
+    raise KDError(
+        f"{words}the first: {REMEDY}, let such cuts have the hard loss alone with "
+        "--kd-missing hard, or switch distillation off with --kd-ctc-weight 0"
+    )
 
 
 def cuts_of_rows(batch: Dict[str, Any]) -> List[Cut]:
-    """The cut of each row of a batch's features."""
+    """Return the cut of each row of a batch's features.
+
+    Args:
+      batch: Of lhotse's ``K2SpeechRecognitionDataset``, with its cuts.
+    """
     supervisions = batch["supervisions"]
-    # The dataset sorts cuts; only these two say which row is whose.
+    # The dataset sorts cuts; only these two tell which row is whose.
     rows: List[Any] = [None] * len(batch["inputs"])
     for cut, row in zip(supervisions["cut"], supervisions["sequence_idx"]):
         rows[int(row)] = cut
     return rows
 
 
-class KDDataset(torch.utils.data.Dataset):
+class TargetDataset(torch.utils.data.Dataset):
     """``K2SpeechRecognitionDataset`` plus ``batch["kd_targets"]``.
 
     Args:
-      dataset: The recipe's dataset. It must give the cuts back; ``return_cuts`` is
+      dataset: The recipe's dataset. It must return the cuts too; ``return_cuts`` is
         switched on.
       missing: What becomes of a cut without targets: "refuse" or "hard".
+      kinds: The kinds of targets to be read; None for all that the store holds.
       frame_shift: Seconds between two frames of the student's encoder; by default the
         teacher's. See :func:`resample_frames`.
-      symbols: The student's index of each of the teacher's symbols, where they differ.
-        See :func:`map_symbols`. Lattices are not mapped, and go without.
-      lattice: Read lattices too, the part "lattice".
-      hidden: Read hidden layers too, the part "hidden".
-      time_warp: What the dataset's time warps do, which targets are to follow.
-      manifest_dir: The manifest's folder, in which a store is looked for that is no
-        longer where its cuts say.
+      token_ids: (V,), the student's id of each of the teacher's tokens, where they
+        differ. See :func:`map_tokens`.
+      time_warp: Records the dataset's time warps, which the targets follow.
+      manifest_dir: The manifest's folder, in which a store is looked for that is not in
+        the folder that its cuts name.
     """
 
     def __init__(
         self,
         dataset: torch.utils.data.Dataset,
         missing: str = "refuse",
+        kinds: Optional[Sequence[str]] = None,
         frame_shift: Optional[float] = None,
-        symbols: Optional[torch.Tensor] = None,
-        lattice: bool = False,
-        hidden: bool = False,
+        token_ids: Optional[torch.Tensor] = None,
         time_warp: Optional[WarpRecord] = None,
         manifest_dir: str = "",
     ) -> None:
-        if not hasattr(dataset, "return_cuts"):
-            raise KDError(
-                f"{type(dataset).__name__} has no return_cuts, and targets need the "
-                "cuts of a batch: use lhotse's K2SpeechRecognitionDataset"
-            )
-        if missing not in MISSING:
-            raise KDError(f"missing is {missing!r}, and must be one of {MISSING}")
+        require(
+            hasattr(dataset, "return_cuts"),
+            f"{type(dataset).__name__} has no return_cuts, and targets need the cuts "
+            "of a batch: use lhotse's K2SpeechRecognitionDataset",
+        )
+        require(
+            missing in MISSING, f"missing is {missing!r}, and must be one of {MISSING}"
+        )
         dataset.return_cuts = True
         self.dataset = dataset
         self.missing = missing
+        self.kinds = kinds
         self.frame_shift = frame_shift
-        self.symbols = symbols
-        self.lattice = lattice
-        self.hidden = hidden
+        self.token_ids = token_ids
         self.time_warp = time_warp
         self.manifest_dir = manifest_dir
         look_beside(manifest_dir)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        """In a worker that is a new process, and not forked."""
+        """Restore the dataset in a worker that is a new process, and not forked."""
         self.__dict__.update(state)
         look_beside(self.manifest_dir)
 
     def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
         batch = self.dataset[cuts]
         rows = cuts_of_rows(batch)
-        targets = collate_targets(rows, self.missing, self.lattice, self.hidden)
-        teacher = _first_fingerprint(rows)
-        if teacher is None:  # no row has targets
-            batch["kd_targets"] = targets
-            return batch
-        shift = self.frame_shift or teacher.frame_shift
-        targets = resample_frames(targets, teacher.frame_shift, shift)
-        if self.symbols is not None:
-            targets = map_symbols(targets, self.symbols)
-        if self.time_warp is not None:
-            factor = round(shift / teacher.feature_shift)
-            targets = self.time_warp.move(targets, factor)
+        targets = collate_targets(rows, self.missing, self.kinds)
+        fingerprint = _first_fingerprint(rows)
+        if fingerprint is not None:  # else no row has targets
+            targets = self._fit_student(targets, fingerprint)
         batch["kd_targets"] = targets
         return batch
+
+    def _fit_student(self, targets: Targets, fingerprint: Fingerprint) -> Targets:
+        """The targets at the student's frame rate, tokens and warped time."""
+        shift = self.frame_shift or fingerprint.frame_shift
+        targets = resample_frames(targets, fingerprint.frame_shift, shift)
+        if self.token_ids is not None:
+            targets = map_tokens(targets, self.token_ids)
+        if self.time_warp is not None:
+            factor = round(shift / fingerprint.feature_shift)
+            targets = self.time_warp.move(targets, factor)
+        return targets
 
 
 def _first_fingerprint(cuts: List[Cut]) -> Optional[Fingerprint]:
@@ -415,3 +388,6 @@ def _first_fingerprint(cuts: List[Cut]) -> Optional[Fingerprint]:
         for _, _, pointer in tracks_with_targets(cut):
             return read_fingerprint(pointer.store)
     return None
+
+
+KDDataset = TargetDataset  # its former name

@@ -2,22 +2,21 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from lhotse import Features
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, require
 from icefall_kd.files import replacing
-from icefall_kd.kinds.codec import Codec, LatticeCodec
-from icefall_kd.kinds.hidden import HiddenCodec, parse_hidden
+from icefall_kd.kinds import KINDS, TargetKind
 from icefall_kd.targets.typed import typed
 
 FILENAME = "fingerprint.json"
-# Settings that change what a causal teacher says, and not its parameters.
+# Settings that change what a causal teacher computes, and not its parameters.
 STREAMING = ("chunk_size", "left_context_frames")
 MOVED = (
     "if the store was moved, say where it lies now with `icefall-kd repoint CUTS "
@@ -26,7 +25,11 @@ MOVED = (
 
 
 def hash_state_dict(state_dict: dict) -> str:
-    """SHA-256 over names, shapes and bytes of a model's parameters."""
+    """Return the SHA-256 over names, shapes and bytes of a model's parameters.
+
+    Args:
+      state_dict: The model's.
+    """
     digest = hashlib.sha256()
     for name in sorted(state_dict):
         value = state_dict[name]
@@ -37,39 +40,44 @@ def hash_state_dict(state_dict: dict) -> str:
 
 
 def name_of(model: torch.nn.Module, settings: Dict[str, Any]) -> str:
-    """What a fingerprint calls a teacher: its parameters, and its chunks if causal.
+    """Return what a fingerprint calls a teacher: its parameters, its chunks if causal.
 
     Args:
+      model: The teacher.
       settings: The recipe's params that the model was built by.
     """
-    found = hash_state_dict(model.state_dict())
+    name = hash_state_dict(model.state_dict())
     if settings.get("causal"):
         for option in STREAMING:
-            found += f" {option} {settings.get(option)}"
-    return found
+            name += f" {option} {settings.get(option)}"
+    return name
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """One store's teacher, tokens and clock. Kept as JSON beside the arrays."""
+    """What a store's targets depend on. Its JSON lies beside the records.
 
-    teacher: str  # SHA-256 of the teacher's parameters
+    ``ctc``, ``lattice``, ``hidden`` and ``further_kinds`` give the form of each kind of
+    target (:mod:`icefall_kd.kinds`) that the store holds.
+    """
+
+    teacher: str  # SHA-256 of the teacher's parameters; see name_of
     tokens: str  # SHA-256 of its tokens in order; "" where unknown
     vocab_size: int
     blank_id: int
-    subsampling_factor: int  # feature frames per target frame
-    frame_shift: float  # seconds between two target frames
+    subsampling_factor: int  # feature frames in a frame
+    frame_shift: float  # seconds between two frames
     sampling_rate: int  # Hz
     num_features: int
     feature_type: str  # Lhotse's name of the extractor
     feature_shift: float = 0.01  # seconds between two feature frames
-    ctc: str = (
-        "dense"  # how CTC targets are kept; "" for none; see icefall_kd.kinds.codec
-    )
-    lattice: str = ""  # how lattices are kept; "" for none
+    ctc: str = "dense"  # "" for none
+    lattice: str = ""
     s_range: int = 0  # label positions of a lattice at a frame; 0 for none
-    hidden: str = ""  # which layers are kept, and how; see icefall_kd.kinds.hidden
+    hidden: str = ""
     version: int = 3  # of the store's bytes
+    # By name, for kinds that have no field of their own; not in the JSON if empty.
+    further_kinds: Dict[str, str] = field(default_factory=dict, hash=False)
 
     @staticmethod
     def of(
@@ -77,19 +85,22 @@ class Fingerprint:
         settings: Dict[str, Any],
         features: Features,
         tokens: Optional[str] = None,
-        **kept: Any,
+        **forms: Any,
     ) -> "Fingerprint":
-        """The fingerprint of a store to be made.
+        """Return the fingerprint of a store to be made.
 
         Args:
-          teacher: See :func:`hash_state_dict`.
+          teacher: The teacher's name, of :func:`name_of`.
           settings: The recipe's params.
-          features: Of any of the cuts.
-          tokens: See :func:`hash_tokens`.
-          kept: ``ctc``, ``lattice``, ``s_range`` and ``hidden``.
+          features: Those of any of the cuts.
+          tokens: Their hash, of :func:`icefall_kd.tokens.hash_tokens`.
+          forms: ``ctc``, ``lattice``, ``s_range``, ``hidden`` and ``further_kinds``.
+
+        Raises:
+          KDError: a form that is none.
         """
         factor = int(settings.get("subsampling_factor", 4))
-        found = Fingerprint(
+        fingerprint = Fingerprint(
             teacher=teacher,
             tokens=tokens or "",
             vocab_size=int(settings["vocab_size"]),
@@ -100,30 +111,76 @@ class Fingerprint:
             num_features=features.num_features,
             feature_type=features.type,
             feature_shift=features.frame_shift,
-            **kept,
+            **forms,
         )
-        ctc, lattice = found.codecs()  # refuses what they can't read
-        return replace(found, ctc=str(ctc or ""), lattice=str(lattice or ""))
-
-    def codecs(self) -> Tuple[Optional[Codec], Optional[LatticeCodec]]:
-        """How CTC targets and lattices are kept."""
-        lattice = None
-        if self.lattice:
-            lattice = LatticeCodec.parse(self.lattice, self.blank_id)
-        return Codec.parse(self.ctc) if self.ctc else None, lattice
-
-    def hidden_codecs(self) -> Tuple[HiddenCodec, ...]:
-        """How hidden layers are kept."""
-        return parse_hidden(self.hidden)
+        # Of several spellings of a form always the same.
+        kinds = {name: str(kind) for name, kind in fingerprint.kinds.items()}
+        names = ("ctc", "lattice", "hidden")
+        forms = {name: kinds.pop(name, "") for name in names}
+        return replace(fingerprint, **forms, further_kinds=kinds)
 
     @property
+    def forms(self) -> Dict[str, str]:
+        """The form of each kind of target that the store holds."""
+        fields_of_kinds = {
+            "ctc": self.ctc,
+            "lattice": self.lattice,
+            "hidden": self.hidden,
+        }
+        forms = {**fields_of_kinds, **self.further_kinds}
+        return {name: form for name, form in forms.items() if form}
+
+    @cached_property
+    def kinds(self) -> Dict[str, TargetKind]:
+        """The kinds of targets that the store holds, as :meth:`make_kinds` returns."""
+        return self.make_kinds()
+
+    def make_kinds(self) -> Dict[str, TargetKind]:
+        """Construct the kinds of targets that the store holds, by name.
+
+        Raises:
+          KDError: a kind that is not registered, or a form that is none.
+        """
+        kinds = {}
+        for name, form in self.forms.items():
+            require(
+                name in KINDS,
+                f"the fingerprint names the kind of target {name!r}, and this "
+                f"icefall_kd knows {', '.join(KINDS)}: register its class with "
+                "icefall_kd.kinds.register_kind() before",
+            )
+            kinds[name] = KINDS[name](form, self.vocab_size, self.blank_id)
+        return kinds
+
+    def codecs(self) -> Tuple[Any, Any]:
+        """Return the codecs of CTC targets and of lattices, or None."""
+        stored = (self.kinds.get("ctc"), self.kinds.get("lattice"))
+        return tuple(kind and kind.codec for kind in stored)
+
+    def hidden_codecs(self) -> Tuple[Any, ...]:
+        """Return the codec of each stored hidden layer."""
+        return self.kinds["hidden"].codecs if self.hidden else ()
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Return what the JSON file holds."""
+        return {k: v for k, v in asdict(self).items() if k != "further_kinds" or v}
+
+    @cached_property
     def digest(self) -> str:
-        """Start of the SHA-256 of all fields; every record carries it."""
-        return _digest(self)
+        """The start of the SHA-256 of all fields; every record carries it."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @staticmethod
     def read(folder: Union[str, Path]) -> "Fingerprint":
-        """Read the fingerprint of the store in ``folder``."""
+        """Read a store's fingerprint.
+
+        Args:
+          folder: The store.
+
+        Raises:
+          KDError: no fingerprint, or one that is damaged or of another version.
+        """
         path = Path(folder) / FILENAME
         try:
             values = json.loads(path.read_text("utf8"))
@@ -146,25 +203,47 @@ class Fingerprint:
             ) from None
 
     def write(self, folder: Union[str, Path]) -> None:
+        """Write the fingerprint's file.
+
+        Args:
+          folder: The store; it is made where there is none.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / FILENAME, shared=True) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf8")
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf8")
 
     def check_same(self, other: "Fingerprint", folder: Union[str, Path]) -> None:
-        """Refuse to add what ``other`` says to a store made by ``self``."""
-        for f in fields(self):
-            mine, its = getattr(self, f.name), getattr(other, f.name)
-            if mine != its:
-                raise KDError(
-                    f"the target store {folder} was made with {f.name} {mine!r} and "
-                    f"this teacher has {its!r}: give another folder, or --overwrite"
-                )
+        """Refuse another fingerprint than this one.
+
+        Args:
+          other: What targets are to be added, or are read together.
+          folder: This one's store, for messages.
+
+        Raises:
+          KDError: a field that differs.
+        """
+        for name in (f.name for f in fields(self)):
+            old, new = getattr(self, name), getattr(other, name)
+            require(
+                old == new,
+                f"the target store {folder} was made with {name} {old!r} and this "
+                f"teacher has {new!r}: give another folder, or --overwrite",
+            )
 
     def check_student(
         self, vocab_size: int, blank_id: int, tokens: Optional[str] = None
     ) -> None:
-        """Refuse a student whose symbols are not the teacher's, in their order."""
+        """Refuse a student whose tokens are not the teacher's, in their order.
+
+        Args:
+          vocab_size: The number of the student's tokens.
+          blank_id: The student's blank.
+          tokens: The hash of the student's tokens; None or "" where unknown.
+
+        Raises:
+          KDError: one of them differs.
+        """
         if vocab_size != self.vocab_size:
             raise KDError(
                 f"the student's BPE model has {vocab_size} symbols and the teacher's "
@@ -181,9 +260,3 @@ class Fingerprint:
                 f"{self.tokens[:8]}), though both are {vocab_size}: train the student "
                 "with the teacher's --bpe-model"
             )
-
-
-@lru_cache(maxsize=64)
-def _digest(fingerprint: Fingerprint) -> str:
-    text = json.dumps(asdict(fingerprint), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

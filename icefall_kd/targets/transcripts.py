@@ -44,7 +44,7 @@ class StandInTranscripts(torch.utils.data.Dataset):
     loss out. The cuts themselves stay without.
 
     Args:
-      dataset: Of :class:`icefall_kd.targets.KDDataset`, or the recipe's.
+      dataset: Of :class:`icefall_kd.targets.TargetDataset`, or the recipe's.
       text: Of :func:`stand_in`; "" where there is none, and such a batch is refused.
     """
 

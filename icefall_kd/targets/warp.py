@@ -7,21 +7,25 @@ import numpy as np
 import torch
 from lhotse.dataset import signal_transforms
 
-from icefall_kd.types import Targets, index_rows
+from icefall_kd.kinds import KINDS
+from icefall_kd.types import Targets
 
 
 def first_center(factor: float) -> float:
-    """The feature frame in the middle of what Zipformer's first encoder frame hears.
+    """Return the feature frame in the middle of the input of Zipformer's frame 0.
 
-    Its front end makes 50 Hz frames around feature frames 4, 6, 8 ..., and an encoder
-    frame is the mean of ``factor`` / 2 of those; the next one is ``factor`` feature
-    frames later.
+    The front end makes stack frames around feature frames 4, 6, 8 ..., and a frame is
+    the mean of ``factor`` / 2 of those; the next one is ``factor`` feature frames
+    later.
+
+    Args:
+      factor: Feature frames in a frame.
     """
     return 4 + (factor - 2) / 2
 
 
 class WarpRecord(torch.nn.Module):
-    """A SpecAugment that remembers where the frames of its last batch came from.
+    """A SpecAugment that records where the frames of its last batch came from.
 
     Args:
       augment: Lhotse's ``SpecAugment``, whose place this takes among the dataset's
@@ -31,43 +35,45 @@ class WarpRecord(torch.nn.Module):
     def __init__(self, augment: torch.nn.Module) -> None:
         super().__init__()
         self.augment = augment
-        # Row, first feature frame, and the frame that each frame of it was before.
+        # Of each warped segment: its row, its first feature frame, and for each of its
+        # frames the frame of the segment that it was before, a float.
         self.moves: List[Tuple[int, int, torch.Tensor]] = []
         self.num_frames = 0  # of the last batch's features
 
     def forward(self, features: torch.Tensor, *args: Any, **kwargs: Any):
         self.moves, self.num_frames = [], features.size(1)
-        size, width = features[0].numel(), features.size(2)
+        row_size, width = features[0].numel(), features.size(2)
         warp = signal_transforms.time_warp
 
-        def told(segment: torch.Tensor, factor: int) -> torch.Tensor:
-            state = np.random.get_state()
-            found = warp(segment, factor)
-            after = np.random.get_state()
-            np.random.set_state(state)  # the same draw, on the frames' numbers
-            source = warp(
-                torch.arange(len(segment), dtype=torch.float)[:, None], factor
-            )
-            np.random.set_state(after)
-            at = segment.storage_offset()
-            self.moves.append((at // size, at % size // width, source[:, 0]))
-            return found
+        def recording_warp(segment: torch.Tensor, factor: int) -> torch.Tensor:
+            state_before = np.random.get_state()
+            warped = warp(segment, factor)
+            state_after = np.random.get_state()
+            # The same draw a second time, on the numbers of the frames.
+            np.random.set_state(state_before)
+            numbers = torch.arange(len(segment), dtype=torch.float)[:, None]
+            source = warp(numbers, factor)[:, 0]
+            np.random.set_state(state_after)
+            # The segment is a view of the features: its offset tells row and frame.
+            row, position = divmod(segment.storage_offset(), row_size)
+            self.moves.append((row, position // width, source))
+            return warped
 
-        signal_transforms.time_warp = told
+        signal_transforms.time_warp = recording_warp
         try:
             return self.augment(features.contiguous(), *args, **kwargs)
         finally:
             signal_transforms.time_warp = warp
 
     def move(self, targets: Targets, factor: Optional[float] = None) -> Targets:
-        """The targets of the last batch, moved as its features were.
+        """Move the targets of the last batch as its features were moved.
 
-        A frame takes the target of the frame that is heard at its middle.
+        A frame takes the target of the frame whose features are at its middle now. A
+        kind that can't be moved stays as it is.
 
         Args:
-          targets: Of the rows of the last batch's features.
-          factor: Feature frames of an encoder frame; by default as many as the batch's
-            longest row of targets has of them.
+          targets: Those of the rows of the last batch's features.
+          factor: Feature frames in a frame; by default that of the batch's longest row.
         """
         if not self.moves or not int(targets.lens.max()):
             return targets
@@ -77,17 +83,17 @@ class WarpRecord(torch.nn.Module):
         index = torch.arange(targets.mask.size(1)).repeat(len(targets.lens), 1)
         for row, first, source in self.moves:
             n = int(targets.lens[row])
-            heard = (factor * torch.arange(n) + center).round().long() - first
-            inside = (heard >= 0) & (heard < len(source))
-            was = source[heard.clamp(0, len(source) - 1)] + first
-            frame = ((was - center) / factor).round().long().clamp(0, max(0, n - 1))
+            # Frame -> feature frame of the segment at its middle -> feature frame of
+            # the row that it was before -> frame that had this in its middle.
+            middle = (factor * torch.arange(n) + center).round().long() - first
+            inside = (middle >= 0) & (middle < len(source))
+            before = source[middle.clamp(0, len(source) - 1)] + first
+            frame = ((before - center) / factor).round().long()
+            frame = frame.clamp(0, max(0, n - 1))
             index[row, :n] = torch.where(inside, frame, index[row, :n])
-        at = (torch.arange(len(index)).unsqueeze(1), index)
-        return replace(
-            targets,
-            mask=targets.mask[at],
-            parts={
-                k: index_rows(x, at) if k in ("ctc", "hidden") else x
-                for k, x in targets.parts.items()
-            },
-        )
+        rows_and_frames = (torch.arange(len(index)).unsqueeze(1), index)
+        parts = dict(targets.parts)
+        for name, values in targets.parts.items():
+            moved = KINDS[name].index_frames(values, rows_and_frames)
+            parts[name] = values if moved is None else moved
+        return replace(targets, mask=targets.mask[rows_and_frames], parts=parts)

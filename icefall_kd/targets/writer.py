@@ -1,4 +1,4 @@
-"""Stores what a teacher said on Lhotse cuts."""
+"""Writes a teacher's targets beside Lhotse cuts."""
 
 import errno
 import json
@@ -7,15 +7,12 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Set, Union
+from typing import Any, BinaryIO, Dict, Iterator, List, Set, Union
 
-import numpy as np
-import torch
 from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import is_same_folder, missing_folders, replacing
-from icefall_kd.kinds.hidden import Layer
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.manifest import (
     cut_of,
@@ -34,7 +31,6 @@ from icefall_kd.targets.store import (
     read_fingerprint,
     source_duration,
 )
-from icefall_kd.types import NoPath, PrunedLattice
 
 try:
     import fcntl
@@ -44,13 +40,12 @@ except ImportError:  # Windows, where targets are read alone
 SHAR_NOTES = ("shard_origin", "shar_epoch", "dataloading_info")
 
 
-class LogitWriter:
+class TargetWriter:
     """Writes targets beside cuts, and the manifest that carries them.
 
-    Each cut gets a field ``kd_targets``, a dictionary that says where its record lies
-    (:class:`icefall_kd.targets.store.Pointer`). What a record holds, and how, stands in
-    the fingerprint: ``ctc``, ``lattice`` and ``hidden`` name a representation each
-    (:mod:`icefall_kd.kinds.codec`, :mod:`icefall_kd.kinds.hidden`).
+    Each cut gets a field ``kd_targets``, a dictionary that finds its record
+    (:class:`icefall_kd.targets.store.Pointer`). The kinds of targets in a record, and
+    the form of each, are named by the fingerprint (:mod:`icefall_kd.kinds`).
 
     The record is written first, its manifest line second. A run that was cut short
     leaves ``<manifest>.partial``, which the next one continues; the manifest itself
@@ -59,11 +54,11 @@ class LogitWriter:
     Args:
       manifest: The manifest to write, ``.jsonl.gz`` or ``.jsonl``.
       storage_dir: Folder for records and fingerprint.
-      fingerprint: Of the teacher, the cuts, and what is kept.
-      overwrite: Forget what is there already.
-      job: Which of ``num_jobs`` writers this is, from 0 on. Each writes files of its
-        own; :func:`combine` joins their manifests.
-      num_jobs: How many writers share the folder.
+      fingerprint: That of the teacher, the cuts and the forms.
+      overwrite: Whether what is there already is deleted.
+      job: The number of this writer among ``num_jobs``, from 0 on. Each writes files of
+        its own; :func:`icefall_kd.targets.manifest.combine` joins their manifests.
+      num_jobs: The number of writers that share the folder.
 
     Raises:
       KDError: if the folder holds targets of another teacher, or the manifest is
@@ -107,7 +102,7 @@ class LogitWriter:
         self.left_out: Set[str] = set()  # cuts of the manifest without targets
         if not overwrite:
             self._refuse_strangers()
-        with self._told():
+        with self._disk_errors():
             self._open(overwrite)
 
     def _open(self, overwrite: bool) -> None:
@@ -168,8 +163,8 @@ class LogitWriter:
             ) from None
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say what a failed disk leaves."""
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn the error of a full or broken disk into one that tells what is left."""
         try:
             yield
         except OSError as e:
@@ -232,7 +227,7 @@ class LogitWriter:
                 out.write(line.rstrip(b"\n") + b"\n")
         return end
 
-    def __enter__(self) -> "LogitWriter":
+    def __enter__(self) -> "TargetWriter":
         return self
 
     def __exit__(self, kind, *exc) -> None:
@@ -256,41 +251,51 @@ class LogitWriter:
         """How many cuts have targets."""
         return len(self._done)
 
-    def write(
-        self,
-        cut: MonoCut,
-        logits: Union[torch.Tensor, np.ndarray, None] = None,
-        lattice: Union[PrunedLattice, NoPath, None] = None,
-        hidden: Optional[Dict[Layer, torch.Tensor]] = None,
-    ) -> Pointer:
+    def write(self, cut: MonoCut, ctc: Any = None, **values: Any) -> Pointer:
         """Store one cut's targets.
 
         Args:
           cut: A MonoCut, as it will be trained on.
-          logits: (T, V), the teacher's raw CTC logits on that cut, without padding.
-          lattice: Of that cut alone (N = 1), or that there is none.
-          hidden: By layer, its rows (T, R, C) of
-            :func:`icefall_kd.kinds.hidden.hidden_rows`. Of these three, what the
-            fingerprint names must be there.
+          ctc: (T, V), the teacher's raw CTC logits on that cut, without padding.
+          values: The value of each further kind of target, by the kind's name. Each
+            kind that the fingerprint names must be there:
+
+            lattice: the :class:`~icefall_kd.types.PrunedLattice` of that cut alone (N =
+            1), or :class:`~icefall_kd.types.NoPath`.
+
+            hidden: for each layer its rows (T, R, C), of
+            :func:`icefall_kd.kinds.hidden.hidden_rows`.
+
+        Returns:
+          The pointer that the cut has in the manifest.
 
         Raises:
           KDError: not a MonoCut, a wrong shape, numbers that are not finite or beyond
             float16, a cut id that was written before, or a disk that is full.
         """
-        return self.append(cut, self.encode(cut, logits, lattice, hidden))
+        return self.append(cut, self.encode(cut, ctc, **values))
 
-    def encode(
-        self,
-        cut: MonoCut,
-        logits: Union[torch.Tensor, np.ndarray, None] = None,
-        lattice: Union[PrunedLattice, NoPath, None] = None,
-        hidden: Optional[Dict[Layer, torch.Tensor]] = None,
-    ) -> Record:
-        """What :meth:`write` stores, made and checked and not yet stored."""
-        return self.encoder.encode(cut, logits, lattice, hidden)
+    def encode(self, cut: MonoCut, ctc: Any = None, **values: Any) -> Record:
+        """Make and check what :meth:`write` stores, and store nothing yet.
+
+        Args:
+          cut: See :meth:`write`.
+          ctc: See :meth:`write`.
+          values: See :meth:`write`.
+        """
+        return self.encoder.encode(cut, ctc=ctc, **values)
 
     def append(self, cut: MonoCut, encoded: Record) -> Pointer:
-        """Store what :meth:`encode` made of ``cut``."""
+        """Store a record.
+
+        Args:
+          cut: The cut.
+          encoded: What :meth:`encode` made of it.
+
+        Raises:
+          KDError: not a MonoCut, or one whose id was written before, or a disk that is
+            full.
+        """
         if not isinstance(cut, MonoCut):
             raise KDError(
                 f"the cut {cut.id} is a {type(cut).__name__}, and targets are stored "
@@ -332,7 +337,7 @@ class LogitWriter:
             raise KDError(f"the cut id {cut.id} occurs twice: make cut ids unique")
 
     def _write(self, record: bytes, line: Dict[str, Any]) -> None:
-        with self._told():
+        with self._disk_errors():
             self._records.write(record)
             self._records.flush()
             self._lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
@@ -348,7 +353,7 @@ class LogitWriter:
 
     def finish(self) -> None:
         """Make the manifest of all that was written, and drop the partial one."""
-        with self._told():
+        with self._disk_errors():
             self._records.close()
             self._lines.close()
             with replacing(self.manifest) as temporary:
@@ -367,3 +372,6 @@ def _without_shar(cut: Cut) -> Dict[str, Any]:
     if custom:
         values["custom"] = {k: v for k, v in custom.items() if k not in SHAR_NOTES}
     return values
+
+
+LogitWriter = TargetWriter  # its former name

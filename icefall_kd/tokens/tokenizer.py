@@ -118,7 +118,7 @@ def token_map(
                 f"the teacher has {len(teacher)} symbols and the student "
                 f"{len(student)} symbols, and the {of} lacks {extra[0]!r}: train the "
                 "student with the teacher's --bpe-model, or map the symbols yourself "
-                "with KDDataset(symbols=...)"
+                "with TargetDataset(token_ids=...)"
             )
     index = {piece: i for i, piece in enumerate(student)}
     return torch.tensor([index[piece] for piece in teacher])

@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional
 import torch
 
 from icefall_kd.errors import require
-from icefall_kd.targets.dataset import KDDataset, collate_targets, store_fingerprint
+from icefall_kd.targets.dataset import TargetDataset, collate_targets, store_fingerprint
 from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.look import FirstLook
 from icefall_kd.targets.places import look_beside
@@ -38,7 +38,7 @@ class StoredTargets:
         self.params, self.joint = params, joint
         self.tokenizer, self.time_warp = tokenizer, time_warp
 
-    def wrap(self, dataset: torch.utils.data.Dataset, cuts: FirstLook) -> KDDataset:
+    def wrap(self, dataset: torch.utils.data.Dataset, cuts: FirstLook) -> TargetDataset:
         """Return the dataset with the targets of its cuts.
 
         Args:
@@ -59,13 +59,17 @@ class StoredTargets:
             self.joint.hidden.learn_widths(_layers_of_one(cuts.cuts))
         symbols = self._token_map(fingerprint, store)
         frame_shift = self._frame_shift(fingerprint, store)
-        return KDDataset(
+        needed = {
+            "ctc": self.joint.needs_ctc_targets,
+            "lattice": self.joint.needs_lattice,
+            "hidden": self.joint.hidden,
+        }
+        return TargetDataset(
             dataset,
             missing,
+            [kind for kind, is_needed in needed.items() if is_needed],
             frame_shift,
             symbols,
-            lattice=self.joint.needs_lattice,
-            hidden=bool(self.joint.hidden),
             time_warp=self.time_warp.record,
             manifest_dir=folder,
         )
@@ -128,5 +132,5 @@ def _layers_of_one(cuts: Any) -> Dict[Any, torch.Tensor]:
     """The hidden layers of the first cut with targets."""
     for cut in cuts:
         if tracks_with_targets(cut):
-            return collate_targets([cut], hidden=True).parts["hidden"]
+            return collate_targets([cut], kinds=["hidden"]).parts["hidden"]
     return {}

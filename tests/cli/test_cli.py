@@ -419,7 +419,7 @@ def test_a_cut_of_more_labels_than_frames_goes_without_a_lattice(
         done = invoke(*dump_words(*words, cuts=path))
     assert done.code == 0
     assert "1 of 3 cuts have more labels than frames, long the first" in caplog.text
-    found = collate_targets(list(CutSet.from_file(out)), lattice=True)
+    found = collate_targets(list(CutSet.from_file(out)))
     assert [x is None for x in found.parts["lattice"]] == [False, True, False]
     assert found.lens.tolist() == [10, 7, 7] and found.mask.sum(1).tolist() == [
         10,
@@ -431,7 +431,7 @@ def test_a_cut_of_more_labels_than_frames_goes_without_a_lattice(
     alone = tmp_path / "alone.jsonl.gz"
     done = invoke(*dump_words(*words, cuts=tmp_path / "two.jsonl", out=alone))
     assert done.code == 0
-    two = collate_targets(list(CutSet.from_file(alone)), lattice=True)
+    two = collate_targets(list(CutSet.from_file(alone)))
     for a, b in zip(
         two.parts["lattice"], (found.parts["lattice"][0], found.parts["lattice"][2])
     ):

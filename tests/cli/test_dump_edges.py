@@ -60,9 +60,7 @@ def test_a_full_lattice_is_that_of_an_online_teacher(
     words = (*lattice_words, "--s-range", 0, "--max-duration", 100)
     assert invoke(*dump_words(*words, cuts=cuts_file(given))).code == 0
     assert Fingerprint.read(tmp_path / "out_kd").s_range == 0
-    stored = collate_targets(
-        list(load_manifest(tmp_path / "out.jsonl.gz")), lattice=True
-    )
+    stored = collate_targets(list(load_manifest(tmp_path / "out.jsonl.gz")))
     sp = load_tokenizer(bpe_models.a)
     for cut, lattice in zip(given, stored.parts["lattice"], strict=True):
         x = torch.from_numpy(cut.load_features())[None]
@@ -434,7 +432,7 @@ def test_labels_are_compared_with_the_frames_that_are_heard(
         assert invoke(*dump_words(*lattice_words, cuts=path)).code == 0
     assert "have more labels than frames, long the first" in caplog.text
     found = list(load_manifest(tmp_path / "out.jsonl.gz"))
-    lattices = collate_targets(found, lattice=True).parts["lattice"]
+    lattices = collate_targets(found, kinds=["lattice"]).parts["lattice"]
     assert [x is None for x in lattices] == [False, True]
 
 

@@ -103,7 +103,7 @@ def test_lattices_are_kept_alone(
         y = sp.encode(cut.supervisions[0].text, out_type=int)
         lattice = hear(teacher, cut, y=y, s_range=4)
         assert kept == {"lattice": codec.encode(lattice, cut.id)}
-        targets = collate_targets([cut], lattice=True)
+        targets = collate_targets([cut], kinds=["lattice"])
         assert targets.parts.get("ctc") is None and targets.lens.tolist() == [
             FRAMES[cut.id]
         ]
@@ -134,8 +134,8 @@ def test_hidden_layers_in_batches_are_as_alone(invoke, dump_words, parts, tmp_pa
     assert invoke(*dump_words(*words, "--max-duration", 9)).code == 0
     for (cut, _), (plain, _) in zip(parts(), parts("alone"), strict=True):
         assert cut.id == plain.id
-        found = collate_targets([cut], hidden=True).parts["hidden"]
-        expected = collate_targets([plain], hidden=True).parts["hidden"]
+        found = collate_targets([cut], kinds=["hidden"]).parts["hidden"]
+        expected = collate_targets([plain], kinds=["hidden"]).parts["hidden"]
         assert set(found) == set(expected) == {0, 1, OUT}
         for layer, rows in expected.items():
             torch.testing.assert_close(found[layer], rows, rtol=2**-9, atol=1e-3)
@@ -165,7 +165,7 @@ def test_what_was_dumped_without_ctc_can_be_read_in_a_batch(
 ):
     assert invoke(*dump_words(*NONE, "--keep-hidden", "1:half,out:half")).code == 0
     cuts = load_manifest(tmp_path / "out.jsonl.gz").to_eager()
-    batch = KDDataset(K2SpeechRecognitionDataset(), hidden=True)[cuts]
+    batch = KDDataset(K2SpeechRecognitionDataset())[cuts]
     targets = batch["kd_targets"]
     assert targets.parts.get("ctc") is None and targets.lens.tolist() == [21, 14, 10, 7]
     for i, cut in enumerate(batch["supervisions"]["cut"]):
@@ -263,7 +263,7 @@ def test_a_trained_quantizers_codes_are_dumped(
         assert codes.shape == (FRAMES[cut.id], 2, 2)
         assert kept["hidden.1"] == codes.numpy().astype(np.uint8).tobytes()
         assert len(kept["hidden.out"]) == FRAMES[cut.id] * 24 * 2
-        targets = collate_targets([cut], hidden=True).parts["hidden"]
+        targets = collate_targets([cut], kinds=["hidden"]).parts["hidden"]
         assert torch.equal(targets[1][0], codes)
 
 

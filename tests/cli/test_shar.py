@@ -188,8 +188,8 @@ def test_all_parts_of_a_record_come_along(
     assert invoke(*dump_words(*words, cuts=in_cuts, out=other)).code == 0
     assert invoke("shar", tmp_path / "out.jsonl.gz", folder).code == 0
     (tmp_path / "out_kd" / "targets.bin").unlink()
-    found = collate_targets(list(read(folder).values()), lattice=True, hidden=True)
-    expected = collate_targets(list(load_manifest(other)), lattice=True, hidden=True)
+    found = collate_targets(list(read(folder).values()))
+    expected = collate_targets(list(load_manifest(other)))
     assert found.parts.get("ctc") is None and set(found.parts["hidden"]) == {1, OUT}
     for layer, rows in expected.parts["hidden"].items():
         assert torch.equal(

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from icefall_kd import ctc_kd_loss
 from icefall_kd.errors import KDError
-from icefall_kd.kinds.codec import Codec, LatticeCodec
+from icefall_kd.kinds.codec import Codec
+from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.types import PrunedLattice, SparseDistribution
 
 INF = math.inf

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from icefall_kd.errors import KDError
-from icefall_kd.kinds.codec import LatticeCodec
+from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.lattice import passed_nodes
 from icefall_kd.losses.transducer import (
     collapse,

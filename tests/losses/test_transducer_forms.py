@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icefall_kd.errors import KDError
-from icefall_kd.kinds.codec import LatticeCodec
+from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.lattice import best_path
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import (

@@ -1,4 +1,4 @@
-"""KDDataset: each row's targets are those of its own cut, or there is a refusal."""
+"""TargetDataset: each row's targets are those of its own cut, or there is a refusal."""
 
 import dataclasses
 
@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from icefall_kd import JointKDLoss
 from icefall_kd.errors import KDError
-from icefall_kd.targets import KDDataset
+from icefall_kd.targets import TargetDataset
 from icefall_kd.targets.dataset import (
     collate_targets,
-    map_symbols,
+    map_tokens,
     resample_frames,
     store_fingerprint,
 )
@@ -66,7 +66,7 @@ def check_batch(batch, cuts, stored):
 
 
 def test_rows_line_up_with_the_inputs(cuts, stored):
-    batch = KDDataset(K2SpeechRecognitionDataset())[cuts]
+    batch = TargetDataset(K2SpeechRecognitionDataset())[cuts]
     assert check_batch(batch, cuts, stored) == set(LENGTHS)
     found = [c.id for c in batch["supervisions"]["cut"]]
     assert found == ["c2", "c5", "c3", "c1", "c4"] != list(LENGTHS)
@@ -75,7 +75,7 @@ def test_rows_line_up_with_the_inputs(cuts, stored):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_rows_line_up_in_a_data_loader(cuts, stored, num_workers):
     loader = DataLoader(
-        KDDataset(K2SpeechRecognitionDataset()),
+        TargetDataset(K2SpeechRecognitionDataset()),
         sampler=SimpleCutSampler(cuts, max_duration=1.6, shuffle=True),
         batch_size=None,
         num_workers=num_workers,
@@ -88,24 +88,24 @@ def test_rows_line_up_where_a_transform_reorders(cuts, stored):
     dataset = K2SpeechRecognitionDataset(
         cut_transforms=[lambda c: CutSet.from_cuts(reversed(list(c.drop_recordings())))]
     )
-    assert check_batch(KDDataset(dataset)[cuts], cuts, stored) == set(LENGTHS)
+    assert check_batch(TargetDataset(dataset)[cuts], cuts, stored) == set(LENGTHS)
 
 
 def test_the_batch_is_otherwise_that_of_the_dataset(cuts):
     plain = K2SpeechRecognitionDataset(return_cuts=True)[cuts]
-    batch = KDDataset(K2SpeechRecognitionDataset(return_cuts=True))[cuts]
+    batch = TargetDataset(K2SpeechRecognitionDataset(return_cuts=True))[cuts]
     assert set(batch) == {*plain, "kd_targets"}
     assert torch.equal(batch["inputs"], plain["inputs"])
     assert batch["supervisions"]["text"] == plain["supervisions"]["text"]
 
 
 def test_a_batch_logs_nothing(cuts, caplog):
-    KDDataset(K2SpeechRecognitionDataset())[cuts]
+    TargetDataset(K2SpeechRecognitionDataset())[cuts]
     assert caplog.messages == []
 
 
 def test_targets_have_the_students_lengths(cuts, make_model):
-    batch = KDDataset(K2SpeechRecognitionDataset())[cuts]
+    batch = TargetDataset(K2SpeechRecognitionDataset())[cuts]
     model = make_model().eval()
     with torch.no_grad():
         _, lens = model.forward_encoder(
@@ -116,12 +116,12 @@ def test_targets_have_the_students_lengths(cuts, make_model):
 
 def test_return_cuts_is_switched_on(cuts):
     dataset = K2SpeechRecognitionDataset(return_cuts=False)
-    assert "kd_targets" in KDDataset(dataset)[cuts]
+    assert "kd_targets" in TargetDataset(dataset)[cuts]
 
 
 def test_a_dataset_that_keeps_its_cuts_is_refused():
     with pytest.raises(KDError, match="TensorDataset has no return_cuts"):
-        KDDataset(torch.utils.data.TensorDataset(torch.zeros(1)))
+        TargetDataset(torch.utils.data.TensorDataset(torch.zeros(1)))
 
 
 def test_padding_is_masked(cuts, stored):
@@ -222,7 +222,7 @@ def test_a_batch_mixed_with_noise(cuts, noise, stored):
             )
         ]
     )
-    batch = KDDataset(dataset)[cuts]
+    batch = TargetDataset(dataset)[cuts]
     rows = zip(
         batch["supervisions"]["cut"], batch["kd_targets"].parts["ctc"], strict=True
     )
@@ -415,11 +415,11 @@ def recorded(cut_id, duration, start=0.0):
 @pytest.fixture(scope="module", params=["dense", "top:11"])
 def sources(request, tmp_path_factory, make_fingerprint, encoder_frames):
     """Cuts that carry targets, one of them late in its recording, and their rows."""
-    from icefall_kd.targets import LogitWriter
+    from icefall_kd.targets import TargetWriter
 
     folder = tmp_path_factory.mktemp("chain")
     rows = {}
-    with LogitWriter(
+    with TargetWriter(
         folder / "kd.jsonl", folder / "kd", make_fingerprint(ctc=request.param)
     ) as writer:
         for i, (name, duration) in enumerate(SOURCES.items()):
@@ -587,7 +587,7 @@ def test_cuts_without_targets_are_counted(cuts, make_cut):
 def test_a_cut_without_targets_in_a_batch_is_refused(cuts, make_cut):
     batch = CutSet.from_cuts([cuts["c1"], make_cut("b1", 33)])
     with pytest.raises(KDError, match="cut b1 has no targets.*icefall-kd dump"):
-        KDDataset(K2SpeechRecognitionDataset())[batch]
+        TargetDataset(K2SpeechRecognitionDataset())[batch]
 
 
 def test_a_cut_with_other_custom_fields_has_no_targets(make_cut):
@@ -631,12 +631,12 @@ def test_hard_takes_a_store_of_some_cuts(cuts, make_cut, make_fingerprint):
 
 def test_a_policy_that_is_none_is_refused():
     with pytest.raises(KDError, match="missing is 'soft'.*refuse.*hard"):
-        KDDataset(K2SpeechRecognitionDataset(), missing="soft")
+        TargetDataset(K2SpeechRecognitionDataset(), missing="soft")
 
 
 def test_a_dataset_passes_its_policy_on(cuts, make_cut):
     batch = CutSet.from_cuts([cuts["c1"], make_cut("b1", 61)])
-    found = KDDataset(K2SpeechRecognitionDataset(), "hard")[batch]["kd_targets"]
+    found = TargetDataset(K2SpeechRecognitionDataset(), "hard")[batch]["kd_targets"]
     assert found.lens.tolist() == [0, 7]  # the longer cut is the first row
 
 
@@ -764,7 +764,7 @@ def test_sparse_targets_take_another_frame_rate():
 
 
 def test_a_dataset_gives_the_students_frame_rate(cuts, stored):
-    dataset = KDDataset(K2SpeechRecognitionDataset(), frame_shift=0.02)
+    dataset = TargetDataset(K2SpeechRecognitionDataset(), frame_shift=0.02)
     found = dataset[CutSet.from_cuts([cuts["c3"]])]["kd_targets"]
     expected = stored(cuts["c3"]).repeat_interleave(2, 0)
     assert torch.equal(found.parts["ctc"][0], expected) and found.lens.tolist() == [28]
@@ -778,7 +778,7 @@ def test_symbols_are_reordered():
     g = torch.Generator().manual_seed(0)
     ctc = torch.randn(2, 5, 4, generator=g).log_softmax(-1)
     targets = Targets(torch.tensor([5, 3]), parts={"ctc": ctc})
-    found = map_symbols(targets, symbols_of(2, 0, 3, 1))
+    found = map_tokens(targets, symbols_of(2, 0, 3, 1))
     for old, new in enumerate([2, 0, 3, 1]):
         assert torch.equal(found.parts["ctc"][..., new], ctc[..., old])
     assert found.mask is targets.mask and found.lens is targets.lens
@@ -788,7 +788,7 @@ def test_symbols_that_become_one_add_up():
     g = torch.Generator().manual_seed(0)
     ctc = torch.randn(2, 5, 4, generator=g).log_softmax(-1)
     targets = Targets(torch.tensor([5, 3]), parts={"ctc": ctc})
-    found = map_symbols(targets, symbols_of(1, 0, 1, 2)).parts["ctc"]
+    found = map_tokens(targets, symbols_of(1, 0, 1, 2)).parts["ctc"]
     p, q = ctc.exp(), found.exp()
     assert found.shape == (2, 5, 3)
     torch.testing.assert_close(q[..., 0], p[..., 1])
@@ -801,16 +801,16 @@ def test_sparse_symbols_are_reordered_and_not_merged():
         torch.tensor([[[3, 0]]]), torch.tensor([[[-0.2, -3.0]]]), torch.tensor([[-2.0]])
     )
     targets = Targets(torch.tensor([1]), parts={"ctc": sparse})
-    found = map_symbols(targets, symbols_of(2, 0, 3, 1)).parts["ctc"]
+    found = map_tokens(targets, symbols_of(2, 0, 3, 1)).parts["ctc"]
     assert found.indices.tolist() == [[[1, 2]]]
     assert torch.equal(found.log_probs, sparse.log_probs)
-    with pytest.raises(KDError, match="4 symbols .* become 3 .*--keep dense"):
-        map_symbols(targets, symbols_of(1, 0, 1, 2))
+    with pytest.raises(KDError, match="4 tokens .* become 3 .*as dense"):
+        map_tokens(targets, symbols_of(1, 0, 1, 2))
 
 
 def test_a_dataset_maps_symbols(cuts, stored):
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
-    dataset = KDDataset(K2SpeechRecognitionDataset(), symbols=order)
+    dataset = TargetDataset(K2SpeechRecognitionDataset(), token_ids=order)
     found = dataset[CutSet.from_cuts([cuts["c3"]])]["kd_targets"].parts["ctc"][0]
     assert torch.equal(found[:, order], stored(cuts["c3"]))
 
@@ -857,4 +857,4 @@ def test_the_store_is_read_lazily(cuts, tmp_path, make_fingerprint):
 def test_a_map_that_leaves_symbols_out_is_refused(symbols):
     targets = Targets(torch.tensor([2]), parts={"ctc": torch.zeros(1, 2, 3)})
     with pytest.raises(KDError, match="all of them must occur"):
-        map_symbols(targets, torch.tensor(symbols))
+        map_tokens(targets, torch.tensor(symbols))

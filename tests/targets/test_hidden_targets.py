@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from icefall_kd.cli.stats import print_stats
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import OUT, HiddenCodec, hash_file, save_quantizer
-from icefall_kd.targets import KDDataset, LogitWriter
+from icefall_kd.targets import TargetDataset, TargetWriter
 from icefall_kd.targets.dataset import (
     collate_targets,
-    map_symbols,
+    map_tokens,
     resample_frames,
     store_fingerprint,
 )
@@ -59,7 +59,7 @@ def opened(tmp_path, make_fingerprint):
 
     def open_writer(name="kd", **kept):
         fingerprint = make_fingerprint(**{"ctc": "", "hidden": HIDDEN, **kept})
-        return LogitWriter(tmp_path / f"{name}.jsonl.gz", tmp_path / name, fingerprint)
+        return TargetWriter(tmp_path / f"{name}.jsonl.gz", tmp_path / name, fingerprint)
 
     return open_writer
 
@@ -72,7 +72,9 @@ def store(opened, make_logits, tmp_path):
         with opened(name, **kept) as writer:
             for cut in cuts:
                 found = hidden_of(cut.id)
-                writer.write(cut, make_logits(cut), lattice_of(cut.id), found)
+                writer.write(
+                    cut, make_logits(cut), lattice=lattice_of(cut.id), hidden=found
+                )
         return load_manifest(tmp_path / f"{name}.jsonl.gz").to_eager()
 
     return make
@@ -112,7 +114,9 @@ def kept(*names):
 def test_each_part_is_stored_as_its_codec_makes_it(cuts, opened, make_logits, kept):
     with opened(**kept) as writer:
         found = [
-            writer.write(c, make_logits(c), lattice_of(c.id), hidden_of(c.id)).read()
+            writer.write(
+                c, make_logits(c), lattice=lattice_of(c.id), hidden=hidden_of(c.id)
+            ).read()
             for c in cuts
         ]
         ctc, lattice = writer.fingerprint.codecs()
@@ -136,7 +140,7 @@ def test_a_cuts_frames_and_time_are_those_of_its_parts(cuts, store, kept):
     for cut in store(cuts, **kept):
         pointer = Pointer.of(cut)
         assert pointer.frames == FRAMES[cut.id] and pointer.cut == cut.id
-        targets = collate_targets([cut], hidden=kept.get("hidden") != "")
+        targets = collate_targets([cut])
         assert targets.lens.tolist() == [FRAMES[cut.id]]
         assert targets.mask.all() and targets.whole.all()
         assert (targets.parts.get("ctc") is None) == (not kept.get("ctc"))
@@ -186,7 +190,8 @@ def parts_of(cut_id, logits, **frames):
         {OUT if k == "out" else 1 if k == "one" else k: v for k, v in frames.items()}
     )
     hidden = {k: hidden_of(cut_id, n[k])[k] for k in (1, OUT)}
-    return logits[: n["ctc"]], lattice_of(cut_id, n["lattice"]), hidden
+    lattice = lattice_of(cut_id, n["lattice"])
+    return {"ctc": logits[: n["ctc"]], "lattice": lattice, "hidden": hidden}
 
 
 @pytest.mark.parametrize(
@@ -208,11 +213,11 @@ def test_frames_that_differ_between_parts_are_refused(
     logits = make_logits(cuts[2])
     with opened(**KEPT[kept]) as writer:
         with pytest.raises(KDError, match="cut c3 comes with .* frames of") as e:
-            writer.write(cuts[2], *parts_of("c3", logits, **other))
+            writer.write(cuts[2], **parts_of("c3", logits, **other))
         numbers = {14, *other.values()}
         assert all(str(n) in str(e.value) for n in numbers)
         assert len(writer) == 0 and writer.bytes_written == 0
-        writer.write(cuts[2], *parts_of("c3", logits))
+        writer.write(cuts[2], **parts_of("c3", logits))
         assert len(writer) == 1
 
 
@@ -224,7 +229,7 @@ def test_no_frames_are_refused(cuts, opened):
 @pytest.mark.parametrize(
     "lacking, words",
     [
-        ("logits", "without CTC logits, and the store keeps that as dense"),
+        ("ctc", "without CTC logits, and the store keeps that as dense"),
         ("lattice", "without a lattice, and the store keeps that as collapsed"),
         (1, "without layer 1, and the store keeps that as 1:half"),
         (OUT, "without layer out, and the store keeps that as out:half"),
@@ -233,7 +238,7 @@ def test_no_frames_are_refused(cuts, opened):
 )
 def test_a_cut_that_lacks_a_part_is_refused(cuts, opened, make_logits, lacking, words):
     given = {
-        "logits": make_logits(cuts[2]),
+        "ctc": make_logits(cuts[2]),
         "lattice": lattice_of("c3"),
         "hidden": hidden_of("c3"),
     }
@@ -339,7 +344,7 @@ def test_rows_of_hidden_layers_move_with_time_as_ctc_rows_do(
     stored = store(cuts, **kept)
     change, expected = OPERATIONS[operation]
     given = [stored["c1"], change(stored, noise), stored["c4"]]
-    targets = collate_targets(given, hidden=True)
+    targets = collate_targets(given)
     lens = [7, max(at + last - first for at, _, first, last in expected), 1]
     assert targets.lens.tolist() == lens
     spoken = torch.zeros(3, max(lens), dtype=torch.bool)
@@ -367,10 +372,15 @@ def test_rows_of_hidden_layers_move_with_time_as_ctc_rows_do(
             assert ctc is None
 
 
-def test_hidden_layers_are_read_where_told(cuts, store):
+def test_the_kinds_that_are_named_are_read_by_default_all(cuts, store):
     stored = store(cuts, ctc="dense")
-    assert collate_targets([stored["c1"]]).parts.get("hidden") is None
-    assert set(collate_targets([stored["c1"]], hidden=True).parts["hidden"]) == {1, OUT}
+    assert set(collate_targets([stored["c1"]]).parts) == {"ctc", "hidden"}
+    for kinds in (["hidden"], ["ctc"], ["hidden", "ctc"], []):
+        parts = collate_targets([stored["c1"]], kinds=kinds).parts
+        assert list(parts) == kinds
+    assert set(collate_targets([stored["c1"]]).parts["hidden"]) == {1, OUT}
+    with pytest.raises(KDError, match="no kind of target 'phones'.*ctc, lattice"):
+        collate_targets([stored["c1"]], kinds=["phones"])
 
 
 @kept("hidden", "ctc-hidden")
@@ -378,8 +388,8 @@ def test_a_cut_without_targets_has_no_rows_where_told(cuts, store, make_cut, kep
     stored = store(cuts, **kept)
     bare = make_cut("b1", 61)
     with pytest.raises(KDError, match="cut b1 has no targets"):
-        collate_targets([bare, stored["c1"]], hidden=True)
-    targets = collate_targets([bare, stored["c1"]], missing="hard", hidden=True)
+        collate_targets([bare, stored["c1"]], kinds=["hidden"])
+    targets = collate_targets([bare, stored["c1"]], missing="hard", kinds=["hidden"])
     assert targets.lens.tolist() == [0, 7] and not targets.mask[0].any()
     for layer, rows in halved(hidden_of("c1")).items():
         assert torch.equal(targets.parts["hidden"][layer][1], rows)
@@ -388,10 +398,10 @@ def test_a_cut_without_targets_has_no_rows_where_told(cuts, store, make_cut, kep
 def test_time_that_moved_is_refused_without_ctc_targets(cuts, store):
     stored = store(cuts)
     with pytest.raises(KDError, match="speed or tempo"):
-        collate_targets([stored["c3"].perturb_speed(0.9)], hidden=True)
+        collate_targets([stored["c3"].perturb_speed(0.9)], kinds=["hidden"])
     with pytest.raises(KDError, match="both speak at frames 7 to 13"):
         mixed = stored["c3"].mix(stored["c2"], snr=1, offset_other_by=0.28)
-        collate_targets([mixed], hidden=True)
+        collate_targets([mixed], kinds=["hidden"])
 
 
 @kept("lattice", "lattice-hidden", "all")
@@ -400,13 +410,13 @@ def test_lattices_are_read_with_and_without_other_parts(cuts, store, noise, kept
     part = stored["c2"].truncate(duration=0.5)
     given = [stored["c1"], part, stored["c3"].mix(noise, snr=10)]
     layers = kept.get("hidden") != ""
-    targets = collate_targets(given, lattice=True, hidden=layers)
+    targets = collate_targets(given)
     if not layers:
         with pytest.raises(KDError, match="keeps no hidden layers.*--keep-hidden"):
-            collate_targets(given, hidden=True)
+            collate_targets(given, kinds=["hidden"])
     assert targets.whole.tolist() == [True, False, True]
     assert targets.parts["lattice"][1] is None  # its labels are unknown
-    _, codec = read_fingerprint(Pointer.of(part).store).codecs()
+    codec = read_fingerprint(Pointer.of(part).store).kinds["lattice"].codec
     for found, name in (
         (targets.parts["lattice"][0], "c1"),
         (targets.parts["lattice"][2], "c3"),
@@ -423,14 +433,14 @@ def test_lattices_are_read_with_and_without_other_parts(cuts, store, noise, kept
 def test_a_store_of_hidden_layers_has_no_lattices(cuts, store):
     stored = store(cuts)
     with pytest.raises(KDError, match="kd keeps no lattices: .*--keep-lattice"):
-        collate_targets([stored["c1"]], lattice=True)
+        collate_targets([stored["c1"]], kinds=["lattice"])
 
 
 def test_stores_of_other_layers_do_not_mix_in_a_batch(cuts, store):
     a, b = store(cuts[:2], "a"), store(cuts[2:], "b", hidden="1:half")
     both = [a["c1"], b["c3"]]
     with pytest.raises(KDError, match=f"made with hidden '{HIDDEN}'.*'1:half'"):
-        collate_targets(both, hidden=True)
+        collate_targets(both, kinds=["hidden"])
     with pytest.raises(KDError, match="made with hidden"):
         store_fingerprint(both)
 
@@ -445,7 +455,7 @@ def test_codes_are_stored_and_moved_as_rows_are(cuts, store, quantizer, tmp_path
     codec = HiddenCodec(1, 4, hash_file(path))
     stored = store(cuts, **{**kept, "hidden": f"{codec},out:half"})
     part = stored["c2"].truncate(offset=0.4, duration=0.5).pad(1.0, direction="left")
-    targets = collate_targets([stored["c3"], part], hidden=True)
+    targets = collate_targets([stored["c3"], part], kinds=["hidden"])
     assert targets.lens.tolist() == [14, 13 + 11]
     assert targets.parts["hidden"][1].shape == (2, 24, 2, 4)
     assert targets.parts["hidden"][1].dtype == torch.int64
@@ -548,8 +558,8 @@ def test_a_changed_byte_of_a_layer_is_found(cuts, store, tmp_path):
     data[pointer.offset + pointer.sizes["hidden.1"] + 3] ^= 1  # in hidden.out
     path.write_bytes(data)
     with pytest.raises(KDError, match="targets of cut c3 in .* damaged"):
-        collate_targets([stored["c3"]], hidden=True)
-    collate_targets([stored["c1"], stored["c2"]], hidden=True)
+        collate_targets([stored["c3"]], kinds=["hidden"])
+    collate_targets([stored["c1"], stored["c2"]], kinds=["hidden"])
 
 
 @pytest.mark.parametrize(
@@ -566,7 +576,7 @@ def test_records_that_are_not_what_the_fingerprint_says_are_refused(
     with pytest.raises(
         KDError, match="targets of cut c1 were made under the fingerprint .*dump"
     ):
-        collate_targets([stored["c1"], stored["c3"]], hidden=True)
+        collate_targets([stored["c1"], stored["c3"]], kinds=["hidden"])
 
 
 # Other frame rates, symbols, devices
@@ -607,12 +617,11 @@ def test_hidden_layers_take_another_frame_rate(with_ctc, wanted, frames):
 def test_hidden_layers_stay_where_symbols_are_mapped(with_ctc, symbols):
     ctc = torch.randn(2, 5, 4).log_softmax(-1) if with_ctc else None
     hidden = {1: torch.randn(2, 5, 2, 3)}
-    parts = {"ctc": ctc, "hidden": hidden}
+    parts = {"ctc": ctc, "hidden": hidden} if with_ctc else {"hidden": hidden}
     targets = Targets(torch.tensor([5, 3]), parts=parts)
-    found = map_symbols(targets, torch.tensor(symbols))
-    assert torch.equal(found.parts["hidden"][1], hidden[1]) and set(
-        found.parts["hidden"]
-    ) == {1}
+    found = map_tokens(targets, torch.tensor(symbols))
+    assert torch.equal(found.parts["hidden"][1], hidden[1])
+    assert set(found.parts["hidden"]) == {1}
     assert (found.parts.get("ctc") is None) == (not with_ctc)
     assert torch.equal(found.mask, targets.mask)
 
@@ -628,7 +637,7 @@ def test_targets_without_ctc_go_to_a_device():
     assert found.parts["hidden"][1].shape == (2, 5, 2, 3)
 
 
-# KDDataset
+# TargetDataset
 
 
 @kept("hidden", "ctc-hidden")
@@ -638,7 +647,7 @@ def test_a_dataset_gives_each_row_its_cuts_hidden_layers(
 ):
     stored = store(cuts, **kept)
     loader = DataLoader(
-        KDDataset(K2SpeechRecognitionDataset(), hidden=True),
+        TargetDataset(K2SpeechRecognitionDataset()),
         sampler=SimpleCutSampler(stored, max_duration=1.6, shuffle=True),
         batch_size=None,
         num_workers=num_workers,
@@ -665,7 +674,7 @@ def test_a_dataset_maps_and_resamples_with_hidden_layers(cuts, store, stored_for
     stored = store(cuts, ctc="dense")
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
     dataset = K2SpeechRecognitionDataset()
-    dataset = KDDataset(dataset, frame_shift=0.02, symbols=order, hidden=True)
+    dataset = TargetDataset(dataset, frame_shift=0.02, token_ids=order)
     found = dataset[CutSet.from_cuts([stored["c3"]])]["kd_targets"]
     for layer, rows in halved(hidden_of("c3")).items():
         assert torch.equal(
@@ -675,10 +684,11 @@ def test_a_dataset_maps_and_resamples_with_hidden_layers(cuts, store, stored_for
     assert torch.equal(found.parts["ctc"][0][:, order], expected)
 
 
-def test_a_dataset_reads_no_hidden_layers_unless_told(cuts, store):
+def test_a_dataset_reads_the_kinds_that_are_named(cuts, store):
     stored = store(cuts, ctc="dense")
-    found = KDDataset(K2SpeechRecognitionDataset())[stored]["kd_targets"]
-    assert found.parts.get("hidden") is None and found.parts.get("ctc") is not None
+    for kinds in (["ctc"], ["hidden"], ["ctc", "hidden"]):
+        dataset = TargetDataset(K2SpeechRecognitionDataset(), kinds=kinds)
+        assert list(dataset[stored]["kd_targets"].parts) == kinds
 
 
 # Statistics

@@ -10,7 +10,7 @@ from lhotse import CutSet, load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets import KDDataset, LogitWriter
+from icefall_kd.targets import TargetDataset, TargetWriter
 from icefall_kd.targets.dataset import collate_targets, store_fingerprint
 from icefall_kd.targets.places import forget, look_beside
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
@@ -43,7 +43,7 @@ def made(make_cut, make_logits, make_fingerprint, tmp_path, monkeypatch, forgott
         monkeypatch.chdir(folder)
         store = name if relative else folder / name
         fingerprint = make_fingerprint(**changes)
-        with LogitWriter("kd/cuts.jsonl.gz", store, fingerprint) as writer:
+        with TargetWriter("kd/cuts.jsonl.gz", store, fingerprint) as writer:
             for cut in cuts:
                 writer.write(cut, make_logits(cut))
         monkeypatch.chdir(tmp_path)
@@ -174,7 +174,7 @@ def test_the_last_manifests_folder_is_looked_at_first(made, expected, tmp_path):
 def test_a_dataset_looks_beside_its_manifest(made, expected, tmp_path, forgotten):
     path = moved_copy(made(), tmp_path)
     cuts = load_manifest(path).to_eager()
-    dataset = KDDataset(K2SpeechRecognitionDataset(), manifest_dir=str(path.parent))
+    dataset = TargetDataset(K2SpeechRecognitionDataset(), manifest_dir=str(path.parent))
     found = dataset[cuts]["kd_targets"]
     assert sorted(found.lens.tolist()) == sorted(map(len, expected))
 
@@ -182,7 +182,7 @@ def test_a_dataset_looks_beside_its_manifest(made, expected, tmp_path, forgotten
 def test_a_worker_that_is_a_new_process_looks_there_too(made, tmp_path, forgotten):
     path = moved_copy(made(), tmp_path)
     cuts = load_manifest(path).to_eager()
-    dataset = KDDataset(K2SpeechRecognitionDataset(), manifest_dir=str(path.parent))
+    dataset = TargetDataset(K2SpeechRecognitionDataset(), manifest_dir=str(path.parent))
     sent = pickle.dumps(dataset)
     forgotten()
     with pytest.raises(KDError, match="no fingerprint.json"):
@@ -206,7 +206,7 @@ def test_a_dump_goes_on_by_another_path_to_the_same_store(
 ):
     path = made(relative=True)
     monkeypatch.chdir(path.parents[1])
-    with LogitWriter(path, path.parent / "cuts_kd", make_fingerprint()) as writer:
+    with TargetWriter(path, path.parent / "cuts_kd", make_fingerprint()) as writer:
         assert len(writer) == 3
 
 
@@ -214,7 +214,7 @@ def test_a_dump_of_a_moved_store_names_the_remedy(made, make_fingerprint, tmp_pa
     path = moved_copy(made(), tmp_path)
     store = path.parent / "cuts_kd"
     with pytest.raises(KDError) as e:
-        LogitWriter(path, store, make_fingerprint())
+        TargetWriter(path, store, make_fingerprint())
     assert f"`icefall-kd repoint {path} --storage-dir {store}`" in str(e.value)
 
 

@@ -12,7 +12,7 @@ from lhotse import CutSet, load_manifest
 
 from icefall_kd.cli.stats import print_stats
 from icefall_kd.errors import KDError
-from icefall_kd.targets import Fingerprint, LogitWriter
+from icefall_kd.targets import Fingerprint, TargetWriter
 from icefall_kd.targets.dataset import collate_targets, store_fingerprint
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
 
@@ -173,7 +173,7 @@ def test_a_store_that_was_overwritten_is_read_anew(
 ):
     """In the process that read it before, as in a notebook."""
     collate_targets(list(cuts))
-    with LogitWriter(
+    with TargetWriter(
         tmp_path / "kd.jsonl.gz", tmp_path / "kd", make_fingerprint(), overwrite=True
     ) as writer:
         cut = make_cut("c1", 33)
@@ -186,7 +186,7 @@ def test_a_store_overwritten_in_another_form_is_read_anew(
     cuts, make_cut, make_fingerprint, make_logits, tmp_path
 ):
     collate_targets(list(cuts))
-    with LogitWriter(
+    with TargetWriter(
         tmp_path / "kd.jsonl.gz",
         tmp_path / "kd",
         make_fingerprint(ctc="top:3"),
@@ -260,6 +260,7 @@ CHANGED = {
     "s_range": 7,
     "hidden": "out:half",
     "version": 4,
+    "further_kinds": {"lattice": "dense"},
 }
 NAMES = [f.name for f in dataclasses.fields(Fingerprint)]
 
@@ -271,7 +272,7 @@ def test_no_writer_adds_to_a_store_of_another_fingerprint(
     before = tree_of(tmp_path)
     mine, other = make_fingerprint(), make_fingerprint(**{name: CHANGED[name]})
     with pytest.raises(KDError, match=f"was made with {name} ") as e:
-        LogitWriter(tmp_path / "kd.jsonl.gz", tmp_path / "kd", other)
+        TargetWriter(tmp_path / "kd.jsonl.gz", tmp_path / "kd", other)
     for value in (getattr(mine, name), CHANGED[name]):
         assert repr(value) in str(e.value)
     assert str(tmp_path / "kd") in str(e.value) and "\n" not in str(e.value)

@@ -1,4 +1,4 @@
-"""LogitWriter: what is stored, and what a run that was cut short leaves."""
+"""TargetWriter: what is stored, and what a run that was cut short leaves."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import torch
 from lhotse import CutSet, load_manifest
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets import LogitWriter
+from icefall_kd.targets import TargetWriter
 from icefall_kd.targets import writer as writer_module
 from icefall_kd.targets.manifest import combine, job_manifest
 from icefall_kd.targets.store import FIELD, Pointer
@@ -41,7 +41,7 @@ def opened(tmp_path, make_fingerprint):
         folder=tmp_path,
         **changes,
     ):
-        return LogitWriter(
+        return TargetWriter(
             folder / f"kd{suffix}",
             folder / storage,
             make_fingerprint(**changes),
@@ -807,7 +807,7 @@ def test_a_lattice_is_stored_beside_the_ctc_targets(
     cuts, opened, make_logits, tmp_path, form, read_targets, stored_form
 ):
     with opened(ctc="dense", lattice=form, s_range=3) as writer:
-        writer.write(cuts[0], make_logits(cuts[0]), lattice())
+        writer.write(cuts[0], make_logits(cuts[0]), lattice=lattice())
         _, codec = writer.fingerprint.codecs()
     (found,) = load_manifest(tmp_path / "kd.jsonl.gz")
     parts = Pointer.of(found).read()
@@ -824,7 +824,7 @@ def test_a_store_of_lattices_takes_no_cut_without_one(cuts, opened, make_logits)
         bad = lattice()
         bad.logits[0, 3, 1, 2] = float("nan")
         with pytest.raises(KDError, match="lattice on cut c1 are not finite"):
-            writer.write(cuts[0], make_logits(cuts[0]), bad)
+            writer.write(cuts[0], make_logits(cuts[0]), lattice=bad)
         assert len(writer) == 0
 
 
@@ -867,7 +867,7 @@ def test_records_of_another_manifest_are_not_cut_off(
     before = (tmp_path / "kd/targets.bin").read_bytes()
     other = tmp_path / "other.jsonl.gz"
     with pytest.raises(KDError, match="another manifest's targets.*--overwrite"):
-        LogitWriter(other, tmp_path / "kd", make_fingerprint())
+        TargetWriter(other, tmp_path / "kd", make_fingerprint())
     assert (tmp_path / "kd/targets.bin").read_bytes() == before and not other.exists()
     check(cuts)
 

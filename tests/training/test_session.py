@@ -15,7 +15,7 @@ from zipformer.utils import MetricsTracker
 from icefall_kd.errors import KDError
 from icefall_kd.tap import ModelTap, ctc_linear
 from icefall_kd.targets import Fingerprint, KDDataset, places
-from icefall_kd.targets.dataset import read_ctc
+from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import Pointer, read_fingerprint
 from icefall_kd.tokens import hash_tokens, load_tokenizer, token_names
 from icefall_kd.training import session
@@ -552,7 +552,7 @@ def test_a_finished_training_leaves_the_caches_manifest(
         for cut in found.values():
             x = torch.from_numpy(cut.load_features())[None]
             logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
-            targets = read_ctc(cut, Pointer.of(cut))
+            targets = collate_targets([cut], kinds=["ctc"]).parts["ctc"][0]
             torch.testing.assert_close(
                 targets, logits.log_softmax(-1), rtol=2**-9, atol=1e-3
             )

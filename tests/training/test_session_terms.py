@@ -103,7 +103,7 @@ def store(make_model, make_fingerprint, bare_cuts, tmp_path, sp):
                     y = sp.encode(cut.supervisions[0].text)
                     lattice = hook.lattice(out, [y], 4)
                 hidden = {i: hidden_rows(out, i)[0] for i in ("out", 0, 1)}
-                writer.write(cut, out.ctc_logits[0], lattice, hidden)
+                writer.write(cut, out.ctc_logits[0], lattice=lattice, hidden=hidden)
         return CutSet.from_file(manifest).to_eager()
 
     return make
@@ -866,7 +866,7 @@ def test_lattices_of_symbols_in_another_order_are_refused(
         wrap(cuts)
     one_sentence(e)
     session.attach(params(ctc=1.0), model)
-    assert wrap(cuts).symbols is not None
+    assert wrap(cuts).token_ids is not None
 
 
 @pytest.fixture
