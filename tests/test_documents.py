@@ -92,7 +92,7 @@ def test_commands_of_icefall_kd_are_understood(path):
     for words in commands(path.read_text("utf8")):
         if words[0] != "icefall-kd":
             continue
-        command = cli.commands[words[1]]
+        command = cli.get_command(None, words[1])
         with command.make_context(words[1], words[2:]) as context:
             flags = context.params.get("flags") or ()
         # Of what it takes as a model's flags, each is one of the recipe's.

@@ -14,7 +14,8 @@ from typing import Iterator, List, Tuple
 import click
 
 from icefall_kd.cli import cli
-from icefall_kd.training.options import add_options
+from icefall_kd.cli import options as cli_options
+from icefall_kd.training import options as training_options
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
@@ -80,7 +81,7 @@ def command_rows(command: click.Command) -> Iterator[Row]:
 def training_rows() -> Iterator[Row]:
     """The options that a plugged train.py has more."""
     parser = argparse.ArgumentParser(add_help=False)
-    add_options(parser, [])
+    training_options.add_options(parser, [])
     for action in parser._actions:
         if action.help != argparse.SUPPRESS:
             name = ", ".join(action.option_strings)
@@ -98,16 +99,23 @@ def script_rows(text: str) -> Iterator[Row]:
             yield f"--{name.replace('_', '-')}", default.strip('"'), comment
 
 
-def renamed_rows(text: str) -> Iterator[Tuple[str, str]]:
-    pairs = re.search(r'^renamed="([^"]*)"', text, re.M)
-    for pair in pairs[1].split() if pairs else ():
-        old, new = (f"`--{name.replace('_', '-')}`" for name in pair.split(":"))
-        yield old, new
+def renamed_rows() -> Iterator[Row]:
+    """Of each former name: the program, the former and the present name."""
+    for (command, old), new in getattr(cli_options, "RENAMED", {}).items():
+        yield f"icefall-kd {command}", old, new
+    for old, new in getattr(training_options, "RENAMED", {}).items():
+        yield "train.py of a plugged recipe", f"--kd-{old}", f"--kd-{new}"
+    for path in SCRIPTS:
+        pairs = re.search(r'^renamed="([^"]*)"', (ROOT / path).read_text("utf8"), re.M)
+        for pair in pairs[1].split():
+            old, new = (f"--{name.replace('_', '-')}" for name in pair.split(":"))
+            yield path, old, new
 
 
 def sections() -> Iterator[str]:
     yield INTRODUCTION
-    for name, command in sorted(cli.commands.items()):
+    for name in cli.list_commands(None):
+        command = cli.get_command(None, name)
         usage = command.make_context(name, [], resilient_parsing=True)
         words = " ".join(command.collect_usage_pieces(usage))
         yield f"## icefall-kd {name}\n"
@@ -120,17 +128,14 @@ def sections() -> Iterator[str]:
         "`epoch:value` pairs is a curve over epochs.\n"
     )
     yield table(list(training_rows())) + "\n"
-    renamed = []
     for path in SCRIPTS:
-        text = (ROOT / path).read_text("utf8")
         yield f"## {path}\n"
-        yield table(list(script_rows(text))) + "\n"
-        renamed += [(path, *pair) for pair in renamed_rows(text)]
+        yield table(list(script_rows((ROOT / path).read_text("utf8")))) + "\n"
     yield "## Former names\n"
     yield "A former name is refused, in one sentence that names the present one.\n"
-    yield "| of | former name | present name |\n|---|---|---|"
-    for row in renamed:
-        yield "| `{}` | {} | {} |".format(*row)
+    yield "| program | former name | present name |\n|---|---|---|"
+    for row in renamed_rows():
+        yield "| `{}` | `{}` | `{}` |".format(*row)
 
 
 def main() -> None:
