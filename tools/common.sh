@@ -81,7 +81,7 @@ fingerprint() {
   ) | cksum
 }
 
-# is_ready WORDS...: whether the marker says that all of this is installed.
+# is_ready WORDS...: whether the marker names all of this as installed.
 is_ready() {
   local marker=$prefix/.icefall_kd_ready word
   [[ -e $marker && $(sed -n 1p "$marker") == "$(fingerprint)" ]] || return 1
@@ -90,7 +90,7 @@ is_ready() {
   done
 }
 
-# set_ready WORDS...: write the marker; what it said before still holds if the
+# set_ready WORDS...: write the marker; its former content stays if the
 # fingerprint is the same.
 set_ready() {
   local marker=$prefix/.icefall_kd_ready

@@ -104,8 +104,9 @@ if [ -f "$exp/.1.done" ] && [ "$(cat "$exp/.settings")" != "$settings" ]; then
     "($(cat "$exp/.settings")), not these ($settings): give another --work-dir," \
     "or --redo true with the stages to do again"
 fi
-# Of a stage N, .N.begun and .N.done in exp/ say how far it is. A redo that was stopped
-# goes on when it is asked for again: .redo says that its stages are due already.
+# For a stage N, .N.begun and .N.done in exp/ record whether it has begun or is done. A
+# redo that was stopped continues when the same redo is asked for again: .redo records
+# that its stages are due already.
 redoing="$stage to $stop_stage, $settings"
 if [ "$redo" != true ]; then
   rm -f "$exp/.redo"
@@ -118,8 +119,8 @@ write "$exp/.settings" "$settings"
 if [ "$redo" = true ]; then write "$exp/.redo" "$redoing"; fi
 rm -rf "$work_dir"/{data,exp}/{,*/}.tmp-*  # of a script that was killed
 
-# todo N NAME [OUTPUT ...]: whether stage N is asked for and not done yet. What an
-# earlier stage N left as its outputs goes; what this one did before it was stopped stays.
+# todo N NAME [OUTPUT ...]: whether stage N is asked for and not done yet. When a stage
+# begins, it removes former outputs; when it continues, it keeps them.
 todo() {
   local n=$1 name=$2 before
   shift 2
@@ -259,7 +260,7 @@ if todo 7 "training, without and with KD" "${trained[@]}"; then  # 3 minutes
   finish 7
 fi
 
-# model:epoch of all that is decoded; the last of each model stands in summary.json
+# model:epoch of all that is decoded; the last of each model is in summary.json
 models=("$teacher:$teacher_epochs")
 for f in $(printf '%s\n' 1 "$long_factor" | sort -un); do
   models+=("$exp/student:$((1 + student_epochs * f * hard_mult))"

@@ -233,7 +233,7 @@ case $student in
 esac
 
 # Students of other settings in the same folder would be taken for these. What makes
-# training fit a machine may change on the way.
+# training fit a machine may change later.
 machine='--(max-duration|num-workers|num-buckets|master-port|save-every-n|keep-last-k) [0-9]+'
 if between 3 7; then
   settings="teacher $teacher_exp_dir $teacher_epoch $teacher_avg, student $student \
@@ -370,7 +370,7 @@ if is_due 9 "export of the distilled student"; then
     if [ "$script_name" = export.py ]; then jit=(--jit 1); fi
     "${python[@]}" "./$recipe/$script_name" --exp-dir "$exp_dir/kd" \
       --tokens "$tokens_file" "${student_model[@]}" "${jit[@]}" \
-      || fail "$script_name can't export $asr_dir/$exp_dir/kd: mend what it says above" \
+      || fail "$script_name can't export $asr_dir/$exp_dir/kd: correct what its message names" \
         "(export-onnx*.py need pip install onnx onnxruntime), and go on with --stage 9"
   done
 fi

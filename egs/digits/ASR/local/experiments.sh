@@ -1,7 +1,7 @@
 # What run_ablation.sh, run_slices.sh and run_streaming.sh share, behind
 # shared/stoppable.sh; they set work_dir and num_jobs.
 
-# targets SEED: what the teacher says on the training cuts, in three sets.
+# targets SEED: the targets of the training cuts, in three sets.
 targets() {
   local base=$work_dir/seed-$1 out=$work_dir/ablation/seed-$1
   local cuts=digits_cuts_train.jsonl.gz fbank=$work_dir/seed-$1-random/data/fbank

@@ -14,7 +14,7 @@ train() {
     --num-epochs "$last" "$@"
 }
 
-# copy_student FROM TO: the checkpoint last, as it says that all is there.
+# copy_student FROM TO: the checkpoint last, as a sign that all is copied.
 copy_student() {
   mkdir -p "$2"
   cp "$1/student_flags" "$2/"

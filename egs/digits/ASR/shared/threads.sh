@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # To be sourced. How the threads of a program wait for each other (OpenMP). By default
-# they spin, and beside a busy process that takes the core away from the very thread that
-# is waited for. Asleep they bear company, and are twice as slow where there is none
-# (benchmarks/neighbours.py). So they sleep if somebody is busy when the script begins,
-# and else spin for a moment, then sleep. What the user has set stays.
+# they spin. Beside a busy process, a thread that spins takes the core from the thread
+# that it waits for. A thread that sleeps does not, but takes twice the time where no
+# process is busy (benchmarks/neighbours.py). So threads sleep if another process is busy
+# when the script begins, and else spin for a moment, then sleep. What the user has set
+# stays.
 
 # idle_share: of all cores' time in the next third of a second, in percent.
 idle_share() {
@@ -16,7 +17,7 @@ idle_share() {
 }
 
 if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}${KMP_BLOCKTIME:-}" ]; then
-  # Half of a core that somebody else uses counts as a neighbour.
+  # Half of a core that other processes use counts as a busy process.
   if [ -r /proc/stat ] && [ "$(idle_share)" -lt $((100 - 50 / $(nproc))) ]; then
     export OMP_WAIT_POLICY=PASSIVE
   else

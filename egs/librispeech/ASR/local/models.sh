@@ -56,7 +56,7 @@ train() {
     --start-epoch "$first" --num-epochs "$end" --exp-dir "$folder" \
     --manifest-dir "$targets_dir" "${token_flags[@]}" "${train_words[@]}" \
     "${words[@]}" "$@" \
-    || fail "the training in $asr_dir/$folder stopped: mend what it says above, and" \
+    || fail "the training in $asr_dir/$folder stopped: correct what its message names, and" \
       "give the same command again; it continues after the last whole epoch"
 }
 
@@ -126,7 +126,7 @@ decode_model() {
     take_flags "$recipe/$name" "${flags[@]}" "${decode_words[@]}"
     "${python[@]}" "./$recipe/$name" --exp-dir "$folder" --decoding-method "$method" \
       --manifest-dir "$manifest_dir" "${token_flags[@]}" "${words[@]}" \
-      || fail "$name can't decode $asr_dir/$folder by $method: mend what it says above," \
+      || fail "$name can't decode $asr_dir/$folder by $method: correct what its message names," \
         "and go on with --stage 8"
     touch "$mark"
   done
