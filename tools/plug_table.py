@@ -26,7 +26,7 @@ from icefall_kd.errors import KDError
 from icefall_kd.plug.copies import Plan
 from icefall_kd.plug.plug import FOREIGN, PLUGGED, examine, plug, undo
 
-ONE = "egs/librispeech/ASR/zipformer/train.py"
+TRAIN = "egs/librispeech/ASR/zipformer/train.py"
 
 
 def unpack(icefall: Path, commit: str, folder: str, to: Path) -> Path:
@@ -59,28 +59,28 @@ def inserted(before: bytes, after: bytes) -> int:
 
 def faults(plan: Plan, new: Path) -> List[str]:
     """What does not hold of a copy that was just made; afterwards it is undone."""
-    found = []
+    problems = []
     for name, after in plan.plugged.items():
         compile(after, name, "exec", dont_inherit=True)
         most = 12 if name.startswith(("train", "finetune")) else 4
         if not 0 < inserted((plan.recipe / name).read_bytes(), after) <= most:
-            found.append(f"{name}: more lines than {most}, or others changed")
+            problems.append(f"{name}: more lines than {most}, or others changed")
     first = snapshot(new)
     if plug(plan.recipe, new, plan.left_out) is not None or snapshot(new) != first:
-        found.append("plugging again differs")
+        problems.append("plugging again differs")
     again = new.with_name(f"{new.name}_again")
     plug(new, again, plan.left_out)
     if any((again / name).read_bytes() != first[name] for name in plan.plugged):
-        found.append("plugging the copy differs")
+        problems.append("plugging the copy differs")
     if examine(new).state != PLUGGED:
-        found.append("--check does not say plugged")
+        problems.append("--check does not say plugged")
     undo(new)
     if examine(new).state != FOREIGN:
-        found.append("--check does not say foreign after --undo")
+        problems.append("--check does not say foreign after --undo")
     for name in (*plan.plugged, *plan.copied):
         if (new / name).read_bytes() != (plan.recipe / name).read_bytes():
-            found.append(f"--undo does not give back {name}")
-    return found
+            problems.append(f"--undo does not give back {name}")
+    return problems
 
 
 def plug_what_can_be(folder: Path, new: Path, names: List[str]) -> Tuple[Any, Dict]:
@@ -109,9 +109,9 @@ def rows_of(root: Path, scratch: Path, only: str = "") -> List[Dict[str, Any]]:
         before = snapshot(folder)
         new = Path(tempfile.mkdtemp(dir=scratch)) / folder.name
         plan, refused = plug_what_can_be(folder, new, names)
-        found = faults(plan, new) if plan else []
+        problems = faults(plan, new) if plan else []
         if snapshot(folder) != before:
-            found.append("the recipe was changed")
+            problems.append("the recipe was changed")
         for name in names:
             row = {"file": str((folder / name).relative_to(root)), "lines": 0}
             row["link"] = (folder / name).is_symlink()
@@ -121,8 +121,8 @@ def rows_of(root: Path, scratch: Path, only: str = "") -> List[Dict[str, Any]]:
                 row["data_lines"] = sum(
                     inserted(plan.before[n], plan.plugged[n]) for n in data
                 )
-                row["result"] = "FAULTY" if found else "plugged"
-                row["why"] = "; ".join([*found, *plan.notes])
+                row["result"] = "FAULTY" if problems else "plugged"
+                row["why"] = "; ".join([*problems, *plan.notes])
             elif name in refused:
                 row["result"] = "refused"
                 row["why"] = refused[name]
@@ -159,19 +159,19 @@ def main() -> None:
         return done.stdout.split("\n")[:-1]
 
     head = git("log", "-1", "--format=%h, %cs")[0]
-    commits = git("log", "--format=%h, %cs", "--", ONE)
+    commits = git("log", "--format=%h, %cs", "--", TRAIN)
     with tempfile.TemporaryDirectory() as scratch:
         tmp = Path(scratch)
         current = rows_of(unpack(args.icefall, "HEAD", "egs", tmp / "head"), tmp)
         history = []
         for commit in commits:
             name = commit.split(",")[0]
-            root = unpack(args.icefall, name, str(Path(ONE).parents[1]), tmp / name)
-            for row in rows_of(root, tmp, only=ONE):
-                if row["file"] == ONE:
+            root = unpack(args.icefall, name, str(Path(TRAIN).parents[1]), tmp / name)
+            for row in rows_of(root, tmp, only=TRAIN):
+                if row["file"] == TRAIN:
                     history.append({**row, "file": commit})
     show(f"Zipformer recipes of icefall ({head})", current)
-    show(f"Revisions of {ONE}", history)
+    show(f"Revisions of {TRAIN}", history)
     if args.json:
         tables = {"icefall": head, "recipes": current, "revisions": history}
         args.json.write_text(json.dumps(tables, indent=1) + "\n", "utf8")

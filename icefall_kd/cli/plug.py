@@ -1,4 +1,4 @@
-"""Plugs a recipe, says how it stands, and takes the lines out again."""
+"""Plugs a recipe, checks a copy, and takes the lines out again."""
 
 from typing import List, Sequence
 
@@ -16,9 +16,9 @@ _STATUS = {PLUGGED: 0, STALE: 3, FOREIGN: 4}
 
 def _show(plan: Plan, new_dir: str) -> None:
     counts: List[str] = []
-    for name, after in plan.plugged.items():
-        more = len(after.splitlines()) - len(plan.before[name].splitlines())
-        counts.append(f"{name} (+{more})")
+    for name, plugged in plan.plugged.items():
+        inserted = len(plugged.splitlines()) - len(plan.before[name].splitlines())
+        counts.append(f"{name} (+{inserted})")
     click.echo(f"{new_dir} is a working copy of {plan.recipe}")
     click.echo(f"  plugged: {', '.join(counts)}")
     if plan.copied:
@@ -46,8 +46,8 @@ def _check(folder: str, recipe_dir: str) -> None:
 
 def _undo(folder: str, recipe_dir: str) -> None:
     names = undo(folder, recipe_dir or None)
-    what = f"are out of {', '.join(names)}" if names else "were out already"
-    click.echo(f"{folder}: the lines of icefall_kd {what}")
+    result = f"are out of {', '.join(names)}" if names else "were out already"
+    click.echo(f"{folder}: the lines of icefall_kd {result}")
     _show_edited(examine(folder))
 
 
@@ -59,26 +59,38 @@ def plug(
     undo_it: bool,
     leave_out: Sequence[str],
 ) -> None:
-    asked = {"--diff": as_diff, "--check": check, "--undo": undo_it}
-    given = [name for name, on in asked.items() if on]
-    if len(given) > 1:
-        raise KDError(f"{' and '.join(given)} can't be asked for at once: give one")
+    """Run ``icefall-kd plug``.
+
+    Args:
+      recipe_dir: The recipe; the copy if ``new_dir`` is "" with ``check`` or
+        ``undo_it``.
+      new_dir: The copy, or "".
+      as_diff: Print the patch and write nothing.
+      check: Print whether the copy is plugged, stale or foreign, and exit.
+      undo_it: Take the lines out of the copy.
+      leave_out: The training scripts that are not to be plugged.
+    """
+    actions = {"--diff": as_diff, "--check": check, "--undo": undo_it}
+    chosen = [name for name, is_on in actions.items() if is_on]
+    if len(chosen) > 1:
+        raise KDError(f"{' and '.join(chosen)} can't be asked for at once: give one")
     if leave_out and (check or undo_it):
-        raise KDError(f"--leave-out has no meaning with {given[0]}: leave it out")
-    folder, of = (new_dir, recipe_dir) if new_dir else (recipe_dir, "")
+        raise KDError(f"--leave-out has no meaning with {chosen[0]}: leave it out")
+    folder, original = (new_dir, recipe_dir) if new_dir else (recipe_dir, "")
     if check:
-        _check(folder, of)
+        _check(folder, original)
     if undo_it:
-        _undo(folder, of)
+        _undo(folder, original)
         return
-    beside = f"{recipe_dir.rstrip('/')}_kd"
+    default_dir = f"{recipe_dir.rstrip('/')}_kd"
     if as_diff:
-        patch = diff(make_plan(recipe_dir, leave_out), new_dir or beside)
+        patch = diff(make_plan(recipe_dir, leave_out), new_dir or default_dir)
         click.echo(patch, nl=False)
         return
     if not new_dir:
         raise KDError(
-            f"the new folder is missing: give it behind {recipe_dir}, such as {beside}"
+            f"the new folder is missing: give it behind {recipe_dir}, such as "
+            f"{default_dir}"
         )
     plan = plug_recipe(recipe_dir, new_dir, leave_out)
     if plan is None:

@@ -1,9 +1,10 @@
-"""What a working copy of a recipe consists of.
+"""The files of a plugged copy of a recipe.
 
 The training scripts and their data module carry the lines of
-:mod:`icefall_kd.plug.lines`. What imports them, directly or through others, is a file
-of its own: Python looks for a script's imports beside the file that a link leads to, so
-a linked ``decode.py`` would find the original's ``train``. All else is linked.
+:mod:`icefall_kd.plug.lines`. A script that imports one of them, directly or through
+others, is copied: Python looks for a script's imports beside the file that a link leads
+to, so a linked ``decode.py`` would import the original's ``train``. All other files are
+links.
 """
 
 import ast
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Set, Tuple
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, require
 from icefall_kd.plug.lines import data_module, plug_data_module, plug_train
 from icefall_kd.plug.source import parse, scope, unplug
 
@@ -24,43 +25,50 @@ _OUTPUT = (".log", ".out", ".pt", ".pyc")  # of a training, not of a recipe
 
 @dataclass
 class Plan:
-    """What a working copy consists of, by file name."""
+    """The files of a copy, by name."""
 
     recipe: Path
     left_out: List[str]  # training scripts that are not to be plugged
-    before: Dict[str, bytes]  # the plugged ones, as they are in the recipe
-    plugged: Dict[str, bytes]
-    copied: Dict[str, bytes]  # they import a plugged one
+    before: Dict[str, bytes]  # the plugged files, as they are in the recipe
+    plugged: Dict[str, bytes]  # the same files, with the lines
+    copied: Dict[str, bytes]  # scripts that import a plugged file
     linked: List[str]
     notes: List[str]  # on scripts that can't use the copy's train
 
     def hashes(self) -> Dict[str, str]:
-        """The SHA-256 of each file of its own, without the lines."""
-        found = {name: hash_bare(data, name) for name, data in self.before.items()}
-        return {**found, **{name: sha256(data) for name, data in self.copied.items()}}
+        """Return the SHA-256 of each plugged or copied file, without the lines."""
+        plugged = {name: hash_bare(data, name) for name, data in self.before.items()}
+        copied = {name: sha256(data) for name, data in self.copied.items()}
+        return {**plugged, **copied}
 
 
 def hash_bare(data: bytes, path: object) -> str:
-    """The SHA-256 of a file without the lines that plug it."""
+    """Return the SHA-256 of a file without the lines that plug it.
+
+    Args:
+      data: The bytes of the file.
+      path: Its name.
+    """
     try:
         return sha256(unplug(data, path))
-    except KDError:  # whatever it is, it is not what was plugged
+    except KDError:  # not a file that was plugged
         return sha256(data)
 
 
 def sha256(data: bytes) -> str:
+    """Return the SHA-256 of ``data``."""
     return hashlib.sha256(data).hexdigest()
 
 
 def recipe_folder(path: object) -> Path:
-    """The folder ``path``, or a refusal."""
+    """Return ``path`` as a folder, or refuse it."""
     folder = Path(path)
-    if not folder.is_dir():
-        what = "is a file" if folder.is_file() else "does not exist"
-        raise KDError(
-            f"the recipe folder {folder} {what}: give the folder of the recipe's "
-            "train.py, such as ./zipformer"
-        )
+    problem = "is a file" if folder.is_file() else "does not exist"
+    require(
+        folder.is_dir(),
+        f"the recipe folder {folder} {problem}: give the folder of the recipe's "
+        "train.py, such as ./zipformer",
+    )
     return folder
 
 
@@ -76,25 +84,33 @@ def _trains(name: str, data: bytes, path: Path) -> bool:
 
 
 def training_scripts(folder: Path, leave_out: Iterable[str]) -> Dict[str, bytes]:
-    """The scripts of a recipe that train, by file name."""
-    found = {}
+    """Return the training scripts of a recipe, by file name.
+
+    Args:
+      folder: The recipe's.
+      leave_out: The names of scripts that are left out.
+
+    Raises:
+      KDError: There are none, or a name of ``leave_out`` is no file.
+    """
+    scripts = {}
     for path in sorted(folder.glob("*.py")):
         name = path.name
         if name.startswith(("train", "finetune")) and path.is_file():
             data = path.read_bytes()
             if name not in leave_out and _trains(name, data, path):
-                found[name] = data
+                scripts[name] = data
     for name in leave_out:
-        if not (folder / name).is_file():
-            raise KDError(
-                f"--leave-out {name}: {folder} holds no such file: mend the name"
-            )
-    if not found:
-        raise KDError(
-            f"the recipe folder {folder} holds no train.py or finetune.py to plug: "
-            "give the folder of the recipe's train.py, such as ./zipformer"
+        require(
+            (folder / name).is_file(),
+            f"`leave_out` {name}: {folder} holds no such file: mend the name",
         )
-    return found
+    require(
+        scripts,
+        f"the recipe folder {folder} holds no train.py or finetune.py to plug: give "
+        "the folder of the recipe's train.py, such as ./zipformer",
+    )
+    return scripts
 
 
 def _imports(tree: ast.Module) -> Iterator[Tuple[str, List[str]]]:
@@ -123,7 +139,10 @@ def _defines(tree: ast.Module) -> Set[str]:
 
 
 def _lacking(name: str, folder: Path, trees: Dict[str, ast.Module]) -> str:
-    """What a script from another folder imports there and would not find here."""
+    """What a script imports from its own folder that ``folder`` lacks; "" for nothing.
+
+    A script's own folder is the one that a link leads to.
+    """
     home = (folder / name).resolve().parent
     if home == folder.resolve():
         return ""
@@ -140,14 +159,14 @@ def _lacking(name: str, folder: Path, trees: Dict[str, ast.Module]) -> str:
 
 
 def make_plan(recipe_dir: object, leave_out: Iterable[str] = ()) -> Plan:
-    """Decide what a working copy of a recipe consists of; write nothing.
+    """Return the files of a plugged copy of a recipe; nothing is written.
 
     Args:
-      recipe_dir: Folder of the recipe's train.py.
-      leave_out: Training scripts that are not to be plugged.
+      recipe_dir: The folder of the recipe's train.py.
+      leave_out: The training scripts that are not to be plugged.
 
     Raises:
-      KDError: a training script or its data module can't be plugged.
+      KDError: A training script or its data module can't be plugged.
     """
     folder = recipe_folder(recipe_dir)
     before = training_scripts(folder, leave_out)
@@ -156,22 +175,22 @@ def make_plan(recipe_dir: object, leave_out: Iterable[str] = ()) -> Plan:
     for name, data in before.items():
         path = folder / name
         try:
-            if path.resolve().parent != folder.resolve():
-                raise KDError(
-                    f"{path} is a link to {path.resolve()}, so Python takes its data "
-                    "module and its model from there: plug that recipe"
-                )
+            require(
+                path.resolve().parent == folder.resolve(),
+                f"{path} is a link to {path.resolve()}, so Python takes its data "
+                "module and its model from there: plug that recipe",
+            )
             plugged[name] = plug_train(data, path)
             module = data_module(plugged[name], path)
-            if not (folder / f"{module.name}.py").is_file():
-                raise KDError(
-                    f"{path} (line {module.line}) imports its data module from "
-                    f"{module.name}, and {folder} has no {module.name}.py: put it there"
-                )
+            require(
+                (folder / f"{module.name}.py").is_file(),
+                f"{path} (line {module.line}) imports its data module from "
+                f"{module.name}, and {folder} has no {module.name}.py: put it there",
+            )
         except KDError as e:
             if len(before) == 1:
                 raise
-            message = f"{e.sentence}; or leave it as it is by --leave-out {name}"
+            message = f"{e.sentence}; or leave it as it is by `leave_out` {name}"
             raise type(e)(message) from None
         classes.setdefault(f"{module.name}.py", set()).add(module.class_name)
     for name, class_names in classes.items():
@@ -184,14 +203,14 @@ def make_plan(recipe_dir: object, leave_out: Iterable[str] = ()) -> Plan:
         name = path.name
         if name in {**plugged, **plan.copied} or name.startswith((".", "__pycache__")):
             continue
-        program = path.is_dir() and any(path.glob("*.py"))
-        if program or (path.is_file() and not name.endswith(_OUTPUT)):
+        holds_programs = path.is_dir() and any(path.glob("*.py"))
+        if holds_programs or (path.is_file() and not name.endswith(_OUTPUT)):
             plan.linked.append(name)
     return plan
 
 
 def _add_scripts(plan: Plan) -> None:
-    """Find what imports a plugged file, directly or through others."""
+    """Add the scripts that import a plugged file, directly or through others."""
     sources, trees = {}, {}
     for path in sorted(plan.recipe.glob("*.py")):
         if path.is_file():
@@ -200,13 +219,13 @@ def _add_scripts(plan: Plan) -> None:
                 trees[path.name] = parse(sources[path.name], path)
             except KDError:  # it can't run either, wherever it stands
                 continue
-    own, size = set(plan.plugged), 0
-    while len(own) > size:
-        size = len(own)
+    not_linked, size = set(plan.plugged), 0
+    while len(not_linked) > size:
+        size = len(not_linked)
         for name, tree in trees.items():
-            if any(f"{module}.py" in own for module, _ in _imports(tree)):
-                own.add(name)
-    for name in sorted(own - set(plan.plugged)):
+            if any(f"{module}.py" in not_linked for module, _ in _imports(tree)):
+                not_linked.add(name)
+    for name in sorted(not_linked - set(plan.plugged)):
         lacking = _lacking(name, plan.recipe, trees)
         if lacking:
             plan.notes.append(
@@ -218,8 +237,13 @@ def _add_scripts(plan: Plan) -> None:
 
 
 def diff(plan: Plan, new_dir: object) -> bytes:
-    """The patch that plugs a recipe, as ``diff -u`` writes it."""
-    out = []
+    """Return the patch that plugs a recipe, as ``diff -u`` writes it.
+
+    Args:
+      plan: The copy's files.
+      new_dir: The folder of the copy, which the patch names.
+    """
+    patch = []
     for name, after in plan.plugged.items():
         for line in difflib.diff_bytes(
             difflib.unified_diff,
@@ -229,8 +253,8 @@ def diff(plan: Plan, new_dir: object) -> bytes:
             os.fsencode(Path(str(new_dir)) / name),
         ):
             end = b"" if line.endswith(b"\n") else b"\n\\ No newline at end of file\n"
-            out.append(line + end)
-    return b"".join(out)
+            patch.append(line + end)
+    return b"".join(patch)
 
 
 def _lines(data: bytes) -> List[bytes]:

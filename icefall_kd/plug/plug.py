@@ -1,9 +1,10 @@
-"""Makes a working copy of a recipe with distillation plugged in; checks, and undoes it.
+"""Makes a plugged copy of a recipe, checks it, and takes the lines out again.
 
-Not done here: the recipe itself is never written to, nor what it links to.
+The recipe itself is never written to, nor are the files that it links to.
 
-The copy remembers in ``.icefall_kd.json`` which recipe it is of, and the SHA-256 of
-each file of its own without the lines, so that a change on either side is seen later.
+The file ``.icefall_kd.json`` of the copy names its recipe, and holds the SHA-256 of
+each file that is not a link, without the inserted lines. So a later change on either
+side is noticed.
 """
 
 import json
@@ -34,15 +35,25 @@ PLUGGED, STALE, FOREIGN = "plugged", "stale", "foreign"
 
 @dataclass
 class Report:
-    """What :func:`examine` found."""
+    """The state of a recipe folder, from :func:`examine`."""
 
     state: str  # PLUGGED, STALE or FOREIGN
     reasons: List[str] = field(default_factory=list)  # why it is stale or foreign
-    edited: List[str] = field(default_factory=list)  # by hand, since it was made
+    edited: List[str] = field(default_factory=list)  # files changed by hand
 
 
 def read_record(folder: Path) -> Optional[Dict[str, Any]]:
-    """What a working copy remembers; None where the folder is none."""
+    """Read the ``.icefall_kd.json`` of a copy.
+
+    Args:
+      folder: Any recipe folder.
+
+    Returns:
+      The file's content; None where the folder has none, and so is no copy.
+
+    Raises:
+      KDError: The file is damaged.
+    """
     path = folder / RECORD
     if not path.is_file():
         return None
@@ -63,8 +74,8 @@ def read_record(folder: Path) -> Optional[Dict[str, Any]]:
         ) from None
 
 
-def _stage(plan: Plan, new: Path, stage: Path) -> None:
-    """Write a whole working copy into ``stage``; its links are right in ``new``."""
+def _write_copy(plan: Plan, new: Path, stage: Path) -> None:
+    """Write a copy into ``stage``, with links that lead right once it is ``new``."""
     for name, data in {**plan.plugged, **plan.copied}.items():
         (stage / name).write_bytes(data)
         mode = (plan.recipe / name).stat().st_mode
@@ -92,13 +103,19 @@ def _stage(plan: Plan, new: Path, stage: Path) -> None:
 def plug(
     recipe_dir: object, new_dir: object, leave_out: Iterable[str] = ()
 ) -> Optional[Plan]:
-    """Make ``new_dir`` a working copy of a recipe, plugged; all of it or nothing.
+    """Make a plugged copy of a recipe, all of it or nothing.
+
+    Args:
+      recipe_dir: The folder of the recipe's train.py.
+      new_dir: The folder of the copy. It does not exist, or is empty, or is a copy of
+        the same recipe whose lines were taken out.
+      leave_out: The training scripts that are not to be plugged.
 
     Returns:
-      What it consists of; None where it was there already.
+      The copy's files; None where the copy exists and is up to date.
 
     Raises:
-      KDError: the recipe can't be plugged, or something else is in the way.
+      KDError: The recipe can't be plugged, or ``new_dir`` can't be the copy.
     """
     leave_out = sorted(set(leave_out))
     plan = make_plan(recipe_dir, leave_out)
@@ -114,17 +131,18 @@ def plug(
             f"the new folder {new} can't be made, as {new.parent} is no folder: mend "
             "the path"
         )
-    there = os.path.lexists(new) and not (new.is_dir() and not any(new.iterdir()))
-    if there and _is_up_to_date(new, recipe, leave_out):
+    is_empty_folder = new.is_dir() and not any(new.iterdir())
+    exists = os.path.lexists(new) and not is_empty_folder
+    if exists and _is_up_to_date(new, recipe, leave_out):
         return None
     stage = temporary_name(target)
     try:
         stage.mkdir()
-        _stage(plan, new, stage)
-        if there:
+        _write_copy(plan, new, stage)
+        if exists:
             for name in sorted(os.listdir(stage), key=lambda name: name == RECORD):
-                kept = name in plan.linked and os.path.lexists(target / name)
-                if not kept:  # it may be the user's own by now
+                # A file in the place of a link may be the user's own by now.
+                if name not in plan.linked or not os.path.lexists(target / name):
                     os.replace(stage / name, target / name)
         else:
             os.replace(stage, target)
@@ -134,7 +152,10 @@ def plug(
 
 
 def _is_up_to_date(new: Path, recipe: Path, leave_out: List[str]) -> bool:
-    """False for a copy whose lines were taken out; refuse all that must not be lost."""
+    """Whether ``new`` is a plugged copy; False for one whose lines were taken out.
+
+    Anything else that would be lost is refused.
+    """
     record = read_record(new)
     if record is None:
         raise KDError(
@@ -146,11 +167,11 @@ def _is_up_to_date(new: Path, recipe: Path, leave_out: List[str]) -> bool:
     if report.state == PLUGGED and record["leave_out"] == leave_out:
         return True
     if report.state != FOREIGN:
-        why = report.reasons[0] if report.reasons else "it was made with --leave-out "
-        why += "" if report.reasons else ",".join(record["leave_out"]) or "nothing"
+        left_out = ",".join(record["leave_out"]) or "nothing"
+        reasons = [*report.reasons, f"it was made with `leave_out` {left_out}"]
         raise KDError(
-            f"{new} is a working copy already, but {why}: run `icefall-kd plug --undo "
-            f"{new}`, then plug again"
+            f"{new} is a working copy already, but {reasons[0]}: run `icefall-kd plug "
+            f"--undo {new}`, then plug again"
         )
     if report.edited:
         raise KDError(
@@ -170,32 +191,23 @@ def _check_origin(folder: Path, record: Dict[str, Any], recipe_dir: object) -> N
 
 
 def examine(folder: object, recipe_dir: object = None) -> Report:
-    """Say whether a folder is plugged, by these lines and of this original.
+    """Find out whether a folder is plugged, with this version's lines.
 
     Args:
-      folder: A working copy, or any recipe.
-      recipe_dir: What it ought to be a copy of; None: what it remembers.
+      folder: A copy, or any recipe.
+      recipe_dir: The recipe that it must be a copy of; None for the one that its
+        ``.icefall_kd.json`` names.
+
+    Raises:
+      KDError: It is no recipe, a copy of another one, or its record is damaged.
     """
     folder = recipe_folder(folder)
     record = read_record(folder)
     if record is None:
         return _examine_recipe(folder)
-    origin = folder / record["recipe"]
-    reasons = []
     if recipe_dir is not None:
         _check_origin(folder, record, recipe_dir)
-    try:
-        plan = make_plan(origin, record["leave_out"])
-    except KDError as e:
-        reasons.append(f"its original can't be plugged any more: {e.sentence}")
-    else:
-        hashes = plan.hashes()
-        for name in sorted({*record["files"], *hashes}):
-            if hashes.get(name) != record["files"].get(name):
-                reasons.append(f"{origin.resolve() / name} has changed since")
-        for name in plan.linked:
-            if name.endswith(".py") and not os.path.lexists(folder / name):
-                reasons.append(f"{origin.resolve() / name} is missing here")
+    reasons = _changes_of_original(folder, record)
     edited, marked = [], []
     for name, expected in record["files"].items():
         path = folder / name
@@ -203,24 +215,44 @@ def examine(folder: object, recipe_dir: object = None) -> Report:
             reasons.append(f"{path} is gone")
             continue
         data = path.read_bytes()
-        ours = name in record["plugged"]
-        if (hash_bare(data, path) if ours else sha256(data)) != expected:
+        is_plugged = name in record["plugged"]
+        if (hash_bare(data, path) if is_plugged else sha256(data)) != expected:
             edited.append(name)
-        if ours and _speaks_of_us(data, path):
+        if is_plugged and _has_our_lines(data, path):
             marked.append(name)
     if not marked:
         return Report(FOREIGN, ["its lines were taken out"], edited)
     try:
-        here = make_plan(folder, record["leave_out"])
-        for name, data in here.plugged.items():
-            if name in record["plugged"] and data != here.before[name]:
+        plan = make_plan(folder, record["leave_out"])
+        for name, data in plan.plugged.items():
+            if name in record["plugged"] and data != plan.before[name]:
                 reasons.append(f"{folder / name} has lost its lines")
     except KDError as e:
         reasons.append(e.sentence)
     return Report(STALE if reasons else PLUGGED, reasons, edited)
 
 
-def _speaks_of_us(data: bytes, path: Path) -> bool:
+def _changes_of_original(folder: Path, record: Dict[str, Any]) -> List[str]:
+    """What has changed in the original since the copy was made, in words."""
+    origin = (folder / record["recipe"]).resolve()
+    try:
+        plan = make_plan(folder / record["recipe"], record["leave_out"])
+    except KDError as e:
+        return [f"its original can't be plugged any more: {e.sentence}"]
+    hashes = plan.hashes()
+    changes = [
+        f"{origin / name} has changed since"
+        for name in sorted({*record["files"], *hashes})
+        if hashes.get(name) != record["files"].get(name)
+    ]
+    return changes + [
+        f"{origin / name} is missing here"
+        for name in plan.linked
+        if name.endswith(".py") and not os.path.lexists(folder / name)
+    ]
+
+
+def _has_our_lines(data: bytes, path: Path) -> bool:
     """Whether a file carries lines of icefall_kd, even if it does not parse."""
     try:
         return is_marked(data, path)
@@ -229,11 +261,11 @@ def _speaks_of_us(data: bytes, path: Path) -> bool:
 
 
 def _examine_recipe(folder: Path) -> Report:
-    """The state of a folder that remembers nothing."""
+    """The state of a folder that is no copy."""
     marked = [
         path.name
         for path in sorted(folder.glob("*.py"))
-        if path.is_file() and _speaks_of_us(path.read_bytes(), path)
+        if path.is_file() and _has_our_lines(path.read_bytes(), path)
     ]
     if not marked:
         training_scripts(folder, ())  # a folder without any is no recipe at all
@@ -249,14 +281,18 @@ def _examine_recipe(folder: Path) -> Report:
 
 
 def undo(folder: object, recipe_dir: object = None) -> List[str]:
-    """Take the lines out of a working copy; return the names of the files.
+    """Take the lines out of a copy.
 
     Args:
-      folder: The working copy.
-      recipe_dir: What it ought to be a copy of; None: what it remembers.
+      folder: The copy.
+      recipe_dir: The recipe that it must be a copy of; None for the one that its
+        ``.icefall_kd.json`` names.
+
+    Returns:
+      The names of the files that had lines.
 
     Raises:
-      KDError: it is no working copy, or its lines stand where nothing inserts them.
+      KDError: It is no copy, or its lines are not where they are inserted.
     """
     folder = recipe_folder(folder)
     record = read_record(folder)

@@ -187,9 +187,11 @@ def test_a_recipe_with_only_a_finetune_py(recipe):
 def test_leave_out(recipe):
     (recipe.folder / "train_old.py").write_text("def compute_loss(:\n")
     sentence = refused(
-        lambda: plug(recipe.folder, recipe.new), "train_old.py (line 1)", "--leave-out"
+        lambda: plug(recipe.folder, recipe.new), "train_old.py (line 1)", "`leave_out`"
     )
     assert "not valid Python" in sentence
+    output = command(recipe.folder, recipe.new).output
+    assert output.endswith("or leave it as it is by --leave-out train_old.py\n")
     assert not recipe.new.exists()
     plan = plug(recipe.folder, recipe.new, ["train_old.py"])
     assert "train_old.py" in plan.linked
@@ -401,7 +403,7 @@ def test_unknown_shapes_write_nothing(recipe):
         train_of(("    return loss, info", "    return loss"))
     )
     sentence = nothing_written(recipe, "train.py (line ", "(loss, info)")
-    assert "--leave-out" not in sentence  # nothing would be left
+    assert "leave_out" not in sentence  # nothing would be left
     (recipe.folder / "train.py").write_text("import os\n\nos.abort()\n")
     nothing_written(recipe, "train.py (line ", "functions get_parser")
     (recipe.folder / "train.py").write_text("import os\n\ndef run(:\n")
@@ -474,7 +476,7 @@ def test_a_copy_of_another_recipe(recipe):
 def test_another_leave_out_is_no_news(recipe):
     (recipe.folder / "train_b.py").write_text(TRAIN)
     plug(recipe.folder, recipe.new)
-    nothing_written(recipe, "--leave-out nothing", leave_out=["train_b.py"])
+    nothing_written(recipe, "`leave_out` nothing", leave_out=["train_b.py"])
 
 
 def test_a_linked_train_is_refused(recipe):
