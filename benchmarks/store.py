@@ -283,7 +283,7 @@ def main() -> None:
                 name = f"lattice, s_range {args.s_range}, V = {size}"
                 measure_lattice(rows[name], case, nodes[1][0])
     try:
-        from icefall_kd.tap import ctc_linear
+        from icefall_kd.zipformer import ctc_linear
 
         tables = [f"CTC, V = {size}" for size in (v, 500)]
         mvq = [Row(name, "MVQ, 8 codes") for name in tables]

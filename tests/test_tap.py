@@ -12,8 +12,8 @@ from icefall_kd import ModelTap
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.losses.transducer import nodes_of, path_nodes, stored_nodes
-from icefall_kd.tap import ctc_linear
 from icefall_kd.types import PrunedLattice
+from icefall_kd.zipformer import ctc_linear
 
 LOG_EPS = -15.94  # icefall's padding
 
@@ -157,7 +157,7 @@ def test_an_utterance_of_a_batch_is_as_alone(make_model, features, changes, padd
         batch = (x.flip(2) if seed % 2 else x.clone())[:, : int(lens.max())]
         for row, n in zip(batch, lens.tolist(), strict=True):
             row[n:] = padding
-        with ModelTap(model, hidden=(0, 1)) as hook:
+        with ModelTap(model, layers=(0, 1)) as hook:
             together = hook.encode(batch, lens)
             for i, n in enumerate(lens.tolist()):
                 alone = hook.encode(batch[i : i + 1, :n], lens[i : i + 1])
@@ -205,7 +205,7 @@ def test_hidden_stacks_are_those_of_the_forward_pass(make_model, features):
     for stack in model.encoder.encoders:
         stack.register_forward_hook(lambda m, args, out: seen.append(out))
     x, lens = features[0], torch.tensor([61, 61, 61])
-    with ModelTap(model, hidden=(1, 0)) as hook:
+    with ModelTap(model, layers=(1, 0)) as hook:
         out = hook.encode(x, lens)
     assert set(out.hidden) == {0, 1} and len(seen) == 2
     for i in (0, 1):
@@ -215,7 +215,7 @@ def test_hidden_stacks_are_those_of_the_forward_pass(make_model, features):
 
 def test_gradients_flow_through_hidden_stacks(make_model, features):
     model = make_model().train()
-    with ModelTap(model, hidden=[0]) as hook:
+    with ModelTap(model, layers=[0]) as hook:
         forward(model, *features)
         out = hook.take()
         forward(model, *features)
@@ -235,7 +235,7 @@ def test_no_hidden_stack_unless_asked(make_model, features):
 def test_a_stack_that_is_not_there_is_refused(make_model, index):
     model = make_model()
     with pytest.raises(KDError, match=f"stack {index}, .* 2 stacks: give 0 to 1"):
-        ModelTap(model, hidden=[0, index])
+        ModelTap(model, layers=[0, index])
     assert hooks_of(model) == []
 
 
@@ -244,7 +244,7 @@ def test_a_stack_that_is_not_there_is_refused(make_model, index):
 
 def test_a_transducer_without_ctc_head_gives_its_encoder(make_model, features):
     model = make_model(use_ctc=False)
-    with ModelTap(model, hidden=[1], ctc=False) as hook:
+    with ModelTap(model, layers=[1], with_ctc=False) as hook:
         out = hook.encode(*features)
         assert hook.lattice(out, [[3, 4, 3], [5, 6], [7]], 3).logits.ndim == 4
     assert out.ctc_logits is None and out.encoder_out.shape == (3, 14, 24)
@@ -568,7 +568,7 @@ def fail(*args):
 @pytest.mark.parametrize("at", ["encoder_embed", "encoder", "ctc_output", "joiner"])
 def test_a_forward_pass_that_fails_is_refused_and_forgotten(make_model, features, at):
     model = make_model().train()
-    with ModelTap(model, hidden=[0], decoder=True) as hook:
+    with ModelTap(model, layers=[0], with_decoder=True) as hook:
         forward(model, *features)  # an earlier one that nobody took
         handle = model.get_submodule(at).register_forward_pre_hook(fail)
         with pytest.raises(ZeroDivisionError):
@@ -585,7 +585,7 @@ def test_a_forward_pass_that_fails_is_refused_and_forgotten(make_model, features
 @pytest.mark.parametrize("at", ["encoder_embed", "encoder", "ctc_output.1"])
 def test_an_encode_that_fails_leaves_nothing(make_model, features, at):
     model = make_model()
-    with ModelTap(model, hidden=[0]) as hook:
+    with ModelTap(model, layers=[0]) as hook:
         handle = model.get_submodule(at).register_forward_pre_hook(fail)
         with pytest.raises(ZeroDivisionError):
             hook.encode(*features)
@@ -599,7 +599,7 @@ def test_a_pass_without_decoder_or_head_has_nothing_of_an_earlier_one(
 ):
     model = make_model().eval()
     x, x_lens = features
-    with ModelTap(model, decoder=True) as hook, torch.no_grad():
+    with ModelTap(model, with_decoder=True) as hook, torch.no_grad():
         forward(model, x, x_lens)
         model.forward_encoder(x, x_lens)  # by hand
         out = hook.take()
@@ -615,12 +615,12 @@ def test_a_pass_without_decoder_or_head_has_nothing_of_an_earlier_one(
 def test_a_head_that_is_asked_behind_take_leaves_nothing(make_model, features):
     """As the loss of n-best lists asks the decoder."""
     model = make_model().eval()
-    with ModelTap(model, decoder=True) as hook:
+    with ModelTap(model, with_decoder=True) as hook:
         forward(model, *features)
         out = hook.take()
         model.decoder(torch.tensor([[0, 9]]))
         model.ctc_output(out.encoder_out)
-        assert hook._store == {}
+        assert hook._outputs == {}
 
 
 # Copies
@@ -679,7 +679,7 @@ def test_encode_does_not_leave_a_pass_to_take(make_model, features):
 
 def test_a_model_without_ctc_head_is_refused(make_model):
     model = make_model(use_ctc=False)
-    with pytest.raises(KDError, match="AsrModel has no CTC head .* --use-ctc 1"):
+    with pytest.raises(KDError, match="AsrModel has no CTC head .* `use_ctc` 1"):
         ModelTap(model)
     assert hooks_of(model) == []
 
@@ -722,7 +722,7 @@ def test_a_batch_that_cr_ctc_doubles_is_taken_doubled(make_model, features):
     """Each utterance twice, with other dropout each time; encode() hears it once."""
     model = make_model().train()
     x, x_lens = features
-    hook = ModelTap(model, hidden=[1], decoder=True)
+    hook = ModelTap(model, layers=[1], with_decoder=True)
     torch.manual_seed(0)
     model(
         x=x,
@@ -757,7 +757,7 @@ def test_autocast_gives_the_same_within_its_precision(make_model, features):
 
 def test_the_decoders_output_is_that_of_the_models_own_pass(make_model, features):
     model = make_model().eval()
-    hook = ModelTap(model, decoder=True)
+    hook = ModelTap(model, with_decoder=True)
     y = [[3, 4, 3], [5, 6], [7]]
     model(x=features[0], x_lens=features[1], y=y, prune_range=3)
     out = hook.take()
@@ -812,5 +812,5 @@ def test_an_older_model_is_tapped_in_training_and_asked_as_a_teacher():
 
 def test_stacks_of_an_older_model_are_refused():
     with pytest.raises(KDError, match="stack 1.*older Zipformer.*give out"):
-        ModelTap(OldModel(), hidden=[1])
-    ModelTap(OldModel(), hidden=["out"]).close()
+        ModelTap(OldModel(), layers=[1])
+    ModelTap(OldModel(), layers=["out"]).close()

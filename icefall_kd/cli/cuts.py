@@ -12,9 +12,9 @@ from lhotse.cut import Cut
 from tqdm.auto import tqdm
 
 from icefall_kd.errors import KDError
-from icefall_kd.tap import encoder_frames
 from icefall_kd.targets.heard import heard_frames, why_unheard
 from icefall_kd.targets.places import look_beside
+from icefall_kd.zipformer import encoder_frames
 
 SPACE = "\u2581"  # sentencepiece's
 UNHEARD_AT_MOST = 1 / 20  # of the cuts

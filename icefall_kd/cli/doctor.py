@@ -66,7 +66,7 @@ def _row(name: str, text: str) -> None:
 
 
 def _heads(model) -> str:
-    from icefall_kd.training.checks import has_ctc, has_transducer
+    from icefall_kd.zipformer import has_ctc, has_transducer
 
     heads = [("CTC", has_ctc(model)), ("transducer", has_transducer(model))]
     return " and ".join(name for name, there in heads if there) or "no head"

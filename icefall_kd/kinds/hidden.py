@@ -31,9 +31,8 @@ from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
 from icefall_kd.kinds.base import FrameKind, Record
 from icefall_kd.types import EncoderOut
+from icefall_kd.zipformer import OUT, Layer
 
-OUT = "out"  # the encoder's output among the layers; the stacks go by their index
-Layer = Union[int, str]
 FORMS = "LAYER:half or LAYER:QUANTIZER.pt, where LAYER is a stack's index or out"
 
 

@@ -6,16 +6,18 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from icefall_kd.errors import KDError, NotFiniteError
+from icefall_kd.errors import KDError, NotFiniteError, require
+from icefall_kd.lattice import decode_labels, pad_labels, prune, pruned_logits
 from icefall_kd.losses.kl import check_temperature, valid_frames, wide
 from icefall_kd.rnnt import get_engine
+from icefall_kd.zipformer import require_transducer
 
-# The hypotheses of each utterance: tokens, and the teacher's log-probability in nats.
+# For each utterance its hypotheses: token ids, and the teacher's log-probability.
 NBest = List[List[Tuple[List[int], float]]]
 
 
 def nbest_weights(scores: Sequence[float], *, temperature: float = 1.0) -> torch.Tensor:
-    """The weights of one utterance's hypotheses.
+    """Return the weights of one utterance's hypotheses.
 
     w_h = exp(s_h / T) / sum over h' of exp(s_h' / T): the teacher's distribution over
     sequences, cut down to its n-best list (Kim and Rush, arXiv:1606.07947).
@@ -28,15 +30,15 @@ def nbest_weights(scores: Sequence[float], *, temperature: float = 1.0) -> torch
       (H,), float64, of sum 1; empty for no scores.
 
     Raises:
-      KDError: a score that is not finite, or a bad temperature.
+      KDError: A score that is not finite, or a bad temperature.
     """
     check_temperature(temperature)
     s = torch.tensor(scores, dtype=torch.float64)
-    if not torch.isfinite(s).all():
-        raise KDError(
-            f"the scores of an n-best list are {list(scores)}, and must be finite "
-            "log-probabilities: leave out hypotheses that have none"
-        )
+    require(
+        torch.isfinite(s).all(),
+        f"the scores of an n-best list are {list(scores)}, and must be finite "
+        "log-probabilities: leave out hypotheses that have none",
+    )
     if len(s):
         s -= s.max().item()  # before the division, which may overflow
     return (s / temperature).softmax(0)
@@ -50,7 +52,7 @@ def nbest_ctc_loss(
     temperature: float = 1.0,
     blank_id: int = 0,
 ) -> torch.Tensor:
-    """The CTC loss of a teacher's n-best lists.
+    """Return the CTC loss of a teacher's n-best lists.
 
     sum over utterances n and hypotheses h of w_nh (-log P_ctc(y_nh | x_n)), w of
     :func:`nbest_weights` (Kim and Rush, arXiv:1606.07947, with the CTC loss of each
@@ -62,20 +64,21 @@ def nbest_ctc_loss(
     Args:
       student: (N, T, V), CTC logits before LogSoftmax. Frames from ``lengths`` on are
         never read.
-      nbest: The hypotheses of each utterance; an utterance without any counts 0.
+      nbest: The hypotheses of each utterance, as token ids and the teacher's log score;
+        an utterance without any counts 0.
       lengths: (N,), valid frames, 0 to T.
-      temperature: T of the weights.
-      blank_id: In 0 to V - 1.
+      temperature: T of the weights, above 0.
+      blank_id: The token id of blank, 0 to V - 1.
 
     Returns:
       A scalar; 0 with a zero gradient if no hypothesis is left.
 
     Raises:
-      KDError: logits that are not finite, tokens that the student lacks, other numbers
+      KDError: Logits that are not finite, tokens that the student lacks, other numbers
         of lists than of rows, bad lengths, scores or temperature.
     """
     check_temperature(temperature)
-    logits = _valid(student, lengths, "CTC logits")
+    logits = _zero_padding(student, lengths, "CTC logits")
     _check_nbest(nbest, len(logits), logits.size(2), blank_id)
     frames = lengths.tolist()
 
@@ -114,7 +117,7 @@ def nbest_transducer_loss(
     prune_range: int = 5,
     simple_scale: float = 0.5,
 ) -> torch.Tensor:
-    """The pruned transducer loss of a teacher's n-best lists.
+    """Return the pruned transducer loss of a teacher's n-best lists.
 
     sum over utterances n and hypotheses h of w_nh (L_pruned(y_nh | x_n) +
     simple_scale L_simple(y_nh | x_n)), w of :func:`nbest_weights`: icefall's loss
@@ -130,29 +133,30 @@ def nbest_transducer_loss(
     Args:
       model: The student, with ``decoder``, ``joiner``, ``simple_am_proj`` and
         ``simple_lm_proj``, as icefall's AsrModel; not wrapped in DDP.
-      encoder_out: (N, T, C), the student's, with its graph. Frames from
-        ``lengths`` on are never read.
-      nbest: The hypotheses of each utterance; an utterance without any counts 0.
-      lengths: (N,), valid frames.
-      temperature: T of the weights.
+      encoder_out: (N, T, C), the student's, with its graph. Frames from ``lengths`` on
+        are never read.
+      nbest: The hypotheses of each utterance, as token ids and the teacher's log score;
+        an utterance without any counts 0.
+      lengths: (N,), valid frames, 0 to T.
+      temperature: T of the weights, above 0.
       prune_range: Label positions at a frame, 2 or more.
-      simple_scale: Of the simple loss, which trains the two simple projections; icefall
-        has 0.5 after its warm-up.
+      simple_scale: The factor of the simple loss, which trains the two simple
+        projections; icefall has 0.5 after its warm-up.
 
     Returns:
       A scalar; 0 with a zero gradient if no hypothesis is left.
 
     Raises:
-      KDError: as :func:`nbest_ctc_loss`, and for a model without transducer head.
+      KDError: As :func:`nbest_ctc_loss`, and for a model without transducer head.
     """
     check_temperature(temperature)
-    _check_model(model)
-    if prune_range < 2:
-        raise KDError(
-            f"prune_range is {prune_range}, and no path gets through fewer than 2 "
-            "label positions: icefall has 5"
-        )
-    encoder_out = _valid(encoder_out, lengths, "encoder output")
+    require_transducer(model, "a transducer's loss", "use nbest_ctc_loss alone")
+    require(
+        prune_range >= 2,
+        f"`prune_range` is {prune_range}, and no path gets through fewer than 2 label "
+        "positions: icefall has 5",
+    )
+    encoder_out = _zero_padding(encoder_out, lengths, "encoder output")
     blank_id = int(model.decoder.blank_id)
     size = model.joiner.output_linear.out_features
     _check_nbest(nbest, len(encoder_out), size, blank_id)
@@ -168,9 +172,9 @@ def nbest_transducer_loss(
         zero = simple_am[:0].sum() + am[:0].sum()
         return zero.to(wide(zero.dtype))
     index = torch.tensor(rows, device=am.device)
-    lens = lengths.to(am.device)[index]
+    labels, boundary = pad_labels(tokens, lengths.to(am.device)[index], blank_id)
     simple, pruned = _transducer_losses(
-        model, simple_am[index], am[index], lens, tokens, blank_id, prune_range
+        model, simple_am[index], am[index], labels, boundary, prune_range
     )
     losses = pruned + simple_scale * simple
     return (losses * losses.new_tensor(weights)).sum()
@@ -180,46 +184,31 @@ def _transducer_losses(
     model: nn.Module,
     simple_am: torch.Tensor,
     am: torch.Tensor,
-    lens: torch.Tensor,
-    tokens: List[Sequence[int]],
-    blank_id: int,
+    labels: torch.Tensor,
+    boundary: torch.Tensor,
     prune_range: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The simple and the pruned loss of each row, (R,), as icefall computes them."""
-    engine, dtype = get_engine(), wide(am.dtype)
-    symbols = pad_sequence(
-        [torch.tensor(y) for y in tokens], batch_first=True, padding_value=blank_id
-    ).to(am.device)
-    boundary = torch.zeros(len(tokens), 4, dtype=torch.int64, device=am.device)
-    boundary[:, 2] = torch.tensor([len(y) for y in tokens])
-    boundary[:, 3] = lens
-    decoder_out = model.decoder(nn.functional.pad(symbols, (1, 0), value=blank_id))
-    common = dict(
-        symbols=symbols,
-        termination_symbol=blank_id,
-        boundary=boundary,
-        reduction="none",
-    )
+    blank_id, dtype = int(model.decoder.blank_id), wide(am.dtype)
+    decoder_out = decode_labels(model.decoder, labels, blank_id)
     simple_lm = model.simple_lm_proj(decoder_out)
-    with torch.autocast(am.device.type, enabled=False):
-        simple, (px_grad, py_grad) = engine.rnnt_loss_smoothed(
-            lm=simple_lm.to(dtype),
-            am=simple_am.to(dtype),
-            lm_only_scale=0.0,
-            am_only_scale=0.0,
-            return_grad=True,
-            **common,
-        )
-    ranges = engine.get_rnnt_prune_ranges(
-        px_grad=px_grad, py_grad=py_grad, boundary=boundary, s_range=prune_range
+    simple, ranges = prune(
+        simple_am.to(dtype),
+        simple_lm.to(dtype),
+        labels,
+        boundary,
+        blank_id,
+        prune_range,
     )
-    am, lm = engine.do_rnnt_pruning(
-        am=am, lm=model.joiner.decoder_proj(decoder_out), ranges=ranges
-    )
-    logits = model.joiner(am, lm, project_input=False)
+    logits = pruned_logits(model.joiner, am, decoder_out, ranges)
     with torch.autocast(am.device.type, enabled=False):
-        pruned = engine.rnnt_loss_pruned(
-            logits=logits.to(dtype), ranges=ranges, **common
+        pruned = get_engine().rnnt_loss_pruned(
+            logits=logits.to(dtype),
+            symbols=labels,
+            ranges=ranges,
+            termination_symbol=blank_id,
+            boundary=boundary,
+            reduction="none",
         )
     return simple, pruned
 
@@ -230,16 +219,15 @@ def _flat(
     """Utterance, tokens and weight of every hypothesis that fits its utterance."""
     rows, tokens, weights = [], [], []
     for row, hypotheses in enumerate(nbest):
-        kept = [h for h in hypotheses if fits(h[0], row)]
-        rows += [row] * len(kept)
-        tokens += [y for y, _ in kept]
-        weights += nbest_weights(
-            [score for _, score in kept], temperature=temperature
-        ).tolist()
+        fitting = [(y, score) for y, score in hypotheses if fits(y, row)]
+        scores = [score for _, score in fitting]
+        rows += [row] * len(fitting)
+        tokens += [y for y, _ in fitting]
+        weights += nbest_weights(scores, temperature=temperature).tolist()
     return rows, tokens, weights
 
 
-def _valid(x: torch.Tensor, lengths: torch.Tensor, name: str) -> torch.Tensor:
+def _zero_padding(x: torch.Tensor, lengths: torch.Tensor, name: str) -> torch.Tensor:
     """``x`` with 0 in its padding, where NaN would reach gradients."""
     if x.ndim != 3:
         raise KDError(f"the {name} have shape {tuple(x.shape)} and must be (N, T, ...)")
@@ -267,12 +255,3 @@ def _check_nbest(nbest: NBest, n: int, size: int, blank_id: int) -> None:
                         f"student's are 0 to {size - 1} but for the blank {blank_id}: "
                         "encode the teacher's text by the student's BPE model"
                     )
-
-
-def _check_model(model: nn.Module) -> None:
-    for name in ("decoder", "joiner", "simple_am_proj", "simple_lm_proj"):
-        if getattr(model, name, None) is None:
-            raise KDError(
-                f"the model {type(model).__name__} has no {name}, and a transducer "
-                "loss needs it: use nbest_ctc_loss alone"
-            )

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, NamedTuple
 
 from icefall_kd.errors import KDError
 from icefall_kd.student.presets import per_stack, to_ints
+from icefall_kd.zipformer import encoder_frames, stack_frames
 
 FRAMES_PER_SECOND = 100  # of features
 # Channels of Conv2dSubsampling, and hidden channels of the ConvNeXt behind it.
@@ -275,8 +276,8 @@ def count_multiply_adds(
     stacks = stacks_of(settings)
     vocab = _number(settings, "vocab_size")
     widest = max(s.dim for s in stacks)
-    t50 = (frames - 7) // 2
-    t25 = (t50 + 1) // 2
+    t50 = stack_frames(frames)
+    t25 = encoder_frames(frames)
     parts = {
         "encoder_embed": _embed_products(settings, frames, stacks[0].dim),
         "encoder": _encoder_products(settings, stacks, t50),

@@ -79,7 +79,7 @@ def _select_layers(
 
     Greedily, the layer is removed without which the encoder's output changes least.
     """
-    with ModelTap(model, ctc=False) as tap:
+    with ModelTap(model, with_ctc=False) as tap:
 
         def outputs() -> List[torch.Tensor]:
             """The encoder's output of each batch, (valid frames, C)."""
@@ -178,7 +178,7 @@ def _measure_shares(
             if isinstance(modules.get(name), nn.Linear):
                 shares.tap(name, modules[name])
         shares.tap(_FRONT_NORM, modules[_FRONT_NORM])
-        with ModelTap(model, ctc="ctc_output.1" in shares.matrices) as tap:
+        with ModelTap(model, with_ctc="ctc_output.1" in shares.matrices) as tap:
             for batch in batches:
                 for x, x_lens, y in _utterances(batch):
                     out = tap.encode(x, x_lens)

@@ -10,8 +10,9 @@ from torch import nn
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.student.greedy import ctc_greedy, transducer_greedy
 from icefall_kd.student.importance import FeatureBatch
-from icefall_kd.tap import ModelTap, as_found
+from icefall_kd.tap import ModelTap, restoring_state
 from icefall_kd.types import EncoderOut
+from icefall_kd.zipformer import has_ctc, has_transducer
 
 
 @dataclass
@@ -45,14 +46,12 @@ def score_heads(
       blank_id: The token id of blank.
       advance: A function that is called after each batch.
     """
-    heads = []
-    if getattr(model, "ctc_output", None) is not None:
-        heads.append("ctc")
-    if getattr(model, "joiner", None) is not None:
+    heads = ["ctc"] if has_ctc(model) else []
+    if has_transducer(model):
         heads.append("transducer")
     losses, errors = dict.fromkeys(heads, 0.0), dict.fromkeys(heads, 0)
     tokens = words = 0
-    with as_found(model), ModelTap(model, ctc="ctc" in heads) as tap:
+    with restoring_state(model), ModelTap(model, with_ctc="ctc" in heads) as tap:
         model.eval()
         for x, x_lens, y in batches:
             out = tap.encode(x, x_lens)

@@ -9,7 +9,7 @@ from lhotse.dataset.collation import collate_features
 from lhotse.utils import supervision_to_frames
 
 from icefall_kd.errors import KDError
-from icefall_kd.tap import MIN_FRAMES
+from icefall_kd.zipformer import MIN_FRAMES
 
 SLACK = 2e-3  # seconds, as in lhotse's validate_for_asr
 

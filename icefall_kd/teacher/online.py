@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import Layer, hidden_rows
 from icefall_kd.losses.transducer import nodes_of, path_nodes
-from icefall_kd.tap import MIN_FRAMES, ModelTap
+from icefall_kd.tap import ModelTap
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.heard import collate_heard, why_unheard
 from icefall_kd.targets.manifest import read_pointers
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.targets.writer import LogitWriter
 from icefall_kd.types import EncoderOut, Nodes, PrunedLattice, Targets
+from icefall_kd.zipformer import MIN_FRAMES
 
 
 class OnlineTeacher:
@@ -124,7 +125,7 @@ class OnlineTeacher:
         outs = self.encode(x, x_lens)
         lens = outs[0].encoder_out_lens
         found = Targets(lens * heard, whole=heard)
-        if self.hooks[0].ctc:
+        if self.hooks[0].with_ctc:
             found.parts["ctc"] = self.ctc(outs, cuts).float().log_softmax(-1)
         if self.hidden:
             rows = {layer: hidden_rows(outs[0], layer) for layer in self.hidden}

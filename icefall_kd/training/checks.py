@@ -5,16 +5,9 @@ from typing import Any, Dict
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import check_new_folder
+from icefall_kd.zipformer import has_ctc, has_transducer
 
 MEANS = ("mean_u", "total")  # forms that need dense lattices
-
-
-def has_ctc(model) -> bool:
-    return getattr(model, "ctc_output", None) is not None
-
-
-def has_transducer(model) -> bool:
-    return getattr(model, "joiner", None) is not None
 
 
 def leave_out_heads(joint, model) -> None:

@@ -102,8 +102,8 @@ class Distillation:
         self.tap = ModelTap(
             model,
             hidden.student_layers if hidden else (),
-            ctc=self.joint.needs_ctc_targets or (nbest and checks.has_ctc(model)),
-            decoder=self.joint.needs_lattice
+            with_ctc=self.joint.needs_ctc_targets or (nbest and checks.has_ctc(model)),
+            with_decoder=self.joint.needs_lattice
             or (nbest and checks.has_transducer(model)),
         )
         self.ranges = TeacherRanges(model) if params["kd_teacher_ranges"] else None

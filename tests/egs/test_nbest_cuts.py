@@ -34,7 +34,7 @@ def teacher(make_model):
 
 @pytest.fixture
 def heard(teacher, features):
-    with ModelTap(teacher, ctc=False) as hook:
+    with ModelTap(teacher, with_ctc=False) as hook:
         out = hook.encode(*features)
     return out.encoder_out, out.encoder_out_lens.tolist()
 
@@ -71,7 +71,7 @@ def test_a_beam_that_holds_everything_gives_a_distribution(teacher, heard):
 
 def test_an_utterance_alone_gets_the_same_list(teacher, features):
     x, lens = features
-    with ModelTap(teacher, ctc=False) as hook:
+    with ModelTap(teacher, with_ctc=False) as hook:
         together = hook.encode(x, lens)
         alone = hook.encode(x[1:2, : lens[1]], lens[1:2])
     a, b = (

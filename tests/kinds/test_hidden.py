@@ -48,7 +48,7 @@ def test_an_utterances_rows_in_a_batch_are_those_alone(make_model, lens):
     for row, n in zip(x, lens, strict=True):
         row[n:] = 1e4
     assert {t50_of(n) % 2 for n in lens} == {0, 1}
-    with ModelTap(make_model(), hidden=(0, 1)) as hook:
+    with ModelTap(make_model(), layers=(0, 1)) as hook:
         together = hook.encode(x, torch.tensor(lens))
         for i, n in enumerate(lens):
             alone = hook.encode(x[i : i + 1, :n], torch.tensor([n]))
@@ -68,7 +68,7 @@ def test_a_row_of_a_stack_is_a_pair_of_its_vectors(make_model, encoder_frames, l
     )
     for n in (61, 60, 23, 21, 10, 9):
         x = torch.randn(1, n, 20, generator=torch.Generator().manual_seed(n))
-        with ModelTap(model, hidden=[layer]) as hook:
+        with ModelTap(model, layers=[layer]) as hook:
             rows = hidden_rows(hook.encode(x, torch.tensor([n])), layer)
         vectors = seen.pop()
         assert len(vectors) == t50_of(n) and len(rows[0]) == encoder_frames(n)
@@ -90,7 +90,7 @@ def test_a_stack_of_another_rate_is_refused(t):
 
 
 def test_the_rows_of_the_encoders_output_are_its_frames(make_model, features):
-    with ModelTap(make_model(), hidden=[OUT]) as hook:
+    with ModelTap(make_model(), layers=[OUT]) as hook:
         out = hook.encode(*features)
     assert out.hidden == {}  # it is taken anyway
     assert torch.equal(hidden_rows(out, OUT), out.encoder_out[:, :, None])
@@ -126,7 +126,7 @@ def test_gradients_flow_through_rows_to_the_students_parameters(
     make_model, features, layer
 ):
     model = make_model().train()
-    with ModelTap(model, hidden=[layer]) as hook:
+    with ModelTap(model, layers=[layer]) as hook:
         model(x=features[0], x_lens=features[1], y=[[3, 4], [5], [7]], prune_range=3)
         rows = hidden_rows(hook.take(), layer)
     rows.square().sum().backward()

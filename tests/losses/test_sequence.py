@@ -486,7 +486,7 @@ def test_bad_input_is_refused(call):
 def test_a_transducer_loss_refuses_what_it_cannot_do(make_model):
     x, lens = torch.zeros(1, 5, 24), torch.tensor([5])
     refused(
-        "prune_range is 1",
+        "prune_range` is 1",
         nbest_transducer_loss,
         make_model(),
         x,

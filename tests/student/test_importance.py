@@ -453,7 +453,7 @@ def test_a_student_starts_from_what_is_kept(
         {"joiner", "decoder"} if heads else set()
     )
     student, _ = build_student(teacher, settings, NARROW, get_model, selection=kept)
-    with ModelTap(student, ctc=shape.get("use_ctc", True)) as hook:
+    with ModelTap(student, with_ctc=shape.get("use_ctc", True)) as hook:
         out = hook.encode(*features)
     assert out.encoder_out.shape == (3, 14, 12)
     assert torch.isfinite(out.encoder_out).all()

@@ -37,7 +37,7 @@ def batch(features):
 
 
 def heard(model, features):
-    with ModelTap(model, ctc=model.ctc_output is not None) as hook:
+    with ModelTap(model, with_ctc=model.ctc_output is not None) as hook:
         return hook.encode(*features)
 
 

@@ -141,7 +141,7 @@ def everything(model, features):
     """All that a model says, in double precision."""
     model = copy.deepcopy(model).double()
     x, x_lens = features
-    with ModelTap(model, hidden=range(len(model.encoder.encoders))) as hook:
+    with ModelTap(model, layers=range(len(model.encoder.encoders))) as hook:
         out = hook.encode(x.double(), x_lens)
     decoder_out = model.decoder(
         torch.tensor([[0, 3, 4, 7], [0, 9, 1, 1], [0, 5, 5, 2]])

@@ -219,7 +219,7 @@ def transducer(make_model, features):
         said = hook.encode(*features)
         nodes = nodes_of(hook.lattice(said, y, 3))
     model = make_model(seed=2).eval()
-    hook = ModelTap(model, decoder=True)
+    hook = ModelTap(model, with_decoder=True)
     x, x_lens = features
     model(x=x, x_lens=x_lens, y=y, prune_range=3)
     student = hook.take()

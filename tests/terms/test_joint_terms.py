@@ -45,7 +45,7 @@ def given(make_model):
     for module in model.modules():  # which change gradients at random
         if isinstance(module, (Balancer, Whiten)):
             module.forward = lambda x: x
-    with ModelTap(model, hidden=[1], decoder=True) as hook, torch.no_grad():
+    with ModelTap(model, layers=[1], with_decoder=True) as hook, torch.no_grad():
         model(x=x, x_lens=lens, y=Y, prune_range=3)
         said = hook.take()
     return SimpleNamespace(x=x, lens=lens, model=model, said=said, targets=targets)
@@ -496,7 +496,7 @@ def test_total_mixes_both_heads(given):
 def equal(make_model, given):
     """A teacher's own outputs as the student's, and what it says."""
     model = make_model(seed=1).eval()
-    with ModelTap(model, hidden=[1]) as hook:
+    with ModelTap(model, layers=[1]) as hook:
         said = hook.encode(given.x, given.lens)
     targets = OnlineTeacher([model], hidden=["out", 1]).targets(
         given.x, given.lens, y=Y, s_range=3

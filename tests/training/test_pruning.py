@@ -135,7 +135,7 @@ def test_the_lattices_kl_needs_no_second_pass(make_model, features, taught, guid
     targets, _ = taught()
     model = make_model(seed=2).eval()
     ranges = guided(model)
-    hook = ModelTap(model, ctc=False, decoder=True)
+    hook = ModelTap(model, with_ctc=False, with_decoder=True)
     forward(model, features, ranges, targets)
     out, kept = hook.take(), ranges.take()
     nodes = stored_nodes(targets.parts["lattice"])

@@ -93,7 +93,7 @@ def store(make_model, make_fingerprint, bare_cuts, tmp_path, sp):
         teacher = make_model(seed=7, vocab_size=25, **WIDE)
         with (
             LogitWriter(manifest, folder, fingerprint) as writer,
-            ModelTap(teacher, hidden=[0, 1]) as hook,
+            ModelTap(teacher, layers=[0, 1]) as hook,
         ):
             for cut in cuts:
                 x = torch.from_numpy(cut.load_features())[None]
@@ -996,7 +996,7 @@ def test_a_cache_keeps_no_more_than_ctc_targets(student, online, tmp_path, name)
 def test_a_teacher_says_what_it_is_asked_for(make_model, features):
     model = make_model(seed=1)
     y = [[3, 4, 3], [5, 6], [7]]
-    with ModelTap(model, hidden=[1]) as hook:
+    with ModelTap(model, layers=[1]) as hook:
         out = hook.encode(*features)
     found = OnlineTeacher([model], hidden=["out", 1], ctc=False).targets(*features, y=y)
     assert found.parts.get("ctc") is None and sorted(

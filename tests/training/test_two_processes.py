@@ -116,7 +116,7 @@ def learn(given, targets, weights, rows=ALL, epoch=0.0, parallel=False):
     kd = {f"{name}_weight": weight for name, weight in weights.items()}
     joint = JointKDLoss(**kd, hard_weight=0.3, temperature=2.0, hidden=layers)
     wrapped = DDP(model, find_unused_parameters=True) if parallel else model
-    hook = ModelTap(model, layers.student_layers, decoder=True)
+    hook = ModelTap(model, layers.student_layers, with_decoder=True)
     batch = {"x": given.x[rows], "x_lens": given.x_lens[rows], "y": given.y[rows]}
     loss = recipe_loss(wrapped, batch)
     loss, info = joint(loss, hook.take(), targets, model, epoch=epoch)

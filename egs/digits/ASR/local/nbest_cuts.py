@@ -121,7 +121,7 @@ def main() -> None:
     check_range(args.beam_size, args.num_paths, "--beam-size", 1000)
     model, sp, cuts, heard = load_teacher(args)
     decoded = {}
-    with ModelTap(model, ctc=False) as hook:
+    with ModelTap(model, with_ctc=False) as hook:
         for batch, x, x_lens in batches(heard, "Decoding"):
             with enough_memory(*memory_words(batch)):
                 out = hook.encode(x, x_lens)
