@@ -171,10 +171,10 @@ def _check_targets(
     if left_out:
         _row("", f"{left_out} cuts go without targets: train with --kd-missing hard")
     if kd:
-        from icefall_kd.training.session import joint_of
+        from icefall_kd.training.distillation import joint_loss_of
 
         params = _options_of(kd)
-        joint = joint_of(params, 1)
+        joint = joint_loss_of(params, 1)
         if left_out and params["kd_missing"] == "refuse":
             raise KDError(
                 f"{left_out} cuts of the manifest go without targets, as "
