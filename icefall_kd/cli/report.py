@@ -1,4 +1,4 @@
-"""Compares models by what icefall wrote of them."""
+"""Compares models by icefall's logs and results."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,15 +9,17 @@ from lhotse.cut import Cut
 
 from icefall_kd import __version__
 from icefall_kd.cli.cuts import open_cuts, readable
-from icefall_kd.errors import KDError
+from icefall_kd.cli.text_table import text_table
+from icefall_kd.errors import KDError, require
 from icefall_kd.files import replacing
+from icefall_kd.report.comparison import Comparison, Model, TestAudio
 from icefall_kd.report.logs import read_training
-from icefall_kd.report.manifests import manifests_of, seconds_of, stored_by
-from icefall_kd.report.page import to_html, to_lines, to_markdown
+from icefall_kd.report.manifests import manifests_of, measure_targets
+from icefall_kd.report.page import to_html, to_markdown
 from icefall_kd.report.plots import need_matplotlib
 from icefall_kd.report.results import read_decodings, split_last
-from icefall_kd.report.tables import Audio, Model, Report, blocks_of, rate_tables
-from icefall_kd.report.words import WORDS
+from icefall_kd.report.tables import blocks_of, rate_tables
+from icefall_kd.report.words import words_of
 
 
 def report(
@@ -31,15 +33,21 @@ def report(
     lang: str = "en",
     title: str = "",
 ) -> None:
-    """Write the report of ``models`` into ``out_dir``, and print the rates.
+    """Write the report of ``models`` into ``out_dir``, and print the error rates.
 
     Args:
-      models: ``NAME=EXP_DIR`` each.
-      teacher: A name; default: the first that is not the baseline's.
-      baseline: Likewise: the first that is not the teacher's.
+      out_dir: The folder of the report's files.
+      models: ``NAME=EXP_DIR`` for each model.
+      teacher: The name of a model; by default the first that is not the baseline.
+      baseline: The name of a model; by default the first that is not the teacher.
+      manifest_dir: The folder of the test sets' manifests, or "".
+      targets: Manifests of training cuts with targets.
+      unit: The unit of wer-summaries, WER or CER.
+      lang: The language of the report, en or zh.
+      title: The report's heading; "" for the usual one.
 
     Raises:
-      KDError: what can't be read, or names that don't fit each other.
+      KDError: a file can't be read, or names don't fit each other.
     """
     need_matplotlib()
     out = Path(out_dir)
@@ -50,22 +58,16 @@ def report(
             f"--manifest-dir {manifest_dir} is not a folder: give that of the test "
             "sets' manifests, such as data/fbank"
         )
-    folders = _named(models)
+    folders = _folders_by_name(models)
     teacher, baseline = _roles(list(folders), teacher, baseline)
-    found = [_read_model(name, exp) for name, exp in folders.items()]
-    words = WORDS[lang]
-    made = Report(
-        found,
-        teacher,
-        baseline,
-        unit,
-        _read_audio(found, manifest_dir),
-        {path: stored_by(_cuts(path)) for path in dict.fromkeys(targets)},
-        words,
-    )
+    loaded = [_read_model(name, exp) for name, exp in folders.items()]
+    audio = _read_audio(loaded, manifest_dir)
+    sizes = {path: measure_targets(_cuts(path)) for path in dict.fromkeys(targets)}
+    words = words_of(lang)
+    data = Comparison(loaded, teacher, baseline, unit, audio, sizes, words)
+    blocks = blocks_of(data)
     title = " ".join(title.split()) or words["title"]
-    blocks = blocks_of(made)
-    footer = words["footer"].format(version=__version__)
+    footer = data.text("footer", version=__version__)
     ending = "" if lang == "en" else f".{words['lang']}"
     pages = {
         out / f"report{ending}.md": to_markdown(title, blocks, footer),
@@ -75,45 +77,47 @@ def report(
     with ExitStack() as stack:
         for path, text in pages.items():
             temporary = stack.enter_context(replacing(path))
-            temporary.write_text(_writable(text), encoding="utf8")
-    for kind, table in rate_tables(made).items():
-        click.echo(words["rates"].format(unit=made.unit_of(kind)))
-        click.echo(_writable(to_lines(table)) + "\n")
+            temporary.write_text(_utf8(text), encoding="utf8")
+    for kind, table in rate_tables(data).items():
+        click.echo(data.text("rates", unit=data.unit_of(kind)))
+        click.echo(_utf8(text_table([table.head, *table.rows], table.left)) + "\n")
     for path in pages:
         click.echo(path)
 
 
-def _named(models: Sequence[str]) -> Dict[str, Path]:
-    found: Dict[str, Path] = {}
+def _folders_by_name(models: Sequence[str]) -> Dict[str, Path]:
+    """The experiment folders by the names of the models, from ``NAME=EXP_DIR``."""
+    folders: Dict[str, Path] = {}
     for text in models:
         name, equals, exp = text.partition("=")
         name = " ".join(name.split())
-        if not (name and equals and exp):
+        require(
+            name and equals and exp,
+            f"--model {text!r} is not NAME=EXP_DIR: give a name and a folder, as in "
+            "--model teacher=zipformer/exp",
+        )
+        if name in folders:
             raise KDError(
-                f"--model {text!r} is not NAME=EXP_DIR: give a name and a folder, as "
-                "in --model teacher=zipformer/exp"
+                f"two models are called {name!r}, {folders[name]} and {exp}: give each "
+                "a name of its own"
             )
-        if name in found:
-            raise KDError(
-                f"two models are called {name!r}, {found[name]} and {exp}: give each a "
-                "name of its own"
-            )
-        found[name] = Path(exp)
-    return found
+        folders[name] = Path(exp)
+    return folders
 
 
 def _roles(names: List[str], teacher: str, baseline: str) -> Tuple[str, str]:
+    """The names of the teacher and of the baseline, with defaults for missing ones."""
     for option, name in (("teacher", teacher), ("baseline", baseline)):
-        if name and name not in names:
-            raise KDError(
-                f"--{option} is {name!r}, and the models are {', '.join(names)}: give "
-                "one of these"
-            )
-    if teacher and teacher == baseline:
-        raise KDError(
-            f"--teacher and --baseline are both {teacher!r}: give the student without "
-            "KD as --baseline"
+        require(
+            not name or name in names,
+            f"--{option} is {name!r}, and the models are {', '.join(names)}: give one "
+            "of these",
         )
+    require(
+        not teacher or teacher != baseline,
+        f"--teacher and --baseline are both {teacher!r}: give the student without KD "
+        "as --baseline",
+    )
     if len(names) < 2:
         return "", ""
     teacher = teacher or next(n for n in names if n != baseline)
@@ -121,37 +125,38 @@ def _roles(names: List[str], teacher: str, baseline: str) -> Tuple[str, str]:
 
 
 def _read_model(name: str, exp: Path) -> Model:
-    if not exp.is_dir():
-        raise KDError(
-            f"the experiment folder {exp} of {name!r} does not exist: mend --model"
-        )
+    require(
+        exp.is_dir(),
+        f"the experiment folder {exp} of {name!r} does not exist: mend --model",
+    )
     training = read_training(exp)
-    last, others = split_last(read_decodings(exp))
-    if training is None and not last:
-        raise KDError(
-            f"the experiment folder {exp} of {name!r} has neither log/log-train-* nor "
-            "METHOD/wer-summary-*: give the --exp-dir of train.py and decode.py"
-        )
-    return Model(name, exp, training, last, others)
+    last, earlier = split_last(read_decodings(exp))
+    require(
+        training is not None or last,
+        f"the experiment folder {exp} of {name!r} has neither log/log-train-* nor "
+        "METHOD/wer-summary-*: give the --exp-dir of train.py and decode.py",
+    )
+    return Model(name, exp, training, last, earlier)
 
 
-def _read_audio(models: Sequence[Model], manifest_dir: str) -> Audio:
-    found = Audio(manifest_dir)
+def _read_audio(models: Sequence[Model], manifest_dir: str) -> TestAudio:
+    audio = TestAudio(manifest_dir)
     if not manifest_dir:
-        return found
+        return audio
     for test_set in sorted({s for m in models for d in m.decodings for s in d.rates}):
         paths = manifests_of(Path(manifest_dir), test_set)
         if len(paths) > 1:
-            found.several[test_set] = [path.name for path in paths]
+            audio.ambiguous[test_set] = [path.name for path in paths]
         elif paths:
-            found.seconds[test_set] = seconds_of(_cuts(str(paths[0])))
-    return found
+            cuts = _cuts(str(paths[0]))
+            audio.seconds[test_set] = sum(cut.duration for cut in cuts)
+    return audio
 
 
 def _cuts(path: str) -> Iterator[Cut]:
     return readable(open_cuts(path), path)
 
 
-def _writable(text: str) -> str:
+def _utf8(text: str) -> str:
     """``text`` with ``?`` for what is not UTF-8, such as in the name of a file."""
     return text.encode("utf8", "replace").decode()

@@ -1,4 +1,4 @@
-"""What icefall's scripts wrote into their logs."""
+"""Reads the logs of icefall's training scripts."""
 
 import ast
 import json
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from icefall_kd.errors import KDError
 from icefall_kd.terms.schedule import Curve
@@ -15,7 +15,7 @@ TERMS = ("ctc", "rnnt", "full_sum", "hidden", "nbest")
 WEIGHTS = ("hard", *TERMS)
 DATE = r"\d{4}(?:-\d\d){5}"
 
-_RECORD = re.compile(
+_ENTRY = re.compile(
     r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) [A-Z]+ \[[^\]]*\] (?:\(\d+/\d+\) )?(.*)",
     re.DOTALL,
 )
@@ -25,6 +25,7 @@ _BATCH = re.compile(
 )
 _VALIDATION = re.compile(r"Epoch (\d{1,9}), validation: (.*?over [\d.]+ frames)")
 _VALUE = re.compile(r"(\w+)=([-+]?(?:nan|inf|\d+\.?\d*(?:e[-+]?\d+)?))\b")
+_WEIGHT = re.compile(r"kd_(\w+)_weight")
 _PARAMETERS = re.compile(r"Number of model parameters: (\d{1,18})\b")
 _SETTING = re.compile(r"'(\w+)': ('[^']*'|[^,{}]+)")
 
@@ -32,14 +33,15 @@ Series = List[Tuple[float, float]]  # epochs from the start of the first, value
 
 
 @dataclass
-class Batch:
-    """A line of a training log.
+class LogLine:
+    """The numbers of one batch, or of one validation.
 
     Args:
-      epoch: From 1 on.
-      batch: Its number in the epoch, from 0 on.
-      losses: Per frame, over about the last 200 batches; of a validation, over its set.
-      weights: In force at this batch, by term.
+      epoch: Its number, from 1 on.
+      batch: The number of the batch in the epoch, from 0 on.
+      losses: Means per frame, of a batch over about the last 200 batches, of a
+        validation over its set.
+      weights: The weight of each term at this batch.
     """
 
     epoch: int
@@ -50,204 +52,200 @@ class Batch:
 
 @dataclass
 class Training:
-    """A training, put together from the logs of all its starts.
+    """A training, read from the logs of all its starts.
 
     Args:
-      settings: The recipe's params at the last start that trained; {} where no log
-        has them.
-      parameters: Of the model, or None.
-      batches: In their order.
-      validations: In theirs.
-      kd_settings: As ``settings``, of the last start that distilled: fine-tuning on
-        hard labels may follow.
-      kd_from: Epoch and batch where that one began.
-      skipped: Entries that were left out, for an impossible date.
+      settings: The recipe's params at the last start that trained; {} if no log has
+        them.
+      parameters: The number of the model's parameters, or None.
+      batches: Lines of batches, in their order.
+      validations: Lines of validations, in their order.
+      kd_settings: The params of the last start that distilled, as fine-tuning on hard
+        labels may follow.
+      kd_from: Epoch and batch where that start began.
+      skipped: The number of entries with an impossible date, which are left out.
     """
 
-    settings: Dict[str, Any]
-    parameters: Optional[int]
-    batches: List[Batch]
-    validations: List[Batch]
+    settings: Dict[str, Any] = field(default_factory=dict)
+    parameters: Optional[int] = None
+    batches: List[LogLine] = field(default_factory=list)
+    validations: List[LogLine] = field(default_factory=list)
     kd_settings: Dict[str, Any] = field(default_factory=dict)
     kd_from: Tuple[int, int] = (0, 0)
     skipped: int = 0
 
     @property
     def distils(self) -> Optional[bool]:
-        """Whether a KD weight was above 0; None where no log tells the settings."""
+        """Whether a KD weight was above 0; None if no log has the settings."""
         if not self.settings:
             return None
-        return bool(self.kd_settings) or _distil(self.settings)
-
-    def epochs(self) -> Tuple[int, int]:
-        """The first and the last epoch of the logs; (0, 0) for none."""
-        if not self.batches:
-            return 0, 0
-        return self.batches[0].epoch, self.batches[-1].epoch
+        return bool(self.kd_settings) or _distils(self.settings)
 
     def losses(self) -> Dict[str, Series]:
-        """Each training loss over the epochs.
+        """The curve of each training loss.
 
         icefall's means begin anew in each epoch, with the noise of a single batch;
         that one is left out in all epochs but the first.
         """
-        lines = [b for i, b in enumerate(self.batches) if b.batch or not i]
-        return _series(lines, _length_of_epochs(self.batches), "losses")
+        lines = [line for i, line in enumerate(self.batches) if line.batch or not i]
+        return self._curves(lines, lambda line: line.losses)
 
     def valid_losses(self) -> Dict[str, Series]:
-        """Each validation loss over the epochs."""
-        return _series(self.validations, _length_of_epochs(self.batches), "losses")
+        """The curve of each validation loss."""
+        return self._curves(self.validations, lambda line: line.losses)
 
     def weights(self) -> Dict[str, Series]:
-        """Each weight over the epochs; {} without distillation."""
+        """The curve of each weight that is not always 0; {} without distillation."""
         if not self.distils:
             return {}
-        found = _series(self.batches, _length_of_epochs(self.batches), "weights")
-        found = {k: found[k] for k in WEIGHTS if k in found}
-        return {k: v for k, v in found.items() if any(w for _, w in v)}
+        curves = self._curves(self.batches, lambda line: line.weights)
+        used = [n for n in WEIGHTS if any(weight for _, weight in curves.get(n, []))]
+        return {name: curves[name] for name in used}
+
+    def append(self, start: "Training") -> None:
+        """Add a later start; of batches that both logged, those of ``start`` count."""
+        self.skipped += start.skipped
+        if start.batches or not self.settings:
+            self.settings = start.settings or self.settings
+        self.parameters = start.parameters or self.parameters
+        if start.batches:
+            first = (start.batches[0].epoch, start.batches[0].batch)
+            for lines in (self.batches, self.validations):
+                lines[:] = [line for line in lines if (line.epoch, line.batch) < first]
+            if self.kd_from >= first:  # trained again without distillation
+                self.kd_settings = {}
+            if _distils(start.settings):
+                self.kd_settings, self.kd_from = start.settings, first
+        self.batches += start.batches
+        self.validations += start.validations
+
+    def _curves(
+        self, lines: Iterable[LogLine], values: Callable[[LogLine], Dict[str, float]]
+    ) -> Dict[str, Series]:
+        """Curves of the numbers by name, over epochs from the start of the first."""
+        longest, lengths = 1, {}  # of the epochs up to each
+        for line in self.batches:
+            longest = max(longest, line.batch)
+            lengths[line.epoch] = longest
+        curves: Dict[str, Series] = {}
+        for line in lines:
+            x = line.epoch - 1 + line.batch / lengths.get(line.epoch, 1)
+            for name, value in values(line).items():
+                curves.setdefault(name, []).append((x, value))
+        return curves
 
 
-def records(path: Path) -> Iterator[Tuple[Optional[datetime], str]]:
-    """Time and message of each entry of a log; a message may have several lines.
+def read_training(exp: Path) -> Optional[Training]:
+    """Read all logs in ``exp``/log.
 
-    The time is None where the date is one that there is not, such as of month 13.
+    Args:
+      exp: The experiment folder of train.py.
+
+    Returns:
+      The training, or None if there is no log.
     """
-    when, lines = "", []
+    logs = [(_TRAIN_LOG.fullmatch(p.name), p) for p in (exp / "log").glob("log-train*")]
+    logs = sorted((match[1], path) for match, path in logs if match)
+    if not logs:
+        return None
+    training = Training()
+    for _, path in logs:
+        training.append(_read_start(path))
+    return training
+
+
+def read_entries(path: Path) -> Iterator[Tuple[Optional[datetime], str]]:
+    """Yield time and message of each entry of a log.
+
+    A message may have several lines. The time is None for an impossible date, such as
+    one of month 13.
+
+    Args:
+      path: The log.
+    """
+    date, lines = "", []
     with open(path, encoding="utf8", errors="replace") as f:
         for line in f:
-            match = _RECORD.match(line.rstrip("\n"))
+            match = _ENTRY.match(line.rstrip("\n"))
             if match is None:
                 lines.append(line.rstrip("\n"))
                 continue
-            if when:
-                yield _time(when), "\n".join(lines)
-            when, lines = match[1], [match[2]]
-    if when:
-        yield _time(when), "\n".join(lines)
+            if date:
+                yield _parse_time(date), "\n".join(lines)
+            date, lines = match[1], [match[2]]
+    if date:
+        yield _parse_time(date), "\n".join(lines)
 
 
-def settings_of(message: str) -> Dict[str, Any]:
-    """The params that a recipe logs at its start; {} for any other message."""
+def parse_params(message: str) -> Dict[str, Any]:
+    """The params that a recipe logs at its start; {} if ``message`` is another one."""
     if not message.startswith("{"):
         return {}
     try:
-        found = json.loads(message)
-        return found if isinstance(found, dict) else {}
+        params = json.loads(message)
+        return params if isinstance(params, dict) else {}
     except RecursionError:
         return {}
     except ValueError:  # an older icefall prints Python's dictionary
         return {name: _literal(text) for name, text in _SETTING.findall(message)}
 
 
-def parameters_of(message: str) -> Optional[int]:
+def parse_num_parameters(message: str) -> Optional[int]:
+    """The number of parameters, if ``message`` is the entry that has it."""
     match = _PARAMETERS.search(message)
     return int(match[1]) if match else None
 
 
-def read_training(exp: Path) -> Optional[Training]:
-    """The training that logged into ``exp``/log, or None.
-
-    Where two starts logged the same batches, those of the later one count.
-    """
-    logs = [(_TRAIN_LOG.fullmatch(p.name), p) for p in (exp / "log").glob("log-train*")]
-    logs = sorted((match[1], path) for match, path in logs if match)
-    if not logs:
-        return None
-    found = Training({}, None, [], [])
-    for _, path in logs:
-        _add(found, _read_start(path))
-    return found
-
-
 def _read_start(path: Path) -> Training:
-    found = Training({}, None, [], [])
+    """Read the log of one start."""
+    start = Training()
     constant: Dict[str, float] = {}
-    for time, message in records(path):
+    for time, message in read_entries(path):
         if time is None:
-            found.skipped += 1
+            start.skipped += 1
             continue
-        settings = {} if found.settings else settings_of(message)
-        if settings:
-            found.settings = settings
-            constant = _constant_weights(settings)
-        found.parameters = parameters_of(message) or found.parameters
+        if not start.settings:
+            start.settings = parse_params(message)
+            constant = _constant_weights(start.settings)
+        start.parameters = parse_num_parameters(message) or start.parameters
         if match := _BATCH.search(message):
+            epoch, batch = int(match[1]), int(match[2])
             weights = {
-                name[3:-7]: value
+                weight[1]: value
                 for name, value in _values(match[3]).items()
-                if name.startswith("kd_") and name.endswith("_weight")
+                if (weight := _WEIGHT.fullmatch(name))
             }
-            found.batches.append(
-                Batch(
-                    int(match[1]),
-                    int(match[2]),
-                    _losses(match[4]),
-                    {**constant, **weights},
-                )
-            )
+            line = LogLine(epoch, batch, _losses(match[4]), {**constant, **weights})
+            start.batches.append(line)
         elif match := _VALIDATION.search(message):
-            epoch, last = int(match[1]), found.batches[-1:]
-            at = last[0].batch if last and last[0].epoch == epoch else 0
-            found.validations.append(Batch(epoch, at, _losses(match[2])))
-    return found
+            epoch, batch = int(match[1]), 0
+            if start.batches and start.batches[-1].epoch == epoch:
+                batch = start.batches[-1].batch
+            start.validations.append(LogLine(epoch, batch, _losses(match[2])))
+    return start
 
 
-def _add(found: Training, start: Training) -> None:
-    found.skipped += start.skipped
-    if start.batches or not found.settings:
-        found.settings = start.settings or found.settings
-    found.parameters = start.parameters or found.parameters
-    if start.batches:
-        first = (start.batches[0].epoch, start.batches[0].batch)
-        for lines in (found.batches, found.validations):
-            lines[:] = [b for b in lines if (b.epoch, b.batch) < first]
-        if found.kd_from >= first:  # trained again without
-            found.kd_settings = {}
-        if _distil(start.settings):
-            found.kd_settings, found.kd_from = start.settings, first
-    found.batches += start.batches
-    found.validations += start.validations
-
-
-def _distil(settings: Dict[str, Any]) -> bool:
-    return any(_highest(settings, term) > 0 for term in TERMS)
-
-
-def _highest(settings: Dict[str, Any], term: str) -> float:
-    value = settings.get(f"kd_{term}_weight")
-    try:
-        return 0.0 if value is None else Curve.parse(value, term).highest
-    except KDError:
-        return 0.0
+def _distils(settings: Dict[str, Any]) -> bool:
+    """Whether a KD weight of the recipe's params is above 0 at some time."""
+    for term in TERMS:
+        value = settings.get(f"kd_{term}_weight")
+        try:
+            if value is not None and Curve.parse(value, term).highest > 0:
+                return True
+        except KDError:
+            pass
+    return False
 
 
 def _constant_weights(settings: Dict[str, Any]) -> Dict[str, float]:
-    found = {}
+    """Weights that are numbers; of a curve the log has the value at each batch."""
+    weights = {}
     for term in WEIGHTS:
         try:
-            found[term] = float(settings[f"kd_{term}_weight"])
+            weights[term] = float(settings[f"kd_{term}_weight"])
         except (KeyError, TypeError, ValueError, OverflowError):
-            pass  # a curve: then the log has the weight at each batch
-    return found
-
-
-def _length_of_epochs(batches: List[Batch]) -> Dict[int, int]:
-    """The largest batch number seen in each epoch or the ones before."""
-    lengths: Dict[int, int] = {}
-    longest = 1
-    for b in batches:
-        longest = max(longest, b.batch)
-        lengths[b.epoch] = longest
-    return lengths
-
-
-def _series(lines: List[Batch], lengths: Dict[int, int], of: str) -> Dict[str, Series]:
-    found: Dict[str, Series] = {}
-    for line in lines:
-        x = line.epoch - 1 + line.batch / lengths.get(line.epoch, 1)
-        for name, value in getattr(line, of).items():
-            found.setdefault(name, []).append((x, value))
-    return found
+            pass
+    return weights
 
 
 def _values(text: str) -> Dict[str, float]:
@@ -265,7 +263,7 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _time(text: str) -> Optional[datetime]:
+def _parse_time(text: str) -> Optional[datetime]:
     try:
         return datetime.strptime(text, "%Y-%m-%d %H:%M:%S,%f")
     except ValueError:

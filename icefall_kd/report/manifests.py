@@ -11,70 +11,70 @@ from icefall_kd.targets.store import read_fingerprint, tracks_with_targets
 
 
 @dataclass
-class Stored:
-    """What the targets of a manifest take.
+class TargetSizes:
+    """The size of the targets of a manifest.
 
     Args:
-      cuts: That have targets, of ``all_cuts``.
-      seconds: Of speech that has targets.
-      sizes: Bytes of each part, such as ctc.
-      kept: How they are kept, such as ctc adaptive:0.999:16; once for each form.
-      missing: Stores that can't be asked how they are kept.
+      all_cuts: The number of its cuts.
+      cuts: The number of cuts that have targets.
+      seconds: Seconds of speech that have targets.
+      sizes: Bytes of each kind, such as ctc.
+      forms: How the stores keep targets, such as "ctc adaptive:0.999:16".
+      missing: Stores whose fingerprint can't be read.
     """
 
     all_cuts: int = 0
     cuts: int = 0
-    frames: int = 0
     seconds: float = 0.0
     sizes: Dict[str, int] = field(default_factory=dict)
-    kept: List[str] = field(default_factory=list)
+    forms: List[str] = field(default_factory=list)
     missing: List[str] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
+        """Bytes of all kinds."""
         return sum(self.sizes.values())
 
 
 def manifests_of(folder: Path, test_set: str) -> List[Path]:
-    """The manifests of a set, by icefall's names: ``*cuts_<set>.jsonl.gz``."""
-    end = f"cuts_{_plain(test_set)}.jsonl.gz"
-    return sorted(p for p in folder.glob("*.jsonl.gz") if _plain(p.name).endswith(end))
+    """The manifests of a test set, by icefall's names ``*cuts_<set>.jsonl.gz``.
+
+    Args:
+      folder: The folder of manifests.
+      test_set: The set's name; case and hyphens may differ from the manifest's.
+    """
+
+    def plain(name: str) -> str:
+        return name.lower().replace("_", "-").replace("cuts-", "cuts_")
+
+    end = f"cuts_{plain(test_set)}.jsonl.gz"
+    return sorted(p for p in folder.glob("*.jsonl.gz") if plain(p.name).endswith(end))
 
 
-def seconds_of(cuts: Iterable[Cut]) -> float:
-    return sum(cut.duration for cut in cuts)
-
-
-def stored_by(cuts: Iterable[Cut]) -> Stored:
-    """Add up the targets that cuts carry.
+def measure_targets(cuts: Iterable[Cut]) -> TargetSizes:
+    """Add up the targets of ``cuts``.
 
     Raises:
-      KDError: a cut whose targets are damaged.
+      KDError: the targets of a cut are damaged.
     """
-    found = Stored()
-    stores = {}
+    total = TargetSizes()
+    stores = {}  # in the order of the cuts
     for cut in cuts:
         tracks = tracks_with_targets(cut)
-        found.all_cuts += 1
-        found.cuts += bool(tracks)
+        total.all_cuts += 1
+        total.cuts += bool(tracks)
         for _, _, pointer in tracks:
             stores[pointer.store] = None
-            found.frames += pointer.frames
-            found.seconds += pointer.duration
+            total.seconds += pointer.duration
             for name, size in pointer.sizes.items():
-                found.sizes[name] = found.sizes.get(name, 0) + size
+                total.sizes[name] = total.sizes.get(name, 0) + size
     for store in stores:
         try:
-            mark = read_fingerprint(store)
+            forms = read_fingerprint(store).forms
         except KDError:
-            found.missing.append(store)
+            total.missing.append(store)
             continue
-        kept = ", ".join(f"{name} {form}" for name, form in mark.forms.items())
-        if kept not in found.kept:
-            found.kept.append(kept)
-    return found
-
-
-def _plain(name: str) -> str:
-    """Recipes differ in the case and the hyphens of a set's names."""
-    return name.lower().replace("_", "-").replace("cuts-", "cuts_")
+        form = ", ".join(f"{kind} {form}" for kind, form in forms.items())
+        if form not in total.forms:
+            total.forms.append(form)
+    return total

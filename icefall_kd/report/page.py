@@ -1,27 +1,12 @@
-"""A report's blocks, as Markdown, as one HTML page, and as lines of a terminal."""
+"""The blocks of a report, as Markdown and as one HTML page."""
 
 import re
-import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from itertools import count
 from typing import Iterator, Sequence, Tuple, Union
 
 NONE = "-"
-
-# Of a palette for colour-blind readers (Okabe and Ito), the dark ones first.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# matplotlib's name of a marker, and its outline around 0, 0.
-MARKERS = (
-    ("o", "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z"),
-    ("s", "M-4 -4h8v8h-8z"),
-    ("^", "M0 -5l5 9h-10z"),
-    ("D", "M0 -5l5 5l-5 5l-5 -5z"),
-    ("v", "M0 5l5 -9h-10z"),
-    ("P", "M-2 -5h4v3h3v4h-3v3h-4v-3h-3v-4h3z"),
-    ("X", "M-5 -3l2 -2l3 3l3 -3l2 2l-3 3l3 3l-2 2l-3 -3l-3 3l-2 -2l3 -3z"),
-)
-DASHES = ("", "6 2", "2 2", "8 2 2 2", "10 3", "4 1 1 1 1 1", "1 3")
 
 _CSS = """
 body { font: 16px/1.5 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei",
@@ -41,12 +26,9 @@ figure { margin: 0; max-width: 100%; break-inside: avoid; }
 figcaption { font-weight: 600; }
 svg { max-width: 100%; height: auto; overflow: visible; }
 svg text { font-family: inherit !important; }
-.legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.6rem; list-style: none;
-  padding: 0; margin: 0.6rem 0; }
-.legend svg { vertical-align: middle; margin-right: 0.4rem; }
 footer { margin-top: 3rem; color: #555; font-size: 0.85rem; }
 @media print { body { margin: 0; max-width: none; font-size: 10pt; }
-  table { font-size: 9pt; } footer { margin-top: 1rem; } .legend { break-after: avoid; }
+  table { font-size: 9pt; } footer { margin-top: 1rem; }
   tr, li { break-inside: avoid; } h2 { break-after: avoid; }
   .wide { overflow: visible; } .many figure { width: 48%; }
   .many { gap: 1rem 2%; } }
@@ -55,16 +37,22 @@ footer { margin-top: 3rem; color: #555; font-size: 0.85rem; }
 
 @dataclass
 class Heading:
+    """The heading of a section."""
+
     text: str
 
 
 @dataclass
 class Text:
+    """A paragraph."""
+
     text: str
 
 
 @dataclass
 class Bullets:
+    """A list of remarks."""
+
     items: Sequence[str]
 
 
@@ -73,7 +61,9 @@ class Table:
     """Cells of plain text.
 
     Args:
-      left: How many columns hold words, and stand to the left; the rest are numbers.
+      head: The names of the columns.
+      rows: A cell for each column.
+      left: How many columns are words, aligned to the left; the others are numbers.
     """
 
     head: Sequence[str]
@@ -83,23 +73,30 @@ class Table:
 
 @dataclass
 class Plots:
-    """Figures, each a caption and an SVG; for HTML alone.
+    """Figures, which only the HTML page shows.
 
     Args:
-      legend: Names, in the order of the colours.
-      note: How to read them.
+      figures: A caption and an SVG for each.
+      note: How the figures are read.
+      many: Whether two of them are printed side by side.
     """
 
     figures: Sequence[Tuple[str, str]]
-    legend: Sequence[str] = field(default_factory=list)
     note: str = ""
+    many: bool = False
 
 
 Block = Union[Heading, Text, Bullets, Table, Plots]
 
 
 def to_markdown(title: str, blocks: Sequence[Block], footer: str) -> str:
-    """The report as a section of icefall's RESULTS.md; without plots."""
+    """The report as a section of icefall's RESULTS.md, without plots.
+
+    Args:
+      title: The section's heading, plain text.
+      blocks: The report.
+      footer: Its last paragraph.
+    """
     parts = [f"### {_md(title)}"]
     for block in blocks:
         if isinstance(block, Heading):
@@ -117,7 +114,14 @@ def to_markdown(title: str, blocks: Sequence[Block], footer: str) -> str:
 
 
 def to_html(title: str, blocks: Sequence[Block], footer: str, lang: str) -> str:
-    """The report as one page that asks for nothing else."""
+    """The report as one page that loads no other file.
+
+    Args:
+      title: The page's heading, plain text.
+      blocks: The report.
+      footer: Its last paragraph.
+      lang: The language of the page, such as en.
+    """
     parts = []
     numbers = count(1)
     for block in blocks:
@@ -143,20 +147,6 @@ def to_html(title: str, blocks: Sequence[Block], footer: str, lang: str) -> str:
     )
 
 
-def to_lines(table: Table) -> str:
-    """A table for a terminal, whose Chinese characters are two columns wide."""
-    rows = [table.head, *table.rows]
-    widths = [max(map(_width, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = []
-        for i, (cell, width) in enumerate(zip(row, widths)):
-            gap = " " * (width - _width(cell))
-            cells.append(cell + gap if i < table.left else gap + cell)
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def _html_table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         parts = []
@@ -175,46 +165,23 @@ def _html_table(table: Table) -> str:
 
 
 def _html_plots(plots: Plots, numbers: Iterator[int]) -> str:
-    legend, name = "", "plots"
-    if plots.legend:
-        name = "plots many"
-        items = "".join(
-            f"<li>{_swatch(i)}{escape(name)}</li>\n"
-            for i, name in enumerate(plots.legend)
-        )
-        legend = f'<ul class="legend">\n{items}</ul>\n'
-    figures = "".join(
-        f"<figure><figcaption>{escape(caption)}</figcaption>\n"
-        f"{_own_ids(svg, next(numbers))}</figure>\n"
-        for caption, svg in plots.figures
-    )
+    figures = ""
+    for caption, svg in plots.figures:
+        title = f"<figcaption>{escape(caption)}</figcaption>\n" if caption else ""
+        figures += f"<figure>{title}{_with_number(svg, next(numbers))}</figure>\n"
+    name = "plots many" if plots.many else "plots"
     note = f"\n<p>{escape(plots.note)}</p>" if plots.note else ""
-    return f'{legend}<div class="{name}">\n{figures}</div>{note}'
+    return f'<div class="{name}">\n{figures}</div>{note}'
 
 
-def _own_ids(svg: str, number: int) -> str:
-    """An SVG whose ids no other one of the page has."""
-    svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)  # nothing names these
+def _with_number(svg: str, number: int) -> str:
+    """An SVG whose ids begin with its number, as a page must have each id once."""
+    svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)  # nothing refers to these
     return re.sub(r'( id="|href="#|url\(#)', rf"\1f{number}-", svg)
 
 
-def _swatch(i: int) -> str:
-    colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-    marker = MARKERS[i % len(MARKERS)][1]
-    return (
-        '<svg width="60" height="14" viewBox="-30 -7 60 14" aria-hidden="true">'
-        f'<path d="M-29 0h58" stroke="{colour}" stroke-width="2" '
-        f'stroke-dasharray="{dash or "none"}"/><path d="{marker}" '
-        f'fill="white" stroke="{colour}" stroke-width="1.5"/></svg>'
-    )
-
-
 def _md(text: str) -> str:
-    """Plain text that Markdown shows as it is."""
+    """Escape plain text for Markdown."""
     text = " ".join(text.split()).replace("&", "&amp;")
     text = re.sub(r"([\\`*\[\]<>|#~])", r"\\\1", text)
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
-
-
-def _width(text: str) -> int:
-    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)

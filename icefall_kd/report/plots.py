@@ -1,4 +1,4 @@
-"""Curves as SVG that stands inside a page; the same bytes for the same numbers."""
+"""Curves and bars as SVG inside a page; equal numbers give equal bytes."""
 
 import io
 import math
@@ -9,10 +9,13 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from icefall_kd.errors import KDError
 from icefall_kd.report.logs import WEIGHTS, Series
-from icefall_kd.report.page import COLOURS, DASHES, MARKERS
 
-POINTS = 500  # of a curve at most
-MARKS = 30  # of a validation's
+# A palette for colour-blind readers (Okabe and Ito), the dark colours first.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "os^DvPX"
+DASHES = ("", "6 2", "2 2", "8 2 2 2", "10 3", "4 1 1 1 1 1", "1 3")
+POINTS = 500  # at most, of a training curve
+MARKS = 30  # at most, of a validation curve
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "icefall_kd",
@@ -28,7 +31,7 @@ _STYLE = {
 
 
 def need_matplotlib() -> None:
-    """Refuse where there is nothing to draw with."""
+    """Refuse to draw without matplotlib."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as e:
@@ -39,7 +42,7 @@ def need_matplotlib() -> None:
 
 
 def thinned(series: Series, points: int = POINTS) -> Series:
-    """At most so many points, evenly taken, with the last one."""
+    """At most ``points`` points of ``series``, evenly spaced, with the last one."""
     if len(series) <= points:
         return series
     step = (len(series) - 1) / (points - 1)
@@ -49,31 +52,22 @@ def thinned(series: Series, points: int = POINTS) -> Series:
 def draw_loss(
     train: Sequence[Tuple[int, Series]], valid: Sequence[Tuple[int, Series]], x: str
 ) -> str:
-    """Curves of one loss: lines of training, markers of validation.
+    """Draw the curves of one loss: lines for training, markers for validation.
 
     Args:
-      train: For each model its number, which gives the colour, and its curve.
-      valid: The same of the validation.
-      x: What stands below the axis.
+      train: For each model its number, which determines the colour, and its curve.
+      valid: The same for the validation.
+      x: The label of the horizontal axis.
     """
     with _figure(3.6, 2.5) as (figure, axes):
         figure.subplots_adjust(left=0.17, right=0.97, top=0.96, bottom=0.19)
         for i, series in train:
-            xs, ys = _columns(thinned(series))
-            axes.plot(xs, ys, lw=1.6, **_line(i))
-            finite = [k for k, y in enumerate(ys) if math.isfinite(y)]
-            if len(finite) == 1:  # no line has a single point
-                axes.plot(xs[finite[0]], ys[finite[0]], marker="_", **_line(i))
+            axes.plot(*zip(*thinned(series)), lw=1.6, **_line(i))
+            finite = [(x, y) for x, y in thinned(series) if math.isfinite(y)]
+            if len(finite) == 1:  # a line would not show a single point
+                axes.plot(*finite[0], marker="_", **_line(i))
         for i, series in valid:
-            axes.plot(
-                *_columns(thinned(series, MARKS)),
-                ls="none",
-                marker=MARKERS[i % len(MARKERS)][0],
-                ms=5,
-                mfc="white",
-                mec=COLOURS[i % len(COLOURS)],
-                mew=1.4,
-            )
+            axes.plot(*zip(*thinned(series, MARKS)), **{**_marker(i), "ls": "none"})
         values = [y for _, s in (*train, *valid) for _, y in s if math.isfinite(y)]
         if values and min(values) > 0 and max(values) > 20 * min(values):
             _logarithmic(axes)
@@ -83,13 +77,32 @@ def draw_loss(
         return _svg(figure)
 
 
+def draw_legend(names: Sequence[str]) -> str:
+    """Draw the legend of :func:`draw_loss`.
+
+    Args:
+      names: The models' names, by their numbers.
+    """
+    with _figure(1, 0.1) as (figure, axes):
+        axes.set_axis_off()
+        for i, name in enumerate(names):
+            axes.plot([], [], lw=1.6, label=name, **_marker(i), **_line(i))
+        axes.legend(loc="upper left", frameon=False, handlelength=5, borderpad=0)
+        return _svg(figure, bbox_inches="tight")
+
+
 def draw_weights(weights: Dict[str, Series], x: str) -> str:
-    """Curves of one model's weights; those of equal height stay visible."""
+    """Draw one model's weights; later curves are thinner, so that all stay visible.
+
+    Args:
+      weights: A curve for each term.
+      x: The label of the horizontal axis.
+    """
     with _figure(6.4, 2.9) as (figure, axes):
         for term, series in weights.items():
             i = WEIGHTS.index(term)
-            xs, ys = _columns(thinned(series))
-            axes.plot(xs, ys, lw=max(1.2, 5 - 0.8 * i), label=term, **_line(i))
+            width = max(1.2, 5 - 0.8 * i)
+            axes.plot(*zip(*thinned(series)), lw=width, label=term, **_line(i))
         highest = max((w for s in weights.values() for _, w in s), default=0.0)
         axes.set_ylim(0, 1.06 * highest or 1.0)
         _epochs(axes, x)
@@ -102,34 +115,30 @@ def draw_weights(weights: Dict[str, Series], x: str) -> str:
 def draw_rates(
     groups: Sequence[Tuple[str, Sequence[float]]], models: Sequence[str], x: str
 ) -> str:
-    """Bars of each model's rates, a group for each set and method.
+    """Draw bars of each model's error rates, a group for each set and method.
 
     Args:
-      groups: A group's name, and a rate (%) for each model; NaN for none.
+      groups: A group's name, and a rate (%) for each model, NaN for a missing one.
+      models: The models' names.
+      x: The label of the horizontal axis.
     """
     bars: List[Tuple[float, int, float]] = []
     ticks: List[float] = []
     y = 0.0
     for _, rates in groups:
-        there = [(i, r) for i, r in enumerate(rates) if math.isfinite(r)]
-        bars += [(y + k, i, rate) for k, (i, rate) in enumerate(there)]
-        ticks.append(y + (len(there) - 1) / 2)
-        y += len(there) + 0.8
+        known = [(i, rate) for i, rate in enumerate(rates) if math.isfinite(rate)]
+        bars += [(y + k, i, rate) for k, (i, rate) in enumerate(known)]
+        ticks.append(y + (len(known) - 1) / 2)
+        y += len(known) + 0.8
     highest = max((rate for *_, rate in bars), default=0.0) or 1.0
     with _figure(7.0, 0.6 + 0.27 * y) as (figure, axes):
-        for at, i, rate in bars:
+        for height, i, rate in bars:
             colour = COLOURS[i % len(COLOURS)]
-            axes.barh(
-                at,
-                rate,
-                height=0.8,
-                color="white" if i % 2 else colour,
-                edgecolor=colour,
-                hatch=("", "////", "", "....")[i % 4],
-                lw=1.2,
-            )
+            style = {"edgecolor": colour, "hatch": ("", "////", "", "....")[i % 4]}
+            style["color"] = "white" if i % 2 else colour
+            axes.barh(height, rate, height=0.8, lw=1.2, **style)
             label = f"{rate:.2f}  {models[i]}"
-            axes.text(rate + 0.01 * highest, at, label, va="center", fontsize=9)
+            axes.text(rate + 0.01 * highest, height, label, va="center", fontsize=9)
         axes.set_yticks(ticks, [name for name, _ in groups])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
@@ -142,7 +151,7 @@ def draw_rates(
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Tuple[Any, Any]]:
-    """A figure of so many inches, and its axes."""
+    """A figure of ``width`` by ``height`` inches, and its axes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -169,13 +178,13 @@ def _logarithmic(axes: Any) -> None:
 
 
 def _svg(figure: Any, **options: Any) -> str:
-    """The figure, without what only a file of its own needs."""
+    """The figure as an <svg> element, without the head and metadata of a file."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     FigureCanvasSVG(figure)
     out = io.StringIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a font without Chinese: the reader's has it
+        warnings.simplefilter("ignore")  # the font has no Chinese; the reader's has
         figure.savefig(out, format="svg", metadata={"Date": None}, **options)
     text = out.getvalue()
     text = text[text.index("<svg") :]
@@ -189,5 +198,6 @@ def _line(i: int) -> Dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "ls": style}
 
 
-def _columns(series: Series) -> Tuple[List[float], List[float]]:
-    return [x for x, _ in series], [y for _, y in series]
+def _marker(i: int) -> Dict[str, Any]:
+    style = {"marker": MARKERS[i % len(MARKERS)], "mec": COLOURS[i % len(COLOURS)]}
+    return {**style, "ms": 5, "mfc": "white", "mew": 1.4}

@@ -1,208 +1,122 @@
-"""What a report says of its models, block by block."""
+"""The blocks of a report that compares models."""
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional
 
-from icefall_kd.report.logs import WEIGHTS, Series, Training
-from icefall_kd.report.manifests import Stored
+from icefall_kd.report.comparison import (
+    Comparison,
+    Model,
+    TestAudio,
+    gap_closed,
+    relative_change,
+)
+from icefall_kd.report.logs import WEIGHTS, Series
 from icefall_kd.report.page import NONE, Block, Bullets, Heading, Plots, Table, Text
-from icefall_kd.report.plots import MARKS, POINTS, draw_loss, draw_rates, draw_weights
-from icefall_kd.report.results import Decoding
+from icefall_kd.report.plots import (
+    MARKS,
+    POINTS,
+    draw_legend,
+    draw_loss,
+    draw_rates,
+    draw_weights,
+)
 
 
-@dataclass
-class Model:
-    """A model's name, folder, logs and results.
-
-    Args:
-      decodings: The last one of each method.
-      others: All that are not.
-    """
-
-    name: str
-    exp: Path
-    training: Optional[Training]
-    decodings: List[Decoding]
-    others: List[Decoding]
-
-    @property
-    def parameters(self) -> Optional[int]:
-        if self.training is not None and self.training.parameters:
-            return self.training.parameters
-        logs = (d.log for d in self.decodings)
-        return next((log.parameters for log in logs if log and log.parameters), None)
-
-    def percent(self, method: str, kind: str, test_set: str) -> float:
-        """The error rate; NaN where there is none."""
-        for d in self.decodings:
-            if (d.method, d.kind) == (method, kind) and test_set in d.rates:
-                return d.rates[test_set].percent
-        return math.nan
-
-
-@dataclass
-class Audio:
-    """Seconds of audio by test set, and why a set has none.
+def blocks_of(report: Comparison) -> List[Block]:
+    """All blocks of a report, in their order.
 
     Args:
-      folder: Of manifests; "" where none was given.
-      several: Manifests of the sets that have more than one.
+      report: Its data.
     """
-
-    folder: str = ""
-    seconds: Dict[str, float] = field(default_factory=dict)
-    several: Dict[str, List[str]] = field(default_factory=dict)
-
-
-@dataclass
-class Report:
-    """All that a report is made of.
-
-    Args:
-      teacher: A model's name; "" where there are none to compare.
-      baseline: The student without KD; likewise.
-      unit: What a wer-summary's numbers are called, WER or CER.
-      targets: By manifest.
-      words: Of one language, see :mod:`icefall_kd.report.words`.
-    """
-
-    models: Sequence[Model]
-    teacher: str
-    baseline: str
-    unit: str
-    audio: Audio
-    targets: Dict[str, Stored]
-    words: Dict[str, str]
-
-    def model(self, name: str) -> Model:
-        return next(m for m in self.models if m.name == name)
-
-    def unit_of(self, kind: str) -> str:
-        """What the rates of cer- or wer-summaries are."""
-        return "CER" if kind == "cer" else self.unit
-
-    @property
-    def students(self) -> List[Model]:
-        """Those compared with the baseline."""
-        if not self.baseline:
-            return []
-        return [m for m in self.models if m.name not in (self.teacher, self.baseline)]
-
-
-def relative_change(rate: float, baseline: float) -> Optional[float]:
-    """Percent by which ``rate`` is above ``baseline``; None where that says nothing."""
-    if not baseline > 0 or not math.isfinite(rate):
-        return None
-    return 100 * (rate - baseline) / baseline
-
-
-def gap_closed(rate: float, baseline: float, teacher: float) -> Optional[float]:
-    """Percent of the way from ``baseline`` to ``teacher``; None without a gap."""
-    if not baseline > teacher or not math.isfinite(rate):
-        return None
-    return 100 * (baseline - rate) / (baseline - teacher)
-
-
-def blocks_of(report: Report) -> List[Block]:
-    """The whole report in its order."""
-    w = report.words
-    found: List[Block] = []
-    if report.students:
-        quoted = [w["quote"].format(m.name) for m in report.students]
-        students = w["and"].join(quoted)
-        sides = {"teacher": report.teacher, "baseline": report.baseline}
-        found.append(Text(w["compared"].format(students=students, **sides)))
+    names = {"teacher": report.teacher, "baseline": report.baseline}
+    students = [m.name for m in report.students]
+    blocks: List[Block] = []
+    if students:
+        quoted = [report.words["quote"].format(name) for name in students]
+        joined = report.words["and"].join(quoted)
+        blocks.append(Text(report.text("compared", students=joined, **names)))
     for kind, table in rate_tables(report).items():
         unit = report.unit_of(kind)
-        found += [Heading(w["rates"].format(unit=unit)), table]
-        if len(report.students) > 1:
-            found.append(Text(w["change_text"].format(unit=unit, **sides)))
-        elif report.students:
-            sides["student"] = report.students[0].name
-            found.append(Text(w["closed_text"].format(unit=unit, **sides)))
-        found.append(_rate_plot(report, kind))
-    found += [Heading(w["models"]), models_table(report)]
+        blocks += [Heading(report.text("rates", unit=unit)), table]
+        if len(students) > 1:
+            blocks.append(Text(report.text("change_text", unit=unit, **names)))
+        elif students:
+            values = {"student": students[0], "unit": unit, **names}
+            blocks.append(Text(report.text("closed_text", **values)))
+        blocks.append(_rate_plot(report, kind))
+    blocks += [Heading(report.words["models"]), models_table(report)]
     if report.targets:
-        found += [Heading(w["targets"]), _targets_table(report)]
-    found += _losses(report)
-    found += _weights(report)
-    found += _decodings(report)
-    found += [Heading(w["notes"]), Bullets(_notes(report))]
-    return [b for b in found if not isinstance(b, Bullets) or b.items]
+        blocks += [Heading(report.words["targets"]), _targets_table(report)]
+    blocks += [*_losses(report), *_weights(report), *_decodings(report)]
+    blocks.append(Heading(report.words["notes"]))
+    notes = list(dict.fromkeys(_notes(report)))  # each once
+    return [*blocks, Bullets(notes)] if notes else blocks
 
 
-def rate_tables(report: Report) -> Dict[str, Table]:
-    """A table of error rates for each kind of summary, wer and cer."""
+def rate_tables(report: Comparison) -> Dict[str, Table]:
+    """A table of error rates for each kind of summary, wer and cer.
+
+    With one student it has columns for the student's change and the gap closed; with
+    several, each change is in brackets.
+
+    Args:
+      report: The data.
+    """
     w, students = report.words, report.students
-    found = {}
-    for kind, rows in _sets(report).items():
-        head = [w["method"], w["set"], *(m.name for m in report.models)]
+    tables = {}
+    for kind, rows in report.sets.items():
+        head = [w["method"], w["set"], *report.names]
         if len(students) == 1:
-            sides = {"student": students[0].name, "baseline": report.baseline}
-            head += [w["change"].format(**sides), w["closed"]]
-        lines = []
+            names = {"student": students[0].name, "baseline": report.baseline}
+            head += [report.text("change", **names), w["closed"]]
+        cells = []
         for method, test_set in rows:
             rates = {m.name: m.percent(method, kind, test_set) for m in report.models}
-            line = [method, test_set]
-            for m in report.models:
-                cell = _rate(rates[m.name])
-                if len(students) > 1 and m in students:
-                    change = relative_change(rates[m.name], rates[report.baseline])
-                    cell += "" if change is None else f" ({_signed(change)})"
-                line.append(cell)
+            row = [_rate(rate) for rate in rates.values()]
             if len(students) == 1:
-                own, base = rates[students[0].name], rates[report.baseline]
-                line.append(_signed(relative_change(own, base)))
-                closed = gap_closed(own, base, rates[report.teacher])
-                line.append(NONE if closed is None else f"{closed:.0f} %")
-            lines.append(line)
-        found[kind] = Table(head, lines, left=2)
-    return found
+                rate, baseline = rates[students[0].name], rates[report.baseline]
+                closed = gap_closed(rate, baseline, rates[report.teacher])
+                row.append(_signed(relative_change(rate, baseline)))
+                row.append(NONE if closed is None else f"{closed:.0f} %")
+            elif students:
+                for i, model in enumerate(report.models):
+                    change = relative_change(rates[model.name], rates[report.baseline])
+                    if model in students and change is not None:
+                        row[i] += f" ({_signed(change)})"
+            cells.append([method, test_set, *row])
+        tables[kind] = Table(head, cells, left=2)
+    return tables
 
 
-def models_table(report: Report) -> Table:
-    """Sizes, settings and speed of the models."""
-    w = report.words
-    rows = [[w["exp"], *(str(m.exp) for m in report.models)]]
-    sizes = [m.parameters for m in report.models]
-    of = report.model(report.teacher).parameters if report.teacher else None
-    row = [w["parameters"]]
-    for m, size in zip(report.models, sizes):
-        cell = NONE if size is None else f"{size:,}"
-        if size is not None and of and m.name != report.teacher:
-            share = w["of_teacher"].format(share=f"{100 * size / of:.1f}")
-            cell += f" ({share})"
-        row.append(cell)
-    rows.append(row)
-    for name, function in (
-        ("distillation", _distillation),
-        ("epochs", _epochs),
-        ("base_lr", _base_lr),
-        ("batch", _batch),
-    ):
-        rows.append([w[name], *(function(m.training, w) for m in report.models)])
-    for method in _methods(report):
-        speeds = [_rtf(m, method, report.audio) for m in report.models]
-        if any(s is not None for s in speeds):
-            cells = [NONE if s is None else f"{s:.4f}" for s in speeds]
-            rows.append([w["rtf"].format(method=method), *cells])
-    return Table(["", *(m.name for m in report.models)], rows)
+def models_table(report: Comparison) -> Table:
+    """A table of sizes, settings and speed of the models.
+
+    Args:
+      report: The data.
+    """
+    w, models = report.words, report.models
+    parameters = [_shown(m.parameters, "{:,}") for m in models]
+    largest = report.model(report.teacher).parameters if report.teacher else None
+    for i, m in enumerate(models):
+        if m.parameters and largest and m.name != report.teacher:
+            share = f"{100 * m.parameters / largest:.1f}"
+            parameters[i] += " (" + report.text("of_teacher", share=share) + ")"
+    rows = [
+        [w["exp"], *(str(m.exp) for m in models)],
+        [w["parameters"], *parameters],
+        [w["distillation"], *(_distillation(m, w["off"]) for m in models)],
+    ]
+    rows += [[w[name], *map(setting, models)] for name, setting in _SETTINGS.items()]
+    for method in report.methods:
+        factors = [_real_time_factor(m, method, report.audio) for m in models]
+        if any(factor is not None for factor in factors):
+            cells = [_shown(factor, "{:.4f}") for factor in factors]
+            rows.append([report.text("rtf", method=method), *cells])
+    return Table(["", *report.names], rows)
 
 
-def _sets(report: Report) -> Dict[str, List[Tuple[str, str]]]:
-    """Methods and test sets that some model was decoded by, for wer and cer."""
-    found: Dict[str, List[Tuple[str, str]]] = {}
-    decodings = [d for m in report.models for d in m.decodings]
-    for kind in sorted({d.kind for d in decodings}, reverse=True):
-        rows = {(d.method, s) for d in decodings if d.kind == kind for s in d.rates}
-        found[kind] = sorted(rows)
-    return found
-
-
-def _methods(report: Report) -> List[str]:
-    return sorted({d.method for m in report.models for d in m.decodings})
+def _shown(value: Optional[float], form: str) -> str:
+    return NONE if value is None else form.format(value)
 
 
 def _rate(percent: float) -> str:
@@ -210,40 +124,7 @@ def _rate(percent: float) -> str:
 
 
 def _signed(percent: Optional[float]) -> str:
-    return NONE if percent is None else f"{percent:+.1f} %"
-
-
-def _distillation(training: Optional[Training], w: Dict[str, str]) -> str:
-    if training is None or training.distils is None:
-        return NONE
-    if not training.distils:
-        return w["off"]
-    s = training.kd_settings or training.settings
-    terms = [(t, s.get(f"kd_{t}_weight")) for t in WEIGHTS]
-    shown = [f"{t} {_short(v)}" for t, v in terms if v not in (None, 0, 0.0)]
-    for name in ("temperature", "schedule"):
-        if f"kd_{name}" in s:
-            shown.append(f"{name} {_short(s[f'kd_{name}'])}")
-    return "; ".join(shown)
-
-
-def _epochs(training: Optional[Training], w: Dict[str, str]) -> str:
-    first, last = training.epochs() if training else (0, 0)
-    if not last:
-        return NONE
-    return f"{first}-{last}" if first < last else f"{last}"
-
-
-def _base_lr(training: Optional[Training], w: Dict[str, str]) -> str:
-    return _short(training.settings.get("base_lr", NONE)) if training else NONE
-
-
-def _batch(training: Optional[Training], w: Dict[str, str]) -> str:
-    seconds = training and training.settings.get("max_duration")
-    if not seconds:
-        return NONE
-    size = training.settings.get("world_size") or 1
-    return _short(seconds) if size == 1 else f"{size} x {_short(seconds)}"
+    return _shown(percent, "{:+.1f} %")
 
 
 def _short(value: object) -> str:
@@ -253,7 +134,52 @@ def _short(value: object) -> str:
         return str(value)
 
 
-def _rtf(model: Model, method: str, audio: Audio) -> Optional[float]:
+def _distillation(model: Model, off: str) -> str:
+    """The settings of distillation; ``off`` without it."""
+    training = model.training
+    if training is None or training.distils is None:
+        return NONE
+    if not training.distils:
+        return off
+    settings = training.kd_settings or training.settings
+    weights = [(term, settings.get(f"kd_{term}_weight")) for term in WEIGHTS]
+    cells = [f"{t} {_short(v)}" for t, v in weights if v not in (None, 0, 0.0)]
+    for name in ("temperature", "schedule"):
+        if f"kd_{name}" in settings:
+            cells.append(f"{name} {_short(settings[f'kd_{name}'])}")
+    return "; ".join(cells)
+
+
+def _epochs(model: Model) -> str:
+    if model.training is None or not model.training.batches:
+        return NONE
+    first, last = (model.training.batches[i].epoch for i in (0, -1))
+    return f"{first}-{last}" if first < last else f"{last}"
+
+
+def _base_lr(model: Model) -> str:
+    training = model.training
+    return _short(training.settings.get("base_lr", NONE)) if training else NONE
+
+
+def _batch_seconds(model: Model) -> str:
+    """Seconds of audio in a batch, as "processes x seconds" for several processes."""
+    settings = model.training.settings if model.training else {}
+    if not settings.get("max_duration"):
+        return NONE
+    size, seconds = settings.get("world_size") or 1, _short(settings["max_duration"])
+    return seconds if size == 1 else f"{size} x {seconds}"
+
+
+# Rows of settings in which a student and its baseline should be equal.
+_SETTINGS: Dict[str, Callable[[Model], str]] = {
+    "epochs": _epochs,
+    "base_lr": _base_lr,
+    "batch": _batch_seconds,
+}
+
+
+def _real_time_factor(model: Model, method: str, audio: TestAudio) -> Optional[float]:
     """Seconds of decoding for a second of audio, over the sets that have both."""
     log = next((d.log for d in model.decodings if d.method == method and d.log), None)
     sets = [s for s in (log.seconds if log else ()) if audio.seconds.get(s)]
@@ -262,230 +188,202 @@ def _rtf(model: Model, method: str, audio: Audio) -> Optional[float]:
     return sum(log.seconds[s] for s in sets) / sum(audio.seconds[s] for s in sets)
 
 
-def _rate_plot(report: Report, kind: str) -> Plots:
+def _rate_plot(report: Comparison, kind: str) -> Plots:
     groups = [
         (f"{method}, {s}", [m.percent(method, kind, s) for m in report.models])
-        for method, s in _sets(report)[kind]
+        for method, s in report.sets[kind]
     ]
-    names = [m.name for m in report.models]
-    return Plots([("", draw_rates(groups, names, f"{report.unit_of(kind)} (%)"))])
+    figure = draw_rates(groups, report.names, f"{report.unit_of(kind)} (%)")
+    return Plots([("", figure)])
 
 
-def _targets_table(report: Report) -> Table:
-    w = report.words
+def _targets_table(report: Comparison) -> Table:
     rows = []
-    for manifest, stored in report.targets.items():
-        hours = stored.seconds / 3600
-        parts = ", ".join(f"{k} {n:,}" for k, n in stored.sizes.items())
-        rows.append(
-            [
-                manifest,
-                "; ".join(stored.kept) or NONE,
-                f"{stored.cuts:,}",
-                f"{hours:.2f}",
-                f"{stored.bytes:,}",
-                parts or NONE,
-                f"{stored.bytes / 1e6 / hours:.2f}" if hours else NONE,
-            ]
-        )
+    for manifest, sizes in report.targets.items():
+        hours = sizes.seconds / 3600
+        cells = ["; ".join(sizes.forms) or NONE, f"{sizes.cuts:,}", f"{hours:.2f}"]
+        cells.append(f"{sizes.bytes:,}")
+        cells.append(", ".join(f"{k} {n:,}" for k, n in sizes.sizes.items()) or NONE)
+        cells.append(f"{sizes.bytes / 1e6 / hours:.2f}" if hours else NONE)
+        rows.append([manifest, *cells])
     names = ("manifest", "kept", "cuts", "hours", "bytes", "parts", "mb_hour")
-    return Table([w[n] for n in names], rows, left=2)
+    return Table([report.words[n] for n in names], rows, left=2)
 
 
-def _losses(report: Report) -> List[Block]:
+def _losses(report: Comparison) -> List[Block]:
     w = report.words
-    trained = [(i, m) for i, m in enumerate(report.models) if m.training]
-    train = {i: m.training.losses() for i, m in trained}
-    valid = {i: m.training.valid_losses() for i, m in trained}
+    trained = [(i, m.training) for i, m in enumerate(report.models) if m.training]
+    train = {i: training.losses() for i, training in trained}
+    valid = {i: training.valid_losses() for i, training in trained}
     curves = [*train.values(), *valid.values()]
-    names = dict.fromkeys(name for found in curves for name in found)
-    order = sorted(names, key=lambda n: (n.startswith("kd_"), n != "loss"))
-    if not order:
-        return []
+    names = dict.fromkeys(name for series in curves for name in series)
     rows, figures = [], []
-    for name in order:
-        lines = [(i, s[name]) for i, s in train.items() if name in s]
-        marks = [(i, s[name]) for i, s in valid.items() if name in s]
-        figures.append((name, draw_loss(lines, marks, w["epoch_axis"])))
+    for name in sorted(names, key=lambda n: (n.startswith("kd_"), n != "loss")):
+        lines = {i: series[name] for i, series in train.items() if name in series}
+        marks = {i: series[name] for i, series in valid.items() if name in series}
+        figure = draw_loss(list(lines.items()), list(marks.items()), w["epoch_axis"])
+        figures.append((name, figure))
         row = [name]
         for i in range(len(report.models)):
-            ends = [dict(of).get(i, [(0, math.nan)])[-1][1] for of in (lines, marks)]
+            ends = [
+                series[i][-1][1] if i in series else math.nan
+                for series in (lines, marks)
+            ]
             cells = [f"{y:.4g}" if math.isfinite(y) else NONE for y in ends]
             row.append(" / ".join(cells) if cells != [NONE, NONE] else NONE)
         rows.append(row)
+    if not rows:
+        return []
+    note = report.text("plots_text", points=POINTS, markers=MARKS)
     return [
         Heading(w["losses"]),
-        Plots(
-            figures,
-            [m.name for m in report.models],
-            w["plots_text"].format(points=POINTS, markers=MARKS),
-        ),
+        Plots([("", draw_legend(report.names))]),
+        Plots(figures, note, many=True),
         Text(w["losses_table"]),
-        Table([w["loss"], *(m.name for m in report.models)], rows),
+        Table([w["loss"], *report.names], rows),
         Text(w["losses_text"]),
     ]
 
 
-def _weights(report: Report) -> List[Block]:
+def _weights(report: Comparison) -> List[Block]:
     w = report.words
-    found = [(m.name, m.training.weights()) for m in report.models if m.training]
-    found = [(name, series) for name, series in found if series]
-    if not found:
+    curves = {m.name: m.training.weights() for m in report.models if m.training}
+    curves = {name: weights for name, weights in curves.items() if weights}
+    if not curves:
         return []
-    terms = [t for t in WEIGHTS if any(t in series for _, series in found)]
-    rows = [[t, *(_from_to(series.get(t)) for _, series in found)] for t in terms]
-    figures = [(n, draw_weights(s, w["epoch_axis"])) for n, s in found]
+    terms = [t for t in WEIGHTS if any(t in weights for weights in curves.values())]
+    rows = [[t, *(_ends(c.get(t)) for c in curves.values())] for t in terms]
+    figures = [(name, draw_weights(c, w["epoch_axis"])) for name, c in curves.items()]
     return [
         Heading(w["weights"]),
-        Table([w["term"], *(name for name, _ in found)], rows),
+        Table([w["term"], *curves], rows),
         Text(w["weights_text"]),
         Plots(figures),
     ]
 
 
-def _from_to(series: Optional[Series]) -> str:
+def _ends(series: Optional[Series]) -> str:
+    """The first and the last value; a single one for a constant."""
     if not series:
         return NONE
     values = [f"{v:g}" for _, v in series]
     return values[0] if len(set(values)) == 1 else f"{values[0]} ... {values[-1]}"
 
 
-def _decodings(report: Report) -> List[Block]:
+def _decodings(report: Comparison) -> List[Block]:
     w = report.words
     names = ("model", "method", "checkpoint", "options", "device", "seconds", "date")
-    rows, others = [], []
+    head = [w[name] for name in names]
+    rows, earlier = [], []
     for m in report.models:
         for d in m.decodings:
-            device, seconds = (
-                (d.log.device, d.log.max_duration) if d.log else ("", None)
-            )
-            cells = (d.checkpoint, d.options or NONE, device or NONE)
-            cells += (NONE if seconds is None else _short(seconds), _date(d.date))
+            device = d.log.device if d.log else ""
+            seconds = d.log.max_duration if d.log else None
+            cells = [d.checkpoint, d.options or NONE, device or NONE]
+            cells.append(NONE if seconds is None else _short(seconds))
+            # 2025-01-02-03-04-05 becomes 2025-01-02 03:04:05.
+            cells.append(f"{d.date[:10]} {d.date[11:].replace('-', ':')}")
             rows.append([m.name, d.method, *cells])
-        for d in m.others:
+        for d in m.earlier:
             rates = [f"{s} {_rate(r.percent)}" for s, r in sorted(d.rates.items())]
-            unit = report.unit_of(d.kind)
-            cells = (d.checkpoint, d.options or NONE, f"{unit} {', '.join(rates)}")
-            others.append([m.name, d.method, *cells])
+            result = f"{report.unit_of(d.kind)} {', '.join(rates)}"
+            cells = [d.checkpoint, d.options or NONE, result]
+            earlier.append([m.name, d.method, *cells])
     if not rows:
         return []
-    text = w["decodings_text"].format(unit=report.unit)
-    found = [
-        Heading(w["decodings"]),
-        Table([w[n] for n in names], rows, len(names)),
-        Text(text),
-    ]
-    if others:
-        head = [*(w[n] for n in names[:4]), w["result"]]
-        found += [Heading(w["others"]), Table(head, others, len(head))]
-    return found
+    text = Text(report.text("decodings_text", unit=report.unit))
+    blocks = [Heading(w["decodings"]), Table(head, rows, left=len(head)), text]
+    if earlier:
+        head = [*head[:4], w["result"]]
+        blocks += [Heading(w["others"]), Table(head, earlier, left=len(head))]
+    return blocks
 
 
-def _date(text: str) -> str:
-    """``2025-01-02-03-04-05`` as one reads it."""
-    return f"{text[:10]} {text[11:].replace('-', ':')}"
-
-
-def _notes(report: Report) -> List[str]:
-    """What is missing, and how the numbers came about."""
-    w = report.words
-    found = []
+def _notes(report: Comparison) -> Iterator[str]:
+    """Remarks on missing data, and on how the numbers were measured."""
     for m in report.models:
-        names = {"model": m.name, "folder": m.exp}
+        values = {"model": m.name, "folder": m.exp}
         if m.training is None:
-            found.append(w["no_training"].format(**names))
+            yield report.text("no_training", **values)
         elif not m.training.batches:
-            found.append(w["no_batches"].format(**names))
+            yield report.text("no_batches", **values)
         elif m.training.distils is None:
-            found.append(w["no_kd"].format(**names))
+            yield report.text("no_kd", **values)
         if not m.decodings:
-            found.append(w["no_decoding"].format(**names))
+            yield report.text("no_decoding", **values)
     for m in report.models:
-        logs = [m.training, *(d.log for d in (*m.decodings, *m.others))]
+        logs = [m.training, *(d.log for d in (*m.decodings, *m.earlier))]
         count = sum(log.skipped for log in logs if log)
         if count:
-            found.append(w["skipped"].format(model=m.name, count=count))
+            yield report.text("skipped", model=m.name, count=count)
     trainings = [m.training for m in report.models if m.training]
     if trainings and not any(t.distils for t in trainings):
-        found.append(w["no_weights"])
-    found += _unlike(report)
-    for m in report.models:
-        for d in m.decodings:
-            for s, r in sorted(d.rates.items()):
-                if r.settings > 1:
-                    names = {"model": m.name, "method": d.method, "set": s}
-                    count = {"count": r.settings, "setting": r.setting}
-                    found.append(w["best_setting"].format(**names, **count))
-    for method in _methods(report):
-        decodings = [d for m in report.models for d in m.decodings]
+        yield report.text("no_weights")
+    yield from _difference_notes(report)
+    for m, d in report.decodings:
+        for test_set, rate in sorted(d.rates.items()):
+            if rate.settings > 1:
+                values = {"model": m.name, "method": d.method, "set": test_set}
+                values |= {"count": rate.settings, "setting": rate.setting}
+                yield report.text("best_setting", **values)
+    for method in report.methods:
         # Revisions of icefall differ in what they put between the options.
         options = {
             d.options.replace("_", "-"): d.options or NONE
-            for d in decodings
+            for _, d in report.decodings
             if d.method == method
         }
         if len(options) > 1:
             shown = "; ".join(options.values())
-            found.append(w["other_options"].format(method=method, options=shown))
-    for manifest, stored in report.targets.items():
-        if not stored.cuts:
-            found.append(w["no_targets"].format(manifest=manifest))
-        elif stored.cuts < stored.all_cuts:
-            numbers = {"cuts": stored.cuts, "all": stored.all_cuts}
-            found.append(w["some_targets"].format(manifest=manifest, **numbers))
-        for store in stored.missing:
-            found.append(w["no_store"].format(manifest=manifest, store=store))
-    return found + _rtf_notes(report)
+            yield report.text("other_options", method=method, options=shown)
+    for manifest, sizes in report.targets.items():
+        values = {"manifest": manifest, "cuts": sizes.cuts, "all": sizes.all_cuts}
+        if sizes.cuts < sizes.all_cuts or not sizes.cuts:
+            key = "some_targets" if sizes.cuts else "no_targets"
+            yield report.text(key, **values)
+        for store in sizes.missing:
+            yield report.text("no_store", manifest=manifest, store=store)
+    yield from _rtf_notes(report)
 
 
-def _unlike(report: Report) -> List[str]:
-    """What else but distillation parts the students from the baseline."""
-    w = report.words
+def _difference_notes(report: Comparison) -> Iterator[str]:
+    """Differences between the students and the baseline other than distillation."""
     if not report.students:
-        return []
-    base = report.model(report.baseline)
-    found = []
-    if base.training and base.training.distils:
-        found.append(w["baseline_distilled"].format(baseline=base.name))
-    for m in report.students:
-        sides = [(w["parameters"], m.parameters, base.parameters)]
-        for name, function in (
-            ("epochs", _epochs),
-            ("base_lr", _base_lr),
-            ("batch", _batch),
-        ):
-            sides.append((w[name], function(m.training, w), function(base.training, w)))
-        what = [
-            f"{name} {own} / {other}"
-            for name, own, other in sides
-            if own != other and NONE not in (own, other) and None not in (own, other)
-        ]
-        if what:
-            names = {"student": m.name, "baseline": base.name}
-            found.append(w["unlike"].format(what=w["and"].join(what), **names))
-    return found
+        return
+    baseline = report.model(report.baseline)
+    if baseline.training and baseline.training.distils:
+        yield report.text("baseline_distilled", baseline=baseline.name)
+    settings = {"parameters": lambda m: _shown(m.parameters, "{}"), **_SETTINGS}
+    for student in report.students:
+        differences = []
+        for name, setting in settings.items():
+            values = [setting(student), setting(baseline)]
+            if values[0] != values[1] and NONE not in values:
+                differences.append(f"{report.words[name]} {' / '.join(values)}")
+        if differences:
+            names = {"student": student.name, "baseline": baseline.name}
+            what = report.words["and"].join(differences)
+            yield report.text("unlike", what=what, **names)
 
 
-def _rtf_notes(report: Report) -> List[str]:
-    w, audio = report.words, report.audio
-    decodings = [(m, d) for m in report.models for d in m.decodings]
-    if not decodings:
-        return []
+def _rtf_notes(report: Comparison) -> Iterator[str]:
+    """How the real-time factors were measured, and which are missing."""
+    audio = report.audio
+    if not report.decodings:
+        return
     if not audio.folder:
-        return [w["rtf_needs"]]
-    found = []
-    for test_set in sorted({s for _, d in decodings for s in d.rates}):
-        names = {"set": test_set, "folder": audio.folder}
-        if test_set in audio.several:
-            paths = w["and"].join(audio.several[test_set])
-            found.append(w["rtf_several"].format(paths=paths, **names))
+        yield report.text("rtf_needs")
+        return
+    factors = [_real_time_factor(m, d.method, audio) for m, d in report.decodings]
+    if any(factor is not None for factor in factors):
+        yield report.text("rtf_text")
+    for test_set in sorted({s for _, d in report.decodings for s in d.rates}):
+        values = {"set": test_set, "folder": audio.folder}
+        if test_set in audio.ambiguous:
+            paths = report.words["and"].join(audio.ambiguous[test_set])
+            yield report.text("rtf_several", paths=paths, **values)
         elif test_set not in audio.seconds:
-            found.append(w["rtf_no_manifest"].format(**names))
-    measured = False
-    for m, d in decodings:
-        names = {"model": m.name, "method": d.method}
-        if _rtf(m, d.method, audio) is not None:
-            measured = True
-        elif d.log is None or not d.log.seconds:
-            found.append(w["rtf_no_log"].format(**names))
-    return [w["rtf_text"], *found] if measured else found
+            yield report.text("rtf_no_manifest", **values)
+    for (m, d), factor in zip(report.decodings, factors):
+        if factor is None and (d.log is None or not d.log.seconds):
+            yield report.text("rtf_no_log", model=m.name, method=d.method)

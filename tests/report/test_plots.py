@@ -6,10 +6,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from icefall_kd.report.page import COLOURS
 from icefall_kd.report.plots import (
+    COLOURS,
     MARKS,
     POINTS,
+    draw_legend,
     draw_loss,
     draw_rates,
     draw_weights,
@@ -22,6 +23,7 @@ CURVE = [(i / 10, 3 - i / 10) for i in range(20)]
 DRAWN = {
     "loss": lambda: draw_loss([(0, CURVE), (2, CURVE)], [(0, CURVE[::5])], "epochs"),
     "weights": lambda: draw_weights({"hard": CURVE, "ctc": CURVE}, "epoch 数"),
+    "legend": lambda: draw_legend(["a", "模型"]),
     "rates": lambda: draw_rates([("g, test", [5.0, math.nan])], ["a", "b"], "WER (%)"),
 }
 
@@ -56,6 +58,11 @@ def test_a_models_colour_is_that_of_its_number(number):
 
 def test_words_stay_text_in_the_readers_letters():
     assert "epoch 数" in texts(DRAWN["weights"]())
+
+
+def test_a_legend_has_each_name_and_its_colour():
+    svg = draw_legend(["a $x$", "模型"])
+    assert texts(svg) == ["a $x$", "模型"] and COLOURS[1].lower() in svg.lower()
 
 
 def test_a_name_is_never_a_formula():

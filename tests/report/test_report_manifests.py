@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from icefall_kd.report.manifests import manifests_of, seconds_of, stored_by
+from icefall_kd.report.manifests import manifests_of, measure_targets
 
 
 @pytest.mark.parametrize(
@@ -28,25 +28,19 @@ def test_all_manifests_of_a_set_are_found(tmp_path):
     assert found == ["a_cuts_test.jsonl.gz", "b_cuts_test.jsonl.gz"]
 
 
-def test_seconds_are_added_up(make_cut):
-    cuts = [make_cut("a", 100), make_cut("b", 150)]
-    assert seconds_of(cuts) == pytest.approx(2.5)
-
-
 def test_targets_are_added_up(make_cut, make_store):
     cuts = make_store([make_cut("a", 100), make_cut("b", 150)], ctc="top:4")
     pointers = [cut.kd_targets for cut in cuts]
-    found = stored_by([*cuts, make_cut("c", 50)])
+    found = measure_targets([*cuts, make_cut("c", 50)])
     assert (found.all_cuts, found.cuts) == (3, 2)
     assert found.bytes == sum(sum(p["sizes"].values()) for p in pointers) > 0
-    assert found.frames == sum(p["frames"] for p in pointers)
     assert found.seconds == pytest.approx(2.5)
-    assert found.kept == ["ctc top:4"] and found.missing == []
+    assert found.forms == ["ctc top:4"] and found.missing == []
 
 
 def test_both_cuts_of_a_mixed_one_count(make_cut, make_store):
     a, b = make_store([make_cut("a", 100), make_cut("b", 150)])
-    assert stored_by([a.append(b)]).bytes == stored_by([a, b]).bytes
+    assert measure_targets([a.append(b)]).bytes == measure_targets([a, b]).bytes
 
 
 def test_a_store_that_is_gone_is_named_and_its_bytes_are_known(
@@ -54,11 +48,11 @@ def test_a_store_that_is_gone_is_named_and_its_bytes_are_known(
 ):
     cuts = make_store([make_cut("a", 100)], name="gone")
     shutil.rmtree(tmp_path / "gone")
-    found = stored_by(cuts)
-    assert found.bytes > 0 and found.kept == []
+    found = measure_targets(cuts)
+    assert found.bytes > 0 and found.forms == []
     assert found.missing == [str(tmp_path / "gone")]
 
 
 def test_cuts_without_targets_have_no_bytes(make_cut):
-    found = stored_by([make_cut("a", 100)])
+    found = measure_targets([make_cut("a", 100)])
     assert (found.all_cuts, found.cuts, found.bytes) == (1, 0, 0)

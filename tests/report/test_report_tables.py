@@ -5,34 +5,32 @@ from pathlib import Path
 
 import pytest
 
-from icefall_kd.report.logs import Batch, Training
-from icefall_kd.report.manifests import Stored
-from icefall_kd.report.page import Bullets, Table
-from icefall_kd.report.results import Decoding, Log, Rate
-from icefall_kd.report.tables import (
-    Audio,
+from icefall_kd.report.comparison import (
+    Comparison,
     Model,
-    Report,
-    blocks_of,
+    TestAudio,
     gap_closed,
-    models_table,
-    rate_tables,
     relative_change,
 )
-from icefall_kd.report.words import WORDS
+from icefall_kd.report.logs import LogLine, Training
+from icefall_kd.report.manifests import TargetSizes
+from icefall_kd.report.page import Bullets, Table
+from icefall_kd.report.results import Decoding, DecodingLog, ErrorRate
+from icefall_kd.report.tables import blocks_of, models_table, rate_tables
+from icefall_kd.report.words import words_of
 
 pytest.importorskip("matplotlib")
 
 
 def decoding(kind="wer", suffix="epoch-3-avg-1", settings=1, log=None, **rates):
-    found = {k: Rate(v, "beam_4", settings) for k, v in rates.items()}
+    found = {k: ErrorRate(v, "beam_4", settings) for k, v in rates.items()}
     return Decoding("greedy_search", kind, suffix, found, "2025-01-02-03-04-05", log)
 
 
 def model(name, *decodings, others=(), settings=None, parameters=1000, epochs=(1, 3)):
     training = None
     if settings is not None:
-        lines = [Batch(e, 1, {"loss": 1.0}, {"ctc": 1.0}) for e in epochs]
+        lines = [LogLine(e, 1, {"loss": 1.0}, {"ctc": 1.0}) for e in epochs]
         training = Training(settings, parameters, lines, [])
     return Model(name, Path("exp") / name, training, list(decodings), list(others))
 
@@ -40,8 +38,8 @@ def model(name, *decodings, others=(), settings=None, parameters=1000, epochs=(1
 def report(*models, audio=None, targets=None, unit="WER", lang="en"):
     names = [*(m.name for m in models), "", ""]
     roles = names[:2] if len(models) > 1 else ["", ""]
-    audio = audio or Audio()
-    return Report(models, *roles, unit, audio, targets or {}, WORDS[lang])
+    audio = audio or TestAudio()
+    return Comparison(models, *roles, unit, audio, targets or {}, words_of(lang))
 
 
 def row_of(table, *first):
@@ -135,7 +133,7 @@ def test_parameters_are_a_share_of_the_teachers():
     made = report(
         model("T", settings={}, parameters=1310989),
         model("S", settings={}, parameters=307642),
-        model("K", decoding(a=1.0, log=Log("2025", parameters=655494))),
+        model("K", decoding(a=1.0, log=DecodingLog("2025", parameters=655494))),
     )
     assert row_of(models_table(made), "parameters") == [
         "1,310,989",
@@ -158,39 +156,37 @@ def test_distillation_is_told_by_its_weights():
 
 
 def test_the_rtf_is_of_all_sets_whose_audio_is_known():
-    log = Log("2025", {"a": 2.0, "b": 1.0, "c": 50.0}, "cpu", 200)
+    log = DecodingLog("2025", {"a": 2.0, "b": 1.0, "c": 50.0}, "cpu", 200)
     made = report(
         model("T", decoding(a=1.0, b=1.0, c=1.0, log=log)),
         model("S", decoding(a=1.0)),
-        audio=Audio("data", {"a": 20.0, "b": 40.0}),
+        audio=TestAudio("data", {"a": 20.0, "b": 40.0}),
     )
     assert row_of(models_table(made), "RTF, greedy_search") == ["0.0500", "-"]
     text = notes(made)
     assert "No RTF of c: data has no manifest cuts_c.jsonl.gz" in text
-    assert "No RTF of S, greedy_search: its log tells no times" in text
+    assert "No RTF of S, greedy_search: its log has no times" in text
     assert "RTF: seconds of decoding by seconds of audio" in text
 
 
 def test_without_manifests_there_is_no_rtf_and_a_note_says_what_to_give():
-    log = Log("2025", {"a": 2.0})
+    log = DecodingLog("2025", {"a": 2.0})
     made = report(model("T", decoding(a=1.0, log=log)))
     assert not any("RTF" in row[0] for row in models_table(made).rows)
     assert "--manifest-dir" in notes(made)
 
 
 def test_several_manifests_of_a_set_are_named():
-    audio = Audio("data", {}, {"a": ["x_cuts_a.jsonl.gz", "y_cuts_a.jsonl.gz"]})
+    audio = TestAudio("data", {}, {"a": ["x_cuts_a.jsonl.gz", "y_cuts_a.jsonl.gz"]})
     made = report(model("T", decoding(a=1.0)), audio=audio)
     assert "several of it, x_cuts_a.jsonl.gz, y_cuts_a.jsonl.gz" in notes(made)
 
 
 def test_targets_are_told_by_the_hour():
-    stored = Stored(4, 3, 100, 1800.0, {"ctc": 1_500_000, "lattice": 500_000}, ["top"])
+    stored = TargetSizes(4, 3, 1800.0, {"ctc": 1_500_000, "lattice": 500_000}, ["top"])
     made = report(model("T", decoding(a=1.0)), targets={"m": stored})
     (table,) = (
-        b
-        for b in blocks_of(made)
-        if isinstance(b, Table) and b.head[0] == WORDS["en"]["manifest"]
+        b for b in blocks_of(made) if isinstance(b, Table) and b.head[0] == "manifest"
     )
     assert row_of(table, "m") == [
         *("top", "3", "0.50", "2,000,000"),
@@ -254,8 +250,8 @@ def test_weights_are_told_by_where_they_begin_and_end():
     kd = {"kd_ctc_weight": "0:0,3:1"}
     k = model("K", settings=kd)
     k.training.batches[:] = [
-        Batch(1, 0, {"loss": 1.0}, {"hard": 1.0, "ctc": 0.0}),
-        Batch(1, 9, {"loss": 1.0}, {"hard": 1.0, "ctc": 0.75}),
+        LogLine(1, 0, {"loss": 1.0}, {"hard": 1.0, "ctc": 0.0}),
+        LogLine(1, 9, {"loss": 1.0}, {"hard": 1.0, "ctc": 0.75}),
     ]
     tables = [b for b in blocks_of(report(k)) if isinstance(b, Table)]
     (table,) = (t for t in tables if t.head[0] == "term")

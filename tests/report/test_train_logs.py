@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from icefall_kd.report.logs import read_training, records
+from icefall_kd.report.logs import read_entries, read_training
 
 KD = {"kd_ctc_weight": 1.0, "kd_hard_weight": 0.5, "num_epochs": 3}
 
@@ -180,7 +180,7 @@ def test_a_message_of_several_lines_is_one_record(tmp_path):
         "half a line\n2025-03-04 08:00:00,250 INFO [a.py:1] \nFor test, WER of:\nx\t1\n"
         "2025-03-04 08:00:01,500 WARNING [b.py:1] (0/2) next\n"
     )
-    (first, text), (second, other) = records(path)
+    (first, text), (second, other) = read_entries(path)
     assert text == "\nFor test, WER of:\nx\t1"
     assert other == "next"
     assert (second - first).total_seconds() == 1.25
