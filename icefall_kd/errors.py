@@ -64,7 +64,7 @@ def with_flags(sentence: str, flags: Mapping[str, str]) -> str:
     Returns:
       The sentence, in which "`s_range` is 1" has become "--s-range is 1".
     """
-    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), sentence)
+    return re.sub(r"`([\w.]+)`", lambda match: flags.get(match[1], match[0]), sentence)
 
 
 @contextmanager

@@ -85,7 +85,10 @@ def training_rows() -> Iterator[Row]:
     for action in parser._actions:
         if action.help != argparse.SUPPRESS:
             name = ", ".join(action.option_strings)
-            yield name, str(action.default), action.help.replace("%%", "%")
+            default = str(action.default)
+            if isinstance(action.default, bool):
+                default = default.lower()
+            yield name, default, action.help.replace("%%", "%")
 
 
 def script_rows(text: str) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import click
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import check_new_file
-from icefall_kd.training.options import WEIGHTS
+from icefall_kd.training.options import add_options, distils, flags_in_errors
 
 # name of the module, of its distribution, whether it is needed, how to get it
 _PARTS: List[Tuple[str, str, str, str]] = [
@@ -89,7 +89,6 @@ def _teacher(name: str, options: Dict[str, Any]) -> Tuple[Any, Dict[str, Any], A
 
 def _options_of(words: str) -> Dict[str, Any]:
     """The ``--kd-*`` options of a training that gets these words."""
-    from icefall_kd.training.options import add_options
 
     def refuse(message: str) -> None:
         raise KDError(f"--kd {words!r} is no option of distillation: {message}")
@@ -104,7 +103,7 @@ def _options_of(words: str) -> Dict[str, Any]:
         ) from None
     add_options(parser, options)
     params = vars(parser.parse_args(options))
-    if not any(params[f"kd_{name}_weight"] for name in WEIGHTS):
+    if not distils(params):
         raise KDError(f"--kd {words!r} gives no term a weight: distillation is off")
     return params
 
@@ -145,7 +144,6 @@ def _check_targets(
     from icefall_kd.targets.dataset import store_fingerprint
     from icefall_kd.targets.store import is_left_out
     from icefall_kd.tokens import hash_tokens, token_names
-    from icefall_kd.training.checks import check_kept
 
     left_out = 0
 
@@ -171,26 +169,19 @@ def _check_targets(
     if left_out:
         _row("", f"{left_out} cuts go without targets: train with --kd-missing hard")
     if kd:
-        from icefall_kd.training.distillation import joint_loss_of
+        from icefall_kd.terms.joint import JointKDLoss
 
         params = _options_of(kd)
-        joint = joint_loss_of(params, 1)
+        with flags_in_errors():
+            joint = JointKDLoss.from_params(params, num_epochs=1)
         if left_out and params["kd_missing"] == "refuse":
             raise KDError(
                 f"{left_out} cuts of the manifest go without targets, as "
                 "`icefall-kd dump` left them out, and --kd-missing is refuse: give "
                 "--kd-missing hard, so that they have the hard loss alone"
             )
-        check_kept(joint, found, store)
-        if joint.hidden:
-            layers = {codec.layer for codec in found.hidden_codecs()}
-            for layer in joint.hidden.teacher_layers:
-                if layer not in layers:
-                    raise KDError(
-                        f"the store {store} keeps the layers {found.hidden or 'none'} "
-                        f"and not {layer}, which --kd-hidden-layers names: dump with "
-                        f"--keep-hidden {layer}:half, or set --kd-hidden-weight to 0"
-                    )
+        with flags_in_errors():
+            joint.check_store(found, store)
         _row("loss", str(joint))
 
 

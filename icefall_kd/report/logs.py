@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from icefall_kd.errors import KDError
+from icefall_kd.terms import term_names
 from icefall_kd.terms.schedule import Curve
 
-TERMS = ("ctc", "rnnt", "full_sum", "hidden", "nbest")
-WEIGHTS = ("hard", *TERMS)
 DATE = r"\d{4}(?:-\d\d){5}"
 
 _ENTRY = re.compile(
@@ -99,7 +98,11 @@ class Training:
         if not self.distils:
             return {}
         curves = self._curves(self.batches, lambda line: line.weights)
-        used = [n for n in WEIGHTS if any(weight for _, weight in curves.get(n, []))]
+        used = [
+            name
+            for name in weight_names()
+            if any(weight for _, weight in curves.get(name, []))
+        ]
         return {name: curves[name] for name in used}
 
     def append(self, start: "Training") -> None:
@@ -225,9 +228,14 @@ def _read_start(path: Path) -> Training:
     return start
 
 
+def weight_names() -> List[str]:
+    """The names of all weights in the order of the report: hard, and the terms."""
+    return ["hard", *term_names()]
+
+
 def _distils(settings: Dict[str, Any]) -> bool:
     """Whether a KD weight of the recipe's params is above 0 at some time."""
-    for term in TERMS:
+    for term in term_names():
         value = settings.get(f"kd_{term}_weight")
         try:
             if value is not None and Curve.parse(value, term).highest > 0:
@@ -240,7 +248,7 @@ def _distils(settings: Dict[str, Any]) -> bool:
 def _constant_weights(settings: Dict[str, Any]) -> Dict[str, float]:
     """Weights that are numbers; of a curve the log has the value at each batch."""
     weights = {}
-    for term in WEIGHTS:
+    for term in weight_names():
         try:
             weights[term] = float(settings[f"kd_{term}_weight"])
         except (KeyError, TypeError, ValueError, OverflowError):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from icefall_kd.errors import KDError
-from icefall_kd.report.logs import WEIGHTS, Series
+from icefall_kd.report.logs import Series, weight_names
 
 # A palette for colour-blind readers (Okabe and Ito), the dark colours first.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -100,7 +100,7 @@ def draw_weights(weights: Dict[str, Series], x: str) -> str:
     """
     with _figure(6.4, 2.9) as (figure, axes):
         for term, series in weights.items():
-            i = WEIGHTS.index(term)
+            i = weight_names().index(term)
             width = max(1.2, 5 - 0.8 * i)
             axes.plot(*zip(*thinned(series)), lw=width, label=term, **_line(i))
         highest = max((w for s in weights.values() for _, w in s), default=0.0)

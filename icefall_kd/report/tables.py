@@ -10,7 +10,7 @@ from icefall_kd.report.comparison import (
     gap_closed,
     relative_change,
 )
-from icefall_kd.report.logs import WEIGHTS, Series
+from icefall_kd.report.logs import Series, weight_names
 from icefall_kd.report.page import NONE, Block, Bullets, Heading, Plots, Table, Text
 from icefall_kd.report.plots import (
     MARKS,
@@ -142,7 +142,7 @@ def _distillation(model: Model, off: str) -> str:
     if not training.distils:
         return off
     settings = training.kd_settings or training.settings
-    weights = [(term, settings.get(f"kd_{term}_weight")) for term in WEIGHTS]
+    weights = [(term, settings.get(f"kd_{term}_weight")) for term in weight_names()]
     cells = [f"{t} {_short(v)}" for t, v in weights if v not in (None, 0, 0.0)]
     for name in ("temperature", "schedule"):
         if f"kd_{name}" in settings:
@@ -251,7 +251,11 @@ def _weights(report: Comparison) -> List[Block]:
     curves = {name: weights for name, weights in curves.items() if weights}
     if not curves:
         return []
-    terms = [t for t in WEIGHTS if any(t in weights for weights in curves.values())]
+    terms = [
+        term
+        for term in weight_names()
+        if any(term in weights for weights in curves.values())
+    ]
     rows = [[t, *(_ends(c.get(t)) for c in curves.values())] for t in terms]
     figures = [(name, draw_weights(c, w["epoch_axis"])) for name, c in curves.items()]
     return [

@@ -1,8 +1,8 @@
-"""Batches whose distillation is not finite: left out, counted, and said."""
+"""Batches whose distillation is not finite: they are left out, counted and logged."""
 
 import logging
 import math
-from typing import List
+from typing import Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ PATIENCE = 20  # batches in a row
 
 
 class NonFiniteBatches:
-    """Counts the batches where a KD term could not be computed.
+    """Counts the batches where a term could not be computed.
 
     Half precision overflows now and then. A recipe's GradScaler skips such a step when
     the recipe's own loss or its gradient is not finite, so distillation leaves its term
@@ -23,12 +23,16 @@ class NonFiniteBatches:
         self.total = 0
         self.in_a_row = 0
 
-    def saw(self, errors: List[NotFiniteError]) -> None:
-        """Count a batch, and warn of it where it has ``errors``, one of each term.
+    def count(self, errors: Sequence[NotFiniteError]) -> None:
+        """Count a batch, and log a warning where it has errors.
+
+        Args:
+          errors: One for each term that is not finite; none for most batches.
 
         Raises:
-          KDError: it is the last of PATIENCE such batches in a row, in this process;
-            of several processes it ends alone, and their launcher ends the others.
+          KDError: the batch is the last of PATIENCE such batches in a row, in this
+            process; of several processes this one ends alone, and their launcher ends
+            the others.
         """
         if not errors:
             self.in_a_row = 0
@@ -44,7 +48,11 @@ class NonFiniteBatches:
 
 
 def finite_number(value: torch.Tensor, name: str) -> float:
-    """The number in a scalar.
+    """Return the number in a scalar.
+
+    Args:
+      value: The scalar, with its graph or without.
+      name: What an error calls it.
 
     Raises:
       NotFiniteError: it is inf or NaN.
@@ -52,7 +60,7 @@ def finite_number(value: torch.Tensor, name: str) -> float:
     number = value.detach().cpu().item()
     if not math.isfinite(number):
         raise NotFiniteError(
-            f"{name} is {number}: the student's outputs are not finite; lower "
-            "--base-lr, or train without --use-fp16 to find where it begins"
+            f"{name} is {number}: the student's outputs are not finite; lower the "
+            "learning rate, or train in float32 to find where it begins"
         )
     return number

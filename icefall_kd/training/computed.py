@@ -93,7 +93,7 @@ class OnlineTargets:
         """
         cuts = cuts_of_rows(batch)
         self.teacher.to(device)
-        if self.params["kd_cache_dir"]:
+        if self.params["kd_teacher_cache_dir"]:
             if self.cache is None:
                 self.cache = open_cache(
                     self.teacher,
@@ -105,7 +105,7 @@ class OnlineTargets:
             return self.cache.targets(cuts, device)
         x = batch["inputs"].to(device)
         labels = None
-        if self.joint.needs_lattice and batch.get("kd_transcribed", True):
+        if "lattice" in self.joint.kinds and batch.get("kd_transcribed", True):
             # The recipe's own labels, whatever it makes them with.
             blank_id = self.params.get("blank_id", 0)
             rows = student.labels[: len(x), 1:].tolist()
@@ -115,7 +115,7 @@ class OnlineTargets:
             batch["supervisions"]["num_frames"].to(device),
             cuts,
             y=labels,
-            s_range=self.params["kd_s_range"],
-            path_only=bool(self.params["kd_path_only"]),
+            s_range=self.params["kd_teacher_s_range"],
+            path_only=bool(self.params["kd_teacher_path_only"]),
             missing=self.params["kd_missing"],
         )

@@ -12,46 +12,16 @@ from icefall_kd.targets.dataset import cuts_of_rows
 from icefall_kd.targets.look import FirstLook
 from icefall_kd.targets.transcripts import StandInTranscripts, stand_in
 from icefall_kd.terms.joint import JointKDLoss
-from icefall_kd.terms.layers import HiddenLayers, parse_layers
-from icefall_kd.terms.schedule import Schedule
 from icefall_kd.training import checks
 from icefall_kd.training.checkpoint import KDCheckpoint
 from icefall_kd.training.clock import EpochClock
 from icefall_kd.training.computed import NoTargets, OnlineTargets
 from icefall_kd.training.online import online_teacher
-from icefall_kd.training.options import WEIGHTS
 from icefall_kd.training.pruning import TeacherRanges
 from icefall_kd.training.stored import StoredTargets
 from icefall_kd.training.time_warp import TimeWarp
 from icefall_kd.training.tokenizer import StudentTokenizer
 from icefall_kd.types import EncoderOut, Targets
-
-
-def joint_loss_of(params: Dict[str, Any], num_epochs: float) -> JointKDLoss:
-    """Return the joint loss that the ``--kd-*`` options describe.
-
-    Args:
-      params: The recipe's params.
-      num_epochs: How many epochs this training has.
-    """
-    hidden = None
-    if params["kd_hidden_layers"]:
-        pairs = parse_layers(params["kd_hidden_layers"])
-        hidden = HiddenLayers(
-            pairs, params["kd_hidden_kind"], params["kd_projector_lr"]
-        )
-    return JointKDLoss(
-        **{f"{name}_weight": params[f"kd_{name}_weight"] for name in WEIGHTS},
-        hard_weight=params["kd_hard_weight"],
-        temperature=params["kd_temperature"],
-        rnnt_form=params["kd_rnnt_form"],
-        rnnt_shift=params["kd_rnnt_shift"],
-        node_weights=params["kd_node_weights"],
-        ctc_frames=params["kd_ctc_frames"],
-        ctc_delay=params["kd_ctc_delay"],
-        hidden=hidden,
-        schedule=Schedule(params["kd_schedule"], num_epochs, params["kd_last_epochs"]),
-    )
 
 
 class Distillation:
@@ -83,35 +53,33 @@ class Distillation:
         checkpoint: KDCheckpoint,
     ) -> None:
         self.clock, self.checkpoint = clock, checkpoint
-        self.joint = joint_loss_of(params, clock.num_epochs)
+        self.joint = JointKDLoss.from_params(params, clock.num_epochs)
         model = getattr(model, "module", model)
-        checks.leave_out_heads(self.joint, model)
+        self.joint.leave_out_terms(model)
         self.params = dict(params)
         self.blank_id = params.get("blank_id", 0)  # no such param: k2's, with CTC alone
         self.tokenizer = StudentTokenizer(params)
         has_teacher = bool(params["kd_teacher_exp_dir"])
-        has_cache = bool(params["kd_cache_dir"])
+        has_cache = bool(params["kd_teacher_cache_dir"])
         checks.check_online(params, self.joint, has_teacher)
-        if params["kd_teacher_ranges"]:
+        if params["kd_stored_ranges"]:
             checks.check_ranges(self.joint, has_teacher)
-        reads_store = self.joint.needs_targets and (has_cache or not has_teacher)
+        reads_store = bool(self.joint.teacher_kinds) and (has_cache or not has_teacher)
         self.time_warp = TimeWarp(params, self.joint, reads_store, has_cache)
         self.source = self._source()
-        hidden = self.joint.hidden
-        nbest = "nbest" in self.joint.terms
+        heads = self.joint.heads(model)
         self.tap = ModelTap(
             model,
-            hidden.student_layers if hidden else (),
-            with_ctc=self.joint.needs_ctc_targets or (nbest and checks.has_ctc(model)),
-            with_decoder=self.joint.needs_lattice
-            or (nbest and checks.has_transducer(model)),
+            self.joint.student_layers,
+            with_ctc="ctc" in heads,
+            with_decoder="transducer" in heads,
         )
-        self.ranges = TeacherRanges(model) if params["kd_teacher_ranges"] else None
+        self.ranges = TeacherRanges(model) if params["kd_stored_ranges"] else None
         self._has_untranscribed_cuts = False
         self._last_batch_trained = True
         self._state_dict_hook: Any = None
-        if hidden is not None:
-            checkpoint.register("hidden", hidden, "projectors")
+        if self.joint.projectors is not None:
+            checkpoint.register("hidden", self.joint.projectors, "projectors")
         if self.has_state:
             # A plain function, which copies of the model share.
             self._state_dict_hook = model._register_state_dict_hook(
@@ -119,13 +87,10 @@ class Distillation:
             )
 
     def _source(self) -> Any:
-        if not self.joint.needs_targets:
+        if not self.joint.teacher_kinds:
             return NoTargets()
-        hidden = self.joint.hidden
         teacher, name = online_teacher(
-            self.params,
-            hidden.teacher_layers if hidden else [],
-            ctc=self.joint.needs_ctc_targets,
+            self.params, self.joint.teacher_layers, ctc="ctc" in self.joint.kinds
         )
         if teacher is None:
             return StoredTargets(
@@ -136,7 +101,7 @@ class Distillation:
     @property
     def has_state(self) -> bool:
         """Whether anything changes while the student trains, beside its parameters."""
-        return self.joint.hidden is not None or self.joint.moves
+        return self.joint.projectors is not None or self.joint.moves
 
     def close(self) -> None:
         """Take all hooks off the model and the engine."""
@@ -178,7 +143,7 @@ class Distillation:
         self._last_batch_trained = not self.clock.before_first_epoch
 
     def _step(self) -> None:
-        projectors = self.joint.hidden
+        projectors = self.joint.projectors
         if projectors is not None:
             if self._last_batch_trained:
                 projectors.step()
@@ -187,7 +152,7 @@ class Distillation:
 
     def _before_checkpoint(self) -> None:
         """The recipe reads the student's parameters, perhaps for a checkpoint."""
-        if self.joint.hidden is not None:
+        if self.joint.projectors is not None:
             if rank_and_world_size()[1] > 1:
                 return  # the projectors learn in all processes at once, not in one
             self._step()
@@ -257,7 +222,7 @@ class Distillation:
           device: The student's.
         """
         targets = self.source.targets(batch, student, device)
-        if "nbest" in self.joint.terms:
+        if "nbest" in self.joint.kinds:
             targets.parts["nbest"] = self.nbest_lists(batch)
         return targets
 

@@ -95,7 +95,7 @@ def online_teacher(params: Dict[str, Any], hidden: Sequence = (), ctc: bool = Tr
                 )
         _check_tokens(params, settings, folder)
         models.append(model)
-        if params["kd_cache_dir"]:  # a hash of all parameters takes its time
+        if params["kd_teacher_cache_dir"]:  # a hash of all parameters takes its time
             names.append(name_of(model, settings))
     return OnlineTeacher(models, hidden=hidden, ctc=ctc), ",".join(names)
 
@@ -115,10 +115,10 @@ def open_cache(
         settings,
         speech_of(cut).features,
         pieces and hash_tokens(pieces),
-        ctc=settings["kd_keep"],
+        ctc=settings["kd_teacher_keep"],
     )
     rank, ranks = rank_and_world_size()
-    cache = Path(settings["kd_cache_dir"])
+    cache = Path(settings["kd_teacher_cache_dir"])
     writer = LogitWriter(
         cache / "cuts.jsonl.gz", cache, fingerprint, job=rank, num_jobs=ranks
     )

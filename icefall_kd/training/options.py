@@ -4,254 +4,257 @@ import argparse
 import difflib
 import reprlib
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, with_flags
+from icefall_kd.terms import TERMS, term_options
+from icefall_kd.terms.base import Option
+from icefall_kd.terms.schedule import Curve
 
-WEIGHTS = ("ctc", "rnnt", "full_sum", "hidden", "nbest")
 MUST_BE = {
     int: "a whole number",
     float: "a number",
     str: "one text in UTF-8",
-    "weight": "a number, or numbers by epoch",
+    bool: "true or false",
+    Curve: "a number, or numbers by epoch",
 }
-# Of whole numbers; what is larger would run out of memory or never end.
-BOUNDS = {
-    "ctc-delay": (0, 50),
-    "rnnt-shift": (0, 1000),
-    "teacher-ranges": (0, 1),
-    "teacher-epoch": (0, 10**6),
-    "teacher-avg": (1, 10_000),
-    "s-range": (0, 1000),
-    "path-only": (0, 1),
+SWITCH = {  # as icefall's str2bool reads them
+    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
 }
-BY_EPOCH = "A number, or numbers by epoch: 0:0.8,10:0.5 falls in ten epochs."
+RENAMED = {  # old name: new name
+    "cache-dir": "teacher-cache-dir",
+    "ctc-frames": "ctc-frame-weighting",
+    "hidden-kind": "hidden-distance",
+    "keep": "teacher-keep",
+    "node-weights": "rnnt-node-weighting",
+    "path-only": "teacher-path-only",
+    "projector-lr": "hidden-projector-lr",
+    "s-range": "teacher-s-range",
+    "teacher-ranges": "stored-ranges",
+}
 
-# Name, type, default, help; a folder's default is "", none.
-OPTIONS = (
-    (
-        "ctc-weight",
-        "weight",
-        0.0,
-        "Weight of the CTC frame KL against the teacher's targets. The recipe scales "
-        "its own CTC loss by --ctc-loss-scale, 0.2 by default, and not this one: 1 "
-        f"counts five times as much as that. {BY_EPOCH}",
-    ),
-    (
-        "rnnt-weight",
-        "weight",
-        0.0,
-        "Weight of the transducer's KL on the nodes of the teacher's pruned lattice.",
-    ),
-    (
-        "full-sum-weight",
-        "weight",
-        0.0,
-        "Weight of the distance between the teacher's and the student's "
-        "log-probability of the transcript, summed over the lattice's paths.",
-    ),
-    (
-        "hidden-weight",
-        "weight",
-        0.0,
-        "Weight of the distance of hidden layers, --kd-hidden-layers.",
-    ),
-    (
-        "nbest-weight",
-        "weight",
-        0.0,
-        "Weight of the CTC and transducer losses of the cuts' n-best lists. With all "
-        "these weights at 0 distillation is off.",
-    ),
-    (
+# What is of no term alone: the joint loss, the session, and the teacher within it.
+SESSION_OPTIONS = (
+    Option(
         "hard-weight",
-        "weight",
+        "hard_weight",
+        Curve,
         1.0,
-        "Weight of the recipe's own loss beside the KD terms. Without distillation "
-        "the recipe's loss keeps its weight of 1.",
+        "Weight of the recipe's own loss beside the terms. It is a number such as 0.5, "
+        "or numbers by epoch. Without distillation the recipe's loss keeps its weight "
+        "of 1.",
     ),
-    ("temperature", float, 1.0, "Temperature of the frame and node terms."),
-    (
-        "ctc-frames",
-        str,
-        "all",
-        "Which frames the CTC term counts: all, non-blank, symmetric (those and as "
-        "many blank frames beside them), or all weighted by the teacher's entropy or "
-        "confidence. Those of entropy have a mean of 1 in each utterance, and are "
-        "large where student and teacher differ: its gradient is about 4 times that "
-        "of all, so give a quarter of the weight.",
-    ),
-    (
-        "ctc-delay",
-        int,
-        0,
-        "Frames by which a streaming student's CTC head may lag behind its teacher "
-        "without loss; a wrong label costs all the same. On real digits it made the "
-        "student later and no better.",
-    ),
-    (
-        "rnnt-form",
-        str,
-        "nodes",
-        "nodes: over all symbols that the teacher's lattice tells; collapsed: over "
-        "{next label, blank, rest}; mean_u: of the mean over the label positions of a "
-        "frame; sampled_u: at one position of a frame; total: mean_u mixed with the "
-        "CTC head.",
-    ),
-    (
-        "rnnt-shift",
-        int,
-        0,
-        "Frames by which a streaming student's transducer may lag behind its teacher.",
-    ),
-    (
-        "teacher-ranges",
-        int,
-        0,
-        "1: the recipe's own pruned loss looks where the stored lattices do, in place "
-        "of the student's own pruning.",
-    ),
-    (
-        "node-weights",
-        str,
-        "occupancy",
-        "occupancy: nodes count by how likely the teacher's path passes them; equal.",
-    ),
-    (
-        "hidden-layers",
-        str,
-        "",
-        "Pairs TEACHER:STUDENT with commas, each a stack's index or out, the encoder's "
-        "output: 3:2,out:out.",
-    ),
-    ("hidden-kind", str, "mse", "mse or cosine; MVQ codes are predicted."),
-    (
-        "projector-lr",
-        float,
-        1e-3,
-        "Learning rate of what is trained between hidden layers.",
-    ),
-    (
+    Option(
+        "schedule",
         "schedule",
         str,
         "scratch",
-        "scratch: KD from the first batch; warmup: 15 %% of the epochs on hard labels "
-        "first; finetune: KD rises in 5 %% of the epochs, for a converged student.",
+        "How the share of distillation in the loss changes. scratch: it is 1 from the "
+        "first batch on. warmup: it is 0 for the first 15 %% of the epochs, which "
+        "have the recipe's own loss alone, and rises to 1 in 5 %% of them. finetune: "
+        "it rises from 0 to 1 in the first 5 %% of the epochs, for a student that has "
+        "converged.",
     ),
-    ("last-epochs", float, 0.0, "How many of the last epochs go without KD."),
-    (
+    Option(
+        "last-epochs",
+        "last_epochs",
+        float,
+        0.0,
+        "The number of last epochs that go without distillation, such as 2.",
+    ),
+    Option(
+        "freeze",
         "freeze",
         str,
         "",
-        "Submodules of the student that don't train, with KD or without it; one with a "
-        "number thaws after so many epochs of this training: 'encoder_embed "
-        "encoder.0:1.5 decoder:2', encoder.0 being the first stack.",
+        "Submodules of the student that don't train, with spaces. A number behind a "
+        "colon is how many epochs of this training they stay frozen: 'encoder_embed "
+        "encoder.0:1.5 decoder:2', where encoder.0 is the first stack. It also works "
+        "without distillation.",
     ),
-    (
+    Option(
+        "missing",
         "missing",
         str,
         "refuse",
-        "What becomes of training cuts without targets: refuse, or hard: train on "
-        "them by the recipe's own loss alone; kd_frames in the log is the share of "
-        "frames that have targets.",
+        "What happens to training cuts without targets. refuse: the training ends with "
+        "an error. hard: they are trained on by the recipe's own loss alone, and "
+        "kd_frames in the log is the share of frames that have targets.",
     ),
-    (
+    Option(
         "time-warp",
+        "time_warp",
         str,
         "off",
-        "What becomes of SpecAugment's time warp, which moves frames away from stored "
-        "targets: off, or follow: CTC and hidden targets are moved alike.",
+        "What happens to SpecAugment's time warp, which moves frames away from stored "
+        "targets. off: it is switched off. follow: CTC targets and hidden targets are "
+        "warped alike.",
     ),
-    (
+    Option(
+        "stored-ranges",
+        "stored_ranges",
+        bool,
+        False,
+        "Whether the recipe's own pruned loss takes the label positions of each frame "
+        "from the stored lattices, in place of the student's own pruning: true or "
+        "false.",
+    ),
+    Option(
         "teacher-exp-dir",
+        "exp_dir",
         str,
         "",
-        "Ask the teacher of this experiment folder in the training process, in place "
-        "of reading stored targets; several, with commas, are averaged.",
+        "Experiment folder of a teacher that runs in the training process, in place of "
+        "stored targets, such as zipformer/exp. The outputs of several teachers, with "
+        "commas, are averaged.",
     ),
-    ("teacher-epoch", int, 30, "The teacher's epoch-N.pt."),
-    ("teacher-avg", int, 1, "How many epochs are averaged."),
-    (
+    Option(
+        "teacher-epoch",
+        "epoch",
+        int,
+        30,
+        "The number N of the teacher's checkpoint epoch-N.pt.",
+        bounds=(0, 10**6),
+    ),
+    Option(
+        "teacher-avg",
+        "avg",
+        int,
+        1,
+        "The number of checkpoints of the teacher that are averaged, such as 9.",
+        bounds=(1, 10_000),
+    ),
+    Option(
         "teacher-recipe",
+        "recipe",
         str,
         "",
-        "Folder of the teacher's train.py; default: that of this script.",
+        "Folder with the train.py of the teacher. Without it, the folder of this "
+        "script.",
     ),
-    (
-        "s-range",
+    Option(
+        "teacher-s-range",
+        "s_range",
         int,
         5,
-        "With --kd-teacher-exp-dir: label positions of its lattice at a frame; at 0 "
-        "all of them, the full lattice.",
+        "With --kd-teacher-exp-dir: the number of label positions of the teacher's "
+        "lattice at each frame, 2 or more; 0 for all of them, the full lattice.",
+        bounds=(0, 1000),
     ),
-    (
-        "path-only",
-        int,
-        0,
-        "With --kd-teacher-exp-dir: 1 for the nodes of its best alignment alone.",
+    Option(
+        "teacher-path-only",
+        "path_only",
+        bool,
+        False,
+        "With --kd-teacher-exp-dir: whether the lattice has the nodes of the teacher's "
+        "best alignment alone: true or false.",
     ),
-    (
-        "cache-dir",
+    Option(
+        "teacher-cache-dir",
+        "cache_dir",
         str,
         "",
-        "With --kd-teacher-exp-dir: store what the teacher says on each cut as it is, "
-        "and read that from the second epoch on. At the end each process leaves the "
-        "manifest of the cuts it heard there, such as cuts.jsonl.gz.",
+        "With --kd-teacher-exp-dir: folder such as data/kd in which the first epoch "
+        "stores the teacher's CTC targets of each cut; the later epochs read them. At "
+        "the end each process leaves a manifest of its cuts there, such as "
+        "cuts.jsonl.gz.",
     ),
-    (
+    Option(
+        "teacher-keep",
         "keep",
         str,
         "dense",
-        "With --kd-cache-dir: how targets are kept, as `icefall-kd dump --keep` has "
-        "it.",
+        "With --kd-teacher-cache-dir: the form in which targets are stored, such as "
+        "top:8; see `icefall-kd dump --keep`.",
     ),
 )
 
 
-def weight(text: str) -> Any:
-    """A number, or the text of a curve, as checkpoints keep it."""
+def all_options() -> List[Option]:
+    """Return the ``--kd-*`` options of the terms and of the session."""
+    return [*term_options(), *SESSION_OPTIONS]
+
+
+@contextmanager
+def flags_in_errors() -> Iterator[None]:
+    """Name ``--kd-*`` options in place of parameters in the errors of a block.
+
+    It is a decorator too.
+    """
+    flags = {option.parameter: option.flag for option in all_options()}
+    for term in TERMS:
+        for option in term.options:
+            flags[f"{term.__name__}.{option.parameter}"] = option.flag
     try:
-        return float(text)
-    except ValueError:
-        return text  # Curve.parse has the error's sentence
+        yield
+    except KDError as e:
+        raise type(e)(with_flags(str(e), flags)) from None
 
 
-def _must_be(name: str, kind: Any) -> str:
-    """What the value of an option must be, in words."""
-    if name not in BOUNDS:
-        return MUST_BE[kind]
-    least, most = BOUNDS[name]
-    return f"{MUST_BE[kind]} from {least} to {most}"
+def distils(params: Dict[str, Any]) -> bool:
+    """Return whether a term has a weight, so that distillation is on.
+
+    Args:
+      params: The recipe's params.
+    """
+    return any(params[f"kd_{term.name}_weight"] != 0 for term in TERMS)
 
 
-def _read(name: str, kind: Any, text: str) -> Any:
-    """The value of an option.
+def _must_be(option: Option) -> str:
+    """Describe what the value of an option must be."""
+    if option.bounds is None:
+        return MUST_BE[option.type]
+    least, most = option.bounds
+    return f"{MUST_BE[option.type]} from {least} to {most}"
+
+
+def _read(option: Option, text: str) -> Any:
+    """Read the value of an option.
 
     Raises:
-      ValueError: a text that is none.
+      ValueError: the text is of another type, or out of bounds.
     """
-    text.encode("utf8")  # an error of its is a ValueError
-    if kind == "weight":
-        return weight(text)
-    value = kind(text)
-    if name in BOUNDS and not BOUNDS[name][0] <= value <= BOUNDS[name][1]:
+    text.encode("utf8")  # a UnicodeEncodeError is a ValueError
+    if option.type is Curve:  # params and checkpoints hold a number or the text itself
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    if option.type is bool:
+        if text.lower() not in SWITCH:
+            raise ValueError
+        return SWITCH[text.lower()]
+    value = option.type(text)
+    if option.bounds and not option.bounds[0] <= value <= option.bounds[1]:
         raise ValueError
     return value
 
 
-def _type_of(name: str, kind: Any) -> Callable[[str], Any]:
-    """What argparse is to read an option with."""
+def _type_of(option: Option) -> Callable[[str], Any]:
+    """Return the function with which argparse reads an option."""
 
     def read(text: str) -> Any:
         try:
-            return _read(name, kind, text)
+            return _read(option, text)
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f"{reprlib.repr(text)} is not {_must_be(name, kind)}"
+                f"{reprlib.repr(text)} is not {_must_be(option)}"
             ) from None
 
     return read
+
+
+class _Renamed(argparse.Action):
+    """An option's old name, which is refused with the new one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, flag: Any = None):
+        new = RENAMED[self.option_strings[0].replace("--kd-", "")]
+        raise KDError(
+            f"{self.option_strings[0]} is called --kd-{new} now: give --kd-{new}"
+        )
 
 
 def add_options(
@@ -260,7 +263,8 @@ def add_options(
     """Add the options to a recipe's parser; the file's values are their defaults.
 
     Args:
-      words: Of the command line; default: this process's.
+      parser: The recipe's.
+      words: The command line; None for this process's.
 
     Raises:
       KDError: a file that ``--kd-config`` names and that can't be read.
@@ -270,61 +274,89 @@ def add_options(
         "--kd-config",
         type=str,
         default="",
-        help="YAML file of these options without --kd-, such as `ctc-weight: 0.8`; "
-        "the command line goes before it.",
+        help="YAML file of these options without --kd-, with lines such as "
+        "`ctc-weight: 0.8`. Options on the command line override it.",
     )
-    for name, kind, default, text in OPTIONS:
-        kind = _type_of(name, kind)
-        group.add_argument(f"--kd-{name}", type=kind, default=default, help=text)
+    for option in all_options():
+        group.add_argument(
+            option.flag,
+            type=_type_of(option),
+            default=option.default,
+            help=option.help,
+        )
+    for name in RENAMED:
+        group.add_argument(
+            f"--kd-{name}",
+            action=_Renamed,
+            nargs="?",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
     path = _config_of(sys.argv[1:] if words is None else words)
     if path:
         parser.set_defaults(**read_config(path))
 
 
-def _config_of(argv) -> Optional[str]:
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--kd-config", nargs="?")  # none: the recipe's parser will tell
-    return early.parse_known_args(argv)[0].kd_config
+def _config_of(words: Sequence[str]) -> Optional[str]:
+    """Return the file of ``--kd-config``, or None.
+
+    Where the option has no value, the recipe's parser refuses it later.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--kd-config", nargs="?")
+    return parser.parse_known_args(words)[0].kd_config
 
 
 def read_config(path: str) -> Dict[str, Any]:
-    """The options of a YAML file, by the names that they have in ``params``.
+    """Read the options of a YAML file.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The values by the names that they have in ``params``, such as "kd_ctc_weight".
 
     Raises:
-      KDError: no such file, no YAML, or an option that there is not.
+      KDError: no such file, no YAML, or an option that doesn't exist.
     """
     import yaml
 
     try:  # all values as text: YAML itself reads 3:2 as 182 and 10:0.5 as 600.5
         text = Path(path).read_text(encoding="utf-8")
-        found = yaml.load(text, Loader=yaml.BaseLoader) or {}
+        lines = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
         raise KDError(
             f"the file of --kd-config, {path}, can't be read "
             f"({' '.join(str(e).split())}): give a YAML file such as `ctc-weight: 0.8`"
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(lines, dict):
         raise KDError(
             f"the file of --kd-config, {path}, holds no options: give lines such as "
             "`ctc-weight: 0.8`"
         )
-    known = {name: kind for name, kind, _, _ in OPTIONS}
+    options = {option.name: option for option in all_options()}
     values = {}
-    for name, value in found.items():
-        name = str(name).replace("_", "-")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1) or sorted(known)
+    for key, value in lines.items():
+        name = str(key).replace("_", "-")
+        if name in RENAMED:
+            raise KDError(
+                f"{path} has the option {name!r}, which is called {RENAMED[name]!r} "
+                f"now: give {RENAMED[name]!r}"
+            )
+        if name not in options:
+            near = difflib.get_close_matches(name, options, 1) or sorted(options)
             raise KDError(
                 f"{path} has the option {name!r}, which there is not: did you mean "
                 f"{near[0]!r}?"
             )
+        option = options[name]
         try:
             if not isinstance(value, str):
                 raise ValueError
-            values["kd_" + name.replace("-", "_")] = _read(name, known[name], value)
+            values[option.dest] = _read(option, value)
         except ValueError:
             raise KDError(
                 f"{path} has {name}: {reprlib.repr(value)}, and {name} must be "
-                f"{_must_be(name, known[name])}"
+                f"{_must_be(option)}"
             ) from None
     return values

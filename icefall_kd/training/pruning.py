@@ -66,7 +66,7 @@ class TeacherRanges:
         """
         require(
             self._begun,
-            "--kd-teacher-ranges is 1, and compute_loss() does not call kd.begin(batch)"
+            "--kd-stored-ranges is 1, and compute_loss() does not call kd.begin(batch)"
             " before it reads the batch: plug the recipe again with `icefall-kd plug`",
         )
         ranges_and_logits = self._ranges, self._logits
@@ -127,5 +127,5 @@ def _check_lattice(
     if min(lattice_width, u + 1) > width:
         raise KDError(
             f"the teacher's lattices are {lattice_width} wide and --prune-range is "
-            f"{s_range}: give the student as many, or set --kd-teacher-ranges 0"
+            f"{s_range}: give the student as many, or set --kd-stored-ranges false"
         )

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional
 from icefall_kd.distributed import rank_and_world_size
 from icefall_kd.errors import disk_errors, install_excepthook
 from icefall_kd.files import text_encoding
-from icefall_kd.training.options import WEIGHTS, add_options
+from icefall_kd.training.options import add_options, distils, flags_in_errors
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class Session:
             from icefall_kd.training.freezing import Freezing
 
             self.freezing = Freezing(*parts)
-        if _distils(params):
+        if distils(params):
             from icefall_kd.training.distillation import Distillation
 
             self.distillation = Distillation(*parts)
@@ -133,10 +133,6 @@ class Session:
         return distillation.add_terms(loss, info, student, targets, batch, epoch)
 
 
-def _distils(params: Dict[str, Any]) -> bool:
-    return any(params[f"kd_{name}_weight"] != 0 for name in WEIGHTS)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the ``--kd-*`` options; the recipe calls it in ``get_parser()``.
 
@@ -150,6 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
 
 
+@flags_in_errors()
 @disk_errors()
 def attach(params: Dict[str, Any], model: torch.nn.Module) -> None:
     """Begin a session, in place of a former one.
@@ -168,7 +165,7 @@ def attach(params: Dict[str, Any], model: torch.nn.Module) -> None:
     global _current
     detach()
     install_excepthook()
-    if not (_distils(params) or params["kd_freeze"]):
+    if not (distils(params) or params["kd_freeze"]):
         return
     if text_encoding() != "utf-8":
         logging.warning(
@@ -203,6 +200,7 @@ def resume(session: Optional[Session]) -> None:
     _current = session
 
 
+@flags_in_errors()
 @disk_errors()
 def wrap_dataset(
     dataset: torch.utils.data.Dataset, cuts: Iterable[Cut]
@@ -232,6 +230,7 @@ def begin(batch: Dict[str, Any]) -> None:
         _current.begin(batch)
 
 
+@flags_in_errors()
 def joint_loss(
     loss: torch.Tensor,
     info: Dict[str, float],

@@ -53,21 +53,16 @@ class StoredTargets:
         look_beside(folder)
         missing = self.params["kd_missing"]
         fingerprint, store = store_fingerprint(cuts, missing)
-        checks.check_kept(self.joint, fingerprint, store)
+        self.joint.check_store(fingerprint, store)
         checks.check_path(self.params, self.joint, fingerprint, store)
-        if self.joint.hidden:
-            self.joint.hidden.learn_widths(_layers_of_one(cuts.cuts))
+        if self.joint.projectors is not None:
+            self.joint.projectors.learn_widths(_layers_of_one(cuts.cuts))
         symbols = self._token_map(fingerprint, store)
         frame_shift = self._frame_shift(fingerprint, store)
-        needed = {
-            "ctc": self.joint.needs_ctc_targets,
-            "lattice": self.joint.needs_lattice,
-            "hidden": self.joint.hidden,
-        }
         return TargetDataset(
             dataset,
             missing,
-            [kind for kind, is_needed in needed.items() if is_needed],
+            self.joint.teacher_kinds,
             frame_shift,
             symbols,
             time_warp=self.time_warp.record,

@@ -32,7 +32,7 @@ class TimeWarp:
         factor = int(params.get(FACTOR, 0) or 0)
         on = factor >= 1 and (inside or bool(params.get("enable_spec_aug", False)))
         # A teacher in the training process hears what the data loader has warped.
-        self.moves = on and joint.needs_targets and (stored or inside)
+        self.moves = on and bool(joint.teacher_kinds) and (stored or inside)
         if not self.moves:
             return
         if self.kind == "follow":
@@ -52,8 +52,8 @@ class TimeWarp:
         if inside:
             why = "with --use-cr-ctc 1 the model itself warps, unseen"
         elif cached:
-            why = "--kd-cache-dir reads its targets behind the data loader"
-        elif joint.needs_lattice:
+            why = "--kd-teacher-cache-dir reads its targets behind the data loader"
+        elif "lattice" in joint.kinds:
             why = "lattices can't be moved as CTC targets can"
         if why:
             raise KDError(

@@ -143,7 +143,7 @@ def test_a_loss_that_the_targets_serve_is_told(doctor, dumped, tmp_path):
     "words, said",
     [
         ("--kd-rnnt-weight 1", "keeps no lattices"),
-        ("--kd-hidden-weight 1 --kd-hidden-layers out", "keeps the layers none"),
+        ("--kd-hidden-weight 1 --kd-hidden-layers out", "keeps no hidden layers"),
         ("--kd-ctc-weigth 1", "no option of distillation"),
         ("--kd-ctc-weight -1", "--kd-ctc-weight"),
         ("--kd-config none.yaml", "none.yaml, can't be read"),

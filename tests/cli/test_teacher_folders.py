@@ -111,7 +111,7 @@ def test_a_teacher_in_the_training_process_may_have_a_comma(
         "kd_teacher_recipe": str(teacher_exp.recipe),
         "kd_teacher_epoch": 2,
         "kd_teacher_avg": 1,
-        "kd_cache_dir": "",
+        "kd_teacher_cache_dir": "",
         "use_averaged_model": False,
         "vocab_size": 25,
         "blank_id": 0,

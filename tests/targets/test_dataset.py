@@ -22,6 +22,7 @@ from icefall_kd.targets.dataset import (
     store_fingerprint,
 )
 from icefall_kd.targets.store import FIELD, Pointer
+from icefall_kd.terms import CtcTerm
 from icefall_kd.types import EncoderOut, SparseDistribution, Targets
 
 # Not in the order of their durations.
@@ -482,7 +483,7 @@ def refuse(cut, encoder_frames):
     student = EncoderOut(
         torch.zeros(1, n, 6), torch.tensor([n]), torch.zeros(1, n, 11).requires_grad_()
     )
-    JointKDLoss()(torch.zeros((), requires_grad=True), student, targets)
+    JointKDLoss([CtcTerm()])(torch.zeros((), requires_grad=True), student, targets)
 
 
 @pytest.mark.parametrize("num_frames", [90, 61, 33, 19, 9])

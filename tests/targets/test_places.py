@@ -127,7 +127,7 @@ def test_a_path_of_windows_is_found_by_its_last_name(made, expected, tmp_path):
 
 
 def test_a_manifest_in_its_store_is_read(made, expected, tmp_path):
-    """As --kd-cache-dir leaves it."""
+    """As --kd-teacher-cache-dir leaves it."""
     path = moved_copy(made(name="kd"), tmp_path)
     look_beside(path.parent)
     check(load_manifest(path), expected)

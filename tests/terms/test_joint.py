@@ -8,6 +8,7 @@ import torch
 from icefall_kd import JointKDLoss, ModelTap, ctc_kd_loss
 from icefall_kd.errors import KDError
 from icefall_kd.losses.transducer import nodes_of, transducer_kd_loss
+from icefall_kd.terms import CtcTerm, TransducerTerm
 from icefall_kd.terms.finite import PATIENCE
 from icefall_kd.types import EncoderOut, SparseDistribution, Targets
 
@@ -26,6 +27,14 @@ def pair(lens=(5, 3), t_student=5, t_teacher=5, v_student=4, v_teacher=4):
     return student, Targets(lens.clone(), parts={"ctc": targets})
 
 
+def joint_of(ctc=1.0, hard=1.0, temperature=1.0, rnnt=0.0, **options):
+    """The joint loss of a CTC term and a transducer's term with ``options``."""
+    return JointKDLoss(
+        [CtcTerm(ctc, temperature), TransducerTerm(rnnt, temperature, **options)],
+        hard_weight=hard,
+    )
+
+
 def hard(value=37.0):
     return torch.tensor(value, requires_grad=True)
 
@@ -35,7 +44,7 @@ def hard(value=37.0):
 )
 def test_the_loss_is_the_weighted_sum(ctc_weight, hard_weight):
     student, targets = pair()
-    joint = JointKDLoss(ctc_weight, hard_weight, temperature=3.0)
+    joint = joint_of(ctc_weight, hard_weight, temperature=3.0)
     hard_loss = hard()
     loss, _ = joint(hard_loss, student, targets)
     kd = ctc_kd_loss(
@@ -49,7 +58,7 @@ def test_the_loss_is_the_weighted_sum(ctc_weight, hard_weight):
 def test_the_weights_reach_the_gradients():
     student, targets = pair()
     hard_loss = hard()
-    loss, _ = JointKDLoss(0.75, 0.5, temperature=2.0)(hard_loss, student, targets)
+    loss, _ = joint_of(0.75, 0.5, temperature=2.0)(hard_loss, student, targets)
     loss.backward()
     logits = student.ctc_logits.detach().clone().requires_grad_()
     ctc_kd_loss(logits, targets.parts["ctc"], targets.lens, temperature=2.0).backward()
@@ -59,13 +68,14 @@ def test_the_weights_reach_the_gradients():
 
 
 def test_defaults():
-    joint = JointKDLoss()
-    assert joint.weights() == {"hard": 1.0, "ctc": 1.0} and joint.temperature == 1.0
+    joint = JointKDLoss([CtcTerm()])
+    assert joint.weights() == {"hard": 1.0, "ctc": 1.0}
+    assert joint.terms["ctc"].temperature == 1.0
 
 
 def test_info_is_the_unweighted_term():
     student, targets = pair()
-    _, info = JointKDLoss(0.1, 0.9, 2.0)(hard(), student, targets)
+    _, info = joint_of(0.1, 0.9, 2.0)(hard(), student, targets)
     kd = ctc_kd_loss(
         student.ctc_logits, targets.parts["ctc"], targets.lens, temperature=2.0
     )
@@ -75,7 +85,7 @@ def test_info_is_the_unweighted_term():
 
 def test_frames_beyond_the_longest_utterance_may_differ():
     student, targets = pair(t_student=7, t_teacher=6)
-    loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
+    loss, info = joint_of(0.5, 0.5, 2.0)(hard(), student, targets)
     kd = ctc_kd_loss(
         student.ctc_logits[:, :5],
         targets.parts["ctc"][:, :5],
@@ -87,7 +97,7 @@ def test_frames_beyond_the_longest_utterance_may_differ():
 
 def test_no_frames_leave_the_weighted_hard_loss():
     student, targets = pair(lens=(0, 0))
-    loss, info = JointKDLoss(0.8, 0.25, 2.0)(hard(8.0), student, targets)
+    loss, info = joint_of(0.8, 0.25, 2.0)(hard(8.0), student, targets)
     assert loss == 2.0 and info == {"kd_ctc_loss": 0.0, "kd_frames": 0.0}
 
 
@@ -98,7 +108,7 @@ def test_frames_outside_the_mask_do_not_count():
     student, targets = pair()
     targets.mask[0, 1:3] = False
     targets.parts["ctc"][0, 1:3] = math.nan
-    loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
+    loss, info = joint_of(0.5, 0.5, 2.0)(hard(), student, targets)
     kept = [0, 3, 4]
     kd = ctc_kd_loss(
         torch.stack([student.ctc_logits[0, kept], student.ctc_logits[1, :3]]),
@@ -121,7 +131,7 @@ def test_a_part_of_a_cut_may_have_other_frames(lens):
         torch.tensor([5, 3]), None, torch.tensor([False, False]), targets.parts
     )
     common = [min(a, b) for a, b in zip(lens, [5, 3], strict=True)]
-    loss, info = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
+    loss, info = joint_of(0.5, 0.5, 2.0)(hard(), student, targets)
     t = min(max(lens), 5)
     kd = ctc_kd_loss(
         student.ctc_logits[:, :t],
@@ -139,7 +149,7 @@ def test_one_whole_cut_that_moved_is_refused_among_parts():
         torch.tensor([4, 4]), None, torch.tensor([False, True]), targets.parts
     )
     with pytest.raises(KDError, match="changed after the targets were made"):
-        JointKDLoss()(hard(), student, targets)
+        joint_of()(hard(), student, targets)
 
 
 def test_a_batch_without_any_targets_has_the_hard_loss_alone():
@@ -149,7 +159,7 @@ def test_a_batch_without_any_targets_has_the_hard_loss_alone():
         whole=torch.tensor([False, False]),
         parts={"ctc": torch.zeros(2, 0, 4)},
     )
-    loss, info = JointKDLoss(0.8, 0.25, 2.0)(hard(8.0), student, bare)
+    loss, info = joint_of(0.8, 0.25, 2.0)(hard(8.0), student, bare)
     assert loss == 2.0 and info == {"kd_ctc_loss": 0.0, "kd_frames": 0.0}
     loss.backward()
     assert student.ctc_logits.grad.abs().max() == 0
@@ -157,12 +167,12 @@ def test_a_batch_without_any_targets_has_the_hard_loss_alone():
 
 def test_sparse_targets_of_all_symbols_are_as_dense_ones():
     student, targets = pair()
-    dense, _ = JointKDLoss(0.5, 0.5, 2.0)(hard(), student, targets)
+    dense, _ = joint_of(0.5, 0.5, 2.0)(hard(), student, targets)
     log_probs, indices = (
         (targets.parts["ctc"] / 2).log_softmax(-1).sort(-1, descending=True)
     )
     sparse = SparseDistribution(indices, log_probs, torch.full((2, 5), -math.inf))
-    found, info = JointKDLoss(0.5, 0.5, 2.0)(
+    found, info = joint_of(0.5, 0.5, 2.0)(
         hard(), student, Targets(targets.lens, parts={"ctc": sparse})
     )
     torch.testing.assert_close(found, dense)
@@ -175,20 +185,21 @@ def test_sparse_targets_of_all_symbols_are_as_dense_ones():
 @pytest.mark.parametrize("name", ["ctc", "hard", "rnnt"])
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, "x", None])
 def test_a_weight_out_of_range_is_refused(name, value):
-    with pytest.raises(KDError, match=f"KD {name} weight") as e:
-        JointKDLoss(**{f"{name}_weight": value})
-    assert repr(value) in str(e.value) and f"--kd-{name}-weight" in str(e.value)
+    names = {"ctc": "CtcTerm.weight", "rnnt": "TransducerTerm.weight"}
+    with pytest.raises(KDError, match=f"`{names.get(name, 'hard_weight')}` is ") as e:
+        joint_of(**{name: value})
+    assert repr(value) in str(e.value)
 
 
 def test_no_weight_above_0_are_refused():
     with pytest.raises(KDError, match="all 0"):
-        JointKDLoss(0, 0)
+        joint_of(0, 0)
 
 
 @pytest.mark.parametrize("temperature", [0, -2.0, math.inf, math.nan])
 def test_a_temperature_out_of_range_is_refused(temperature):
     with pytest.raises(KDError, match="temperature") as e:
-        JointKDLoss(temperature=temperature)
+        joint_of(temperature=temperature)
     assert repr(temperature) in str(e.value)
 
 
@@ -196,7 +207,7 @@ def test_other_frames_are_refused():
     student, targets = pair()
     targets.lens = torch.tensor([5, 4])
     with pytest.raises(KDError) as e:
-        JointKDLoss()(hard(), student, targets)
+        joint_of()(hard(), student, targets)
     assert "[5, 3]" in str(e.value) and "[5, 4]" in str(e.value)
     assert "icefall-kd dump" in str(e.value)
 
@@ -204,7 +215,7 @@ def test_other_frames_are_refused():
 def test_other_symbols_are_refused():
     student, targets = pair(v_teacher=9)
     with pytest.raises(KDError, match="BPE model") as e:
-        JointKDLoss()(hard(), student, targets)
+        joint_of()(hard(), student, targets)
     assert "4 symbols" in str(e.value) and "have 9" in str(e.value)
 
 
@@ -231,7 +242,7 @@ def transducer(make_model, features):
 def test_the_transducers_term_is_weighed_and_named(transducer):
     model, student, targets = transducer
     assert student.labels.shape == (3, 4) and student.labels[:, 0].eq(0).all()
-    joint = JointKDLoss(0.75, 0.5, 2.0, rnnt_weight=0.3, rnnt_form="collapsed")
+    joint = joint_of(0.75, 0.5, 2.0, rnnt=0.3, form="collapsed")
     loss, info = joint(hard(), student, targets, model)
     kd_rnnt = transducer_kd_loss(
         model.joiner,
@@ -257,7 +268,7 @@ def test_the_transducers_term_is_weighed_and_named(transducer):
 def test_the_transducers_term_alone_needs_no_ctc_targets(transducer):
     model, student, targets = transducer
     targets.parts["ctc"] = student.ctc_logits = None
-    joint = JointKDLoss(0, 1.0, rnnt_weight=1.0, rnnt_shift=1)
+    joint = joint_of(0, 1.0, rnnt=1.0, shift=1)
     _, info = joint(hard(), student, targets, model)
     assert set(info) == {"kd_rnnt_loss", "kd_rnnt_frames"}
     assert info["kd_rnnt_loss"] > 0
@@ -267,7 +278,7 @@ def test_the_transducers_term_alone_needs_no_ctc_targets(transducer):
 def test_a_batch_without_lattices_has_a_zero_term_for_every_parameter(transducer):
     model, student, targets = transducer
     targets.parts["nodes"], targets.parts["lattice"] = None, [None, None, None]
-    loss, info = JointKDLoss(0, 1.0, rnnt_weight=1.0)(hard(), student, targets, model)
+    loss, info = joint_of(0, 1.0, rnnt=1.0)(hard(), student, targets, model)
     assert info["kd_rnnt_loss"] == 0
     loss.backward()
     assert all(
@@ -280,7 +291,7 @@ def test_lattices_of_other_transcripts_are_refused(transducer):
     student.labels = student.labels.clone()
     student.labels[1, 2] = 9
     with pytest.raises(KDError, match="label 2 of row 1 .* is 9 for the student and 6"):
-        JointKDLoss(rnnt_weight=1.0)(hard(), student, targets, model)
+        joint_of(rnnt=1.0)(hard(), student, targets, model)
 
 
 def not_finite():
@@ -291,7 +302,7 @@ def not_finite():
 
 
 def test_a_batch_that_is_not_finite_is_left_to_the_recipe_and_counted(caplog):
-    joint = JointKDLoss(hard_weight=1.0)
+    joint = joint_of(hard=1.0)
     recipe_loss = hard()
     for count in (1, 2):
         caplog.clear()
@@ -305,7 +316,7 @@ def test_a_batch_that_is_not_finite_is_left_to_the_recipe_and_counted(caplog):
 
 
 def test_distillation_that_stays_not_finite_is_ended():
-    joint = JointKDLoss()
+    joint = joint_of()
     for _ in range(PATIENCE - 1):
         joint(hard(), *not_finite())
     joint(hard(), *pair())  # and the count begins anew
@@ -322,7 +333,7 @@ def test_a_recipe_loss_without_weight_is_no_term(bad):
     student, targets = pair()
     student.ctc_logits.retain_grad()
     recipe_loss = student.ctc_logits.sum() * bad
-    loss, info = JointKDLoss(hard_weight=0.0)(recipe_loss, student, targets)
+    loss, info = joint_of(hard=0.0)(recipe_loss, student, targets)
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
     assert torch.isfinite(student.ctc_logits.grad).all()
@@ -333,28 +344,28 @@ def test_a_recipe_loss_without_weight_has_a_zero_gradient_for_each_parameter():
     model = torch.nn.Linear(2, 3)
     model.log_scale = torch.nn.Parameter(torch.tensor(1.0))
     recipe_loss = math.inf * sum(p.sum() for p in model.parameters())
-    loss, _ = JointKDLoss(hard_weight=0.0)(recipe_loss, *pair(), model)
+    loss, _ = joint_of(hard=0.0)(recipe_loss, *pair(), model)
     loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_a_recipe_loss_with_weight_stays_as_it_is():
     """So that the recipe's GradScaler skips the step, as it does without KD."""
-    loss, _ = JointKDLoss(hard_weight=0.5)(hard() * math.inf, *pair())
+    loss, _ = joint_of(hard=0.5)(hard() * math.inf, *pair())
     assert loss == math.inf
 
 
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"rnnt_form": "full"}, "--kd-rnnt-form"),
-        ({"rnnt_shift": -1}, "--kd-rnnt-shift"),
-        ({"rnnt_shift": 1.5}, "--kd-rnnt-shift"),
+        ({"form": "full"}, "`TransducerTerm.form`"),
+        ({"shift": -1}, "`TransducerTerm.shift`"),
+        ({"shift": 1.5}, "`TransducerTerm.shift`"),
     ],
 )
 def test_bad_options_of_the_transducers_term_are_refused(options, match):
     with pytest.raises(KDError, match=match):
-        JointKDLoss(rnnt_weight=1.0, **options)
+        joint_of(rnnt=1.0, **options)
 
 
 # CR-CTC's batch, which stands there twice
@@ -377,7 +388,7 @@ def test_copies_of_a_batch_have_the_mean_of_their_terms(sparse):
         encoder_out_lens=student.encoder_out_lens.repeat(2),
         ctc_logits=both,
     )
-    joint, kd = JointKDLoss(0.75, 0.5, 2.0), []
+    joint, kd = joint_of(0.75, 0.5, 2.0), []
     for logits in (student.ctc_logits, other):
         kd.append(
             ctc_kd_loss(logits, targets.parts["ctc"], targets.lens, temperature=2.0)
@@ -399,12 +410,12 @@ def test_targets_of_another_batch_are_refused(rows):
     with pytest.raises(
         KDError, match=f"2 rows and the teacher's targets {len(targets.lens)}"
     ):
-        JointKDLoss()(hard(), student, targets)
+        joint_of()(hard(), student, targets)
 
 
 def test_copies_of_a_lattice_have_the_mean_of_their_terms(transducer):
     model, student, targets = transducer
-    joint = JointKDLoss(0.0, 1.0, rnnt_weight=1.0)
+    joint = joint_of(0.0, 1.0, rnnt=1.0)
     once, info = joint(hard(), student, targets, model)
     twice = EncoderOut(
         **{

@@ -16,8 +16,8 @@ from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import shift, total_kd_loss, transducer_kd_loss
 from icefall_kd.teacher import OnlineTeacher
-from icefall_kd.terms import joint as joint_module
-from icefall_kd.terms.layers import HiddenLayers, parse_layers
+from icefall_kd.terms import CtcTerm, FullSumTerm, HiddenTerm, NbestTerm, TransducerTerm
+from icefall_kd.terms.batch import Batch
 from icefall_kd.terms.schedule import Schedule
 from icefall_kd.types import Targets
 
@@ -62,16 +62,33 @@ def leaves(said):
     )
 
 
-def layers():
-    return HiddenLayers(parse_layers("out,0:1"))
+CLASSES = {
+    "ctc": CtcTerm,
+    "rnnt": TransducerTerm,
+    "full_sum": FullSumTerm,
+    "hidden": HiddenTerm,
+    "nbest": NbestTerm,
+}
 
 
-def joint_of(*names, weight=None, **options):
-    weights = {n: WEIGHTS[n] if weight is None else weight for n in names}
-    kd = {f"{name}_weight": weights.get(name, 0.0) for name in TERMS}
-    return JointKDLoss(
-        **{"temperature": T, "hard_weight": 0.3, "hidden": layers(), **kd, **options}
-    )
+def joint_of(*names, weight=None, hard_weight=0.3, schedule=None, **options):
+    """The joint loss of the named terms.
+
+    An option such as ``rnnt_form`` is a parameter of its term.
+    """
+    temperature = options.pop("temperature", T)
+    terms = []
+    for name in names:
+        parameters = {"weight": WEIGHTS[name] if weight is None else weight}
+        if name in ("ctc", "rnnt"):
+            parameters["temperature"] = temperature
+        if name == "hidden":
+            parameters["layers"] = "out,0:1"
+        for key, value in options.items():
+            if key.startswith(f"{name}_"):
+                parameters[key[len(name) + 1 :]] = value
+        terms.append(CLASSES[name](**parameters))
+    return JointKDLoss(terms, hard_weight, schedule)
 
 
 def hard():
@@ -96,9 +113,9 @@ def by_hand(name, given, student):
     if name == "full_sum":
         return full_sum_kd_loss(StudentNodes(model.joiner, *states))
     if name == "hidden":
-        pairs = layers()
-        pairs.build(student, targets)
-        return pairs(student, targets, targets.mask)
+        term = HiddenTerm(layers="out,0:1")
+        term.prepare(student, targets)
+        return term.value(Batch(student, targets))[0]
     return nbest_ctc_loss(student.ctc_logits, LISTS, lens) + nbest_transducer_loss(
         model, student.encoder_out, LISTS, lens
     )
@@ -229,14 +246,6 @@ def test_they_leave_it_out_where_a_schedule_has_it_alone(given):
 # Terms that are off
 
 
-CALLS = {
-    "ctc": "ctc_kd_loss",
-    "rnnt": "nodes_kd_loss",
-    "full_sum": "full_sum_kd_loss",
-    "nbest": "nbest_ctc_loss",
-}
-
-
 def off(*names):
     """Weights that are 0 up to epoch 5 and then as ever."""
     return {f"{n}_weight": f"5:0,6:{WEIGHTS[n]}" for n in names}
@@ -256,9 +265,8 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(owner, attribute, function)
 
-    for name, attribute in CALLS.items():
-        count(joint_module, attribute, name)
-    count(HiddenLayers, "__call__", "hidden")
+    for name, term in CLASSES.items():
+        count(term, "value", name)
     return calls
 
 
@@ -347,16 +355,13 @@ def test_garbage_in_the_padding_changes_nothing(given, garbage):
 def test_a_head_that_is_switched_off_is_in_no_key(given):
     joint = joint_of(*TERMS)
     for name in ("ctc", "rnnt", "full_sum"):
-        joint.switch_off(name)
+        del joint.terms[name]
     _, info = joint(hard(), leaves(given.said), given.targets, given.model)
     assert {k.replace("_frames", "_loss") for k in info} == {
         "kd_hidden_loss",
         "kd_nbest_loss",
     }
-    assert not joint.needs_lattice and not joint.needs_ctc_targets
-    assert joint.needs_targets
-    joint.switch_off("hidden")
-    assert not joint.needs_targets  # lists stand on the cuts themselves
+    assert joint.kinds == ["hidden", "nbest"]
 
 
 def test_the_student_may_lack_either_head_for_its_lists(given):
@@ -416,7 +421,7 @@ def test_the_joiners_output_layer_is_evaluated_once(
         {"rnnt_form": "sampled_u"},
         {"rnnt_form": "total"},
         {"rnnt_form": "nodes", "rnnt_shift": 2},
-        {"node_weights": "equal"},
+        {"rnnt_node_weighting": "equal"},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )
@@ -441,7 +446,7 @@ def test_the_options_of_the_lattices_term_reach_it(given):
         {},
         {"rnnt_form": "collapsed"},
         {"rnnt_form": "mean_u"},
-        {"node_weights": "equal"},
+        {"rnnt_node_weighting": "equal"},
         {"rnnt_shift": 1},
         {"temperature": 1.0},
     ):
@@ -456,7 +461,7 @@ def test_the_options_of_the_lattices_term_reach_it(given):
             lens,
             temperature=options.get("temperature", T),
             form=options.get("rnnt_form", "nodes"),
-            node_weights=options.get("node_weights", "occupancy"),
+            node_weights=options.get("rnnt_node_weighting", "occupancy"),
         )
         _, info = joint_of("rnnt", **options)(hard(), student, targets, model)
         assert info["kd_rnnt_loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -482,7 +487,7 @@ def test_total_mixes_both_heads(given):
     grads = gradients(loss, given, student)
     for name in ("ctc_logits", "joiner.output_linear.weight", "decoder_out"):
         assert grads[name].abs().max() > 0.01, name
-    assert joint.needs_ctc_targets and joint.is_total
+    assert joint.kinds == ["ctc", "lattice"]
     # Without CTC targets there is nothing to mix.
     bare = lacking_parts(given.targets, {"ctc": None})
     _, info = joint(hard(), leaves(given.said), bare, given.model)
@@ -512,13 +517,13 @@ def equal(make_model, given):
 @pytest.mark.parametrize(
     "name, options",
     [
-        *(("ctc", {"ctc_frames": f}) for f in ("all", "non-blank", "entropy")),
+        *(("ctc", {"ctc_frame_weighting": f}) for f in ("all", "non-blank", "entropy")),
         *(("rnnt", {"rnnt_form": f}) for f in ("nodes", "collapsed", "mean_u")),
         ("rnnt", {"rnnt_form": "sampled_u"}),
         ("rnnt", {"rnnt_form": "total"}),
         ("full_sum", {}),
-        ("hidden", {"hidden": "mse"}),
-        ("hidden", {"hidden": "cosine"}),
+        ("hidden", {"hidden_distance": "mse"}),
+        ("hidden", {"hidden_distance": "cosine"}),
     ],
     ids=lambda x: x if isinstance(x, str) else "".join(map(str, x.values())),
 )
@@ -526,8 +531,7 @@ def equal(make_model, given):
 def test_a_student_that_equals_its_teacher_has_zero_terms_and_gradients(
     equal, name, options, temperature
 ):
-    if "hidden" in options:
-        options = {"hidden": HiddenLayers(parse_layers("out,1"), options["hidden"])}
+    options = {"hidden_layers": "out,1", **options}
     joint = joint_of(name, temperature=temperature, **options)
     found = {}
     for moved in (0.0, 1.0):  # the same terms are large for a student that differs
@@ -573,29 +577,38 @@ def test_all_terms_under_autocast_are_near_those_in_float32(given):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"ctc_weight": 0, "hard_weight": 0}, "are all 0, .*--kd-hard-weight"),
+        ({"ctc_weight": 0, "hard_weight": 0}, "are all 0, .*`hard_weight`"),
         ({"ctc_weight": "0:0,9:0", "hard_weight": "3:0"}, "are all 0"),
-        ({"full_sum_weight": "x"}, "KD full_sum weight .*--kd-full-sum-weight"),
-        ({"hidden_weight": -1}, "KD hidden weight is -1.*--kd-hidden-weight"),
-        ({"nbest_weight": "2:1,1:0"}, "KD nbest weight .*--kd-nbest-weight"),
-        ({"hidden_weight": 1}, "no layers are named: give --kd-hidden-layers"),
-        ({"rnnt_form": "mean"}, "--kd-rnnt-form is 'mean': give one of nodes"),
-        ({"node_weights": "none"}, "--kd-node-weights is 'none': .*occupancy, equal"),
-        ({"ctc_frames": "blank"}, "--kd-ctc-frames is 'blank': give one of all"),
-        ({"rnnt_shift": -2}, "--kd-rnnt-shift is -2"),
-        ({"ctc_delay": -1}, "--kd-ctc-delay is -1: give 0 or more frames"),
-        ({"ctc_delay": 0.5}, "--kd-ctc-delay is 0.5"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"full_sum_weight": "x"}, "`FullSumTerm.weight` is 'x', .* finite number"),
+        ({"hidden_weight": -1}, "`HiddenTerm.weight` is -1, "),
+        ({"nbest_weight": "2:1,1:0"}, "`NbestTerm.weight` is '2:1,1:0'"),
+        ({"hidden_layers": ""}, "no layers are named: give `HiddenTerm.layers`"),
+        ({"rnnt_form": "mean"}, "`TransducerTerm.form` is 'mean': give one of nodes"),
         (
-            {"rnnt_weight": 1, "rnnt_form": "total", "rnnt_shift": 2},
-            "--kd-rnnt-shift is 2 and the form is total",
+            {"rnnt_node_weighting": "none"},
+            "`TransducerTerm.node_weighting` is 'none': .*occupancy, equal",
+        ),
+        (
+            {"ctc_frame_weighting": "blank"},
+            "`CtcTerm.frame_weighting` is 'blank': give one of all",
+        ),
+        ({"rnnt_shift": -2}, "`TransducerTerm.shift` is -2"),
+        ({"ctc_delay": -1}, "`CtcTerm.delay` is -1: give 0 or more frames"),
+        ({"ctc_delay": 0.5}, "`CtcTerm.delay` is 0.5"),
+        ({"hidden_distance": "l1"}, "`HiddenTerm.distance` is 'l1': .*mse, cosine"),
+        ({"temperature": -1.0}, "temperature.* is -1.0"),
+        (
+            {"rnnt_form": "total", "rnnt_shift": 2},
+            "`TransducerTerm.shift` is 2 and the form is total",
         ),
     ],
     ids=str,
 )
-def test_options_that_mean_nothing_are_refused_by_their_flags(options, words):
+def test_parameters_that_mean_nothing_are_refused_by_their_names(options, words):
+    first = next(iter(options))
+    names = [n for n in TERMS if first.startswith(f"{n}_")] or ["ctc"]
     with pytest.raises(KDError, match=words) as e:
-        JointKDLoss(**options)
+        joint_of(*names, **options)
     assert "\n" not in str(e.value)
 
 
@@ -616,8 +629,13 @@ def test_a_term_of_a_student_that_is_not_finite_is_left_out(given, name, caplog)
     loss.backward()
 
 
+def test_a_term_that_is_given_twice_is_refused():
+    with pytest.raises(KDError, match="twice among ctc, hidden, ctc"):
+        JointKDLoss([CtcTerm(), HiddenTerm(layers="out"), CtcTerm()])
+
+
 def test_the_formula_names_every_term_and_option(given):
-    joint = joint_of(*TERMS, ctc_delay=2, rnnt_shift=1, node_weights="equal")
+    joint = joint_of(*TERMS, ctc_delay=2, rnnt_shift=1, rnnt_node_weighting="equal")
     text = str(joint)
     for name in TERMS:
         assert f"{WEIGHTS[name]} * kd_{name}_loss" in text
@@ -630,7 +648,7 @@ def test_the_formula_names_every_term_and_option(given):
     ):
         assert words in text, words
     assert text.endswith("temperature 2.0")
-    assert str(JointKDLoss(ctc_weight="0:1,9:0.5")).startswith("1.0 * loss + 0:1,9:0.5")
+    assert str(JointKDLoss([CtcTerm("0:1,9:0.5")])).startswith("1.0 * loss + 0:1,9:0.5")
 
 
 def test_targets_on_parts_of_cuts_count_the_frames_that_both_have(given):

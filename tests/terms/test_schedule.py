@@ -37,9 +37,9 @@ def test_a_curve_reads_what_it_writes():
     ["a", "", "1,2", "0:1,0:2", "2:1,1:1", "0:1,5", "0:-1", -1, "0:nan", "nan:1", None]
     + ["-1:0.5", "0:1,inf:2", math.inf, "0:1:2"],
 )
-def test_what_is_no_weight_is_refused_with_its_flag(value):
-    with pytest.raises(KDError, match="--kd-full-sum-weight") as e:
-        Curve.parse(value, "full_sum")
+def test_what_is_no_weight_is_refused_with_its_name(value):
+    with pytest.raises(KDError, match="`weight` is ") as e:
+        Curve.parse(value, "`weight`")
     assert repr(value) in str(e.value)
 
 
@@ -69,9 +69,9 @@ def test_the_last_epochs_go_without_distillation(name):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("slow", 10), "--kd-schedule one of scratch, warmup, finetune"),
-        (("scratch", 3, 3), "--kd-last-epochs is 3 of 3 epochs"),
-        (("scratch", 3, -1), "--kd-last-epochs is -1"),
+        (("slow", 10), "`schedule` is 'slow': .* scratch, warmup, finetune"),
+        (("scratch", 3, 3), "`last_epochs` is 3 of 3 epochs"),
+        (("scratch", 3, -1), "`last_epochs` is -1"),
         (("warmup",), "no --num-epochs"),
         (("scratch", math.inf, 1), "no --num-epochs"),
     ],

@@ -6,12 +6,12 @@ from lhotse import CutSet
 
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import LogitWriter
-from icefall_kd.training.options import OPTIONS
+from icefall_kd.training.options import all_options
 
 
 @pytest.fixture
 def make_params(make_settings):
-    defaults = {f"kd_{name.replace('-', '_')}": x for name, _, x, _ in OPTIONS}
+    defaults = {option.dest: option.default for option in all_options()}
 
     def make(ctc=0.7, hard=0.3, temperature=2.0, **changes):
         kd = {

@@ -23,14 +23,14 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd.errors import KDError
 from icefall_kd.training import session
-from icefall_kd.training.options import OPTIONS
+from icefall_kd.training.options import all_options
 
 LONG = "9" * 5000
 EXTRA = {
     "ctc-weight": ("1:1,0:1", "0:nan,1:1", "0:1,1", "1:1:1", "0:1,,", "0:-1,1:1", LONG),
     "hidden-layers": ("²", "1:2:3", "9", "out:1", "1:1,1:1", LONG),
     "freeze": ("encoder.9", "decoder:nan", "decoder:-1", "decoder decoder", "out"),
-    "keep": ("top:0", "dense@2", f"top:{LONG}", "adaptive:2:9", "none"),
+    "teacher-keep": ("top:0", "dense@2", f"top:{LONG}", "adaptive:2:9", "none"),
     "teacher-exp-dir": ("EXP,", ",EXP", "EXP,no-such"),
 }
 # What must stand beside an option for it to be looked at.
@@ -44,12 +44,18 @@ ONLINE = {
 BESIDE: Dict[str, Dict[str, str]] = {
     "hidden-weight": {**CTC, "hidden-layers": "1"},
     "hidden-layers": {"hidden-weight": "1"},
-    "hidden-kind": {"hidden-weight": "1", "hidden-layers": "1"},
-    "projector-lr": {"hidden-weight": "1", "hidden-layers": "1"},
-    "keep": {**ONLINE, "cache-dir": "cache"},
+    "hidden-distance": {"hidden-weight": "1", "hidden-layers": "1"},
+    "hidden-projector-lr": {"hidden-weight": "1", "hidden-layers": "1"},
+    "teacher-keep": {**ONLINE, "teacher-cache-dir": "cache"},
     **dict.fromkeys(
-        ("teacher-epoch", "teacher-avg", "teacher-recipe", "s-range", "path-only")
-        + ("cache-dir", "teacher-exp-dir"),
+        (
+            "teacher-epoch",
+            "teacher-avg",
+            "teacher-recipe",
+            "teacher-s-range",
+            "teacher-path-only",
+        )
+        + ("teacher-cache-dir", "teacher-exp-dir"),
         ONLINE,
     ),
 }
@@ -93,13 +99,13 @@ ACCEPTED: Dict[str, Sequence[str]] = {
     "temperature": NUMBERS[1:],
     "ctc-delay": ("0",),
     "rnnt-shift": ("0",),
-    "teacher-ranges": ("0",),
+    "stored-ranges": ("0",),
     "last-epochs": ("0", "1.5"),
     "freeze": ("", " "),
     "teacher-exp-dir": ("",),
-    "s-range": ("0",),
-    "path-only": ("0",),
-    "cache-dir": tuple(
+    "teacher-s-range": ("0",),
+    "teacher-path-only": ("0",),
+    "teacher-cache-dir": tuple(
         {*BAD_VALUES} - {NOT_UTF8, LONG, "x" * 300, "a-file", "a-file/x"}
     ),
 }
@@ -107,7 +113,7 @@ ACCEPTED: Dict[str, Sequence[str]] = {
 
 def cases() -> Iterator[Tuple[str, str]]:
     """Each option with each bad value."""
-    for name, *_ in OPTIONS:
+    for name in (option.name for option in all_options()):
         for value in (*BAD_VALUES, *EXTRA.get(name, ())):
             yield name, value
 

@@ -87,10 +87,8 @@ def train(model, params, batches, device="cpu", dtype=torch.bfloat16):
         scaler.update()
         optimizer.zero_grad()
         if params["kd_hidden_weight"]:
-            projectors = (
-                session.current().distillation.joint.hidden.modules.parameters()
-            )
-            parameters += projectors
+            projectors = session.current().distillation.joint.projectors
+            parameters += projectors.modules.parameters()
         assert finite(parameters), step
         found.losses.append(float(loss))
         found.infos.append(info)

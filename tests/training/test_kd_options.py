@@ -8,9 +8,10 @@ import pytest
 from zipformer.bin import train as zipformer_train
 
 from icefall_kd.errors import KDError
+from icefall_kd.terms import term_names
 from icefall_kd.terms.schedule import Curve
 from icefall_kd.training import session
-from icefall_kd.training.options import OPTIONS, WEIGHTS, read_config
+from icefall_kd.training.options import RENAMED, all_options, read_config
 
 DEFAULTS = {
     "kd_config": "",
@@ -19,20 +20,20 @@ DEFAULTS = {
     "kd_full_sum_weight": 0.0,
     "kd_hidden_weight": 0.0,
     "kd_nbest_weight": 0.0,
-    "kd_ctc_frames": "all",
+    "kd_ctc_frame_weighting": "all",
     "kd_ctc_delay": 0,
     "kd_rnnt_form": "nodes",
     "kd_rnnt_shift": 0,
-    "kd_teacher_ranges": 0,
-    "kd_node_weights": "occupancy",
+    "kd_stored_ranges": False,
+    "kd_rnnt_node_weighting": "occupancy",
     "kd_hidden_layers": "",
-    "kd_hidden_kind": "mse",
-    "kd_projector_lr": 1e-3,
+    "kd_hidden_distance": "mse",
+    "kd_hidden_projector_lr": 1e-3,
     "kd_schedule": "scratch",
     "kd_last_epochs": 0.0,
     "kd_freeze": "",
-    "kd_path_only": 0,
-    "kd_s_range": 5,
+    "kd_teacher_path_only": False,
+    "kd_teacher_s_range": 5,
     "kd_hard_weight": 1.0,
     "kd_temperature": 1.0,
     "kd_missing": "refuse",
@@ -41,8 +42,8 @@ DEFAULTS = {
     "kd_teacher_epoch": 30,
     "kd_teacher_avg": 1,
     "kd_teacher_recipe": "",
-    "kd_cache_dir": "",
-    "kd_keep": "dense",
+    "kd_teacher_cache_dir": "",
+    "kd_teacher_keep": "dense",
 }
 
 # One line of the file for each option, none of them its default.
@@ -54,15 +55,15 @@ LINES = {
     "nbest-weight": ("2", 2.0),
     "hard-weight": ("5:0.5", "5:0.5"),
     "temperature": ("2", 2.0),
-    "ctc-frames": ("non-blank", "non-blank"),
+    "ctc-frame-weighting": ("non-blank", "non-blank"),
     "ctc-delay": ("3", 3),
     "rnnt-form": ("total", "total"),
     "rnnt-shift": ("2", 2),
-    "teacher-ranges": ("1", 1),
-    "node-weights": ("equal", "equal"),
+    "stored-ranges": ("1", True),
+    "rnnt-node-weighting": ("equal", "equal"),
     "hidden-layers": ("3:2", "3:2"),
-    "hidden-kind": ("cosine", "cosine"),
-    "projector-lr": ("2e-3", 2e-3),
+    "hidden-distance": ("cosine", "cosine"),
+    "hidden-projector-lr": ("2e-3", 2e-3),
     "schedule": ("warmup", "warmup"),
     "last-epochs": ("1.5", 1.5),
     "freeze": ("encoder_embed decoder:2", "encoder_embed decoder:2"),
@@ -72,10 +73,10 @@ LINES = {
     "teacher-epoch": ("7", 7),
     "teacher-avg": ("4", 4),
     "teacher-recipe": ("../zipformer", "../zipformer"),
-    "s-range": ("0", 0),
-    "path-only": ("1", 1),
-    "cache-dir": ("/tmp/on", "/tmp/on"),
-    "keep": ("top:8@2", "top:8@2"),
+    "teacher-s-range": ("0", 0),
+    "teacher-path-only": ("yes", True),
+    "teacher-cache-dir": ("/tmp/on", "/tmp/on"),
+    "teacher-keep": ("top:8@2", "top:8@2"),
 }
 
 
@@ -114,8 +115,8 @@ def config(tmp_path):
 
 def test_options_are_off_by_default(parse):
     assert vars(parse()) == DEFAULTS
-    assert all(DEFAULTS[dest(name)] == default for name, _, default, _ in OPTIONS)
-    assert len(OPTIONS) == len(DEFAULTS) - 1 == len(LINES)
+    assert all(DEFAULTS[o.dest] == o.default for o in all_options())
+    assert len(all_options()) == len(DEFAULTS) - 1 == len(LINES)
 
 
 def test_options_are_read_from_the_command_line(parse):
@@ -155,7 +156,7 @@ def test_the_help_names_every_option(monkeypatch, formatter):
     assert "15 % of the epochs" in " ".join(text.split()) and "%%" not in text
 
 
-@pytest.mark.parametrize("name", [*WEIGHTS, "hard"])
+@pytest.mark.parametrize("name", [*term_names(), "hard"])
 @pytest.mark.parametrize("text", ["0.75", "0:0.8,10:0.5", "10:0.5"])
 def test_a_weight_is_a_number_or_the_text_of_a_curve(parse, name, text):
     name = f"{name.replace('_', '-')}-weight"
@@ -164,9 +165,32 @@ def test_a_weight_is_a_number_or_the_text_of_a_curve(parse, name, text):
     assert Curve.parse(value, name) == Curve.parse(text, name)
 
 
+@pytest.mark.parametrize("old", RENAMED)
+@pytest.mark.parametrize("value", ["x", None])
+def test_an_old_name_is_refused_with_the_new_one(parse, config, old, value):
+    new = RENAMED[old]
+    assert dest(new) in DEFAULTS and dest(old) not in DEFAULTS
+    words = [[f"--kd-{old}"], [f"--kd-{old}={value}"]][value is not None]
+    with pytest.raises(KDError) as e:
+        parse(*words)
+    assert str(e.value) == f"--kd-{old} is called --kd-{new} now: give --kd-{new}"
+    for name in (old, old.replace("-", "_")):
+        with pytest.raises(KDError, match=f"{old!r}, .* called {new!r} now") as e:
+            parse("--kd-config", config(f"{name}: {value}\n"))
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["stored-ranges", "teacher-path-only"])
+@pytest.mark.parametrize("text, value", [("true", True), ("0", False), ("No", False)])
+def test_a_switch_is_read_as_icefalls(parse, config, name, text, value):
+    assert getattr(parse(f"--kd-{name}", text), dest(name)) is value
+    path = config(f"{name}: {text}\n")
+    assert getattr(parse("--kd-config", path), dest(name)) is value
+
+
 def test_what_is_no_curve_is_refused_where_it_is_used(parse, make_model, make_params):
     args = vars(parse("--kd-ctc-weight", "lots"))
-    with pytest.raises(KDError, match="KD ctc weight is 'lots'.*--kd-ctc-weight"):
+    with pytest.raises(KDError, match="--kd-ctc-weight is 'lots', and must be"):
         session.attach(make_params(**args), make_model())
 
 
@@ -214,8 +238,12 @@ def test_a_file_of_nothing_changes_nothing(parse, config):
         ("hard-weight: 5:1", "kd_hard_weight", "5:1"),  # 301
         ("hidden-layers: 3:2", "kd_hidden_layers", "3:2"),  # 182
         ("teacher-epoch: 010", "kd_teacher_epoch", 10),  # 8
-        ("keep: no", "kd_keep", "no"),  # False
-        ("cache-dir: 2026-01-02", "kd_cache_dir", "2026-01-02"),  # a date
+        ("teacher-keep: no", "kd_teacher_keep", "no"),  # False
+        (
+            "teacher-cache-dir: 2026-01-02",
+            "kd_teacher_cache_dir",
+            "2026-01-02",
+        ),  # a date
         ("teacher-exp-dir:", "kd_teacher_exp_dir", ""),  # None
         ("ctc_weight: '0:1, 4:0.5' # falls", "kd_ctc_weight", "0:1, 4:0.5"),
     ],
@@ -238,7 +266,7 @@ def test_values_are_what_stands_there(config, text, name, value):
         ("config: other.yaml", "the option 'config', which there is not"),
         ("temperature: hot", "temperature: 'hot', and temperature must be a number"),
         ("ctc-delay: 1.5", "ctc-delay: '1.5', and ctc-delay must be a whole number"),
-        ("path-only: true", "path-only: 'true', .* a whole number"),
+        ("teacher-path-only: maybe", "teacher-path-only: 'maybe', .* true or false"),
         ("teacher-epoch:", "teacher-epoch: '', .* a whole number"),
         ("ctc-weight: [0.5, 1]", "ctc-weight: .*'0.5', '1'.*number, or numbers by"),
         ("hidden-layers: [out, 3]", "hidden-layers: .*must be one text"),
@@ -284,6 +312,13 @@ def test_the_program_ends_with_the_sentence_alone(run_python, config):
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("icefall_kd: error: ") and "'temperature'" in line
+
+
+def test_the_program_ends_with_an_old_names_sentence(run_python):
+    done = run_python(REFUSED + "parser.parse_args()\n", "--kd-projector-lr", "1e-3")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("icefall_kd: error: --kd-projector-lr is called ")
 
 
 def test_reading_options_loads_neither_torch_nor_k2(run_python, config):

@@ -38,8 +38,8 @@ def rnnt(form="nodes", **flags):
 
 FRAMES = ("all", "non-blank", "symmetric", "entropy", "confidence")
 FULL_SUM = {"kd_full_sum_weight": 1.0}
-EQUAL = {"kd_node_weights": "equal"}
-PATH = {"kd_path_only": 1}
+EQUAL = {"kd_rnnt_node_weighting": "equal"}
+PATH = {"kd_teacher_path_only": 1}
 LAYERS = {"kd_hidden_weight": 1.0, "kd_hidden_layers": "out,0:1"}
 
 DENSE = [
@@ -53,7 +53,7 @@ DENSE = [
     rnnt("collapsed", kd_rnnt_shift=1, **EQUAL),
     FULL_SUM,
     LAYERS,
-    LAYERS | {"kd_hidden_kind": "cosine"},
+    LAYERS | {"kd_hidden_distance": "cosine"},
     ctc() | rnnt() | FULL_SUM | LAYERS,
 ]
 
@@ -202,7 +202,7 @@ def test_stored_targets_teach_what_the_teacher_teaches_online(
     apart = {}
     for flags in kept.terms:
         flags = {**off, **flags}
-        teacher = {"kd_teacher_exp_dir": str(peaky), "kd_s_range": kept.s_range}
+        teacher = {"kd_teacher_exp_dir": str(peaky), "kd_teacher_s_range": kept.s_range}
         asked = taught(online(**flags, **teacher), cuts)
         read = taught(make_params(**flags, vocab_size=25), stored)
         given = {k: v for k, v in flags.items() if off.get(k) != v}
@@ -229,7 +229,7 @@ def test_stored_targets_teach_what_the_teacher_teaches_online(
 def test_the_best_path_alone_is_that_of_the_store_or_refused(
     dumped, student, make_params, off, lattice, fits
 ):
-    """An online teacher's --kd-path-only has no say in what a store keeps."""
+    """An online teacher's --kd-teacher-path-only has no say in what a store keeps."""
     cuts = dumped("none", lattice, 5)
     flags = {**off, **rnnt(**PATH), "vocab_size": 25}
     session.attach(make_params(**flags), student)
@@ -237,7 +237,7 @@ def test_the_best_path_alone_is_that_of_the_store_or_refused(
     if fits:
         assert "lattice" in session.wrap_dataset(dataset, cuts).kinds
         return
-    words = "--kd-path-only is 1 .* as dense, .* --keep-lattice path:dense, .* 0"
+    words = "--kd-teacher-path-only is true .* --keep-lattice path:dense, .* false"
     with pytest.raises(KDError, match=words) as e:
         session.wrap_dataset(dataset, cuts)
     assert "\n" not in str(e.value)

@@ -9,7 +9,10 @@ from lhotse import CutSet
 from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd.errors import KDError
-from icefall_kd.terms.layers import HiddenLayers, parse_layers
+from icefall_kd.kinds.hidden import hidden_rows
+from icefall_kd.losses.hidden import hidden_kd_loss
+from icefall_kd.terms.hidden import parse_layers
+from icefall_kd.terms.projectors import Projectors
 from icefall_kd.training import checkpoint as checkpoint_module
 from icefall_kd.training import clock as clock_module
 from icefall_kd.training import distillation, session
@@ -67,7 +70,7 @@ def see(progress, epoch, *batches):
 
 
 def layers(lr=1e-3):
-    return HiddenLayers(parse_layers("out"), lr=lr)
+    return Projectors(parse_layers("out"), lr=lr)
 
 
 def learn(hidden, steps=1):
@@ -75,12 +78,11 @@ def learn(hidden, steps=1):
     g = torch.Generator().manual_seed(0)
     lens = torch.tensor([7, 4])
     said = EncoderOut(torch.randn(2, 7, 5, generator=g, requires_grad=True), lens)
-    heard = Targets(
-        lens, parts={"hidden": {"out": torch.randn(2, 7, 1, 8, generator=g)}}
-    )
-    hidden.build(said, heard)
+    teacher = torch.randn(2, 7, 1, 8, generator=g)
+    hidden.build(said, {"out": teacher})
     for _ in range(steps):
-        hidden(said, heard, heard.mask).backward()
+        rows = hidden.between(("out", "out"))(hidden_rows(said, "out"))
+        hidden_kd_loss(rows, teacher, lens).backward()
         hidden.step()
     return [p.detach().clone() for p in hidden.modules.parameters()]
 
@@ -337,7 +339,7 @@ def test_projectors_of_other_layers_are_refused(begin):
     hidden = layers()
     learn(hidden)
     kept(begin(), hidden)
-    other = HiddenLayers(parse_layers("2"))
+    other = Projectors(parse_layers("2"))
     begin(start_epoch=2).keep(other)
     said = EncoderOut(
         torch.zeros(1, 2, 5),
@@ -346,8 +348,8 @@ def test_projectors_of_other_layers_are_refused(begin):
         hidden_lens=torch.tensor([4]),
     )
     heard = Targets(torch.tensor([2]), parts={"hidden": {2: torch.zeros(1, 2, 2, 8)}})
-    with pytest.raises(KDError, match="--kd-hidden-layers.*or remove kd.pt") as e:
-        other.build(said, heard)
+    with pytest.raises(KDError, match="HiddenTerm.layers.*or remove kd.pt") as e:
+        other.build(said, heard.parts["hidden"])
     assert "\n" not in str(e.value)
 
 
@@ -538,8 +540,8 @@ def test_a_search_for_memory_leaves_the_projectors_alone(
     make_model, make_params, make_cut, make_fingerprint, tmp_path, monkeypatch
 ):
     calls = []
-    monkeypatch.setattr(HiddenLayers, "step", lambda self: calls.append("step"))
-    monkeypatch.setattr(HiddenLayers, "forget", lambda self: calls.append("forget"))
+    monkeypatch.setattr(Projectors, "step", lambda self: calls.append("step"))
+    monkeypatch.setattr(Projectors, "forget", lambda self: calls.append("forget"))
     params = make_params(
         kd_hidden_weight=1.0, kd_hidden_layers="out", start_epoch=2, exp_dir=tmp_path
     )
@@ -569,7 +571,7 @@ def test_a_training_killed_right_behind_its_checkpoint_goes_on_from_it(
     """Its next batch, which would have marked the checkpoint, never came."""
     changes = {"kd_hidden_weight": 0.5, "kd_hidden_layers": "out", "save_every_n": 9}
     first = attached(**changes)
-    hidden, model = first.distillation.joint.hidden, first.distillation.tap.model
+    hidden, model = first.distillation.joint.projectors, first.distillation.tap.model
     first.clock.params.update(cur_epoch=1, batch_idx_train=4)
     first.clock.count(3)
     learn(hidden, 0)
@@ -579,7 +581,7 @@ def test_a_training_killed_right_behind_its_checkpoint_goes_on_from_it(
     model.state_dict()  # as for epoch-1.pt; the process is killed behind it
     expected = [p.detach().clone() for p in pending]
     later = attached(**changes, start_epoch=2, batch_idx_train=4)
-    learned = learn(later.distillation.joint.hidden, 0)
+    learned = learn(later.distillation.joint.projectors, 0)
     for a, b, c in zip(learned, expected, learn(layers(), 0)):
         assert torch.equal(a, b) and not torch.equal(a, c)
     assert later.checkpoint.snapshot["counted"]["seen"] == 3
@@ -592,7 +594,7 @@ def test_processes_that_share_projectors_do_not_wait_at_a_checkpoint(
     """One of them alone writes it, and moving the projectors takes all."""
     found = attached(kd_hidden_weight=0.5, kd_hidden_layers="out")
     monkeypatch.setattr(distillation, "rank_and_world_size", lambda: (0, 2))
-    monkeypatch.setattr(HiddenLayers, "step", lambda self: pytest.fail("step"))
+    monkeypatch.setattr(Projectors, "step", lambda self: pytest.fail("step"))
     found.clock.params.update(cur_epoch=1, batch_idx_train=4)
     found.distillation.tap.model.state_dict()
 

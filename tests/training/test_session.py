@@ -503,7 +503,9 @@ def test_a_cache_is_filled_and_read(make_model, online, make_cut, tmp_path):
         [make_cut("c1", 47), make_cut("c2", 61), make_cut("c3", 33)]
     )
     model = make_model(vocab_size=25).train()
-    session.attach(online(hard=0.0, kd_cache_dir=str(tmp_path / "cache")), model)
+    session.attach(
+        online(hard=0.0, kd_teacher_cache_dir=str(tmp_path / "cache")), model
+    )
     first, _ = online_step(model, cuts)
     written = (tmp_path / "cache" / "targets.bin").stat().st_size
     online_step(model, cuts)
@@ -529,7 +531,7 @@ def cached(make_model, online, make_cut, tmp_path, at_exit):
         )
         model = make_model(vocab_size=25).train()
         folder = str(tmp_path / "cache")
-        session.attach(online(hard=0.0, kd_cache_dir=folder, **changes), model)
+        session.attach(online(hard=0.0, kd_teacher_cache_dir=folder, **changes), model)
         info, _ = online_step(model, cuts)
         assert info["kd_ctc_loss"] > 0 and info["kd_frames"] == 31
         (call,) = at_exit
@@ -603,7 +605,7 @@ def test_each_process_of_ddp_leaves_a_manifest(
 def test_a_cache_keeps_the_form_that_was_told(
     cached, tmp_path, keep, temperature, teacher_exp
 ):
-    finish, *args = cached(kd_keep=keep, temperature=temperature)
+    finish, *args = cached(kd_teacher_keep=keep, temperature=temperature)
     finish(*args)
     fingerprint = Fingerprint.read(tmp_path / "cache")
     assert fingerprint.ctc == keep
@@ -631,9 +633,11 @@ def test_a_sparse_cache_of_another_temperature_is_refused(
     make_model, online, tmp_path, at_exit, keep, temperature
 ):
     model = make_model(vocab_size=25)
-    changes = {"kd_keep": keep, "temperature": temperature}
+    changes = {"kd_teacher_keep": keep, "temperature": temperature}
     with pytest.raises(KDError, match="--kd-temperature") as e:
-        session.attach(online(kd_cache_dir=str(tmp_path / "cache"), **changes), model)
+        session.attach(
+            online(kd_teacher_cache_dir=str(tmp_path / "cache"), **changes), model
+        )
     assert f"loss asks for {temperature:g}" in str(e.value)
     assert "\n" not in str(e.value)
     assert hooks_of(model) == [] and at_exit == []
@@ -647,7 +651,8 @@ def test_a_form_that_no_cache_keeps_is_refused(
     model = make_model(vocab_size=25)
     with pytest.raises(KDError):
         session.attach(
-            online(kd_cache_dir=str(tmp_path / "cache"), kd_keep=keep), model
+            online(kd_teacher_cache_dir=str(tmp_path / "cache"), kd_teacher_keep=keep),
+            model,
         )
     assert hooks_of(model) == []
 
@@ -664,8 +669,8 @@ def test_a_teacher_of_another_vocabulary_is_refused(make_model, online):
 
 
 def test_a_cache_without_a_teacher_is_refused(make_model, make_params):
-    with pytest.raises(KDError, match="there is no teacher to ask"):
-        session.attach(make_params(kd_cache_dir="x"), make_model())
+    with pytest.raises(KDError, match="there is no teacher to run"):
+        session.attach(make_params(kd_teacher_cache_dir="x"), make_model())
 
 
 # The transducer's term
@@ -710,7 +715,7 @@ def test_the_teachers_ranges_save_the_second_pass_of_the_joiner(
         layer.register_forward_hook(lambda *_, c=calls: c.append(1))
         random.seed(1)
         torch.manual_seed(1)
-        changes = {"kd_teacher_ranges": guided, "kd_full_sum_weight": 0.1}
+        changes = {"kd_stored_ranges": guided, "kd_full_sum_weight": 0.1}
         info = rnnt_step(model, make_params, cuts, temperature=1.0, **changes)
         found[guided] = info["kd_rnnt_loss"], info["kd_full_sum_loss"], len(calls)
     assert found[1][:2] == pytest.approx(found[0][:2], rel=1e-4)
@@ -719,9 +724,9 @@ def test_the_teachers_ranges_save_the_second_pass_of_the_joiner(
 
 def test_the_teachers_ranges_want_stored_lattices(make_model, make_params, online):
     with pytest.raises(KDError, match="no term reads lattices.*--keep-lattice"):
-        session.attach(make_params(kd_teacher_ranges=1), make_model())
-    params = online(ctc=0.0, kd_rnnt_weight=1.0, kd_teacher_ranges=1)
-    with pytest.raises(KDError, match="the teacher is asked online"):
+        session.attach(make_params(kd_stored_ranges=True), make_model())
+    params = online(ctc=0.0, kd_rnnt_weight=1.0, kd_stored_ranges=True)
+    with pytest.raises(KDError, match="the teacher runs in the training process"):
         session.attach(params, make_model(vocab_size=25))
 
 
@@ -762,7 +767,10 @@ def test_an_online_teacher_teaches_the_transducer(
         cuts.append(cut)
     model = make_model(vocab_size=25).train()
     params = online(
-        ctc=0.0, kd_rnnt_weight=0.5, bpe_model=str(teacher_exp.bpe_model), kd_s_range=3
+        ctc=0.0,
+        kd_rnnt_weight=0.5,
+        bpe_model=str(teacher_exp.bpe_model),
+        kd_teacher_s_range=3,
     )
     session.attach(params, model)
     dataset = session.wrap_dataset(K2SpeechRecognitionDataset(), Untouchable())

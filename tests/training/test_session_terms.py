@@ -273,7 +273,7 @@ def test_every_batch_of_a_session_has_the_same_keys(
 
 
 def projectors():
-    return session.current().distillation.joint.hidden.modules
+    return session.current().distillation.joint.projectors.modules
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
@@ -283,7 +283,7 @@ def test_stored_hidden_layers_are_learned_through_projectors(
     cuts, model = store(ctc="", hidden="out:half,0:half"), student()
     names = list(model.state_dict())
     settings = {"hard": 0.0, "kd_hidden_weight": 0.2, "kd_hidden_layers": "out,0:1"}
-    settings |= {"kd_hidden_kind": kind, "kd_projector_lr": 3e-2}
+    settings |= {"kd_hidden_distance": kind, "kd_hidden_projector_lr": 3e-2}
     found = train(model, params(**settings), cuts, steps=12)
     assert set(found[0]) == {"kd_hidden_loss", "kd_hidden_frames"}
     assert found[0]["kd_hidden_frames"] == FRAMES
@@ -307,7 +307,7 @@ def test_stored_hidden_layers_are_learned_through_projectors(
 def test_the_projectors_rate_is_its_own(student, params, store, train, rate, moved):
     cuts, model = store(ctc="", hidden="out:half"), student()
     settings = {"kd_hidden_weight": 0.2, "kd_hidden_layers": "out"}
-    train(model, params(**settings, kd_projector_lr=rate), cuts, steps=3)
+    train(model, params(**settings, kd_hidden_projector_lr=rate), cuts, steps=3)
     (weight, _) = projectors().parameters()
     assert torch.equal(weight, torch.eye(32, 24)) != moved
 
@@ -321,7 +321,9 @@ def test_stored_codes_are_learned(student, params, store, train, tmp_path):
     model = student()
     names = list(model.state_dict())
     settings = {"hard": 0.0, "kd_hidden_weight": 0.2, "kd_hidden_layers": "out"}
-    found = train(model, params(**settings, kd_projector_lr=3e-2), cuts, steps=12)
+    found = train(
+        model, params(**settings, kd_hidden_projector_lr=3e-2), cuts, steps=12
+    )
     losses = [info["kd_hidden_loss"] for info in found]
     assert losses[0] / FRAMES > 2 and losses[-1] < 0.6 * losses[0]
     assert list(model.state_dict()) == names
@@ -332,7 +334,7 @@ def test_an_online_teachers_hidden_layers_are_learned(
 ):
     model = student(encoder_dim="12,20", encoder_unmasked_dim="8,12")
     settings = {"ctc": 0.0, "hard": 0.0, "kd_hidden_weight": 0.2}
-    settings |= {"kd_hidden_layers": "out,0:1", "kd_projector_lr": 3e-2}
+    settings |= {"kd_hidden_layers": "out,0:1", "kd_hidden_projector_lr": 3e-2}
     given = online(**settings)
     found = train(model, given, bare_cuts, steps=12)
     losses = [info["kd_hidden_loss"] for info in found]
@@ -357,9 +359,17 @@ def test_no_projector_is_in_ddps_state(student, params, store, train, process_gr
 @pytest.mark.parametrize(
     "kept, layers, words",
     [
-        ({}, "out", "keeps no hidden layers: dump with --keep-hidden out:half"),
-        ({"hidden": "out:half"}, "1", r"keep layers \['out'\].*not 1.*--keep-hidden 1"),
-        ({"hidden": "0:half,1:half"}, "1,out", r"\['0', '1'\].* not out"),
+        ({}, "out", "keeps no hidden layers, .*: dump with --keep-hidden out:half"),
+        (
+            {"hidden": "out:half"},
+            "1",
+            "keeps the layers out:half and not 1, .*--keep-hidden 1:half",
+        ),
+        (
+            {"hidden": "0:half,1:half"},
+            "1,out",
+            "keeps the layers 0:half,1:half and not out",
+        ),
     ],
 )
 def test_a_store_without_the_layer_is_refused_before_training(
@@ -379,8 +389,12 @@ def test_a_store_without_the_layer_is_refused_before_training(
         ({"kd_hidden_weight": 1.0, "kd_hidden_layers": "out:5"}, "50"),
         ({"kd_hidden_weight": 1.0, "kd_hidden_layers": "1:5"}, "the hidden layer is"),
         (
-            {"kd_hidden_weight": 1.0, "kd_hidden_layers": "1", "kd_hidden_kind": "l1"},
-            "--kd-hidden-kind",
+            {
+                "kd_hidden_weight": 1.0,
+                "kd_hidden_layers": "1",
+                "kd_hidden_distance": "l1",
+            },
+            "--kd-hidden-distance",
         ),
     ],
 )
@@ -774,7 +788,7 @@ def test_a_cache_keeps_no_stand_in_as_a_transcript(
 ):
     monkeypatch.setattr(atexit, "register", lambda *call: None)
     cuts, model = untranscribed(None), student()
-    session.attach(online(kd_cache_dir=str(tmp_path / "on")), model)
+    session.attach(online(kd_teacher_cache_dir=str(tmp_path / "on")), model)
     done = step(model, wrap(cuts)[cuts])
     assert done.info["kd_ctc_loss"] > 1
     writer = session.current().distillation.source.cache.writer
@@ -820,7 +834,9 @@ def test_the_full_sum_needs_lattices_at_temperature_1(
     if fits:
         assert step(model, wrap(cuts)[cuts]).info["kd_full_sum_loss"] > 0
         return
-    with pytest.raises(KDError, match="--kd-full-sum-weight .*temperature 1") as e:
+    with pytest.raises(
+        KDError, match="kd_full_sum_loss .*temperature 1, .*--kd-temperature"
+    ) as e:
         wrap(cuts)
     assert lattice in one_sentence(e) and "--keep-lattice dense" in str(e.value)
 
@@ -904,7 +920,11 @@ def asked(online, bare_cuts, student, sp, monkeypatch):
 def test_an_online_lattice_is_pruned_or_full_or_a_path(asked, sp):
     labels = {name: len(sp.encode(text)) for name, text in TEXTS.items()}
     frames = dict(zip(TEXTS, (14, 10, 7)))
-    pruned, full, path = asked(kd_s_range=2), asked(kd_s_range=0), asked(kd_path_only=1)
+    pruned, full, path = (
+        asked(kd_teacher_s_range=2),
+        asked(kd_teacher_s_range=0),
+        asked(kd_teacher_path_only=True),
+    )
     for row, name in enumerate(TEXTS):
         t, u = frames[name], labels[name]
         nodes = [
@@ -928,7 +948,9 @@ def test_an_online_lattice_is_pruned_or_full_or_a_path(asked, sp):
 def test_a_path_of_the_full_lattice_is_the_best_of_all(asked, monkeypatch):
     """Its nodes are among those that the teacher's paths pass."""
     monkeypatch.setattr("icefall_kd.lattice.LEAST_OCCUPANCY", 0.0)  # keep all nodes
-    full, path = asked(kd_s_range=0), asked(kd_s_range=0, kd_path_only=1)
+    full, path = asked(kd_teacher_s_range=0), asked(
+        kd_teacher_s_range=0, kd_teacher_path_only=True
+    )
     passed = {
         (int(r), int(t), int(u)): float(o)
         for r, t, u, o in zip(
@@ -949,7 +971,12 @@ def test_a_path_of_the_full_lattice_is_the_best_of_all(asked, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"kd_s_range": 0}, {"kd_path_only": 1}, {"kd_rnnt_form": "total"}]
+    "changes",
+    [
+        {"kd_teacher_s_range": 0},
+        {"kd_teacher_path_only": True},
+        {"kd_rnnt_form": "total"},
+    ],
 )
 def test_a_student_learns_from_each_online_lattice(
     student, online, bare_cuts, train, sp, changes
@@ -970,23 +997,25 @@ def test_ranges_without_lattices_are_refused_before_the_model_is_tapped(
     student, params, changes, words
 ):
     model = student()
-    with pytest.raises(KDError, match=f"--kd-teacher-ranges 1 .*{words}") as e:
-        session.attach(params(**changes, kd_teacher_ranges=1), model)
+    with pytest.raises(KDError, match=f"--kd-stored-ranges true .*{words}") as e:
+        session.attach(params(**changes, kd_stored_ranges=True), model)
     one_sentence(e)
     assert not any(m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("s_range", [1, -1])
 def test_a_lattice_that_no_path_gets_through_is_refused(student, online, s_range):
-    with pytest.raises(KDError, match=f"--kd-s-range is {s_range}.*or 0 for all"):
-        session.attach(online(kd_s_range=s_range), student())
+    with pytest.raises(
+        KDError, match=f"--kd-teacher-s-range is {s_range}.*or 0 for all"
+    ):
+        session.attach(online(kd_teacher_s_range=s_range), student())
 
 
 @pytest.mark.parametrize("name", ["rnnt", "full_sum", "hidden"])
 def test_a_cache_keeps_no_more_than_ctc_targets(student, online, tmp_path, name):
     changes = {f"kd_{name}_weight": 0.5, "kd_hidden_layers": "out"}
     with pytest.raises(KDError, match=f"--kd-{name.replace('_', '-')}-weight") as e:
-        session.attach(online(kd_cache_dir=str(tmp_path), **changes), student())
+        session.attach(online(kd_teacher_cache_dir=str(tmp_path), **changes), student())
     one_sentence(e)
 
 

@@ -148,9 +148,9 @@ def test_what_can_not_follow_is_refused(make_model, make_params, changes, words)
 
 def test_a_cache_can_not_follow(make_model, online, tmp_path):
     params = online(
-        enable_spec_aug=True, kd_time_warp="follow", kd_cache_dir=str(tmp_path)
+        enable_spec_aug=True, kd_time_warp="follow", kd_teacher_cache_dir=str(tmp_path)
     )
-    with pytest.raises(KDError, match="--kd-cache-dir.*--kd-time-warp off"):
+    with pytest.raises(KDError, match="--kd-teacher-cache-dir.*--kd-time-warp off"):
         session.attach(params, make_model(vocab_size=25))
 
 

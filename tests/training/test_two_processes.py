@@ -22,7 +22,7 @@ from icefall_kd import JointKDLoss, ModelTap
 from icefall_kd.errors import KDError
 from icefall_kd.rnnt import get_engine
 from icefall_kd.teacher import OnlineTeacher
-from icefall_kd.terms.layers import HiddenLayers, parse_layers
+from icefall_kd.terms import CtcTerm, FullSumTerm, HiddenTerm, NbestTerm, TransducerTerm
 from icefall_kd.training import session
 from icefall_kd.types import Targets
 
@@ -111,20 +111,27 @@ def recipe_loss(model, batch):
 def learn(given, targets, weights, rows=ALL, epoch=0.0, parallel=False):
     """The gradients of one batch, and what was logged of it."""
     model = calm(build(given))
-    layers = HiddenLayers(parse_layers(LAYERS))
-    layers.learn_widths(given.targets.parts["hidden"])
-    kd = {f"{name}_weight": weight for name, weight in weights.items()}
-    joint = JointKDLoss(**kd, hard_weight=0.3, temperature=2.0, hidden=layers)
+    hidden = HiddenTerm(weights.get("hidden", 0.0), LAYERS)
+    projectors = hidden.projectors
+    projectors.learn_widths(given.targets.parts["hidden"])
+    terms = [
+        CtcTerm(weights.get("ctc", 0.0), temperature=2.0),
+        TransducerTerm(weights.get("rnnt", 0.0), temperature=2.0),
+        FullSumTerm(weights.get("full_sum", 0.0)),
+        hidden,
+        NbestTerm(weights.get("nbest", 0.0)),
+    ]
+    joint = JointKDLoss(terms, hard_weight=0.3)
     wrapped = DDP(model, find_unused_parameters=True) if parallel else model
-    hook = ModelTap(model, layers.student_layers, with_decoder=True)
+    hook = ModelTap(model, hidden.student_layers, with_decoder=True)
     batch = {"x": given.x[rows], "x_lens": given.x_lens[rows], "y": given.y[rows]}
     loss = recipe_loss(wrapped, batch)
     loss, info = joint(loss, hook.take(), targets, model, epoch=epoch)
     loss.backward()
-    layers.reduce()
+    projectors.reduce()
     return {
         "model": {n: p.grad for n, p in model.named_parameters()},
-        "projectors": {n: p.grad for n, p in layers.modules.named_parameters()},
+        "projectors": {n: p.grad for n, p in projectors.modules.named_parameters()},
         "info": info,
         "keys": [*wrapped.state_dict()],
     }
@@ -152,7 +159,7 @@ def train(given, rank):
         loss.backward()
         optimizer.step()
         infos.append(dict(info))
-    hidden = session.current().distillation.joint.hidden
+    hidden = session.current().distillation.joint.projectors
     hidden.step()
     return {
         "infos": infos,
@@ -297,6 +304,6 @@ def test_a_process_whose_projectors_have_no_widths_is_refused(
 ):
     """The others would wait for its gradients for ever."""
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    layers = HiddenLayers(parse_layers(LAYERS))
+    hidden = HiddenTerm(layers=LAYERS)
     with pytest.raises(KDError, match="learn_widths"):
-        layers.build(None, nothing())
+        hidden.prepare(None, nothing())

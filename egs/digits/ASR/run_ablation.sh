@@ -34,14 +34,14 @@ flags_of() {
   case $1 in
     none) echo "kd" ;;
     ctc) echo "kd --kd-ctc-weight 1" ;;
-    symmetric) echo "kd --kd-ctc-weight 1 --kd-ctc-frames symmetric" ;;
+    symmetric) echo "kd --kd-ctc-weight 1 --kd-ctc-frame-weighting symmetric" ;;
     rnnt) echo "kd --kd-rnnt-weight 1" ;;
     collapsed) echo "kd --kd-rnnt-weight 1 --kd-rnnt-form collapsed" ;;
     path) echo "kd-path --kd-rnnt-weight 1" ;;
     total) echo "kd --kd-rnnt-weight 1 --kd-rnnt-form total" ;;
     full_sum) echo "kd --kd-full-sum-weight 0.1" ;;
     hidden) echo "kd --kd-hidden-weight 10 --kd-hidden-layers out:out" \
-      "--kd-hidden-kind cosine" ;;
+      "--kd-hidden-distance cosine" ;;
     nbest) echo "kd-nbest --kd-nbest-weight 0.5" ;;
     mix) echo "kd --kd-config conf/kd.yaml" ;;
     *) echo "run_ablation.sh: error: there is no variant $1" >&2; exit 1 ;;

@@ -8,7 +8,9 @@ import torch
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import hidden_rows
 from icefall_kd.losses.hidden import hidden_kd_loss
-from icefall_kd.terms.layers import HiddenLayers, parse_layers
+from icefall_kd.terms import HiddenTerm
+from icefall_kd.terms.batch import Batch
+from icefall_kd.terms.hidden import parse_layers
 from icefall_kd.types import EncoderOut, Targets
 
 
@@ -33,14 +35,18 @@ def teacher(layers, t=7, seed=1):
     return Targets(torch.tensor([t, t - 3]), parts={"hidden": hidden})
 
 
-def term(layers, said, heard):
-    layers.build(said, heard)
-    return layers(said, heard, heard.mask)
+def hidden_term(layers="out", distance="mse", lr=1e-3):
+    return HiddenTerm(1.0, layers, distance, lr)
+
+
+def value(term, said, heard):
+    term.prepare(said, heard)
+    return term.value(Batch(said, heard))[0]
 
 
 def test_the_term_is_the_sum_over_pairs():
     said, heard = student(), teacher({"out": 5, 3: 6})
-    layers = HiddenLayers(parse_layers("out:out,3:2"), "cosine")
+    layers = hidden_term("out:out,3:2", "cosine")
     expected = hidden_kd_loss(
         hidden_rows(said, "out"),
         heard.parts["hidden"]["out"],
@@ -49,8 +55,8 @@ def test_the_term_is_the_sum_over_pairs():
     ) + hidden_kd_loss(
         hidden_rows(said, 2), heard.parts["hidden"][3], heard.lens, distance="cosine"
     )
-    torch.testing.assert_close(term(layers, said, heard), expected)
-    assert list(layers.modules.parameters()) == [] and expected > 1
+    torch.testing.assert_close(value(layers, said, heard), expected)
+    assert list(layers.projectors.modules.parameters()) == [] and expected > 1
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
@@ -58,26 +64,26 @@ def test_a_student_that_equals_its_teacher_has_zero_loss_and_gradient(kind):
     said = student()
     rows = {"out": hidden_rows(said, "out").detach()}
     heard = Targets(said.encoder_out_lens, parts={"hidden": rows})
-    loss = term(HiddenLayers(parse_layers("out"), kind), said, heard)
+    loss = value(hidden_term("out", kind), said, heard)
     loss.backward()
     assert loss == 0 and said.encoder_out.grad.abs().max() == 0
 
 
 def test_a_projector_begins_with_the_teachers_first_channels():
     said, heard = student(c=5), teacher({"out": 8})
-    layers = HiddenLayers(parse_layers("out"))
+    layers = hidden_term("out")
     x = torch.cat((said.encoder_out, torch.zeros(2, 7, 3)), -1).unsqueeze(2)
     expected = hidden_kd_loss(x, heard.parts["hidden"]["out"], heard.lens)
-    torch.testing.assert_close(term(layers, said, heard), expected)
+    torch.testing.assert_close(value(layers, said, heard), expected)
 
 
 def test_a_projector_learns_from_the_backward_pass_before():
     said, heard = student(), teacher({"out": 8})
-    layers = HiddenLayers(parse_layers("out"), lr=0.05)
+    layers = hidden_term("out", lr=0.05)
     losses = []
     for _ in range(40):
-        layers.step()
-        loss = term(layers, said, heard)
+        layers.projectors.step()
+        loss = value(layers, said, heard)
         loss.backward()
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
@@ -87,20 +93,22 @@ def test_the_random_state_is_left_alone():
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
-    term(HiddenLayers(parse_layers("out")), student(), teacher({"out": 8}))
+    value(hidden_term("out"), student(), teacher({"out": 8}))
     torch.testing.assert_close(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("factor", [1.0, 512.0, 0.25])
 def test_neither_weight_nor_loss_scale_reach_the_projectors_gradient(factor):
     said, heard = student(), teacher({"out": 8})
-    layers = HiddenLayers(parse_layers("out"))
-    (factor * term(layers, said, heard)).backward()
-    assert layers.reduce()
-    (weight, bias) = layers.modules.parameters()
-    other = HiddenLayers(parse_layers("out"))
-    term(other, said, heard).backward()
-    torch.testing.assert_close(weight.grad, next(other.modules.parameters()).grad)
+    layers = hidden_term("out")
+    (factor * value(layers, said, heard)).backward()
+    assert layers.projectors.reduce()
+    (weight, bias) = layers.projectors.modules.parameters()
+    other = hidden_term("out")
+    value(other, said, heard).backward()
+    torch.testing.assert_close(
+        weight.grad, next(other.projectors.modules.parameters()).grad
+    )
     assert bias.grad.abs().max() > 0
 
 
@@ -122,17 +130,17 @@ def test_passes_of_several_weights_add_up_as_unweighted_ones(codes):
     batches = [batch(seed) for seed in range(3)]
 
     def run(weights, together=False):
-        layers = HiddenLayers(parse_layers("out"))
+        layers = hidden_term("out")
         terms = []
         for (said, heard), weight in zip(batches, weights):
             said.encoder_out.grad = None
-            terms.append(weight * term(layers, said, heard))
+            terms.append(weight * value(layers, said, heard))
             if not together:
                 terms.pop().backward()
         if together:
             sum(terms).backward()
-        assert layers.reduce()
-        ours = [p.grad for p in layers.modules.parameters()]
+        assert layers.projectors.reduce()
+        ours = [p.grad for p in layers.projectors.modules.parameters()]
         return ours, [said.encoder_out.grad for said, _ in batches]
 
     expected, students = run([1.0, 1.0, 1.0])
@@ -149,41 +157,44 @@ def test_passes_of_several_weights_add_up_as_unweighted_ones(codes):
 
 def test_an_infinite_scale_is_not_learned_from():
     said, heard = student(), teacher({"out": 8})
-    layers = HiddenLayers(parse_layers("out"))
-    (torch.inf * term(layers, said, heard)).backward()
-    assert not layers.reduce()
+    layers = hidden_term("out")
+    (torch.inf * value(layers, said, heard)).backward()
+    assert not layers.projectors.reduce()
 
 
 def test_an_overflow_is_not_learned_from():
     said, heard = student(), teacher({"out": 8})
-    layers = HiddenLayers(parse_layers("out"))
-    term(layers, said, heard).backward()
-    before = [p.detach().clone() for p in layers.modules.parameters()]
-    next(layers.modules.parameters()).grad[0, 0] = torch.inf
-    layers.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, layers.modules.parameters()))
-    assert all(p.grad is None for p in layers.modules.parameters())
+    layers = hidden_term("out")
+    value(layers, said, heard).backward()
+    before = [p.detach().clone() for p in layers.projectors.modules.parameters()]
+    next(layers.projectors.modules.parameters()).grad[0, 0] = torch.inf
+    layers.projectors.step()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, layers.projectors.modules.parameters())
+    )
+    assert all(p.grad is None for p in layers.projectors.modules.parameters())
 
 
 def test_a_batch_without_layers_has_a_zero_term_with_its_graph():
     said, heard = student(), teacher({"out": 8})
-    layers = HiddenLayers(parse_layers("out"))
-    layers.learn_widths(heard.parts["hidden"])
-    loss = term(layers, said, Targets(heard.lens))
+    layers = hidden_term("out")
+    layers.projectors.learn_widths(heard.parts["hidden"])
+    loss = value(layers, said, Targets(heard.lens))
     loss.backward()
     assert loss == 0 and said.encoder_out.grad.abs().max() == 0
-    layers.step()  # with nothing to learn
-    assert len(list(layers.modules.parameters())) == 2
+    layers.projectors.step()  # with nothing to learn
+    assert len(list(layers.projectors.modules.parameters())) == 2
 
 
 def test_frames_outside_the_mask_do_not_count():
     said, heard = student(), teacher({"out": 8})
-    layers = HiddenLayers(parse_layers("out"))
-    expected = term(layers, said, heard)
+    layers = hidden_term("out")
+    expected = value(layers, said, heard)
     heard.parts["hidden"]["out"][1, 4:] = torch.nan
     with torch.no_grad():
         said.encoder_out[1, 4:] = 1e3
-    torch.testing.assert_close(term(layers, said, heard), expected)
+    torch.testing.assert_close(value(layers, said, heard), expected)
 
 
 def test_codes_are_predicted_by_their_cross_entropy():
@@ -191,11 +202,11 @@ def test_codes_are_predicted_by_their_cross_entropy():
     said = student(c=5)
     codes = torch.randint(256, (2, 7, 1, 4), generator=torch.Generator().manual_seed(3))
     heard = Targets(said.encoder_out_lens, parts={"hidden": {"out": codes}})
-    layers = HiddenLayers(parse_layers("out"), lr=0.05)
+    layers = hidden_term("out", lr=0.05)
     losses = []
     for _ in range(30):
-        layers.step()
-        loss = term(layers, said, heard)
+        layers.projectors.step()
+        loss = value(layers, said, heard)
         loss.backward()
         losses.append(float(loss))
     n = float(heard.mask.sum())
@@ -207,24 +218,26 @@ def test_codes_are_predicted_by_their_cross_entropy():
 
 def test_what_was_learned_goes_on():
     said, heard = student(), teacher({"out": 8})
-    layers = HiddenLayers(parse_layers("out"), lr=0.05)
+    layers = hidden_term("out", lr=0.05)
     for _ in range(3):
-        term(layers, said, heard).backward()
-        layers.step()
-    other = HiddenLayers(parse_layers("out"), lr=0.05)
-    other.load_state_dict(copy.deepcopy(layers.state_dict()))
-    torch.testing.assert_close(term(other, said, heard), term(layers, said, heard))
+        value(layers, said, heard).backward()
+        layers.projectors.step()
+    other = hidden_term("out", lr=0.05)
+    other.projectors.load_state_dict(copy.deepcopy(layers.projectors.state_dict()))
+    torch.testing.assert_close(value(other, said, heard), value(layers, said, heard))
     for x in (layers, other):
-        term(x, said, heard).backward()
-        x.step()
-    torch.testing.assert_close(term(other, said, heard), term(layers, said, heard))
+        value(x, said, heard).backward()
+        x.projectors.step()
+    torch.testing.assert_close(value(other, said, heard), value(layers, said, heard))
 
 
 def test_projectors_of_other_layers_are_refused():
-    layers = HiddenLayers(parse_layers("out"))
-    layers.load_state_dict({"modules": {"3-2.weight": torch.zeros(1)}, "optimizer": {}})
+    layers = hidden_term("out")
+    layers.projectors.load_state_dict(
+        {"modules": {"3-2.weight": torch.zeros(1)}, "optimizer": {}}
+    )
     with pytest.raises(KDError, match="remove kd.pt"):
-        term(layers, student(), teacher({"out": 8}))
+        value(layers, student(), teacher({"out": 8}))
 
 
 @pytest.mark.parametrize(
@@ -255,11 +268,11 @@ def test_what_is_no_pair_is_refused(text, words):
 
 
 def test_a_layer_that_the_targets_lack_is_refused():
-    layers = HiddenLayers(parse_layers("4:2"))
+    layers = hidden_term("4:2")
     with pytest.raises(KDError, match="keep layers \\['3'\\] .* not 4.*--keep-hidden"):
-        term(layers, student(), teacher({3: 6}))
+        value(layers, student(), teacher({3: 6}))
 
 
 def test_an_unknown_distance_is_refused():
-    with pytest.raises(KDError, match="--kd-hidden-kind one of mse, cosine"):
-        HiddenLayers([("out", "out")], "l1")
+    with pytest.raises(KDError, match="`HiddenTerm.distance` .* one of mse, cosine"):
+        hidden_term("out", "l1")

@@ -1,0 +1,64 @@
+"""The term of a transcript's probability, summed over its alignments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Tuple
+
+from icefall_kd.errors import KDError
+from icefall_kd.terms.base import Option, Term
+from icefall_kd.terms.schedule import Curve
+
+if TYPE_CHECKING:
+    import torch
+
+    from icefall_kd.targets.fingerprint import Fingerprint
+    from icefall_kd.terms.batch import Batch
+
+
+class FullSumTerm(Term):
+    """The distance between teacher and student of a transcript's log-probability.
+
+    See :func:`icefall_kd.losses.full_sum.full_sum_kd_loss` for its equation.
+
+    Args:
+      weight: The weight in the joint loss, 0 or more.
+    """
+
+    name = "full_sum"
+    kinds = ("lattice",)
+    heads = ("transducer",)
+    needs_node_logits = True
+    options = (
+        Option(
+            "full-sum-weight",
+            "weight",
+            Curve,
+            0.0,
+            "Weight of the full-sum term: the distance between the teacher's and the "
+            "student's log-probability of the transcript, each summed over the paths "
+            "of the teacher's lattice. It is a number such as 0.1, or numbers by "
+            "epoch.",
+        ),
+    )
+
+    def check_store(self, fingerprint: Fingerprint, store: str) -> None:
+        super().check_store(fingerprint, store)
+        _, codec = fingerprint.codecs()
+        try:
+            codec.check_temperature(1.0)
+        except KDError:
+            raise KDError(
+                f"the store {store} keeps its lattices as {fingerprint.lattice}, and "
+                "the term kd_full_sum_loss needs them at temperature 1, whatever "
+                "`temperature` is: dump with --keep-lattice dense or collapsed, or set "
+                f"{self.parameter('weight')} to 0"
+            ) from None
+
+    def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+        from icefall_kd.losses.full_sum import full_sum_kd_loss
+
+        nodes = batch.nodes
+        if nodes is None:  # no row of the batch has a lattice
+            return batch.zero_of_transducer(), 0.0
+        value = full_sum_kd_loss(batch.student_nodes(nodes), blank_id=batch.blank_id)
+        return value, batch.count_frames(nodes.row.unique())
