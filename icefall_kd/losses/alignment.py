@@ -1,13 +1,24 @@
-"""Monotone alignments of a late student's frames with its teacher's."""
+"""Monotone alignments of a late student's frames with its teacher's.
+
+:func:`align_late_student` computes the KL divergence of each pair of frames that may
+meet, finds the path of least cost by dynamic programming, and returns its pairs.
+:class:`LateKL` is the loss over these pairs, with its gradient.
+"""
 
 import math
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 
-from icefall_kd.losses.kl import FLOOR, cast_teacher, chunk_rows, log_sum_exp, wide
-from icefall_kd.types import Distribution, index_rows, is_sparse
+from icefall_kd.losses.kl import (
+    FLOOR,
+    chunk_rows,
+    compute_dtype,
+    log_sum_exp,
+    scaled_logits,
+)
+from icefall_kd.types import Distribution, SparseDistribution, index_rows, is_sparse
 
 
 class FramePairs(NamedTuple):
@@ -50,49 +61,35 @@ def align_late_student(
     Args:
       student: (N * T, V), logits.
       teacher: N * T rows of V logits or log-probabilities, or sparse.
-      temperature: Of both; a sparse teacher is at it already.
+      temperature: T, of both; a sparse teacher is at it already.
       valid: (N, T), bool, frames that count on both sides. Others are never read.
       weights: (R,), w of the R valid frames, 0 or more; None: 1.
-      delay: In frames, above 0.
-      softmax: (N * T, V), takes the softmax of the student's valid rows; None: is not
-        wanted.
+      delay: How late the student may be, in frames, above 0.
+      softmax: (N * T, V), memory for the softmax of the student's valid rows; None: it
+        is not wanted.
 
     Returns:
       The pairs of all stretches.
     """
-    rows = valid.flatten().nonzero().squeeze(1)
+    rows = valid.flatten().nonzero().squeeze(1)  # (R,)
     starts = torch.ones_like(valid)
     starts[:, 1:] = ~valid[:, :-1]
-    stretch = starts.flatten()[rows].cumsum(0) - 1  # (R,), which one a row is in
-    lengths = stretch.bincount()
+    stretch = starts.flatten()[rows].cumsum(0) - 1  # (R,), the stretch of each row
+    lengths = stretch.bincount()  # (M,), of M stretches
     delay = min(delay, int(lengths.max()) - 1)
-    kl = _costs(student, teacher, temperature, rows, delay, softmax)
-    costs = kl.clone()
-    if weights is not None:
-        for j in range(delay + 1):
-            n = len(weights) - j
-            larger = torch.maximum(weights[:n], weights[j:])
-            costs[:n, j] = (kl[:n, j] * larger).masked_fill(larger == 0, 0.0)  # 0 * NaN
+    kl = _divergences(student, teacher, temperature, rows, delay, softmax)  # (R, D)
+    costs = _weighted(kl, weights)
     for j in range(1, delay + 1):  # a pair lies in one stretch
         costs[len(rows) - j :, j] = torch.inf
         costs[:-j, j].masked_fill_(stretch[j:] != stretch[:-j], torch.inf)
-    first_row = lengths.cumsum(0) - lengths
-    at = torch.arange(len(rows), device=rows.device) - first_row[stretch]
-    # (frames, delays, stretches), so that a step of the search reads contiguously.
-    # Behind the end of a short stretch the path goes on along j = 0 without cost.
-    table = torch.full(
-        (int(lengths.max()), delay + 1, len(lengths)), torch.inf, dtype=torch.float64
-    )
-    table[:, 0] = 0.0
-    at, stretch = at.cpu(), stretch.cpu()
-    table[at, :, stretch] = costs.cpu().to(torch.float64)
-    low, high = _best_paths(table.numpy())
-    low, high = (torch.from_numpy(x)[at, stretch].to(rows.device) for x in (low, high))
-    count = high - low + 1
+    low, high = _search(costs, stretch, lengths)
+
+    # The teacher's i-th row meets the student's rows from i + low[i] to i + high[i].
+    counts = high - low + 1
     teacher_index = torch.arange(len(rows), device=rows.device)
-    teacher_index = teacher_index.repeat_interleave(count)
+    teacher_index = teacher_index.repeat_interleave(counts)  # (P,)
     # The pairs of a teacher's frame are numbered from its first one on.
-    first_pair = (count.cumsum(0) - count)[teacher_index]
+    first_pair = (counts.cumsum(0) - counts)[teacher_index]
     number = torch.arange(len(teacher_index), device=rows.device) - first_pair
     late_by = low[teacher_index] + number
     student_index = teacher_index + late_by
@@ -101,62 +98,137 @@ def align_late_student(
     return FramePairs(student_index, teacher_index, weights, kl[teacher_index, late_by])
 
 
-def _costs(student, teacher, temperature, rows, delay, softmax) -> torch.Tensor:
+def _weighted(kl: torch.Tensor, weights: Optional[torch.Tensor]) -> torch.Tensor:
+    """c(t, j) = max(w_t, w_t+j) KL, (R, D), from the KL and w, (R,)."""
+    costs = kl.clone()
+    if weights is not None:
+        for j in range(kl.size(1)):
+            n = len(weights) - j
+            larger = torch.maximum(weights[:n], weights[j:])
+            costs[:n, j] = (kl[:n, j] * larger).masked_fill(larger == 0, 0.0)  # 0 * NaN
+    return costs
+
+
+# The costs
+
+
+def _divergences(
+    student: torch.Tensor,
+    teacher: Distribution,
+    temperature: float,
+    rows: torch.Tensor,
+    delay: int,
+    softmax: Optional[torch.Tensor],
+) -> torch.Tensor:
     """KL of the i-th of ``rows`` and the student's (i + j)-th, (R, delay + 1).
 
-    Cells of i + j beyond R - 1 hold anything.
+    Cells of i + j beyond R - 1 hold anything. Arguments are those of
+    :func:`align_late_student`.
     """
     v = student.size(1)
-    dtype = wide(student.dtype)
-    costs = torch.zeros(len(rows), delay + 1, dtype=dtype, device=rows.device)
-    kept = teacher.indices.size(-1) if is_sparse(teacher) else 0
-    step = chunk_rows(rows.device, max(v, (delay + 1) * kept))
+    dtype = compute_dtype(student.dtype)
+    kl = torch.zeros(len(rows), delay + 1, dtype=dtype, device=rows.device)
+    k = teacher.indices.size(-1) if is_sparse(teacher) else 0
+    step = chunk_rows(rows.device, max(v, (delay + 1) * k))
     with torch.autocast(student.device.type, enabled=False):
         for begin in range(0, len(rows), step):
-            part = rows[begin : begin + step]
+            part = rows[begin : begin + step]  # (C,)
             # The student's rows reach as far behind the chunk as the delay does.
             x = student.index_select(0, rows[begin : begin + step + delay]).to(dtype)
             if temperature != 1:
                 x *= 1 / temperature
             x.clamp_(min=FLOOR)
-            q = x.softmax(-1)
+            q = x.softmax(-1)  # (C + delay, V)
             if softmax is not None:
                 softmax.index_copy_(0, part, q[: len(part)])
-            y = cast_teacher(index_rows(teacher, part), dtype, temperature)
-            if is_sparse(y):
-                _sparse_costs(q, y, costs[begin : begin + step])
+            chunk = index_rows(teacher, part)
+            if is_sparse(chunk):
+                _sparse_divergences(q, chunk, kl[begin : begin + step])
             else:
-                _dense_costs(x, log_sum_exp(x, q), y, costs[begin : begin + step])
-    return costs.clamp_(min=0.0)
+                y = scaled_logits(chunk, temperature, dtype)  # (C, V)
+                _dense_divergences(x, log_sum_exp(x, q), y, kl[begin : begin + step])
+    return kl.clamp_(min=0.0)
 
 
-def _dense_costs(x, norms, y, costs) -> None:
-    p = y.clamp_(min=FLOOR).softmax(-1)
-    # Of equal rows both sides are the same, bit by bit, and the cost is 0.
+def _dense_divergences(
+    x: torch.Tensor, norms: torch.Tensor, y: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Write KL(y_i || x_i+j) to ``out``.
+
+    Args:
+      x: (C + D - 1, V), the student's logits / T.
+      norms: (C + D - 1,), their logsumexp.
+      y: (C, V), the teacher's logits / T.
+      out: (C, D).
+    """
+    p = y.softmax(-1)
+    # Of equal rows both sides are the same, bit by bit, and the divergence is 0.
     negative_entropy = (p * y).sum(-1) - log_sum_exp(y, p)
-    for j in range(costs.size(1)):
+    for j in range(out.size(1)):
         n = max(0, min(len(p), len(x) - j))
         cross = (p[:n] * x[j : j + n]).sum(-1) - norms[j : j + n]
-        costs[:n, j] = negative_entropy[:n] - cross
+        out[:n, j] = negative_entropy[:n] - cross
 
 
-def _sparse_costs(q, teacher, costs) -> None:
-    """What a row does not keep is one class; its mass at the student is 1 - kept."""
-    log_p, log_p_tail = teacher.log_probs, teacher.log_tail
+def _sparse_divergences(
+    q: torch.Tensor, teacher: SparseDistribution, out: torch.Tensor
+) -> None:
+    """Write KL(teacher_i || q_i+j) to ``out``.
+
+    The tokens that a row dropped are one class; its mass at the student is 1 - that of
+    the kept ones.
+
+    Args:
+      q: (C + D - 1, V), the student's softmax.
+      teacher: Of C rows.
+      out: (C, D).
+    """
+    log_p, log_p_tail = teacher.log_probs.to(q.dtype), teacher.log_tail.to(q.dtype)
     p, p_tail = log_p.exp(), log_p_tail.exp()
     negative_entropy = (p * log_p.clamp(min=FLOOR)).sum(-1)
     negative_entropy += p_tail * log_p_tail.clamp(min=FLOOR)
-    # The student's row i + j at the symbols that the teacher's row i keeps, (n, D, K).
-    n, n_delays = costs.shape
-    at = torch.arange(n, device=q.device)[:, None]
-    at = (at + torch.arange(n_delays, device=q.device)).clamp_(max=len(q) - 1)
-    q_kept = q.take(at[:, :, None] * q.size(1) + teacher.indices[:, None])
-    kept = (log_p > -torch.inf).to(q.dtype)
+    # The student's row i + j at the tokens that the teacher's row i kept, (C, D, K).
+    n, n_delays = out.shape
+    row = torch.arange(n, device=q.device)[:, None]
+    row = (row + torch.arange(n_delays, device=q.device)).clamp_(max=len(q) - 1)
+    q_kept = q.take(row[:, :, None] * q.size(1) + teacher.indices[:, None])
+    is_token = (log_p > -torch.inf).to(q.dtype)
     tiny = torch.finfo(q.dtype).tiny
-    log_q_tail = (1 - (q_kept * kept[:, None]).sum(-1)).clamp_(min=tiny).log_()
+    log_q_tail = (1 - (q_kept * is_token[:, None]).sum(-1)).clamp_(min=tiny).log_()
     cross = (p[:, None] * q_kept.clamp_(min=tiny).log_()).sum(-1)
     cross += p_tail[:, None] * log_q_tail
-    costs.copy_(negative_entropy[:, None] - cross)
+    out.copy_(negative_entropy[:, None] - cross)
+
+
+# The search
+
+
+def _search(
+    costs: torch.Tensor, stretch: torch.Tensor, lengths: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The path of least cost through each stretch.
+
+    Args:
+      costs: (R, D), c(t, j).
+      stretch: (R,), int64, the stretch of each row.
+      lengths: (M,), int64, how many rows each stretch has.
+
+    Returns:
+      (R,) each, int64: the path visits (t, low) to (t, high) and all between.
+    """
+    device = costs.device
+    first_row = lengths.cumsum(0) - lengths
+    frame = torch.arange(len(stretch), device=device) - first_row[stretch]
+    frame, stretch = frame.cpu(), stretch.cpu()
+    # (frames, delays, stretches), so that a step of the search reads contiguously.
+    # Behind the end of a short stretch the path goes on along j = 0 without cost.
+    shape = (int(lengths.max()), costs.size(1), len(lengths))
+    table = torch.full(shape, torch.inf, dtype=torch.float64)
+    table[:, 0] = 0.0
+    table[frame, :, stretch] = costs.cpu().to(torch.float64)
+    low, high = _best_paths(table.numpy())
+    low, high = torch.from_numpy(low), torch.from_numpy(high)
+    return low[frame, stretch].to(device), high[frame, stretch].to(device)
 
 
 def _best_paths(costs: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
@@ -174,13 +246,14 @@ def _best_paths(costs: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     length, n_delays, n_tables = costs.shape
     n_steps = math.isqrt(length - 1) + 1
     n_blocks = -(-length // n_steps)
-    # (n_steps, D, n_blocks, M); what is added goes on along j = 0 without cost.
+    # Filled up to whole blocks; there the path goes on along j = 0 without cost.
     blocks = np.full((n_blocks * n_steps, n_delays, n_tables), np.inf)
     blocks[:length], blocks[length:, 0] = costs, 0.0
     blocks = blocks.reshape(n_blocks, n_steps, n_delays, n_tables)
     totals, entry, teacher_moved = _walk(blocks.transpose(1, 2, 0, 3))
 
-    # From block to block: the least total at its last frame, and where it was entered.
+    # From block to block: the least total at each delay of its last frame, and the
+    # delay that it was entered with.
     best = np.full((n_delays, n_tables), np.inf)
     best[0] = 0.0
     entered = np.zeros((n_blocks, n_delays, n_tables), np.int64)
@@ -188,19 +261,20 @@ def _best_paths(costs: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
         candidates = totals[:, :, block] + best
         entered[block] = candidates.argmin(1)
         best = candidates.min(1)
+    # From the last block to the first: the delays that the path enters and leaves with.
     tables, j = np.arange(n_tables), np.zeros(n_tables, np.int64)
     first, last = np.zeros((2, n_blocks, n_tables), np.int64)
     for block in range(n_blocks - 1, -1, -1):
         last[block] = j
         first[block] = j = entered[block, j, tables]
 
-    # Back through all blocks at once.
+    # Back through all blocks at once, each frame from its highest delay to its lowest.
     low, high = np.zeros((2, n_blocks, n_steps, n_tables), np.int64)
-    where, j = (first, np.arange(n_blocks)[:, None], tables), last
+    blocks_column, j = np.arange(n_blocks)[:, None], last
     for t in range(n_steps - 1, -1, -1):
         high[:, t] = j
-        low[:, t] = entry[(t, j, *where)]
-        j = low[:, t] + teacher_moved[(t, low[:, t], *where)]
+        low[:, t] = entry[t, j, first, blocks_column, tables]
+        j = low[:, t] + teacher_moved[t, low[:, t], first, blocks_column, tables]
     return low.reshape(-1, n_tables)[:length], high.reshape(-1, n_tables)[:length]
 
 
@@ -211,17 +285,19 @@ def _walk(blocks: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
       blocks: (n_steps, D, n_blocks, M), c(t, j).
 
     Returns:
-      (D, D, n_blocks, M), the least cost from i to delay j at the last frame, j first.
-      And (n_steps, D, D, n_blocks, M) each, j before i: the delay with which the path
-      to (t, j) entered frame t; and 1 where it came there from (t - 1, j + 1), the
-      teacher alone having moved on, 0 where from (t - 1, j).
+      The least cost from delay i before the block to delay j at its last frame, (D, D,
+      n_blocks, M), indexed [j, i]. And (n_steps, D, D, n_blocks, M) each, indexed
+      [t, j, i]: the delay with which the path to (t, j) entered frame t; and 1 where it
+      came there from (t - 1, j + 1), the teacher alone having moved on, 0 where from
+      (t - 1, j).
     """
     n_steps, n_delays = blocks.shape[:2]
     shape = (n_delays, n_delays, *blocks.shape[2:])
     entry = np.zeros((n_steps, *shape), np.int16)
     entry[:] = np.arange(n_delays)[:, None, None, None]
     teacher_moved = np.zeros((n_steps, *shape), np.int8)
-    before = np.full((n_delays + 1, *shape[1:]), np.inf)  # and a delay out of reach
+    # The totals of the frame before, [j, i], and those of a delay out of reach.
+    before = np.full((n_delays + 1, *shape[1:]), np.inf)
     before[np.arange(n_delays), np.arange(n_delays)] = 0.0
     for t in range(n_steps):
         np.less(before[1:], before[:-1], out=teacher_moved[t], casting="unsafe")
@@ -236,128 +312,199 @@ def _walk(blocks: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     return before[:-1], entry, teacher_moved
 
 
+# The loss
+
+
 class LateKL(torch.autograd.Function):
     """T^2 sum of w KL over the pairs of the alignments.
 
     The gradient towards the student's row s, T sum of w (q_s - p_t) over its pairs (t,
-    s), is formed in the forward pass: the softmax q, which the costs ask for, stands
-    already where the gradient is to stand. What a sparse teacher's row does not keep is
-    one class there, as in :func:`icefall_kd.losses.kl.row_kl`.
+    s), is formed in the forward pass: the softmax q, which the costs need, is written
+    to the gradient's memory. What a sparse teacher's row dropped is one class, as in
+    :func:`icefall_kd.losses.kl.row_kl`.
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, temperature, valid, weights, delay):
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: Distribution,
+        temperature: float,
+        valid: torch.Tensor,
+        weights: Optional[torch.Tensor],
+        delay: int,
+    ) -> torch.Tensor:
+        """Return the loss; arguments are those of :func:`align_late_student`.
+
+        Args:
+          ctx: The context that autograd gives.
+          student: (N * T, V), logits.
+          teacher: N * T rows.
+          temperature: T.
+          valid: (N, T), bool.
+          weights: (R,), or None.
+          delay: In frames.
+        """
         ctx.save_for_backward(student)
         ctx.options = (teacher, temperature, valid, weights, delay)
-        value, ctx.grad = LateKL._both(student, *ctx.options)
+        value, ctx.grad = _late_kl(student, *ctx.options)
         return value
 
     @staticmethod
-    def _both(student, teacher, temperature, valid, weights, delay):
-        # The softmax of valid rows will stand here; the others have no gradient.
-        grad = torch.empty_like(student, dtype=wide(student.dtype))
-        grad.index_fill_(0, (~valid).flatten().nonzero().squeeze(1), 0.0)
-        pairs = align_late_student(
-            student, teacher, temperature, valid, weights, delay, grad
-        )
-        rows = valid.flatten().nonzero().squeeze(1)
-        teach = _teach_sparse if is_sparse(teacher) else _teach_dense
-        with torch.autocast(student.device.type, enabled=False):
-            kl = teach(grad, teacher, temperature, rows, pairs)
-        if pairs.weights is not None:  # what has no weight may be inf or NaN
-            kl = (kl * pairs.weights).masked_fill(pairs.weights == 0, 0.0)
-        return (kl.sum(dtype=torch.float64) * temperature**2).to(grad.dtype), grad
+    def backward(ctx: Any, g: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        """Return the gradient towards the student alone.
 
-    @staticmethod
-    def backward(ctx, g):
+        Args:
+          ctx: The context of the forward pass.
+          g: The gradient towards the loss.
+        """
         (student,) = ctx.saved_tensors
         # The first call hands out the gradient itself; another makes it again.
         grad, ctx.grad = ctx.grad, None
         if grad is None:
-            _, grad = LateKL._both(student, *ctx.options)
+            _, grad = _late_kl(student, *ctx.options)
         return grad.mul_(g).to(student.dtype), None, None, None, None, None
 
 
-def _shares(pairs: FramePairs, temperature: float) -> torch.Tensor:
+def _late_kl(
+    student: torch.Tensor,
+    teacher: Distribution,
+    temperature: float,
+    valid: torch.Tensor,
+    weights: Optional[torch.Tensor],
+    delay: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and its gradient towards the student, (N * T, V)."""
+    # The softmax of valid rows comes here first; the others have a gradient of 0.
+    grad = torch.empty_like(student, dtype=compute_dtype(student.dtype))
+    grad.index_fill_(0, (~valid).flatten().nonzero().squeeze(1), 0.0)
+    pairs = align_late_student(
+        student, teacher, temperature, valid, weights, delay, grad
+    )
+    rows = valid.flatten().nonzero().squeeze(1)
+    with torch.autocast(student.device.type, enabled=False):
+        if is_sparse(teacher):
+            kl = _sparse_gradient(grad, teacher, temperature, rows, pairs)
+        else:
+            _dense_gradient(grad, teacher, temperature, rows, pairs)
+            kl = pairs.kl
+    if pairs.weights is not None:  # what has no weight may be inf or NaN
+        kl = (kl * pairs.weights).masked_fill(pairs.weights == 0, 0.0)
+    return (kl.sum(dtype=torch.float64) * temperature**2).to(grad.dtype), grad
+
+
+def _scales(pairs: FramePairs, temperature: float) -> torch.Tensor:
     """T w of each pair, (P,)."""
-    share = torch.full_like(pairs.kl, temperature)
-    return share if pairs.weights is None else share * pairs.weights.to(share.dtype)
+    scale = torch.full_like(pairs.kl, temperature)
+    return scale if pairs.weights is None else scale * pairs.weights.to(scale.dtype)
 
 
-def _forget_unweighted(grad, rows, pairs, share) -> torch.Tensor:
-    """The shares of each student's row, (R,); rows of none get a gradient of 0."""
-    sums = share.new_zeros(len(rows)).index_add_(0, pairs.student, share)
+def _sum_over_student_rows(
+    scale: torch.Tensor, pairs: FramePairs, rows: torch.Tensor, grad: torch.Tensor
+) -> torch.Tensor:
+    """The scales of each student's row, (R,); rows of none get a gradient of 0."""
+    sums = scale.new_zeros(len(rows)).index_add_(0, pairs.student, scale)
     grad.index_fill_(0, rows[(sums == 0).nonzero().squeeze(1)], 0.0)
     return sums
 
 
-def _teach_dense(grad, teacher, temperature, rows, pairs) -> torch.Tensor:
-    """Turn the student's softmax, in ``grad``, into the gradient; KL of each pair."""
-    share = _shares(pairs, temperature)
-    sums = _forget_unweighted(grad, rows, pairs, share)
-    # Few, without weights and at T = 1.
-    scaled = ((sums != 1) & (sums != 0)).nonzero().squeeze(1)
+def _dense_gradient(
+    grad: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float,
+    rows: torch.Tensor,
+    pairs: FramePairs,
+) -> None:
+    """Turn the student's softmax, in ``grad``, into the gradient.
+
+    Row s gets q_s times the sum of its scales, minus the scaled p_t of each pair.
+
+    Args:
+      grad: (N * T, V).
+      teacher: (N * T, V).
+      temperature: T.
+      rows: (R,), the valid rows.
+      pairs: P pairs of these.
+    """
+    scale = _scales(pairs, temperature)  # (P,)
+    sums = _sum_over_student_rows(scale, pairs, rows, grad)  # (R,)
+    # Without weights and at T = 1 few rows have another sum than 1.
+    to_scale = ((sums != 1) & (sums != 0)).nonzero().squeeze(1)
     step = chunk_rows(grad.device, grad.size(1))
-    for part in scaled.split(step):
+    for part in to_scale.split(step):
         row = rows[part]
         grad.index_copy_(0, row, grad.index_select(0, row) * sums[part, None])
-    weighted = pairs.weights is not None or temperature != 1
-    for part in (share != 0).nonzero().squeeze(1).split(step):
+    has_scales = pairs.weights is not None or temperature != 1
+    for part in (scale != 0).nonzero().squeeze(1).split(step):
         y = index_rows(teacher, rows[pairs.teacher[part]])
-        p = cast_teacher(y, grad.dtype, temperature).clamp_(min=FLOOR).softmax(-1)
-        if weighted:
-            p *= share[part, None]
+        p = scaled_logits(y, temperature, grad.dtype).softmax(-1)
+        if has_scales:
+            p *= scale[part, None]
         grad.index_add_(0, rows[pairs.student[part]], p, alpha=-1)
-    return pairs.kl
 
 
-def _teach_sparse(grad, teacher, temperature, rows, pairs) -> torch.Tensor:
-    """The same of a sparse teacher."""
-    share = _shares(pairs, temperature)
-    kl = torch.empty_like(share)
-    # Pairs stand in the order of the student's rows too. A row's first pair takes the
+def _sparse_gradient(
+    grad: torch.Tensor,
+    teacher: SparseDistribution,
+    temperature: float,
+    rows: torch.Tensor,
+    pairs: FramePairs,
+) -> torch.Tensor:
+    """The same of a sparse teacher; returns the KL of each pair, (P,).
+
+    It is computed again, as the gradient needs the tail's mass more exactly than the
+    costs do.
+    """
+    scale = _scales(pairs, temperature)  # (P,)
+    kl = torch.empty_like(scale)
+    sums = _sum_over_student_rows(scale, pairs, rows, grad)  # (R,)
+    counts = sums[pairs.student] != 0  # (P,)
+    kl.masked_fill_(~counts, 0.0)
+    # Pairs are in the order of the student's rows too. A row's first pair takes the
     # place of the softmax; the others, which are few, work on a copy of it.
-    again = torch.zeros_like(pairs.student, dtype=torch.bool)
-    again[1:] = pairs.student[1:] == pairs.student[:-1]
-    sums = _forget_unweighted(grad, rows, pairs, share)
-    counted = sums[pairs.student] != 0
-    kl.masked_fill_(~counted, 0.0)
-    others = (again & counted).nonzero().squeeze(1)
+    is_first = torch.ones_like(counts)
+    is_first[1:] = pairs.student[1:] != pairs.student[:-1]
+    others = (~is_first & counts).nonzero().squeeze(1)
     copies = grad.index_select(0, rows[pairs.student[others]])
     step = chunk_rows(grad.device, grad.size(1))
-    for part in (~again & counted).nonzero().squeeze(1).split(step):
+    for part in (is_first & counts).nonzero().squeeze(1).split(step):
         row = rows[pairs.student[part]]
-        y = cast_teacher(
-            index_rows(teacher, rows[pairs.teacher[part]]), grad.dtype, 1.0
-        )
-        kl[part], g = _sparse_of_softmax(grad.index_select(0, row), y, share[part])
-        grad.index_copy_(0, row, g)
+        y = index_rows(teacher, rows[pairs.teacher[part]])
+        q = grad.index_select(0, row)
+        kl[part], gradient = _sparse_kl_of_softmax(q, y, scale[part])
+        grad.index_copy_(0, row, gradient)
     for part, q in zip(others.split(step), copies.split(step)):
-        y = cast_teacher(
-            index_rows(teacher, rows[pairs.teacher[part]]), grad.dtype, 1.0
-        )
-        kl[part], g = _sparse_of_softmax(q, y, share[part])
-        grad.index_add_(0, rows[pairs.student[part]], g)
+        y = index_rows(teacher, rows[pairs.teacher[part]])
+        kl[part], gradient = _sparse_kl_of_softmax(q, y, scale[part])
+        grad.index_add_(0, rows[pairs.student[part]], gradient)
     return kl
 
 
-def _sparse_of_softmax(q, teacher, share) -> Tuple[torch.Tensor, torch.Tensor]:
-    """KL of rows whose softmax is ``q``, and ``share`` times its gradient, in ``q``.
+def _sparse_kl_of_softmax(
+    q: torch.Tensor, teacher: SparseDistribution, scale: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """KL of rows whose softmax is ``q``, (C,), and ``scale`` times its gradient, in q.
 
     Masses below the smallest number of the type, 1e-38 in float32, count as that.
+
+    Args:
+      q: (C, V), the student's softmax; it is overwritten by the gradient.
+      teacher: Of C rows.
+      scale: (C,).
     """
-    log_p, log_p_tail = teacher.log_probs, teacher.log_tail
-    kept = (log_p > -torch.inf).to(q.dtype)
+    indices = teacher.indices
+    log_p, log_p_tail = teacher.log_probs.to(q.dtype), teacher.log_tail.to(q.dtype)
     p, p_tail = log_p.exp(), log_p_tail.exp()
-    q_kept = q.gather(1, teacher.indices) * kept
-    # What is left is the rest. Padding entries share index 0 with a symbol that may be
-    # kept: they take nothing.
-    q.scatter_add_(1, teacher.indices, -q_kept)
+    is_token = (log_p > -torch.inf).to(q.dtype)
+    q_kept = q.gather(1, indices) * is_token  # (C, K)
+    # What is left in q is the rest. An entry that fills up may have the index of a kept
+    # token: it takes nothing.
+    q.scatter_add_(1, indices, -q_kept)
     q_tail = q.sum(-1)
     tiny = torch.finfo(q.dtype).tiny
-    kl = (p * (log_p.clamp(min=FLOOR) - q_kept.clamp(min=tiny).log())).sum(-1)
     least_tail = q_tail.clamp(min=tiny)
+    kl = (p * (log_p.clamp(min=FLOOR) - q_kept.clamp(min=tiny).log())).sum(-1)
     kl += p_tail * (log_p_tail.clamp(min=FLOOR) - least_tail.log())
-    q *= (share * (q_tail - p_tail) / least_tail)[:, None]
-    q.scatter_add_(1, teacher.indices, (q_kept - p) * share[:, None])
+    q *= (scale * (q_tail - p_tail) / least_tail)[:, None]
+    q.scatter_add_(1, indices, (q_kept - p) * scale[:, None])
     return kl.clamp_(min=0.0), q

@@ -5,8 +5,9 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from icefall_kd.errors import KDError, NotFiniteError
-from icefall_kd.losses.kl import valid_frames, wide
+from icefall_kd.errors import KDError, NotFiniteError, require
+from icefall_kd.losses.checks import valid_frames
+from icefall_kd.losses.kl import compute_dtype
 
 DISTANCES = ("mse", "cosine")
 EPSILON = 1e-6  # of a norm
@@ -20,7 +21,7 @@ def hidden_kd_loss(
     mask: Optional[torch.Tensor] = None,
     distance: str = "mse",
 ) -> torch.Tensor:
-    """Distance of a hidden layer of the student from one of the teacher.
+    """Return the distance of a hidden layer of the student from one of the teacher.
 
     sum over utterances n and frames t < lengths[n], mean over the R vectors of a frame,
     of
@@ -44,13 +45,13 @@ def hidden_kd_loss(
       A scalar; 0 with a zero gradient if no frame is valid.
 
     Raises:
-      KDError: shapes that differ, lengths beyond T, an unknown `distance`, or numbers
+      KDError: Shapes that differ, lengths beyond T, an unknown ``distance``, or numbers
         that are not finite.
     """
-    if distance not in DISTANCES:
-        raise KDError(
-            f"`distance` is {distance!r}, and must be one of {', '.join(DISTANCES)}"
-        )
+    require(
+        distance in DISTANCES,
+        f"`distance` is {distance!r}, and must be one of {', '.join(DISTANCES)}",
+    )
     if student.ndim != 4 or student.shape != teacher.shape:
         raise KDError(
             f"the student's layer has shape {tuple(student.shape)} and the teacher's "
@@ -58,9 +59,9 @@ def hidden_kd_loss(
             "student's a projector to the teacher's width, and check the frame rates"
         )
     valid = valid_frames(student, lengths, mask, "layers")
-    dtype = wide(student.dtype)
+    dtype = compute_dtype(student.dtype)
     with torch.autocast(student.device.type, enabled=False):
-        x = student[valid].to(dtype)
+        x = student[valid].to(dtype)  # (F, R, C), of F valid frames
         y = teacher.detach().to(student.device)[valid].to(dtype)
         for name, values in (("student", x), ("teacher", y)):
             if not torch.isfinite(values).all():
@@ -69,7 +70,9 @@ def hidden_kd_loss(
                     "that are not finite in its valid frames: check its checkpoint and "
                     "the features"
                 )
+        if not len(x):
+            return x.sum()
         if distance == "mse":
-            return (x - y).square().mean((1, 2)).sum() if len(x) else x.sum()
+            return (x - y).square().mean((1, 2)).sum()
         x, y = (F.normalize(v, dim=-1, eps=EPSILON) for v in (x, y))
-        return 0.5 * (x - y).square().sum(-1).mean(1).sum() if len(x) else x.sum()
+        return 0.5 * (x - y).square().sum(-1).mean(1).sum()

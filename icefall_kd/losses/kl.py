@@ -1,177 +1,201 @@
-"""KL divergence of rows, its gradient formed in the forward pass, chunk by chunk.
+"""KL divergence of rows, with its gradient formed in the forward pass, in chunks.
 
-What the losses of this package come down to: M rows of student logits, a teacher's
+All losses of frames and nodes come down to this: rows of student logits, a teacher's
 distribution for each, and a weight. No second copy of the logits is made: beside the
 gradient there are chunks that fit a cache. Where the logits are the output of a linear
-layer, :func:`linear_kl` doesn't even make them whole.
+layer, :func:`linear_kl` never holds all of them.
 """
 
-import math
-from typing import Any, Callable, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
-from icefall_kd.errors import KDError
 from icefall_kd.types import Distribution, SparseDistribution, index_rows, is_sparse
 
 FLOOR = -1e30  # in place of -inf: 0 * FLOOR is 0
-# Elements of a chunk: a few of them fit a CPU's cache; a GPU needs large ones.
+# Elements of a chunk: a few chunks fit a CPU's cache; a GPU needs large ones.
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
 
 
-def check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise KDError(
-            f"the temperature is {temperature!r}, and must be a finite number above 0: "
-            "2.0 is a good start"
-        )
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What a loss computes in: float32, or float64 for float64."""
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what a loss of ``dtype`` computes in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def chunk_rows(device: torch.device, v: int) -> int:
-    """How many rows of V symbols are worked on at once."""
+    """Return how many rows of ``v`` elements on ``device`` make a chunk."""
     return max(1, CHUNK.get(device.type, CHUNK["cuda"]) // max(1, v))
 
 
-def log_sum_exp(x: torch.Tensor, softmax: torch.Tensor) -> torch.Tensor:
-    """logsumexp of rows whose softmax is known: max(x) - log(max softmax)."""
-    return x.amax(-1) - softmax.amax(-1).log()
+def scaled_logits(
+    logits: torch.Tensor, temperature: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return ``logits`` / ``temperature`` in ``dtype``, a copy with FLOOR for -inf."""
+    return (logits.to(dtype) * (1 / temperature)).clamp_(min=FLOOR)
 
 
-def _dense(
-    x: torch.Tensor, teacher: torch.Tensor, out: Optional[torch.Tensor]
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """KL of each row, and its gradient towards ``x``.
+def log_sum_exp(logits: torch.Tensor, softmax: torch.Tensor) -> torch.Tensor:
+    """Return logsumexp of rows whose softmax is known: max(logits) - log(max softmax).
 
     Args:
-      x: The student's rows; they are overwritten, and so are the teacher's.
-      out: Where the gradient is to stand.
+      logits: (C, V).
+      softmax: (C, V), of ``logits``.
+
+    Returns:
+      (C,).
     """
-    x.clamp_(min=FLOOR)
-    y = teacher.clamp_(min=FLOOR)
-    q, p = torch.softmax(x, -1, out=out), y.softmax(-1)
-    offset = log_sum_exp(x, q) - log_sum_exp(y, p)
-    q -= p
-    kl = p.mul_(y.sub_(x)).sum(-1).add_(offset)
-    return kl, q
+    return logits.amax(-1) - softmax.amax(-1).log()
 
 
-def _sparse(
-    x: torch.Tensor, teacher: SparseDistribution, out: Optional[torch.Tensor]
+def _dense_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float,
+    dtype: torch.dtype,
+    out: Optional[torch.Tensor],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The same, the symbols that the teacher doesn't keep being one class.
+    """KL(p || q) of each row, (C,), and its gradient towards student / T, (C, V).
 
-    The softmax is taken of those alone, so that their mass may be as small as it will.
+    With x = student / T and y = teacher / T, the KL divergence is
+    sum p (y - x) + logsumexp(x) - logsumexp(y), and its gradient q - p. Both sides run
+    through the same operations, so that for equal rows both are 0 to the last bit.
+
+    Args:
+      student: (C, V), logits.
+      teacher: (C, V), logits or log-probabilities.
+      temperature: T.
+      dtype: What is computed in.
+      out: (C, V), memory for the gradient; None: new memory.
     """
-    log_p, log_p_tail = teacher.log_probs, teacher.log_tail
-    kept = log_p > -torch.inf
-    x.clamp_(min=FLOOR)
-    top = x.gather(1, teacher.indices).masked_fill_(~kept, -torch.inf)
-    # Padding entries share index 0 with a symbol that may be kept: they add 0.
-    x.scatter_add_(1, teacher.indices, kept.to(x.dtype).mul_(2 * FLOOR))
-    rest = torch.softmax(x, -1, out=out)
-    log_rest = log_sum_exp(x, rest)
-    log_all = torch.logaddexp(log_rest, top.logsumexp(-1))
-    log_q, log_q_tail = (top - log_all[:, None]), log_rest - log_all
-    p, p_tail = log_p.exp(), log_p_tail.exp()
+    x = scaled_logits(student, temperature, dtype)  # (C, V)
+    y = scaled_logits(teacher, temperature, dtype)  # (C, V)
+    q, p = torch.softmax(x, -1, out=out), y.softmax(-1)  # (C, V)
+    norm = log_sum_exp(x, q) - log_sum_exp(y, p)  # (C,)
+    gradient = q.sub_(p)
+    kl = p.mul_(y.sub_(x)).sum(-1).add_(norm)  # (C,)
+    return kl, gradient
+
+
+def _sparse_kl(
+    student: torch.Tensor,
+    teacher: SparseDistribution,
+    temperature: float,
+    dtype: torch.dtype,
+    out: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The same for a top-K teacher, the tokens that it dropped being one class.
+
+    The student's mass of that class, the rest, may be so small that 1 - (mass of the
+    kept tokens) has no correct digit. So a softmax over the dropped tokens alone is
+    taken: the kept ones are lowered by 2e30 first, which makes theirs 0. Its normalizer
+    is the rest's logit, and its entries are how the rest's gradient is shared out.
+
+    Args:
+      student: (C, V), logits.
+      teacher: Of C rows, at the temperature T already.
+      temperature: T.
+      dtype: What is computed in.
+      out: (C, V), memory for the gradient; None: new memory.
+    """
+    indices = teacher.indices  # (C, K)
+    log_p, log_p_rest = teacher.log_probs.to(dtype), teacher.log_tail.to(dtype)
+    is_token = log_p > -torch.inf  # (C, K); the others fill up a row, with index 0
+    x = scaled_logits(student, temperature, dtype)  # (C, V)
+    x_kept = x.gather(1, indices).masked_fill(~is_token, -torch.inf)  # (C, K)
+    # An entry that fills up may have the index of a kept token: it adds 0 to it.
+    x.scatter_add_(1, indices, is_token.to(dtype).mul_(2 * FLOOR))
+    shares = torch.softmax(x, -1, out=out)  # (C, V), of the rest; 0 at kept tokens
+    x_rest = log_sum_exp(x, shares)  # (C,)
+    norm = torch.logaddexp(x_rest, x_kept.logsumexp(-1))  # (C,), over all tokens
+    log_q, log_q_rest = x_kept - norm[:, None], x_rest - norm
+    p, p_rest = log_p.exp(), log_p_rest.exp()
     kl = (p * (log_p.clamp(min=FLOOR) - log_q.clamp(min=FLOOR))).sum(-1)
-    kl += p_tail * (log_p_tail.clamp(min=FLOOR) - log_q_tail.clamp(min=FLOOR))
-    rest *= (log_q_tail.exp() - p_tail)[:, None]
-    return kl, rest.scatter_add_(1, teacher.indices, log_q.exp() - p)
+    kl += p_rest * (log_p_rest.clamp(min=FLOOR) - log_q_rest.clamp(min=FLOOR))
+    gradient = shares.mul_((log_q_rest.exp() - p_rest)[:, None])
+    gradient.scatter_add_(1, indices, log_q.exp() - p)
+    return kl, gradient
 
 
-def cast_teacher(teacher: Distribution, dtype: torch.dtype, temperature: float):
-    if is_sparse(teacher):  # at this temperature already
-        log_probs, tail = teacher.log_probs.to(dtype), teacher.log_tail.to(dtype)
-        return SparseDistribution(teacher.indices, log_probs, tail)
-    return teacher.to(dtype) * (1 / temperature)
+@dataclass
+class _Pairs:
+    """The R pairs of a student's and a teacher's row that are compared."""
 
+    teacher: Distribution  # of any number of rows
+    temperature: float
+    student_rows: Optional[torch.Tensor]  # (R,), int64; None: all, in their order
+    teacher_rows: Optional[torch.Tensor]  # (R,), int64; None: all, in their order
+    weights: Optional[torch.Tensor]  # (R,); None: 1
 
-class _Rows:
-    """The M rows of a loss, in chunks."""
+    def chunks(self, student: torch.Tensor, v: int) -> Iterator[slice]:
+        """Slices of the pairs, for rows of ``v`` logits."""
+        r = len(student if self.student_rows is None else self.student_rows)
+        step = chunk_rows(student.device, v)
+        for begin in range(0, r, step):
+            yield slice(begin, min(r, begin + step))
 
-    def __init__(
+    def kl(
         self,
-        teacher: Distribution,
-        teacher_rows: Optional[torch.Tensor],
-        student_rows: Optional[torch.Tensor],
-        weights: Optional[torch.Tensor],
-        temperature: float,
-    ) -> None:
-        self.teacher, self.temperature = teacher, temperature
-        self.teacher_rows, self.student_rows = teacher_rows, student_rows
-        self.weights = weights
-
-    def sum(
-        self, m: int, v: int, device: torch.device, dtype: torch.dtype, logits: Callable
-    ) -> torch.Tensor:
-        """Sum the loss over all rows.
+        part: slice,
+        student: torch.Tensor,
+        dtype: torch.dtype,
+        out: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The sum of w KL over a chunk, in float64, and the gradient of T^2 times it.
 
         Args:
-          logits: Given the rows of a chunk (a slice or indices), the student's logits
-            there, where their gradient may be made, and what takes it.
+          part: The chunk's pairs.
+          student: (C, V), its logits.
+          dtype: What is computed in.
+          out: (C, V), memory for the gradient; None: new memory.
         """
-        if self.student_rows is not None:
-            m = len(self.student_rows)
-        step = chunk_rows(device, v)
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for begin in range(0, m, step):
-            part = slice(begin, min(m, begin + step))
-            rows = part if self.student_rows is None else self.student_rows[part]
-            x, out, take = logits(rows)
-            x = x.to(dtype) * (1 / self.temperature)
-            which = part if self.teacher_rows is None else self.teacher_rows[part]
-            said = cast_teacher(
-                index_rows(self.teacher, which), dtype, self.temperature
-            )
-            kl, grad = (_sparse if is_sparse(said) else _dense)(x, said, out)
-            kl.clamp_(min=0.0)  # what rounding leaves of an equal pair
-            if self.weights is not None:
-                weights = self.weights[part].to(dtype)
-                kl *= weights
-                grad *= weights[:, None]
-            total += kl.sum(dtype=torch.float64)
-            take(grad.mul_(self.temperature))
-        return (total * self.temperature**2).to(dtype)
+        rows = part if self.teacher_rows is None else self.teacher_rows[part]
+        teacher = index_rows(self.teacher, rows)
+        row_kl_of = _sparse_kl if is_sparse(teacher) else _dense_kl
+        kl, gradient = row_kl_of(student, teacher, self.temperature, dtype, out)
+        kl.clamp_(min=0.0)  # what rounding leaves of an equal pair
+        if self.weights is not None:
+            weights = self.weights[part].to(dtype)
+            kl *= weights
+            gradient *= weights[:, None]
+        return kl.sum(dtype=torch.float64), gradient.mul_(self.temperature)
+
+
+def _row_kl(
+    student: torch.Tensor, pairs: _Pairs, needs_grad: bool
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """T^2 sum of w KL, and its gradient towards ``student``, (M, V)."""
+    dtype = compute_dtype(student.dtype)
+    # Of float16 inputs the gradient stays in float32 until the loss's own scale is
+    # known: weights, temperature and 1e-8 of a token don't share float16's range.
+    grad_dtype = dtype if student.dtype == torch.float16 else student.dtype
+    all_rows = pairs.student_rows is None
+    grad = None
+    if needs_grad:
+        new = torch.empty_like if all_rows else torch.zeros_like
+        grad = new(student, dtype=grad_dtype)
+    # A chunk's gradient is formed where it belongs, if that is one piece of its type.
+    in_place = needs_grad and all_rows and grad_dtype == dtype
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        for part in pairs.chunks(student, student.size(1)):
+            rows = part if all_rows else pairs.student_rows[part]
+            x = student[rows] if all_rows else student.index_select(0, rows)
+            out = grad[rows] if in_place else None
+            kl, gradient = pairs.kl(part, x, dtype, out)
+            total += kl
+            if needs_grad and not in_place:
+                grad[rows] = gradient.to(grad_dtype)
+    return (total * pairs.temperature**2).to(dtype), grad
 
 
 class _RowKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student: torch.Tensor, rows: _Rows) -> torch.Tensor:
+    def forward(ctx, student: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
         ctx.save_for_backward(student)
-        ctx.rows = rows
-        value, ctx.grad = _RowKL._both(student, rows, ctx.needs_input_grad[0])
+        ctx.pairs = pairs
+        value, ctx.grad = _row_kl(student, pairs, ctx.needs_input_grad[0])
         return value
-
-    @staticmethod
-    def _both(student, rows: _Rows, needed: bool):
-        grad = None
-        dtype = wide(student.dtype)
-        whole = rows.student_rows is None
-        # Of float16 inputs the gradient stays in float32 until the loss's own scale is
-        # known: weights, temperature and 1e-8 of a symbol don't share float16's range.
-        grad_dtype = dtype if student.dtype == torch.float16 else student.dtype
-        if needed:
-            make = torch.empty_like if whole else torch.zeros_like
-            grad = make(student, dtype=grad_dtype)
-
-        in_place = needed and whole and grad_dtype == dtype
-
-        def logits(part) -> Tuple[torch.Tensor, Optional[torch.Tensor], Callable]:
-            def take(g: torch.Tensor) -> None:
-                if needed and not in_place:
-                    grad[part] = g.to(grad_dtype)
-
-            x = student[part] if whole else student.index_select(0, part)
-            return x, grad[part] if in_place else None, take
-
-        with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-            value = rows.sum(*student.shape, student.device, dtype, logits)
-        return value, grad
 
     @staticmethod
     def backward(ctx, g: torch.Tensor) -> Tuple[torch.Tensor, None]:
@@ -179,97 +203,77 @@ class _RowKL(torch.autograd.Function):
         # The first call hands out the gradient itself; another makes it again.
         grad, ctx.grad = ctx.grad, None
         if grad is None:
-            _, grad = _RowKL._both(student, ctx.rows, True)
+            _, grad = _row_kl(student, ctx.pairs, True)
         return grad.mul_(g).to(student.dtype), None
+
+
+def _linear_kl(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    pairs: _Pairs,
+    needs_grad: Sequence[bool],
+) -> Tuple[torch.Tensor, List[Optional[torch.Tensor]]]:
+    """T^2 sum of w KL, and its gradients towards ``x``, ``weight`` and ``bias``.
+
+    Args:
+      x: (M, H).
+      weight: (V, H).
+      bias: (V,), or None.
+      pairs: Of all M rows.
+      needs_grad: Of the three inputs, which need a gradient; that of others is None.
+    """
+    dtype = compute_dtype(x.dtype)
+    grads = [
+        torch.zeros_like(tensor, dtype=dtype) if tensor is not None and needed else None
+        for tensor, needed in zip((x, weight, bias), needs_grad)
+    ]
+    x_grad, weight_grad, bias_grad = grads
+    # A matrix product in the input's type, as the layer itself would make it; older
+    # torch has none in float16 on a CPU.
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float16
+    layer_dtype = dtype if on_cpu else x.dtype
+    layer_weight = weight.to(layer_dtype)
+    layer_bias = None if bias is None else bias.to(layer_dtype)
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        for part in pairs.chunks(x, len(weight)):
+            h = x[part]  # (C, H)
+            logits = torch.nn.functional.linear(
+                h.to(layer_dtype), layer_weight, layer_bias
+            )
+            kl, gradient = pairs.kl(part, logits, dtype)  # (), (C, V)
+            total += kl
+            if x_grad is not None:
+                x_grad[part] = gradient @ weight.to(dtype)
+            if weight_grad is not None:
+                weight_grad.addmm_(gradient.t(), h.to(dtype))
+            if bias_grad is not None:
+                bias_grad += gradient.sum(0)
+    return (total * pairs.temperature**2).to(dtype), grads
 
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, rows: _Rows) -> torch.Tensor:
+    def forward(ctx, x, weight, bias, pairs: _Pairs) -> torch.Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.rows = rows
-        ctx.needed = ctx.needs_input_grad[:3]
-        value, ctx.grads = _LinearKL._both(x, weight, bias, rows, ctx.needed)
+        ctx.pairs, ctx.needed = pairs, ctx.needs_input_grad[:3]
+        value, ctx.grads = _linear_kl(x, weight, bias, pairs, ctx.needed)
         return value
-
-    @staticmethod
-    def _both(x, weight, bias, rows: _Rows, needed):
-        dtype = wide(x.dtype)
-        inputs = (x, weight, bias)
-        grads = [
-            torch.zeros_like(i, dtype=dtype) if i is not None and n else None
-            for i, n in zip(inputs, needed)
-        ]
-        # A matrix product in the input's type, as the layer itself would make it; older
-        # torch has none in float16 on a CPU.
-        on_cpu = x.device.type == "cpu" and x.dtype == torch.float16
-        kind = dtype if on_cpu else x.dtype
-        w = weight.to(kind)
-        b = None if bias is None else bias.to(kind)
-
-        def logits(part) -> Tuple[torch.Tensor, None, Callable]:
-            h = x[part]
-
-            def take(g: torch.Tensor) -> None:
-                if grads[0] is not None:
-                    grads[0][part] = g @ weight.to(dtype)
-                if grads[1] is not None:
-                    grads[1].addmm_(g.t(), h.to(dtype))
-                if grads[2] is not None:
-                    grads[2] += g.sum(0)
-
-            return torch.nn.functional.linear(h.to(kind), w, b), None, take
-
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            value = rows.sum(len(x), len(weight), x.device, dtype, logits)
-        return value, grads
 
     @staticmethod
     def backward(ctx, g: torch.Tensor) -> Tuple[Any, ...]:
         inputs = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            _, grads = _LinearKL._both(*inputs, ctx.rows, ctx.needed)
-        found = [None if y is None else y.mul_(g) for y in grads]
+            _, grads = _linear_kl(*inputs, ctx.pairs, ctx.needed)
         return (
-            *(y if y is None else y.to(i.dtype) for y, i in zip(found, inputs)),
+            *(
+                None if grad is None else grad.mul_(g).to(tensor.dtype)
+                for grad, tensor in zip(grads, inputs)
+            ),
             None,
         )
-
-
-def valid_frames(
-    rows: torch.Tensor,
-    lengths: torch.Tensor,
-    mask: Optional[torch.Tensor],
-    name: str,
-) -> torch.Tensor:
-    """The frames of a batch that count, (N, T), bool.
-
-    Args:
-      rows: (N, T, ...), called ``name`` in errors.
-      lengths: (N,), valid frames, 0 to T.
-      mask: (N, T), bool: of the valid frames only these; None: all.
-
-    Raises:
-      KDError: lengths or a mask that do not fit ``rows``.
-    """
-    n, t = rows.shape[:2]
-    if lengths.shape != (n,) or (n and not 0 <= int(lengths.min())):
-        raise KDError(
-            f"lengths are {lengths.tolist()} and must be {n} numbers from 0 to {t}"
-        )
-    if n and int(lengths.max()) > t:
-        raise KDError(
-            f"lengths go up to {int(lengths.max())}, and the {name} have {t} frames"
-        )
-    valid = torch.arange(t, device=rows.device) < lengths.to(rows.device).unsqueeze(1)
-    if mask is not None:
-        if mask.shape != valid.shape:
-            raise KDError(
-                f"the mask has shape {tuple(mask.shape)} and must be {(n, t)}"
-            )
-        valid &= mask.to(rows.device)
-    return valid
 
 
 def row_kl(
@@ -281,23 +285,26 @@ def row_kl(
     teacher_rows: Optional[torch.Tensor] = None,
     weights: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """sum over rows r of w_r T^2 KL(softmax(z~_r / T) || softmax(z_r / T)).
+    """Return sum over rows r of w_r T^2 KL(softmax(z~_r / T) || softmax(z_r / T)).
 
     z is the student's, z~ the teacher's. With q = softmax(z / T) the gradient towards z
     is w T (q - p); of a sparse teacher, which is at this temperature already, the
-    symbols that it doesn't keep are one class with the tail as its mass, and there the
+    tokens that it dropped are one class with the tail as its mass, and there the
     gradient is w T (q_tail - p_tail) q_i / q_tail. In float32, or float64 for float64.
 
     Args:
-      student: (M, V), logits.
+      student: (M, V), logits. Gradients flow here only.
       teacher: (M', V), logits or log-probabilities, or sparse.
-      temperature: T.
+      temperature: T, above 0.
       student_rows: (R,), int64, the rows that count, each once; by default all.
-      teacher_rows: (R,), int64, the teacher's row of each of those.
-      weights: (R,), 0 or more; by default 1.
+      teacher_rows: (R,), int64, the teacher's row for each of those; by default all.
+      weights: (R,), w, 0 or more; by default 1.
+
+    Returns:
+      A scalar, in nats.
     """
-    rows = _Rows(teacher, teacher_rows, student_rows, weights, float(temperature))
-    return _RowKL.apply(student, rows)
+    pairs = _Pairs(teacher, float(temperature), student_rows, teacher_rows, weights)
+    return _RowKL.apply(student, pairs)
 
 
 def linear_kl(
@@ -308,12 +315,17 @@ def linear_kl(
     temperature: float = 1.0,
     weights: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """:func:`row_kl` of ``linear(x)``, whose logits never exist whole.
+    """Return :func:`row_kl` of ``linear(x)`` without making all of these logits.
 
     Args:
       x: (M, H). Gradients flow to it and to the layer's parameters.
-      linear: To V symbols.
+      linear: The layer, from H to V.
       teacher: (M, V), logits or log-probabilities, or sparse.
+      temperature: T, above 0.
+      weights: (M,), w, 0 or more; by default 1.
+
+    Returns:
+      A scalar, in nats.
     """
-    rows = _Rows(teacher, None, None, weights, float(temperature))
-    return _LinearKL.apply(x, linear.weight, linear.bias, rows)
+    pairs = _Pairs(teacher, float(temperature), None, None, weights)
+    return _LinearKL.apply(x, linear.weight, linear.bias, pairs)

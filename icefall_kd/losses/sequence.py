@@ -8,7 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from icefall_kd.errors import KDError, NotFiniteError, require
 from icefall_kd.lattice import decode_labels, pad_labels, prune, pruned_logits
-from icefall_kd.losses.kl import check_temperature, valid_frames, wide
+from icefall_kd.losses.checks import check_temperature, valid_frames
+from icefall_kd.losses.kl import compute_dtype
 from icefall_kd.rnnt import get_engine
 from icefall_kd.zipformer import require_transducer
 
@@ -90,7 +91,7 @@ def nbest_ctc_loss(
     rows, tokens, weights = _flat(nbest, fits, temperature)
     device = logits.device
     with torch.autocast(device.type, enabled=False):
-        logits = logits.to(wide(logits.dtype))
+        logits = logits.to(compute_dtype(logits.dtype))
         if not rows:
             return logits[:0].sum()
         log_probs = logits.log_softmax(-1).transpose(0, 1)  # (T, N, V)
@@ -170,7 +171,7 @@ def nbest_transducer_loss(
     am = model.joiner.encoder_proj(encoder_out)
     if not rows:
         zero = simple_am[:0].sum() + am[:0].sum()
-        return zero.to(wide(zero.dtype))
+        return zero.to(compute_dtype(zero.dtype))
     index = torch.tensor(rows, device=am.device)
     labels, boundary = pad_labels(tokens, lengths.to(am.device)[index], blank_id)
     simple, pruned = _transducer_losses(
@@ -189,7 +190,7 @@ def _transducer_losses(
     prune_range: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The simple and the pruned loss of each row, (R,), as icefall computes them."""
-    blank_id, dtype = int(model.decoder.blank_id), wide(am.dtype)
+    blank_id, dtype = int(model.decoder.blank_id), compute_dtype(am.dtype)
     decoder_out = decode_labels(model.decoder, labels, blank_id)
     simple_lm = model.simple_lm_proj(decoder_out)
     simple, ranges = prune(

@@ -6,7 +6,8 @@ from typing import Optional, Tuple
 import torch
 from torch import nn
 
-from icefall_kd.errors import KDError, NotFiniteError
+from icefall_kd.errors import KDError
+from icefall_kd.losses.checks import refuse_nan
 from icefall_kd.losses.kl import linear_kl, row_kl
 from icefall_kd.types import Distribution, Nodes, is_sparse
 
@@ -23,12 +24,12 @@ class StudentNodes:
       joiner: The student's, with ``encoder_proj``, ``decoder_proj``, ``output_linear``.
       encoder_out: (N, T, C), the student's, with its graph.
       decoder_out: (N, U + 1, D), of the labels behind a leading blank.
-      nodes: R nodes and the teacher's output there.
+      nodes: R nodes with the teacher's distributions.
       lengths: (N,), valid frames of ``encoder_out``.
 
     Raises:
-      KDError: nodes beyond the student's frames or labels, another vocabulary; later,
-        a student that gives NaN.
+      KDError: Nodes beyond the student's frames or labels, another vocabulary; later,
+        a student whose output is NaN.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class StudentNodes:
     ) -> None:
         self.joiner = joiner
         self.encoder_out, self.decoder_out = encoder_out, decoder_out
-        here = nodes.row.device == encoder_out.device
-        self.nodes = nodes if here else nodes.to(encoder_out.device)
+        is_near = nodes.row.device == encoder_out.device
+        self.nodes = nodes if is_near else nodes.to(encoder_out.device)
         self.lengths = lengths.to(encoder_out.device)
         _check_inside(encoder_out, lengths, decoder_out, self.nodes)
         _check_vocabulary(self.nodes.teacher, joiner.output_linear.out_features)
@@ -51,7 +52,7 @@ class StudentNodes:
 
     @property
     def states(self) -> torch.Tensor:
-        """What the joiner's output layer gets at each node, (R, J)."""
+        """The input of the joiner's output layer at each node, (R, J)."""
         if self._states is None:
             self._states = joiner_states(
                 self.joiner, self.encoder_out, self.decoder_out, self.nodes
@@ -60,7 +61,10 @@ class StudentNodes:
         return self._states
 
     def logits(self) -> torch.Tensor:
-        """The joiner's output at each node, (R, V), before softmax; made if asked."""
+        """Return the joiner's output at each node, (R, V), before softmax.
+
+        It is computed at the first call; from then on all losses take it.
+        """
         if self._logits is None:
             self._logits = self.joiner.output_linear(self.states)
             refuse_nan(self._logits, "joiner logits")
@@ -84,37 +88,39 @@ class StudentNodes:
     def kl(
         self,
         teacher: Distribution,
+        *,
         temperature: float = 1.0,
         weights: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """:func:`icefall_kd.losses.kl.row_kl` of the logits.
+        """Return :func:`icefall_kd.losses.kl.row_kl` of the logits.
 
-        Where nobody asked for the logits, they don't come to exist whole here either.
+        Logits that were not computed yet are computed in chunks, and not held.
 
         Args:
           teacher: (R, V), or sparse.
-          temperature: T.
+          temperature: T, above 0.
           weights: (R,), of the nodes; None: 1.
         """
+        options = {"temperature": temperature, "weights": weights}
         if self._logits is not None:
-            return row_kl(
-                self._logits, teacher, temperature=temperature, weights=weights
-            )
-        layer = self.joiner.output_linear
-        return linear_kl(
-            self.states, layer, teacher, temperature=temperature, weights=weights
-        )
+            return row_kl(self._logits, teacher, **options)
+        return linear_kl(self.states, self.joiner.output_linear, teacher, **options)
 
     def select(self, index: torch.Tensor) -> "StudentNodes":
-        """The student at some of the nodes; where it wasn't evaluated yet, it will be
-        at these alone."""
-        some = copy.copy(self)
-        some.nodes = self.nodes.select(index)
+        """Return the student at some of the nodes.
+
+        Where it wasn't evaluated yet, it will be at these alone.
+
+        Args:
+          index: Their indices or a mask, (R,).
+        """
+        selected = copy.copy(self)
+        selected.nodes = self.nodes.select(index)
         if self._states is not None:
-            some._states = self._states[index]
+            selected._states = self._states[index]
         if self._logits is not None:
-            some._logits = self._logits[index]
-        return some
+            selected._logits = self._logits[index]
+        return selected
 
 
 def joiner_states(
@@ -123,40 +129,46 @@ def joiner_states(
     decoder_out: torch.Tensor,
     nodes: Nodes,
 ) -> torch.Tensor:
-    """What the joiner's output layer gets at each node, (R, J).
+    """Return tanh(W_e encoder_out[n, t] + W_d decoder_out[n, u]), as icefall's joiner.
 
-    tanh(W_e encoder_out[n, t] + W_d decoder_out[n, u]), as icefall's joiner.
+    Args:
+      joiner: With ``encoder_proj`` (W_e) and ``decoder_proj`` (W_d).
+      encoder_out: (N, T, C).
+      decoder_out: (N, U + 1, D).
+      nodes: R nodes (n, t, u).
+
+    Returns:
+      The input of the joiner's output layer at each node, (R, J).
     """
-    am = joiner.encoder_proj(_only(encoder_out, nodes.row, nodes.frame))
-    lm = joiner.decoder_proj(_only(decoder_out, nodes.row, nodes.position))
-    return torch.tanh(am[nodes.row, nodes.frame] + lm[nodes.row, nodes.position])
+    row, frame, position = nodes.row, nodes.frame, nodes.position
+    am = joiner.encoder_proj(_zero_unused(encoder_out, row, frame))
+    lm = joiner.decoder_proj(_zero_unused(decoder_out, row, position))
+    return torch.tanh(am[row, frame] + lm[row, position])
 
 
-def _only(x: torch.Tensor, row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """0 where no node stands: NaN in padding would reach the projection's gradient."""
+def _zero_unused(
+    x: torch.Tensor, row: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """0 where no node is: NaN in padding would reach the projection's gradient."""
     used = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     used[row, index] = True
     return x.masked_fill(~used.unsqueeze(-1), 0.0)
 
 
-def refuse_nan(x: torch.Tensor, name: str) -> None:
-    """Refuse a student that gives NaN."""
-    if torch.isnan(x).any():
-        raise NotFiniteError(
-            f"the student's {name} of shape {tuple(x.shape)} have NaN: lower "
-            "--base-lr, or train without --use-fp16 to find where it begins"
-        )
-
-
-def _check_inside(encoder_out, lens, decoder_out, nodes: Nodes) -> None:
+def _check_inside(
+    encoder_out: torch.Tensor,
+    lengths: torch.Tensor,
+    decoder_out: torch.Tensor,
+    nodes: Nodes,
+) -> None:
+    if not len(nodes):
+        return
     n, t = encoder_out.shape[:2]
     sizes: Tuple[Tuple[str, torch.Tensor, int], ...] = (
-        ("utterance", nodes.row, min(n, len(lens), len(decoder_out))),
+        ("utterance", nodes.row, min(n, len(lengths), len(decoder_out))),
         ("frame", nodes.frame, t),
         ("label position", nodes.position, decoder_out.size(1)),
     )
-    if not len(nodes):
-        return
     for name, index, size in sizes:
         if int(index.min()) < 0 or int(index.max()) >= size:
             raise KDError(
@@ -164,22 +176,23 @@ def _check_inside(encoder_out, lens, decoder_out, nodes: Nodes) -> None:
                 f"has {size} of them: the targets are of other cuts, or of other "
                 "transcripts"
             )
-    if (nodes.frame >= lens.to(nodes.frame.device)[nodes.row]).any():
+    if (nodes.frame >= lengths.to(nodes.frame.device)[nodes.row]).any():
         raise KDError(
-            f"the teacher's lattice has frames beyond the student's {lens.tolist()}: "
-            "the targets are of other cuts, or the frame rates differ"
+            f"the teacher's lattice has frames beyond the student's "
+            f"{lengths.tolist()}: the targets are of other cuts, or the frame rates "
+            "differ"
         )
 
 
 def _check_vocabulary(teacher: Distribution, v: int) -> None:
+    """Refuse a dense teacher of other tokens, and a sparse one with a token above V."""
+    size = v
     if not is_sparse(teacher):
-        found = teacher.size(1)
-    else:
-        found = int(teacher.indices.max()) + 1 if teacher.indices.numel() else 0
-        if found <= v:
-            return
-    if found != v:
+        size = teacher.size(1)
+    elif teacher.indices.numel():
+        size = max(v, int(teacher.indices.max()) + 1)
+    if size != v:
         raise KDError(
-            f"the student's joiner has {v} symbols and the teacher's lattice {found}: "
+            f"the student's joiner has {v} tokens and the teacher's lattice {size}: "
             "both need the same BPE model"
         )

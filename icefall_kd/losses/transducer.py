@@ -1,15 +1,16 @@
 """Distillation of the transducer head on the nodes of the teacher's pruned lattice."""
 
 from dataclasses import replace
-from typing import List, Optional, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
-from icefall_kd.errors import KDError
-from icefall_kd.lattice import best_path, passed_nodes
-from icefall_kd.losses.kl import FLOOR, check_temperature, linear_kl, row_kl, wide
-from icefall_kd.losses.student_nodes import StudentNodes, refuse_nan
+from icefall_kd.errors import KDError, require
+from icefall_kd.lattice import best_path, next_labels, passed_nodes
+from icefall_kd.losses.checks import check_temperature, refuse_nan
+from icefall_kd.losses.kl import FLOOR, compute_dtype, linear_kl, row_kl
+from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.types import (
     Distribution,
     LatticeTargets,
@@ -23,122 +24,146 @@ FORMS = ("nodes", "collapsed", "mean_u", "sampled_u")
 NODE_WEIGHTS = ("occupancy", "equal")
 
 
-def nodes_of(lattice: PrunedLattice) -> Nodes:
-    """The nodes of a batch's lattice that its teacher passes: those that a store keeps.
+# Nodes of lattices
 
-    See :func:`icefall_kd.lattice.passed_nodes`.
+
+def nodes_of(lattice: PrunedLattice) -> Nodes:
+    """Return the nodes of a batch's lattice that a store would hold.
+
+    They are those of :func:`icefall_kd.lattice.passed_nodes`.
+
+    Args:
+      lattice: The teacher's, of N utterances.
     """
     row, frame, s = passed_nodes(lattice.occupancy).nonzero(as_tuple=True)
     position = lattice.ranges[row, frame, s]
+    lens = lattice.boundary[:, 2]
     return Nodes(
         row,
         frame,
         position,
-        _labels(lattice.labels, lattice.boundary[:, 2], row, position),
+        next_labels(lattice.labels, position, row, lens),
         lattice.occupancy[row, frame, s],
         lattice.logits[row, frame, s],
     )
 
 
 def path_nodes(lattice: PrunedLattice, blank_id: int) -> Nodes:
-    """The nodes of each utterance's best alignment alone, each with an occupancy of 1.
+    """Return the nodes of each utterance's best alignment, with an occupancy of 1.
 
     (Kurata and Saon, arXiv:2110.03334.)
+
+    Args:
+      lattice: The teacher's, of N utterances.
+      blank_id: The token id of blank.
     """
     occupancy = best_path(lattice, blank_id).to(lattice.occupancy.dtype)
     return nodes_of(replace(lattice, occupancy=occupancy))
 
 
-def stored_nodes(lattices: List[Optional[LatticeTargets]]) -> Optional[Nodes]:
-    """The nodes of stored lattices, row by row; None where no row has one."""
+def stored_nodes(lattices: Sequence[Optional[LatticeTargets]]) -> Optional[Nodes]:
+    """Return the nodes of a batch's stored lattices; None where no row has one.
+
+    Args:
+      lattices: The lattice of each row, or None.
+    """
     parts = []
     for row, lattice in enumerate(lattices):
         if lattice is None:
             continue
         frame, s = passed_nodes(lattice.occupancy).nonzero(as_tuple=True)
         position = lattice.ranges[frame, s]
-        symbols = lattice.labels.unsqueeze(0)
-        lens = torch.tensor([symbols.size(1)], device=symbols.device)
-        label = _labels(symbols, lens, torch.zeros_like(frame), position)
-        which = torch.full_like(frame, row)
-        occupancy = lattice.occupancy[frame, s]
-        parts.append(Nodes(which, frame, position, label, occupancy, lattice.nodes))
+        parts.append(
+            Nodes(
+                torch.full_like(frame, row),
+                frame,
+                position,
+                next_labels(lattice.labels, position),
+                lattice.occupancy[frame, s],
+                lattice.nodes,
+            )
+        )
     if not parts:
         return None
-    columns = {k: [vars(p)[k] for p in parts] for k in vars(parts[0])}
-    teacher = _joined(columns.pop("teacher"))
-    return Nodes(**{k: torch.cat(v) for k, v in columns.items()}, teacher=teacher)
+    columns = zip(*(vars(part).values() for part in parts))
+    *columns, teacher = columns  # the last field of Nodes
+    return Nodes(*(torch.cat(column) for column in columns), _concatenated(teacher))
 
 
-def _labels(symbols, lens, row, position) -> torch.Tensor:
-    """(R,): the label behind each position; -1 behind the last."""
-    if symbols.size(1) == 0:
-        return torch.full_like(position, -1)
-    label = symbols[row, position.clamp(max=symbols.size(1) - 1)]
-    return label.masked_fill(position >= lens[row], -1)
-
-
-def _joined(parts: List[Distribution]) -> Distribution:
+def _concatenated(parts: Sequence[Distribution]) -> Distribution:
     if not is_sparse(parts[0]):
         return torch.cat(parts)
-    width = max(p.indices.size(1) for p in parts)
+    k = max(part.indices.size(1) for part in parts)
 
     def padded(x: torch.Tensor, value: float) -> torch.Tensor:
-        return nn.functional.pad(x, (0, width - x.size(1)), value=value)
+        return nn.functional.pad(x, (0, k - x.size(1)), value=value)
 
     return SparseDistribution(
-        torch.cat([padded(p.indices, 0) for p in parts]),
-        torch.cat([padded(p.log_probs, -torch.inf) for p in parts]),
-        torch.cat([p.log_tail for p in parts]),
+        torch.cat([padded(part.indices, 0) for part in parts]),
+        torch.cat([padded(part.log_probs, -torch.inf) for part in parts]),
+        torch.cat([part.log_tail for part in parts]),
     )
 
 
 def collapse(nodes: Nodes, blank_id: int, temperature: float = 1.0) -> Nodes:
-    """Nodes whose teacher tells {next label, blank, rest} apart and no more.
+    """Return nodes whose teacher knows three classes: next label, blank, and the rest.
 
-    A label that a sparse teacher doesn't keep stays in the rest: a coarser division,
-    whose KL divergence is exact and smaller.
+    A label that a sparse teacher dropped stays in the rest: a coarser division, whose
+    KL divergence is exact and smaller.
+
+    Args:
+      nodes: R nodes.
+      blank_id: The token id of blank.
+      temperature: T, of a dense teacher; a sparse one is at its own.
     """
+    has_label = nodes.label >= 0  # (R,); behind the last label there is none
     label = nodes.label.clamp(min=0)
-    pair = torch.stack((label, torch.full_like(label, blank_id)), -1)
+    pair = torch.stack((label, torch.full_like(label, blank_id)), -1)  # (R, 2)
     if is_sparse(nodes.teacher):
-        hit = nodes.teacher.indices.unsqueeze(1) == pair.unsqueeze(2)  # (R, 2, K)
-        log_probs = nodes.teacher.log_probs.unsqueeze(1)
-        log_pair = log_probs.masked_fill(~hit, -torch.inf).amax(-1)
-        # A padding entry has index 0 and -inf, so that it can't be the maximum.
-        others = ~hit.any(1)
-        others = nodes.teacher.log_probs.masked_fill(~others, -torch.inf)
-        rest = torch.logaddexp(nodes.teacher.log_tail, others.logsumexp(-1))
+        log_probs = nodes.teacher.log_probs  # (R, K)
+        is_pair = nodes.teacher.indices.unsqueeze(1) == pair.unsqueeze(2)  # (R, 2, K)
+        is_pair[:, 0] &= has_label.unsqueeze(1)
+        # An entry that fills up a row has -inf, and can't be the maximum.
+        log_pair = log_probs.unsqueeze(1).masked_fill(~is_pair, -torch.inf).amax(-1)
+        log_others = log_probs.masked_fill(is_pair.any(1), -torch.inf).logsumexp(-1)
+        log_rest = torch.logaddexp(nodes.teacher.log_tail, log_others)
     else:
-        logits = nodes.teacher.to(wide(nodes.teacher.dtype))
-        log_probs = (logits / temperature).log_softmax(-1)
+        logits = nodes.teacher.to(compute_dtype(nodes.teacher.dtype))
+        log_probs = (logits / temperature).log_softmax(-1)  # (R, V)
         log_pair = log_probs.gather(1, pair)
-        ids = torch.arange(log_probs.size(1), device=label.device)
-        taken = (ids == pair[:, :1]) & (nodes.label >= 0).unsqueeze(1)
-        taken |= ids == blank_id
-        rest = log_probs.masked_fill(taken, -torch.inf).logsumexp(-1)
-    gone = nodes.label < 0
-    if is_sparse(nodes.teacher):  # what the clamped label -1 has taken out goes back
-        back = log_pair[:, 0].masked_fill(~gone | (pair[:, 0] == blank_id), -torch.inf)
-        rest = torch.logaddexp(rest, back)
-    first = log_pair[:, 0].masked_fill(gone, -torch.inf)
-    log_pair = torch.stack((first, log_pair[:, 1]), -1)
-    return replace(nodes, teacher=SparseDistribution(pair, log_pair, rest))
+        token = torch.arange(log_probs.size(1), device=label.device)
+        is_pair = (token == pair[:, :1]) & has_label.unsqueeze(1)  # (R, V)
+        is_pair |= token == blank_id
+        log_rest = log_probs.masked_fill(is_pair, -torch.inf).logsumexp(-1)
+    log_label = log_pair[:, 0].masked_fill(~has_label, -torch.inf)
+    log_pair = torch.stack((log_label, log_pair[:, 1]), -1)
+    return replace(nodes, teacher=SparseDistribution(pair, log_pair, log_rest))
 
 
 def shift(nodes: Nodes, frames: int, lengths: torch.Tensor) -> Nodes:
-    """Teach a student that lags behind: what the teacher says at t, at t + frames.
+    """Return nodes for a student that lags behind: those of frame t, at t + frames.
 
-    (Kurata and Saon, arXiv:2110.03334.) Nodes beyond the student's end go.
+    (Kurata and Saon, arXiv:2110.03334.) Nodes beyond the student's end are left out.
+
+    Args:
+      nodes: The teacher's.
+      frames: How far the student lags behind, 0 or more.
+      lengths: (N,), the student's valid frames.
+
+    Raises:
+      KDError: ``frames`` is below 0.
     """
-    if frames < 0:
-        raise KDError(
-            f"the shift is {frames} frames, and a student can't hear the future: give "
-            "0 or more"
-        )
-    moved = nodes.frame + frames
-    inside = moved < lengths.to(moved.device)[nodes.row]
-    return replace(nodes, frame=moved).select(inside)
+    require(
+        frames >= 0,
+        f"the shift is {frames} frames, and a student can't know the future: give 0 or "
+        "more",
+    )
+    frame = nodes.frame + frames
+    is_inside = frame < lengths.to(frame.device)[nodes.row]
+    return replace(nodes, frame=frame).select(is_inside)
+
+
+# The losses
 
 
 def nodes_kd_loss(
@@ -150,7 +175,7 @@ def nodes_kd_loss(
     blank_id: int = 0,
     generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
-    """KL divergence of the transducer's outputs, over the nodes of a lattice.
+    """Return the KL divergence of the transducers' outputs over the nodes of a lattice.
 
     With w_r the teacher's occupancy of a node r = (n, t, u), or 1, and z~, z the logits
     of teacher and student there, by ``form``:
@@ -176,44 +201,44 @@ def nodes_kd_loss(
 
     Args:
       student: The student at R nodes, with the teacher's distributions.
-      temperature: T. A sparse teacher is at this temperature already.
-      form: One of ``FORMS``.
-      node_weights: "occupancy": nodes count by the teacher's; "equal": by 1.
-      blank_id: For "collapsed".
-      generator: For "sampled_u"; None: torch's own.
+      temperature: T, above 0. A sparse teacher is at this temperature already.
+      form: One of FORMS.
+      node_weights: One of NODE_WEIGHTS: w is the teacher's "occupancy", or "equal", 1.
+      blank_id: The token id of blank, for "collapsed".
+      generator: Draws the nodes of "sampled_u"; None: torch's own.
 
     Returns:
       A scalar in nats, summed as icefall sums its losses; 0 with a zero gradient for no
       nodes.
 
     Raises:
-      KDError: a form or temperature of no use, a sparse teacher for "mean_u", NaN in
-        the student.
+      KDError: A bad form, weighting or temperature, a sparse teacher for "mean_u", NaN
+        in the student.
     """
     check_temperature(temperature)
-    if form not in FORMS:
-        raise KDError(f"`form` is {form!r}, and must be one of {', '.join(FORMS)}")
-    if node_weights not in NODE_WEIGHTS:
-        raise KDError(
-            f"`node_weights` is {node_weights!r}, and must be one of "
-            f"{', '.join(NODE_WEIGHTS)}"
-        )
+    require(form in FORMS, f"`form` is {form!r}, and must be one of {', '.join(FORMS)}")
+    require(
+        node_weights in NODE_WEIGHTS,
+        f"`node_weights` is {node_weights!r}, and must be one of "
+        f"{', '.join(NODE_WEIGHTS)}",
+    )
     if form == "mean_u":
-        _need_dense(student.nodes.teacher, form)
-        _, _, which = _frames(student.nodes)
-        layer = student.joiner.output_linear  # is linear: the states' mean will do
-        teacher = _means(student.nodes.teacher, which)
-        return linear_kl(
-            _means(student.states, which), layer, teacher, temperature=temperature
+        _require_dense(student.nodes.teacher, form)
+        groups = _group_by_frame(student.nodes)
+        return linear_kl(  # the layer is linear: the mean of its inputs will do
+            _means(student.states, groups),
+            student.joiner.output_linear,
+            _means(student.nodes.teacher, groups),
+            temperature=temperature,
         )
     weights = student.nodes.occupancy if node_weights == "occupancy" else None
     if form == "sampled_u":
-        index, weights = _draw(student.nodes, weights, generator)
+        index, weights = _sample(student.nodes, weights, generator)
         student = student.select(index)
     nodes = student.nodes
     if form == "collapsed":
         nodes = collapse(nodes, blank_id, temperature)
-    return student.kl(nodes.teacher, temperature, weights)
+    return student.kl(nodes.teacher, temperature=temperature, weights=weights)
 
 
 def transducer_kd_loss(
@@ -229,12 +254,29 @@ def transducer_kd_loss(
     blank_id: int = 0,
     generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
-    """:func:`nodes_kd_loss` of a student that is asked for nothing else.
+    """Return :func:`nodes_kd_loss` of a student that no other loss needs.
 
-    The student's joiner is asked at these nodes alone, and its logits never exist
-    whole. Of the first five arguments see
-    :class:`icefall_kd.losses.student_nodes.StudentNodes`, of the others
-    :func:`nodes_kd_loss`.
+    Its joiner is evaluated at these nodes alone, in chunks.
+
+    Args:
+      joiner: The student's, with ``encoder_proj``, ``decoder_proj``, ``output_linear``.
+      encoder_out: (N, T, C), the student's, with its graph.
+      decoder_out: (N, U + 1, D), of the labels behind a leading blank.
+      nodes: R nodes with the teacher's distributions, of :func:`nodes_of`,
+        :func:`path_nodes` or :func:`stored_nodes`.
+      lengths: (N,), valid frames of ``encoder_out``.
+      temperature: T, above 0. A sparse teacher is at this temperature already.
+      form: One of FORMS.
+      node_weights: One of NODE_WEIGHTS.
+      blank_id: The token id of blank, for "collapsed".
+      generator: Draws the nodes of "sampled_u"; None: torch's own.
+
+    Returns:
+      A scalar in nats; 0 with a zero gradient for no nodes.
+
+    Raises:
+      KDError: As :func:`nodes_kd_loss`, and for nodes beyond the student's frames or
+        labels, or another vocabulary.
     """
     student = StudentNodes(joiner, encoder_out, decoder_out, nodes, lengths)
     return nodes_kd_loss(
@@ -255,7 +297,7 @@ def total_kd_loss(
     temperature: float = 1.0,
     ctc_share: float = 0.5,
 ) -> torch.Tensor:
-    """KL divergence of both heads' outputs, mixed frame by frame.
+    """Return the KL divergence of both heads' outputs, mixed frame by frame.
 
     sum over frames (n, t) of T^2 KL(softmax(z~_t / T) || softmax(z_t / T)),
     z = a z_ctc + (1 - a) m, m the mean over the frame's nodes as in "mean_u" of
@@ -267,37 +309,42 @@ def total_kd_loss(
       ctc_logits: (N, T, V), the student's, before LogSoftmax.
       teacher_ctc: (N, T', V), the teacher's, before or after LogSoftmax; its frames
         are those of the nodes.
-      temperature: T.
+      temperature: T, above 0.
       ctc_share: a, 0 to 1.
 
+    Returns:
+      A scalar in nats; 0 with a zero gradient for no nodes.
+
     Raises:
-      KDError: a sparse teacher, another vocabulary, frames beyond either CTC head's.
+      KDError: A sparse teacher, another vocabulary, frames beyond either CTC head's.
     """
     check_temperature(temperature)
-    if not 0 <= ctc_share <= 1:
-        raise KDError(f"the CTC share is {ctc_share!r}, and must be from 0 to 1")
+    require(
+        0 <= ctc_share <= 1, f"`ctc_share` is {ctc_share!r}, and must be from 0 to 1"
+    )
     nodes, layer = student.nodes, student.joiner.output_linear
-    _need_dense(nodes.teacher, "total")
+    _require_dense(nodes.teacher, "total")
     if is_sparse(teacher_ctc):
         raise KDError(
-            f"the form total mixes logits of all {layer.out_features} symbols, and the "
-            f"CTC targets keep {teacher_ctc.indices.size(-1)} a frame: dump with "
-            "--keep dense, or ask the teacher online"
+            f"the form total mixes logits of all {layer.out_features} tokens, and the "
+            f"CTC targets have {teacher_ctc.indices.size(-1)} a frame: store them as "
+            "dense, or run the teacher online"
         )
-    row, frame, which = _frames(nodes)
+    groups = _group_by_frame(nodes)
     for name, x in (("student's", ctc_logits), ("teacher's", teacher_ctc)):
-        _check_ctc(x, name, row, frame, layer.out_features)
-    teacher_ctc = teacher_ctc.detach().to(row.device)[row, frame]
-    ctc = ctc_logits[row, frame]
-    refuse_nan(ctc, "CTC logits at the lattice's frames")
-    with torch.autocast(ctc.device.type, enabled=False):
-        means = _means(student.states, which)
-        weight, bias = (
-            p if p is None else p.to(means.dtype) for p in (layer.weight, layer.bias)
+        _check_ctc(x, name, groups, layer.out_features)
+    teacher_ctc = teacher_ctc.detach().to(groups.row.device)[groups.row, groups.frame]
+    student_ctc = ctc_logits[groups.row, groups.frame]  # (G, V)
+    refuse_nan(student_ctc, "CTC logits at the lattice's frames")
+    with torch.autocast(student_ctc.device.type, enabled=False):
+        states = _means(student.states, groups)  # (G, J)
+        bias = None if layer.bias is None else layer.bias.to(states.dtype)
+        means = nn.functional.linear(states, layer.weight.to(states.dtype), bias)
+        return row_kl(
+            _mix(student_ctc, means, ctc_share),
+            _mix(teacher_ctc, _means(nodes.teacher, groups), ctc_share),
+            temperature=temperature,
         )
-        means = nn.functional.linear(means, weight, bias)
-        taught = _mix(teacher_ctc, _means(nodes.teacher, which), ctc_share)
-        return row_kl(_mix(ctc, means, ctc_share), taught, temperature=temperature)
 
 
 def _mix(ctc: torch.Tensor, means: torch.Tensor, share: float) -> torch.Tensor:
@@ -305,64 +352,79 @@ def _mix(ctc: torch.Tensor, means: torch.Tensor, share: float) -> torch.Tensor:
     return share * ctc + (1 - share) * means.clamp(min=FLOOR)
 
 
-def _check_ctc(x: torch.Tensor, name: str, row, frame, v: int) -> None:
-    if x.size(-1) != v:
-        raise KDError(
-            f"the {name} CTC head has {x.size(-1)} symbols and the student's joiner "
-            f"{v}: both need the same BPE model"
-        )
-    if len(row) and not (int(row.max()) < x.size(0) and int(frame.max()) < x.size(1)):
-        raise KDError(
-            f"the teacher's lattice has row {int(row.max())} and frame "
-            f"{int(frame.max())}, and the {name} CTC output is of shape "
-            f"{tuple(x.shape)}: the targets are of other cuts, or the frame rates "
-            "differ"
-        )
+# Frames that have nodes
 
 
-def _need_dense(teacher: Distribution, form: str) -> None:
-    if is_sparse(teacher):
-        raise KDError(
-            f"the form {form} needs the teacher's logits of all symbols, and its "
-            f"lattice keeps {teacher.indices.size(-1)} a node: dump with "
-            "--keep-lattice dense, or ask the teacher online"
-        )
+class _Groups(NamedTuple):
+    """R nodes, grouped by utterance and frame."""
+
+    row: torch.Tensor  # (G,), int64, the utterance of each group
+    frame: torch.Tensor  # (G,), int64, its frame
+    index: torch.Tensor  # (R,), int64, the group of each node
 
 
-def _frames(nodes: Nodes) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Row and frame of each of G frames that have nodes, and each node's frame in them.
-
-    Returns:
-      Of shapes (G,), (G,) and (R,).
-    """
-    width = int(nodes.frame.max()) + 1 if len(nodes) else 1
-    keys, which = (nodes.row * width + nodes.frame).unique(return_inverse=True)
-    return torch.div(keys, width, rounding_mode="floor"), keys % width, which
+def _group_by_frame(nodes: Nodes) -> _Groups:
+    n_frames = int(nodes.frame.max()) + 1 if len(nodes) else 1
+    keys = nodes.row * n_frames + nodes.frame
+    keys, index = keys.unique(return_inverse=True)
+    row = torch.div(keys, n_frames, rounding_mode="floor")
+    return _Groups(row, keys % n_frames, index)
 
 
-def _means(x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """(G, D): the mean of the rows of ``x``, (R, D), that each frame has."""
-    x = x.to(wide(x.dtype))
-    counts = which.bincount()
-    sums = x.new_zeros(len(counts), x.size(1)).index_add(0, which, x)
+def _means(x: torch.Tensor, groups: _Groups) -> torch.Tensor:
+    """(G, D): the mean of the rows of ``x``, (R, D), over each group."""
+    x = x.to(compute_dtype(x.dtype))
+    counts = groups.index.bincount()
+    sums = x.new_zeros(len(counts), x.size(1)).index_add(0, groups.index, x)
     return sums / counts.unsqueeze(1)
 
 
-def _draw(
+def _sample(
     nodes: Nodes, weights: Optional[torch.Tensor], generator: Optional[torch.Generator]
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """A node of each frame, drawn by weight, and the frame's weight: (G,) each."""
-    _, _, which = _frames(nodes)
-    order = which.argsort(stable=True)
+    groups = _group_by_frame(nodes)
     if weights is None:
         weights = torch.ones_like(nodes.occupancy)
+    # The nodes of one frame behind those of another; their weights add up to `mass`,
+    # in which a frame has the interval from `begin` to `end`.
+    order = groups.index.argsort(stable=True)  # (R,)
     mass = weights[order].double().cumsum(0)
-    last = which.bincount().cumsum(0) - 1
-    end = mass[last]
+    last_node = groups.index.bincount().cumsum(0) - 1  # (G,)
+    end = mass[last_node]
     begin = nn.functional.pad(end, (1, 0))[: len(end)]
     device = mass.device if generator is None else generator.device
     x = torch.rand(len(end), dtype=mass.dtype, device=device, generator=generator)
     x = begin + x.to(mass.device) * (end - begin)
     # Rounding may bring x up to the frame's end, where the next frame begins.
-    drawn = torch.minimum(torch.searchsorted(mass, x, right=True), last)
+    drawn = torch.minimum(torch.searchsorted(mass, x, right=True), last_node)
     return order[drawn], (end - begin).to(weights.dtype)
+
+
+# Refusals
+
+
+def _check_ctc(x: torch.Tensor, owner: str, groups: _Groups, v: int) -> None:
+    if x.size(-1) != v:
+        raise KDError(
+            f"the {owner} CTC head has {x.size(-1)} tokens and the student's joiner "
+            f"{v}: both need the same BPE model"
+        )
+    if not len(groups.row):
+        return
+    row, frame = int(groups.row.max()), int(groups.frame.max())
+    if row >= x.size(0) or frame >= x.size(1):
+        raise KDError(
+            f"the teacher's lattice has row {row} and frame {frame}, and the {owner} "
+            f"CTC output is of shape {tuple(x.shape)}: the targets are of other cuts, "
+            "or the frame rates differ"
+        )
+
+
+def _require_dense(teacher: Distribution, form: str) -> None:
+    if is_sparse(teacher):
+        raise KDError(
+            f"the form {form} needs the teacher's logits of all tokens, and its "
+            f"lattice has {teacher.indices.size(-1)} a node: store it as dense, or run "
+            "the teacher online"
+        )

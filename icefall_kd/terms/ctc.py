@@ -76,8 +76,8 @@ class CtcTerm(Term):
         frame_weighting: str = "all",
         delay: int = 0,
     ) -> None:
+        from icefall_kd.losses.checks import check_temperature
         from icefall_kd.losses.ctc import FRAMES
-        from icefall_kd.losses.kl import check_temperature
 
         super().__init__(weight)
         check_temperature(temperature)

@@ -159,13 +159,13 @@ class HiddenTerm(Term):
         from torch import nn
 
         from icefall_kd.losses.hidden import hidden_kd_loss
-        from icefall_kd.losses.kl import wide
+        from icefall_kd.losses.kl import compute_dtype
         from icefall_kd.terms.projectors import FromScale, ToScale
 
         options = {"distance": self.distance, "mask": mask}
         lengths = torch.full((len(mask),), mask.size(1), device=mask.device)
         with torch.autocast(student.device.type, enabled=False):
-            student = student.to(wide(student.dtype))
+            student = student.to(compute_dtype(student.dtype))
             if isinstance(module, nn.Identity):
                 return hidden_kd_loss(student, teacher, lengths, **options)
             # The module learns from the unweighted term, and the student from the

@@ -15,7 +15,7 @@ from torch import nn
 
 from icefall_kd.errors import KDError, require
 from icefall_kd.kinds.hidden import hidden_rows, import_quantization
-from icefall_kd.losses.kl import wide
+from icefall_kd.losses.kl import compute_dtype
 from icefall_kd.types import EncoderOut
 from icefall_kd.zipformer import Layer
 
@@ -167,7 +167,9 @@ class Projectors:
             for pair in self.pairs:
                 width = hidden_rows(student, pair[1]).size(-1)
                 self.modules["-".join(map(str, pair))] = self._module(pair[0], width)
-        self.modules.to(student.encoder_out.device, wide(student.encoder_out.dtype))
+        self.modules.to(
+            student.encoder_out.device, compute_dtype(student.encoder_out.dtype)
+        )
         parameters = list(self.modules.parameters())
         if parameters:
             self.optimizer = torch.optim.Adam(parameters, lr=self.lr)

@@ -88,7 +88,7 @@ class TransducerTerm(Term):
         shift: int = 0,
         node_weighting: str = "occupancy",
     ) -> None:
-        from icefall_kd.losses.kl import check_temperature
+        from icefall_kd.losses.checks import check_temperature
         from icefall_kd.losses.transducer import FORMS
 
         super().__init__(weight)

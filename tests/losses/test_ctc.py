@@ -627,7 +627,7 @@ def test_sparse_symbols_beyond_the_students_are_refused():
     student, teacher, lengths = batch()
     sparse = sparse_of(teacher, 2)
     sparse.indices[0, 0, 1] = 5
-    with pytest.raises(KDError, match="symbols .* to 5, .* logits 5 symbols"):
+    with pytest.raises(KDError, match="tokens .* to 5, .* logits 5 tokens"):
         ctc_kd_loss(student, sparse, lengths)
 
 

@@ -196,7 +196,7 @@ def test_the_defaults_are_the_plain_row_kl_bit_for_bit(k):
     def plain(s):
         return row_kl(
             s.flatten(0, 1),
-            ctc._flat(teacher),
+            ctc._flatten(teacher, s.device),
             temperature=1.0,
             student_rows=rows,
             teacher_rows=rows,
@@ -713,10 +713,10 @@ def test_nan_in_the_teacher_is_named_with_its_shape(frames, delay):
     "options, pattern",
     [
         ({"frames": "nonblank"}, "'nonblank'.*all, non-blank, symmetric"),
-        ({"delay": -1}, "delay is -1"),
-        ({"delay": 1.5}, "delay is 1.5"),
-        ({"blank_id": 5}, "blank_id is 5.* 5 symbols"),
-        ({"blank_id": -1}, "blank_id is -1"),
+        ({"delay": -1}, "delay. is -1"),
+        ({"delay": 1.5}, "delay. is 1.5"),
+        ({"blank_id": 5}, "blank_id. is 5.* 5 tokens"),
+        ({"blank_id": -1}, "blank_id. is -1"),
     ],
 )
 def test_options_out_of_range_are_refused(options, pattern):

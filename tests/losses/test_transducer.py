@@ -349,14 +349,14 @@ def test_nodes_outside_the_student_are_refused(joiner, states, nodes):
 
 def test_another_vocabulary_is_refused(joiner, states, nodes):
     other = dataclasses.replace(nodes, teacher=torch.zeros(5, 8))
-    refused(joiner, states, other, "joiner has 7 symbols and the teacher's lattice 8")
+    refused(joiner, states, other, "joiner has 7 tokens and the teacher's lattice 8")
     kept = SparseDistribution(
         torch.full((5, 1), 7), torch.zeros(5, 1), torch.full((5,), -torch.inf)
     )
-    refused(joiner, states, dataclasses.replace(nodes, teacher=kept), "7 symbols.* 8")
+    refused(joiner, states, dataclasses.replace(nodes, teacher=kept), "7 tokens.* 8")
 
 
 def test_bad_options_are_refused(joiner, states, nodes):
     refused(joiner, states, nodes, "form` is 'full'", form="full")
     refused(joiner, states, nodes, "node_weights` is 'all'", node_weights="all")
-    refused(joiner, states, nodes, "temperature is 0", temperature=0)
+    refused(joiner, states, nodes, "temperature.? is 0", temperature=0)

@@ -330,7 +330,9 @@ def test_logits_and_fused_layer_give_one_gradient(made):
     if made:
         student.logits()
     weights = c.nodes.occupancy
-    found = value_and_grads(student.kl(c.nodes.teacher, 2.0, weights), c.inputs)
+    found = value_and_grads(
+        student.kl(c.nodes.teacher, temperature=2.0, weights=weights), c.inputs
+    )
     torch.testing.assert_close(found, value_and_grads(c.loss("nodes", 2.0), c.inputs))
 
 
@@ -517,28 +519,24 @@ def test_a_sparse_teacher_has_no_mean_of_logits(form):
         torch.full((len(c.nodes),), -0.4),
     )
     c = replace(c, nodes=replace(c.nodes, teacher=kept))
-    refused(f"form {form} .* keeps 1 a node: dump with --keep-lattice dense", c, form)
+    refused(f"form {form} .* has 1 a node: store it as dense", c, form)
 
 
 def test_total_refuses_ctc_outputs_that_do_not_fit():
     c = case()
     few = SparseDistribution(*(torch.zeros(3, 5, 2) for _ in range(3)))
-    refused(
-        "keep 2 a frame: dump with --keep dense", replace(c, teacher_ctc=few), ALL[4]
-    )
+    refused("have 2 a frame: store them as dense", replace(c, teacher_ctc=few), ALL[4])
     other = replace(c, teacher_ctc=torch.zeros(3, 5, 7))
-    refused(
-        "teacher's CTC head has 7 symbols and the student's joiner 6", other, ALL[4]
-    )
+    refused("teacher's CTC head has 7 tokens and the student's joiner 6", other, ALL[4])
     other = replace(c, ctc=torch.zeros(3, 5, 5))
-    refused("student's CTC head has 5 symbols", other, ALL[4])
+    refused("student's CTC head has 5 tokens", other, ALL[4])
     last = int(c.nodes.frame.max())
     short = replace(c, teacher_ctc=c.teacher_ctc[:, :last])
     refused(
         rf"frame {last}, and the teacher's CTC output .*\(3, {last}, 6", short, ALL[4]
     )
-    refused("temperature is 0", c, ALL[4], temperature=0)
-    with pytest.raises(KDError, match="CTC share is 1.5"):
+    refused("temperature.? is 0", c, ALL[4], temperature=0)
+    with pytest.raises(KDError, match="ctc_share. is 1.5"):
         total_kd_loss(c.student(), c.ctc, c.teacher_ctc, temperature=1.0, ctc_share=1.5)
 
 
