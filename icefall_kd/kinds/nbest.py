@@ -8,8 +8,8 @@ alone::
         "start": 0.0, "duration": 1.9, "source": 1.9
     }
 
-Scores are log-probabilities in nats; the other three, in seconds, say what the cut was
-when it was decoded, as in :class:`icefall_kd.targets.store.Pointer`.
+Scores are log-probabilities in nats; the other three, in seconds, are the cut's when it
+was decoded, as in :class:`icefall_kd.targets.store.Pointer`.
 """
 
 import math
@@ -25,10 +25,11 @@ FIELD = "kd_nbest"
 
 
 def write_nbest(cut: MonoCut, hypotheses: Sequence[Tuple[str, float]]) -> MonoCut:
-    """A copy of ``cut`` that carries an n-best list.
+    """Return a copy of ``cut`` that carries an n-best list.
 
     Args:
-      hypotheses: Text and log-probability in nats; none is legal.
+      cut: The cut that was decoded.
+      hypotheses: Text and log-probability in nats; an empty list is legal.
 
     Raises:
       KDError: another kind of cut, or a bad text or score.
@@ -44,17 +45,20 @@ def write_nbest(cut: MonoCut, hypotheses: Sequence[Tuple[str, float]]) -> MonoCu
         "duration": cut.duration,
         "source": source_duration(cut),
     }
-    found = _hypotheses(cut, value)
-    value["hypotheses"] = [{"text": text, "score": score} for text, score in found]
+    checked = _hypotheses(cut, value)
+    value["hypotheses"] = [{"text": text, "score": score} for text, score in checked]
     return fastcopy(cut, custom={**(cut.custom or {}), FIELD: value})
 
 
 def read_nbest(cut: Cut) -> List[Tuple[str, float]]:
-    """The n-best list of ``cut``: text and log-probability in nats.
+    """Return the n-best list of a cut: text and log-probability in nats.
 
-    Empty where none fits: the cut carries none, it is no longer the whole of what was
-    decoded, or it mixes several cuts with speech. A changed speed or tempo, which moves
-    no word, leaves the list.
+    It is empty where none fits: the cut carries none, it is no longer the whole of what
+    was decoded, or it mixes several cuts with speech. A changed speed or tempo, which
+    moves no word, leaves the list.
+
+    Args:
+      cut: The cut.
 
     Raises:
       KDError: a field that is damaged.
@@ -77,17 +81,17 @@ def _whole(cut: MonoCut, value: Any) -> bool:
         start, duration, source = (value[k] for k in ("start", "duration", "source"))
         now = source_duration(cut)
         scale = now / source if now and source else 1.0
-        moved = (cut.start - scale * start, cut.duration - scale * duration)
+        change = (cut.start - scale * start, cut.duration - scale * duration)
     except (KeyError, TypeError):
         raise _damaged(cut, "lacks a start, duration or source in seconds") from None
-    return max(map(abs, moved)) <= SLACK
+    return max(map(abs, change)) <= SLACK
 
 
 def _hypotheses(cut: MonoCut, value: Any) -> List[Tuple[str, float]]:
     items = value.get("hypotheses") if isinstance(value, dict) else None
     if not isinstance(items, list):
         raise _damaged(cut, "has no list of hypotheses")
-    found = []
+    hypotheses = []
     for item in items:
         if not isinstance(item, dict) or not isinstance(item.get("text"), str):
             raise _damaged(cut, f"has a hypothesis without a text, {item!r}")
@@ -97,8 +101,8 @@ def _hypotheses(cut: MonoCut, value: Any) -> List[Tuple[str, float]]:
             raise _damaged(cut, f"has no score of {item['text']!r}") from None
         if not math.isfinite(score):
             raise _damaged(cut, f"has the score {score} of {item['text']!r}")
-        found.append((item["text"], score))
-    return found
+        hypotheses.append((item["text"], score))
+    return hypotheses
 
 
 def _damaged(cut: MonoCut, fault: str) -> KDError:

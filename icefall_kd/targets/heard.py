@@ -1,4 +1,4 @@
-"""What a model hears of a cut: in training, and so when its teacher is asked."""
+"""The feature frames of a cut that a model's input has: in training, and in a dump."""
 
 from typing import Sequence, Tuple
 
@@ -15,12 +15,15 @@ SLACK = 2e-3  # seconds, as in lhotse's validate_for_asr
 
 
 def heard_frames(cut: Cut) -> int:
-    """How many of the feature frames of ``cut`` a recipe's model hears.
+    """Return how many feature frames of a cut are a recipe's input.
 
     A batch of lhotse's ``K2SpeechRecognitionDataset`` has the features of the whole
     cut, and icefall takes its ``supervisions["num_frames"]`` for their number, wherever
-    in the cut the supervision begins. So it hears the cut's first frames, as many as
-    the supervision has; a cut without a supervision is heard whole.
+    in the cut the supervision begins. So the input is the cut's first frames, as many
+    as the supervision has, and the whole cut where it has no supervision.
+
+    Args:
+      cut: The cut.
     """
     if len(cut.supervisions) != 1:
         return cut.num_frames
@@ -32,17 +35,30 @@ def heard_frames(cut: Cut) -> int:
 
 
 def collate_heard(cuts: Sequence[Cut]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The stored features of ``cuts``, (N, T, F), and :func:`heard_frames` of each."""
+    """Read and pad stored features.
+
+    Args:
+      cuts: N cuts.
+
+    Returns:
+      (N, T, F) features, and (N,), the number of feature frames of each cut.
+    """
     x, x_lens = collate_features(CutSet.from_cuts(cuts))
     lens = torch.tensor([heard_frames(cut) for cut in cuts], dtype=x_lens.dtype)
     return x[:, : int(lens.max())], lens
 
 
 def why_unheard(cut: Cut) -> str:
-    """Why a teacher can't hear ``cut``, as the rest of a sentence; "" if it can.
+    """Return why a cut can't be a teacher's input, as the rest of a sentence.
 
     Such a cut goes without targets; one that no recipe could train on is refused, see
     :func:`check_supervision`.
+
+    Args:
+      cut: The cut.
+
+    Returns:
+      The reason; "" where there is none.
     """
     if not isinstance(cut, MonoCut):
         return (
@@ -60,6 +76,9 @@ def check_supervision(cut: Cut) -> None:
 
     A batch has one text for a row, and lhotse's dataset refuses a supervision that
     reaches beyond its cut.
+
+    Args:
+      cut: The cut.
 
     Raises:
       KDError: no supervision, several, or one beyond the cut.

@@ -14,14 +14,17 @@ from icefall_kd.targets.heard import check_supervision
 from icefall_kd.targets.transcripts import is_bare
 
 SAMPLE = 1000  # cuts
-# Where Lhotse's lazy sets keep those that they are made of.
+# The attributes of Lhotse's lazy sets that hold what they are made of.
 _SOURCES = ("cuts", "iterator", "iterators", "source")
 
 
 def is_endless(cuts: Any) -> bool:
-    """Whether Lhotse's operations on ``cuts`` make a set that never ends.
+    """Return whether Lhotse's operations on cuts make a set that never ends.
 
-    That is what ``repeat()`` without a number gives, and whatever is made of it.
+    That is what ``repeat()`` without a number returns, and whatever is made of it.
+
+    Args:
+      cuts: A set of cuts, or a part of one.
     """
     if isinstance(cuts, LazyInfiniteApproximateMultiplexer):
         return True
@@ -29,26 +32,26 @@ def is_endless(cuts: Any) -> bool:
         return True
     if isinstance(cuts, (list, tuple)):
         return False  # of cuts
-    found = []
+    sources = []
     for name in _SOURCES:
         source = getattr(cuts, name, None)
-        if name == "iterators" and source is not None:
-            found += [is_endless(one) for one in source]
-        elif source is not None:
-            found.append(is_endless(source))
-    ends_with_the_first = isinstance(cuts, LazyIteratorMultiplexer) and cuts.stop_early
-    return bool(found) and (all if ends_with_the_first else any)(found)
+        if source is not None:
+            sources += source if name == "iterators" else [source]
+    endless = [is_endless(source) for source in sources]
+    if isinstance(cuts, LazyIteratorMultiplexer) and cuts.stop_early:
+        return bool(endless) and all(endless)
+    return any(endless)
 
 
 class FirstLook:
-    """Cuts that are counted as they are read, with a line that says how far it is.
+    """Cuts that are counted as they are read, with a progress bar.
 
     Of a Shar, all of which would be read from its storage, and of cuts without end, the
     first ``SAMPLE`` are looked at: a dataset's workers check each cut again.
 
     Args:
       cuts: The training cuts.
-      silent: Whether another process says how far it is.
+      silent: Whether the bar is hidden, as another process shows one.
     """
 
     def __init__(self, cuts: Iterable[Cut], silent: bool = False) -> None:
@@ -77,7 +80,7 @@ class FirstLook:
         self.total, self.untranscribed = total, untranscribed
 
     def all(self) -> int:
-        """Read them all; return how many there are."""
+        """Read all cuts; return how many there are."""
         for _ in self:
             pass
         return self.total

@@ -13,10 +13,22 @@ from icefall_kd.targets.store import FIELD, Pointer, is_left_out, pointer_of
 
 
 def open_manifest(path: Path, mode: str) -> BinaryIO:
+    """Open a manifest, compressed if its name ends in ``.gz``.
+
+    Args:
+      path: The manifest.
+      mode: Python's, of bytes.
+    """
     return (gzip.open if path.suffix == ".gz" else open)(path, mode)
 
 
 def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield the lines of a manifest, and refuse one that is cut off.
+
+    Args:
+      file: The open manifest.
+      path: Its path, for messages.
+    """
     try:
         yield from file
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -27,11 +39,16 @@ def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def cut_of(line: bytes, path: Path) -> Optional[Dict[str, Any]]:
-    """The dictionary of the cut in a line of the manifest ``path``.
+    """Return the dictionary of the cut in a line of a manifest.
 
-    None for a line of a partial manifest that is no JSON: a killed run may leave one
-    torn. In what is returned the id is a text, and the custom fields are a dictionary
-    or None, those of a mixed cut's tracks too.
+    Args:
+      line: The line.
+      path: The manifest.
+
+    Returns:
+      The dictionary, in which the id is a text, and the custom fields are a dictionary
+      or None, those of a mixed cut's tracks too. None for a line of a partial manifest
+      that is no JSON: a killed run may leave one torn.
 
     Raises:
       KDError: a line that is no cut.
@@ -63,7 +80,13 @@ def _is_cut(values: Any) -> bool:
 
 
 def job_manifest(manifest: Union[str, Path], job: int, num_jobs: int) -> Path:
-    """The manifest that one of several jobs writes, beside that of all."""
+    """Return the manifest that one of several jobs writes, beside that of all.
+
+    Args:
+      manifest: That of all.
+      job: The job's number, from 0 on.
+      num_jobs: The number of jobs.
+    """
     path = Path(manifest)
     if num_jobs == 1:
         return path
@@ -72,18 +95,27 @@ def job_manifest(manifest: Union[str, Path], job: int, num_jobs: int) -> Path:
 
 
 def partial_of(manifest: Path) -> Path:
+    """Return the file in which a manifest is written until it is whole.
+
+    Args:
+      manifest: The manifest.
+    """
     return manifest.with_name(manifest.name + ".partial")
 
 
 def read_pointers(partial: Path, offset: int) -> Tuple[Dict[str, Pointer], int]:
-    """Cut ids and pointers behind ``offset`` of a manifest that is being written.
+    """Read the pointers in a manifest that is being written.
+
+    Args:
+      partial: The manifest.
+      offset: The byte from which it is read.
 
     Returns:
-      These, and the offset of the next ones.
+      The pointers by cut id, and the offset of the next ones.
     """
-    found: Dict[str, Pointer] = {}
+    pointers: Dict[str, Pointer] = {}
     if not partial.exists():
-        return found, offset
+        return pointers, offset
     with open(partial, "rb") as f:
         f.seek(offset)
         for line in f:
@@ -93,19 +125,24 @@ def read_pointers(partial: Path, offset: int) -> Tuple[Dict[str, Pointer], int]:
             cut = cut_of(line, partial)
             if cut and not is_left_out(cut):
                 value = (cut.get("custom") or {}).get(FIELD)
-                found[cut["id"]] = pointer_of(value, cut["id"])
-    return found, offset
+                pointers[cut["id"]] = pointer_of(value, cut["id"])
+    return pointers, offset
 
 
 def combine(
     manifest: Union[str, Path], num_jobs: int, order: Iterable[str]
 ) -> Dict[str, int]:
-    """Join the manifests of all jobs into one, in the order of the cut ids ``order``.
+    """Join the manifests of all jobs into one.
 
-    Memory does not grow with the corpus: each job's manifest is in that order already.
+    Memory does not grow with the corpus: each job's manifest is in order already.
+
+    Args:
+      manifest: The manifest to write.
+      num_jobs: The number of jobs.
+      order: The cut ids in the order of the manifest that was dumped.
 
     Returns:
-      How many cuts with targets there are of each job.
+      For each job's manifest its number of cuts with targets.
 
     Raises:
       KDError: a job's manifest that is not there or damaged, or cuts of no job.
@@ -120,7 +157,7 @@ def combine(
     target = Path(manifest)
     counts = {str(path): 0 for path in paths}
     with ExitStack() as stack:
-        # Jobs that end together may all come here.
+        # Jobs that end together may all write it.
         temporary = stack.enter_context(replacing(target, shared=True))
         lines = [
             lines_of(stack.enter_context(open_manifest(p, "rb")), p) for p in paths

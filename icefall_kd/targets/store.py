@@ -1,10 +1,10 @@
-"""Where a cut's targets lie, and their bytes.
+"""Pointers: how a cut finds its record in a store.
 
 A store is a folder: ``fingerprint.json``, and one append-only file of records for each
 job that wrote to it. A cut points at its record by a plain dictionary in its custom
 fields, so a manifest loads, truncates, mixes and saves with Lhotse alone. In a Shar the
-dictionary holds the record too, and the Shar the store's small files. Where a store
-lies that was moved, :mod:`icefall_kd.targets.places` knows.
+dictionary holds the record too, and the Shar the store's small files. A store that was
+moved is looked for by :mod:`icefall_kd.targets.places`.
 """
 
 import os
@@ -28,16 +28,18 @@ REMEDY = "run `icefall-kd dump` on the cuts that are trained on"
 
 
 def source_duration(cut: MonoCut) -> float:
-    """Seconds of the recording that ``cut`` is a part of, after speed and tempo.
+    """Return the seconds of the recording of ``cut``, after speed and tempo.
 
-    0 without a recording; Lhotse changes speed and tempo only where there is one.
+    Args:
+      cut: Any; 0 without a recording. Lhotse changes speed and tempo only where there
+        is one.
     """
     return round(cut.recording.duration, 6) if cut.has_recording else 0.0
 
 
 @dataclass
 class Pointer:
-    """A cut's record, and what the cut was when the teacher heard it."""
+    """The place of a cut's record, and what the cut was when it was dumped."""
 
     store: str  # folder
     file: str  # in the folder
@@ -54,11 +56,20 @@ class Pointer:
 
     @property
     def size(self) -> int:
+        """Bytes of the record."""
         return sum(self.sizes.values())
 
     @staticmethod
     def of(cut: MonoCut) -> Optional["Pointer"]:
-        """The pointer that ``cut`` carries, or None; with its store's present place."""
+        """Return the pointer that ``cut`` carries, or None.
+
+        Args:
+          cut: The cut; the store is looked for, see
+            :func:`icefall_kd.targets.places.place_of`.
+
+        Raises:
+          KDError: a field that is damaged.
+        """
         value = (cut.custom or {}).get(FIELD)
         if value is None:
             return None
@@ -67,10 +78,16 @@ class Pointer:
         pointer.store = place_of(pointer.store, pointer.fingerprint, str(shard or ""))
         return pointer
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> Dict[str, Any]:
+        """Return the dictionary that a manifest has."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
     def checksum(self, record: bytes) -> int:
+        """Return the CRC of a record and of the pointer's fields but ``store``.
+
+        Args:
+          record: The record's bytes.
+        """
         values = (self.file, self.offset, *self.sizes.items(), self.cut)
         values += (self.frames, self.start, self.duration, self.source)
         values += (self.fingerprint,)
@@ -90,33 +107,33 @@ class Pointer:
             ) from None
 
     def read(self) -> Dict[str, bytes]:
-        """The parts of the record.
+        """Read the record; returns the bytes of each part.
 
         Raises:
           KDError: if the record is not there whole, or a byte of it has changed.
         """
         path = f"{self.store}/{self.file}"
         record = self._record(path)
-        found = self.checksum(record)
-        if found != self.crc32:
+        checksum = self.checksum(record)
+        if checksum != self.crc32:
             raise KDError(
                 f"the targets of cut {self.cut} in {path} are damaged: checksum "
-                f"{found:08x}, and {self.crc32:08x} was written: make them again with "
-                "`icefall-kd dump --overwrite`"
+                f"{checksum:08x}, and {self.crc32:08x} was written: make them again "
+                "with `icefall-kd dump --overwrite`"
             )
-        parts, at = {}, 0
+        parts, begin = {}, 0
         for name, size in self.sizes.items():
-            parts[name] = record[at : at + size]
-            at += size
+            parts[name] = record[begin : begin + size]
+            begin += size
         return parts
 
 
 def pointer_of(value: Any, cut_id: str) -> Pointer:
-    """The pointer that a manifest's value of ``kd_targets`` stands for.
+    """Return the pointer of a manifest's value of ``kd_targets``.
 
     Args:
-      value: What the manifest has there, whatever its type.
-      cut_id: Of the cut that carries it.
+      value: The value, whatever its type.
+      cut_id: The cut that carries it, for messages.
 
     Raises:
       KDError: fields that are missing, unknown or of another type.
@@ -134,13 +151,20 @@ def leave_out(cut: Dict[str, Any]) -> None:
     """Mark a cut's dictionary: `icefall-kd dump` left it without targets.
 
     A mixed cut has no custom fields of its own: its first track carries the mark.
+
+    Args:
+      cut: The dictionary, as a manifest has it.
     """
     owner = cut["tracks"][0]["cut"] if cut.get("tracks") else cut
     owner["custom"] = {**(owner.get("custom") or {}), FIELD: None}
 
 
 def is_left_out(cut: Union[Cut, Dict[str, Any]]) -> bool:
-    """Whether a cut, or a cut's dictionary, has the mark of :func:`leave_out`."""
+    """Return whether a cut has the mark of :func:`leave_out`.
+
+    Args:
+      cut: The cut, or its dictionary.
+    """
     if isinstance(cut, dict):
         owner = cut["tracks"][0]["cut"] if cut.get("tracks") else cut
         custom = owner.get("custom") or {}
@@ -152,19 +176,23 @@ def is_left_out(cut: Union[Cut, Dict[str, Any]]) -> bool:
 
 def _bytes_at(path: str, size: int, offset: int) -> bytes:
     if hasattr(os, "pread"):
-        return os.pread(_opened(path, os.getpid()).descriptor, size, offset)
+        return os.pread(_open_file(path, os.getpid()).descriptor, size, offset)
     with open(path, "rb") as f:  # on Windows
         f.seek(offset)
         return f.read(size)
 
 
-# One descriptor a file and process: a forked worker must not share its parent's.
+# A dataset's worker reads a record of a file again and again: the 256 files that it
+# read last stay open. The process is part of the key, since a forked worker must not
+# share the descriptors of its parent.
 @lru_cache(maxsize=256)
-def _opened(path: str, pid: int) -> "_File":
-    return _File(path)
+def _open_file(path: str, pid: int) -> "_OpenFile":
+    return _OpenFile(path)
 
 
-class _File:
+class _OpenFile:
+    """A file descriptor that is closed when the cache drops it."""
+
     descriptor = -1
 
     def __init__(self, path: str) -> None:
@@ -176,26 +204,45 @@ class _File:
 
 
 def fingerprint_of(pointer: Pointer) -> Fingerprint:
-    """The fingerprint of a record's store, refused where the record has another."""
-    found = read_fingerprint(pointer.store)
-    if pointer.fingerprint != found.digest:
+    """Read the fingerprint of a record's store.
+
+    Args:
+      pointer: The record's.
+
+    Raises:
+      KDError: the record was made under another fingerprint.
+    """
+    fingerprint = read_fingerprint(pointer.store)
+    if pointer.fingerprint != fingerprint.digest:
         raise KDError(
             f"the targets of cut {pointer.cut} were made under the fingerprint "
             f"{pointer.fingerprint or 'of no name'} and {pointer.store} has "
-            f"{found.digest} now: another teacher or another form was dumped there; "
-            f"{REMEDY} again"
+            f"{fingerprint.digest} now: another teacher or another form was dumped "
+            f"there; {REMEDY} again"
         )
-    return found
+    return fingerprint
 
 
 @lru_cache(maxsize=64)
 def read_fingerprint(store: str) -> Fingerprint:
-    """The fingerprint of ``store``, read once a process."""
+    """Read the fingerprint of a store, once in a process.
+
+    Args:
+      store: The store's folder.
+    """
     return Fingerprint.read(store)
 
 
 def check_unmoved(cut: MonoCut, pointer: Pointer) -> None:
-    """Refuse a cut whose time runs otherwise than when the teacher heard it."""
+    """Refuse a cut whose time runs otherwise than when it was dumped.
+
+    Args:
+      cut: A part of the cut that was dumped, or that cut itself.
+      pointer: The pointer that it carries.
+
+    Raises:
+      KDError: another speed or tempo, or a cut that reaches beyond its targets.
+    """
     source = source_duration(cut)
     if source and pointer.source and abs(source - pointer.source) > SLACK:
         raise KDError(
@@ -214,12 +261,19 @@ def check_unmoved(cut: MonoCut, pointer: Pointer) -> None:
 
 
 def tracks_with_targets(cut: Cut) -> Tuple[Tuple[float, MonoCut, Pointer], ...]:
-    """The MonoCuts in ``cut`` that carry targets, with their offsets in seconds."""
-    found = []
+    """Find the MonoCuts in a cut that carry targets.
+
+    Args:
+      cut: Any cut.
+
+    Returns:
+      For each its offset in seconds from the start of ``cut``, itself, and its pointer.
+    """
+    tracks = []
     for track in getattr(cut, "tracks", None) or [None]:
         inner = cut if track is None else track.cut
         if isinstance(inner, MonoCut):
             pointer = Pointer.of(inner)
             if pointer is not None:
-                found.append((0.0 if track is None else track.offset, inner, pointer))
-    return tuple(found)
+                tracks.append((0.0 if track is None else track.offset, inner, pointer))
+    return tuple(tracks)

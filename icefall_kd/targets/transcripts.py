@@ -12,29 +12,38 @@ from icefall_kd.targets.heard import check_supervision
 
 
 def is_bare(cut: Cut) -> bool:
-    """Whether the cut has no transcript."""
+    """Return whether a cut has no transcript.
+
+    Args:
+      cut: The cut.
+    """
     return not any((s.text or "").strip() for s in cut.supervisions)
 
 
 def stand_in(bpe: Any, blank_id: int) -> str:
-    """A transcript of the fewest labels, none of them the blank.
+    """Return a transcript of the fewest labels, none of them the blank.
 
     Args:
-      bpe: A sentencepiece processor.
+      bpe: A tokenizer.
+      blank_id: The student's blank.
+
+    Raises:
+      KDError: the tokenizer makes no such text.
     """
-    found = []
+    texts = []
     for i in range(bpe.get_piece_size()):
         text = bpe.decode([i])
         labels = bpe.encode(text)
         if labels and not {blank_id, bpe.unk_id()}.intersection(labels):
-            found.append((len(labels), i, text))
-    if not found:
+            texts.append((len(labels), i, text))
+    if not texts:
         raise KDError(
             f"the BPE model's {bpe.get_piece_size()} symbols make no transcript to "
             "stand in where cuts have none: train on transcribed cuts, or label them "
             "first"
         )
-    return min(found)[2]
+    _, _, text = min(texts)
+    return text
 
 
 class StandInTranscripts(torch.utils.data.Dataset):
@@ -44,8 +53,8 @@ class StandInTranscripts(torch.utils.data.Dataset):
     loss out. The cuts themselves stay without.
 
     Args:
-      dataset: Of :class:`icefall_kd.targets.TargetDataset`, or the recipe's.
-      text: Of :func:`stand_in`; "" where there is none, and such a batch is refused.
+      dataset: A :class:`icefall_kd.targets.TargetDataset`, or the recipe's dataset.
+      text: The transcript, of :func:`stand_in`; "" refuses batches without transcripts.
     """
 
     def __init__(self, dataset: torch.utils.data.Dataset, text: str) -> None:

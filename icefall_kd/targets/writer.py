@@ -87,7 +87,7 @@ class TargetWriter:
             )
         self.manifest = job_manifest(manifest, job, num_jobs)
         self.partial = partial_of(self.manifest)
-        self.whole, self.num_jobs = Path(manifest), num_jobs
+        self.manifest_of_all, self.num_jobs = Path(manifest), num_jobs
         self.storage_dir = Path(storage_dir)
         self.fingerprint = fingerprint
         self.encoder = Encoder(
@@ -107,7 +107,8 @@ class TargetWriter:
 
     def _open(self, overwrite: bool) -> None:
         """Make the folders and open the files; nothing new is left if that fails."""
-        made = missing_folders(self.storage_dir) + missing_folders(self.manifest.parent)
+        new_folders = missing_folders(self.storage_dir)
+        new_folders += missing_folders(self.manifest.parent)
         is_new = not self._path.exists()
         self.manifest.parent.mkdir(parents=True, exist_ok=True)
         self.storage_dir.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,7 @@ class TargetWriter:
             if is_new:
                 self._path.unlink()
             self._records.close()
-            for folder in dict.fromkeys(made):
+            for folder in dict.fromkeys(new_folders):
                 if not any(folder.iterdir()):
                     folder.rmdir()
             raise
@@ -243,7 +244,8 @@ class TargetWriter:
     def partials(self) -> List[Path]:
         """The manifests that this and the other jobs are writing."""
         jobs = (
-            job_manifest(self.whole, j, self.num_jobs) for j in range(self.num_jobs)
+            job_manifest(self.manifest_of_all, j, self.num_jobs)
+            for j in range(self.num_jobs)
         )
         return [partial_of(path) for path in jobs]
 
@@ -325,7 +327,11 @@ class TargetWriter:
         return pointer
 
     def leave_out(self, cut: Cut) -> None:
-        """Let the manifest have ``cut`` without targets, and remember that."""
+        """Write a cut without targets into the manifest.
+
+        Args:
+          cut: Any cut; :attr:`left_out` gets its id.
+        """
         self._check_new(cut)
         line = _without_shar(cut)
         leave_out(line)

@@ -59,16 +59,30 @@ def _of_size(tokenizer: Any, path: Union[str, Path], vocab_size: Optional[int]) 
 
 
 def token_names(tokenizer: Any) -> List[str]:
-    """Return the tokens of a tokenizer in the order of their indices."""
+    """Return the tokens of a tokenizer in the order of their ids.
+
+    Args:
+      tokenizer: A sentencepiece processor, or ``Characters``.
+    """
     return [tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())]
 
 
 def hash_tokens(names: List[str]) -> str:
-    """SHA-256 over symbols in their order."""
+    """Return the SHA-256 over tokens in their order.
+
+    Args:
+      names: The tokens.
+    """
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def write_token_names(store: Union[str, Path], names: List[str]) -> None:
+    """Write the teacher's tokens into a store.
+
+    Args:
+      store: The store's folder.
+      names: The tokens in their order.
+    """
     with replacing(Path(store) / TOKENS, shared=True) as temporary:
         temporary.write_text("".join(name + "\n" for name in names), "utf8")
 
@@ -91,33 +105,33 @@ def _read_token_names(store: Union[str, Path], tokens: str) -> Optional[List[str
 def token_map(
     store: Union[str, Path], student: List[str], tokens: str = ""
 ) -> Optional[torch.Tensor]:
-    """The student's index of each of the teacher's symbols.
+    """Return the student's id of each of the teacher's tokens.
 
     Args:
-      store: A store of targets, with the teacher's symbols in ``tokens.txt``.
-      student: The student's symbols in their order.
-      tokens: What :func:`hash_tokens` gave for the teacher's; "" where unknown.
+      store: A store of targets, with the teacher's tokens in ``tokens.txt``.
+      student: The student's tokens in their order.
+      tokens: :func:`hash_tokens` of the teacher's tokens; "" where unknown.
 
     Returns:
-      (V,), or None where the store does not tell its symbols.
+      (V,), or None for a store without ``tokens.txt``.
 
     Raises:
-      KDError: if one of them has a symbol that the other lacks, or ``tokens.txt`` is
+      KDError: one of them has a token that the other lacks, or ``tokens.txt`` is
         damaged.
     """
     teacher = _read_token_names(store, tokens)
     if teacher is None:
         return None
-    for names, lacking, of in (
-        (teacher, student, "student"),
-        (student, teacher, "teacher"),
-    ):
-        extra = sorted(set(names) - set(lacking))
-        if extra:
+    lacking = {
+        "student": sorted(set(teacher) - set(student)),
+        "teacher": sorted(set(student) - set(teacher)),
+    }
+    for model, names in lacking.items():
+        if names:
             raise KDError(
                 f"the teacher has {len(teacher)} symbols and the student "
-                f"{len(student)} symbols, and the {of} lacks {extra[0]!r}: train the "
-                "student with the teacher's --bpe-model, or map the symbols yourself "
+                f"{len(student)} symbols, and the {model} lacks {names[0]!r}: train "
+                "the student with the teacher's --bpe-model, or map them yourself "
                 "with TargetDataset(token_ids=...)"
             )
     index = {piece: i for i, piece in enumerate(student)}
