@@ -1,12 +1,12 @@
 """Parts of a student that don't train, and when they thaw.
 
-A frozen part computes with copies that take no gradient, and the parameters themselves
-wait outside the model. They stay in DDP's buckets and in the optimizer's groups, where
-a part that thaws finds them, and where ScaledAdam needs them: it batches parameters of
-one shape, so that a group with fewer has no room for the states of a checkpoint. And
-they may be moved there, as ScaledAdam does without any gradient: by the momentum of
-earlier steps, and where a tensor's rms is above 3 or a scalar beyond 10. The copies
-are nobody's but the model's: they keep every bit.
+A frozen part computes with copies of its parameters that take no gradient, and the
+parameters themselves wait outside the model. They stay in DDP's buckets and in the
+optimizer's groups, so that a part can thaw, and because ScaledAdam needs them: it
+batches parameters of one shape, so that a group with fewer of them can't take the
+states of a checkpoint. ScaledAdam may move them there even without a gradient: by the
+momentum of earlier steps, and where a tensor's rms is above 3 or a scalar beyond 10.
+The copies are only the model's, so they keep every bit.
 """
 
 import logging
@@ -17,96 +17,102 @@ from typing import Collection, Dict, List, Optional, Tuple
 
 from torch import nn
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, require
 
-_STACK = re.compile(r"encoder\.(\d+)")
+_STACK = re.compile(r"^encoder\.(\d+)")
 
 
 @dataclass
 class _Waiting:
-    """A parameter of a frozen part, outside the model."""
+    """A parameter of a frozen part, which waits outside the model."""
 
     parameter: nn.Parameter
     copy: nn.Parameter  # what the model computes with
-    places: List[Tuple[nn.Module, str]]  # where it belongs: modules, and its name there
+    places: List[
+        Tuple[nn.Module, str]
+    ]  # the modules that it belongs to, its name in each
 
 
 @dataclass
 class Part:
     """A submodule that is frozen."""
 
-    name: str  # the submodule's, as the model has it
-    until: Optional[float]  # epochs, then it thaws; None: never
+    name: str  # the submodule's, as in the model's named_modules()
+    until: Optional[float]  # it thaws after so many epochs; None: never
     waiting: List[_Waiting] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """As the option has it, with the submodule's own name."""
         return self.name if self.until is None else f"{self.name}:{self.until:.12g}"
 
 
 class Freezer:
     """Freezes a model's parts, and thaws them after so many epochs.
 
-    What did not train before, such as the model under an adapter, is left as it is and
-    never thawed. The optimizer must have been built when the first part is frozen: by
-    the first :meth:`update`, not by the constructor.
+    Parameters that did not train before, such as those of the model under an adapter,
+    are left as they are and never thawed. The optimizer must exist when the first part
+    is frozen, which the first :meth:`update` does, and not the constructor.
 
     A part that thaws has no second moments in the optimizer yet: for about 50 steps it
     moves two to three times as far as one that trained all along.
 
     Args:
-      model: The student, bare or in DDP with ``find_unused_parameters=True``.
-      spec: Parts, each with the number of epochs after which it thaws, or to the end:
-        ``"encoder_embed decoder:2 encoder.0:1.5"``. ``encoder.0`` is the encoder's
-        first stack, ``encoder.encoders.0``.
-      epoch: How many epochs are done; what thawed by then stays thawed.
-      thawed: Parts that thawed before, as :class:`Part` writes them.
+      model: The student, in DDP with ``find_unused_parameters=True`` or not in DDP.
+      freeze: The parts, separated by spaces, such as ``"encoder_embed decoder:2
+        encoder.0:1.5"``. A number is that of the epochs after which the part thaws;
+        without one it stays frozen. ``encoder.0`` is the encoder's first stack,
+        ``encoder.encoders.0``.
+      epoch: How many epochs are done. Parts that thawed by then are not frozen.
+      thawed: Parts that thawed before, each as ``str()`` of a :class:`Part`.
 
     Raises:
-      KDError: a part that there is not, that is named twice or lies inside another one,
-        a time that is none, DDP that would wait for gradients, or no parameter left
-        that trains.
+      KDError: A part does not exist, is named twice or lies inside another one; a time
+        can't be used; DDP would wait for gradients; or no parameter would train.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        spec: str,
+        freeze: str,
         epoch: float = 0.0,
         thawed: Collection[str] = (),
     ) -> None:
-        if not getattr(model, "find_unused_parameters", True):
-            raise KDError(
-                "parts are to be frozen, and DDP would wait for their gradients: build "
-                "it with find_unused_parameters=True, or leave out --kd-freeze"
-            )
+        require(
+            getattr(model, "find_unused_parameters", True),
+            "parts are to be frozen, and DDP would wait for their gradients: build it "
+            "with find_unused_parameters=True, or leave out `freeze`",
+        )
         self.model = getattr(model, "module", model)
         self.parts = [
             part
-            for part in _parse(spec, self.model)
+            for part in _parse(freeze, self.model)
             if part.until is None or (part.until > epoch and str(part) not in thawed)
         ]
-        left = {id(p) for p in self.model.parameters() if p.requires_grad}
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         for part in self.parts:
             module = self.model.get_submodule(part.name)
-            left -= {id(p) for p in module.parameters()}
-        if not left:
-            raise KDError(
-                f"--kd-freeze {spec} leaves no parameter to train at the beginning: "
-                "leave out one of its parts"
-            )
+            trained -= {id(p) for p in module.parameters()}
+        require(
+            trained,
+            f"`freeze` {freeze} leaves no parameter to train at the beginning: leave "
+            "out one of its parts",
+        )
         self._begun = False
 
     @property
     def pending(self) -> List[float]:
-        """When parts will thaw, in epochs."""
+        """The epochs after which parts will thaw, in ascending order."""
         return sorted(part.until for part in self.parts if part.until is not None)
 
     def update(self, epoch: float) -> List[Part]:
-        """Freeze and thaw what is due after so many epochs; return what thawed.
+        """Freeze the parts at the first call, and thaw those that are due.
 
-        To be called before a forward pass, not between it and its backward pass. All
-        processes of a training must give the same epoch.
+        Call it before a forward pass, not between one and its backward pass.
+
+        Args:
+          epoch: How many epochs are done, the same number in all processes.
+
+        Returns:
+          The parts that thawed.
         """
         if not self._begun:
             self._begun = True
@@ -118,7 +124,7 @@ class Freezer:
         return due
 
     def close(self) -> None:
-        """Thaw all that is frozen."""
+        """Thaw all parts."""
         for part in self.parts[:]:
             self._thaw(part)
 
@@ -134,14 +140,12 @@ class Freezer:
                 part.waiting.append(_Waiting(p, copy, places[id(p)]))
                 _put(copy, places[id(p)])
                 p.grad = None  # the optimizer would go on with it
-        said = [
-            f"{part.name} ({_size(part)}, "
-            + ("to the end" if part.until is None else f"until epoch {part.until:g}")
-            + " of this training)"
-            for part in self.parts
-        ]
-        if said:
-            logging.info(f"Frozen: {'; '.join(said)}")
+        descriptions = []
+        for part in self.parts:
+            end = "to the end" if part.until is None else f"until epoch {part.until:g}"
+            descriptions.append(f"{part.name} ({_size(part)}, {end} of this training)")
+        if descriptions:
+            logging.info(f"Frozen: {'; '.join(descriptions)}")
 
     def _thaw(self, part: Part) -> None:
         for waiting in part.waiting:
@@ -153,7 +157,7 @@ class Freezer:
 
 def _put(parameter: nn.Parameter, places: List[Tuple[nn.Module, str]]) -> None:
     for module, name in places:
-        setattr(module, name, parameter)  # keeps its place in the state dict
+        setattr(module, name, parameter)  # the order of the state dict stays
 
 
 def _size(part: Part) -> str:
@@ -161,24 +165,24 @@ def _size(part: Part) -> str:
     return f"{number} parameters"
 
 
-def _parse(spec: str, model: nn.Module) -> List[Part]:
+def _parse(freeze: str, model: nn.Module) -> List[Part]:
     parts: List[Part] = []
-    for word in spec.split():
-        given, colon, time = word.partition(":")
-        name = _name_of(given, model)
+    for word in freeze.split():
+        short_name, colon, time = word.partition(":")
+        name = _full_name(short_name, model)
         part = Part(name, _time(word, time) if colon else None)
-        for other in parts:
-            if name == other.name:
-                raise KDError(
-                    f"--kd-freeze names {name} twice, as {other} and {part}: keep one"
-                )
-            first, second = sorted((name, other.name), key=len)
-            if second.startswith(first + "."):
-                raise KDError(
-                    f"--kd-freeze names {second}, which lies inside {first}, and that "
-                    "is to be frozen too: leave out one of them, or name the parts of "
-                    f"{first} one by one"
-                )
+        for earlier in parts:
+            require(
+                name != earlier.name,
+                f"`freeze` names {name} twice, as {earlier} and {part}: keep one",
+            )
+            outer, inner = sorted((name, earlier.name), key=len)
+            require(
+                not inner.startswith(f"{outer}."),
+                f"`freeze` names {inner}, which lies inside {outer}, and that is to be "
+                "frozen too: leave out one of them, or name the parts of "
+                f"{outer} one by one",
+            )
         parts.append(part)
     return parts
 
@@ -188,38 +192,30 @@ def _time(word: str, time: str) -> float:
         epochs = float(time)
     except ValueError:
         epochs = math.nan
-    if not (math.isfinite(epochs) and epochs >= 0):
-        raise KDError(
-            f"--kd-freeze has {word}, and the time after which a part thaws must be a "
-            "number of epochs from 0 on, as in decoder:2: mend it, or leave it out to "
-            "freeze the part to the end"
-        )
+    require(
+        math.isfinite(epochs) and epochs >= 0,
+        f"`freeze` has {word}, and the time after which a part thaws must be a number "
+        "of epochs from 0 on, as in decoder:2: mend it, or leave it out to freeze the "
+        "part to the end",
+    )
     return epochs
 
 
-def _name_of(given: str, model: nn.Module) -> str:
-    """A submodule's own name.
-
-    Raises:
-      KDError: there is none with parameters of that name.
-    """
-    known = {
-        n for n, m in model.named_modules() if n and any(True for _ in m.parameters())
-    }
-    stack = (
-        _STACK.sub(r"encoder.encoders.\1", given, 1) if _STACK.match(given) else given
-    )
-    for name in (given, stack):
-        if name in known:
-            return name
-    parts = [name for name, _ in model.named_children() if name in known]
-    short = "encoder.encoders."
-    parts += [
-        f"encoder.{n[len(short):]}"
-        for n, _ in model.named_modules()
-        if n in known and n.startswith(short) and n[len(short) :].isdigit()
+def _full_name(short_name: str, model: nn.Module) -> str:
+    """The name in ``named_modules()`` of a submodule with parameters, or a refusal."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and any(True for _ in module.parameters())
     ]
+    for name in (short_name, _STACK.sub(r"encoder.encoders.\1", short_name, 1)):
+        if name in names:
+            return name
+    parts = [name for name, _ in model.named_children() if name in names]
+    prefix = "encoder.encoders."
+    stacks = [name[len(prefix) :] for name in names if name.startswith(prefix)]
+    parts += [f"encoder.{stack}" for stack in stacks if stack.isdigit()]
     raise KDError(
-        f"--kd-freeze names {given!r}, and the model has no such part: give one of "
+        f"`freeze` names {short_name!r}, and the model has no such part: give one of "
         f"{', '.join(parts)}, or a submodule of them that holds parameters"
     )
