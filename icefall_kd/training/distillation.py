@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Tuple
 import torch
 
 from icefall_kd.distributed import rank_and_world_size
+from icefall_kd.errors import require
 from icefall_kd.kinds.nbest import read_nbest
 from icefall_kd.losses.ctc import ctc_diagnostics
 from icefall_kd.tap import ModelTap
@@ -15,8 +16,7 @@ from icefall_kd.terms.joint import JointKDLoss
 from icefall_kd.training import checks
 from icefall_kd.training.checkpoint import KDCheckpoint
 from icefall_kd.training.clock import EpochClock
-from icefall_kd.training.computed import NoTargets, OnlineTargets
-from icefall_kd.training.online import online_teacher
+from icefall_kd.training.online_targets import OnlineTargets
 from icefall_kd.training.pruning import TeacherRanges
 from icefall_kd.training.stored import StoredTargets
 from icefall_kd.training.time_warp import TimeWarp
@@ -35,10 +35,10 @@ class Distillation:
 
     Attributes:
       joint: The joint loss.
-      source: Where targets come from: :class:`StoredTargets`, :class:`OnlineTargets` or
-        :class:`NoTargets`.
+      online: The teacher that runs in this process, or None.
       tap: The student's tap.
       ranges: Teacher-guided pruning, or None.
+      has_untranscribed_cuts: Whether some training cuts have no transcript.
 
     Raises:
       KDError: An option has a value that can't be used or does not fit the student, the
@@ -66,7 +66,9 @@ class Distillation:
             checks.check_ranges(self.joint, has_teacher)
         reads_store = bool(self.joint.teacher_kinds) and (has_cache or not has_teacher)
         self.time_warp = TimeWarp(params, self.joint, reads_store, has_cache)
-        self.source = self._source()
+        self.online = None
+        if has_teacher and self.joint.teacher_kinds:
+            self.online = OnlineTargets(params, self.joint, self.tokenizer)
         heads = self.joint.heads(model)
         self.tap = ModelTap(
             model,
@@ -75,7 +77,7 @@ class Distillation:
             with_decoder="transducer" in heads,
         )
         self.ranges = TeacherRanges(model) if params["kd_stored_ranges"] else None
-        self._has_untranscribed_cuts = False
+        self.has_untranscribed_cuts = False
         self._last_batch_trained = True
         self._state_dict_hook: Any = None
         if self.joint.projectors is not None:
@@ -85,18 +87,6 @@ class Distillation:
             self._state_dict_hook = model._register_state_dict_hook(
                 lambda *_: self._before_checkpoint()
             )
-
-    def _source(self) -> Any:
-        if not self.joint.teacher_kinds:
-            return NoTargets()
-        teacher, name = online_teacher(
-            self.params, self.joint.teacher_layers, ctc="ctc" in self.joint.kinds
-        )
-        if teacher is None:
-            return StoredTargets(
-                self.params, self.joint, self.tokenizer, self.time_warp
-            )
-        return OnlineTargets(self.params, self.joint, teacher, name, self.tokenizer)
 
     @property
     def has_state(self) -> bool:
@@ -120,9 +110,16 @@ class Distillation:
           dataset: The recipe's.
           cuts: The training cuts.
         """
-        dataset = self.source.wrap(self.time_warp.apply(dataset), cuts)
+        dataset = self.time_warp.apply(dataset)
+        if self.joint.teacher_kinds and self.online is None:
+            stored = StoredTargets(self.params, self.joint, self.tokenizer)
+            dataset = stored.wrap(dataset, cuts, self.time_warp.record)
+        else:
+            dataset.return_cuts = True
+            if self.online is None or self.joint.moves:
+                cuts.all()
         self.clock.cuts_per_epoch = cuts.total
-        self._has_untranscribed_cuts = bool(cuts.untranscribed)
+        self.has_untranscribed_cuts = bool(cuts.untranscribed)
         if cuts.total and not cuts.untranscribed:
             return dataset
         text = ""
@@ -207,7 +204,7 @@ class Distillation:
         if self.joint.moves:  # icefall divides by frames what it logs
             for name, weight in self.joint.weights(epoch).items():
                 info[f"kd_{name}_weight"] = weight * frames
-        if self._has_untranscribed_cuts:
+        if self.has_untranscribed_cuts:
             info["kd_hard_frames"] = frames if transcribed else 0.0
         return loss
 
@@ -220,8 +217,21 @@ class Distillation:
           batch: The recipe's.
           student: The student's outputs.
           device: The student's.
+
+        Raises:
+          KDError: The batch has none.
         """
-        targets = self.source.targets(batch, student, device)
+        if self.online is not None:
+            targets = self.online.targets(batch, student, device)
+        elif self.joint.teacher_kinds:
+            require(
+                "kd_targets" in batch,
+                "a training batch has no kd_targets: let the data module call "
+                "wrap_dataset(train, cuts_train) after session.attach() ran",
+            )
+            targets = batch["kd_targets"]
+        else:
+            targets = Targets(student.encoder_out_lens[: len(batch["inputs"])])
         if "nbest" in self.joint.kinds:
             targets.parts["nbest"] = self.nbest_lists(batch)
         return targets

@@ -84,54 +84,6 @@ class Session:
             if part is not None:
                 part.close()
 
-    def begin(self, batch: Dict[str, Any]) -> None:
-        """See :func:`begin`."""
-        if self.distillation is not None and self.distillation.ranges is not None:
-            self.distillation.ranges.begin(batch.get("kd_targets"))
-
-    def wrap_dataset(
-        self, dataset: torch.utils.data.Dataset, cuts: Iterable[Cut]
-    ) -> torch.utils.data.Dataset:
-        """See :func:`wrap_dataset`."""
-        from icefall_kd.targets.look import FirstLook
-
-        # All processes look at all cuts at once; the first one shows the progress.
-        first_look = FirstLook(cuts, silent=rank_and_world_size()[0] != 0)
-        if self.distillation is not None:
-            dataset = self.distillation.wrap_dataset(dataset, first_look)
-        if self.freezing is not None and self.freezing.needs_fractions:
-            if not self.clock.cuts_per_epoch:
-                self.clock.cuts_per_epoch = first_look.all()
-        return dataset
-
-    def joint_loss(
-        self,
-        loss: torch.Tensor,
-        info: Dict[str, float],
-        model: torch.nn.Module,
-        batch: Dict[str, Any],
-    ) -> torch.Tensor:
-        """See :func:`joint_loss`."""
-        distillation = self.distillation
-        student = distillation.take_student() if distillation is not None else None
-        # Recipes with adapters leave the model itself in eval mode while they train it.
-        if not loss.requires_grad:
-            self.checkpoint.save()
-            if distillation is not None:
-                distillation.log_ctc_head(info, student)
-            return loss
-        if distillation is not None:
-            distillation.learn()
-        self.checkpoint.before_batch()
-        num_cuts = len(batch["supervisions"]["text"])
-        if distillation is None:
-            self.clock.count(num_cuts)
-            return loss
-        device = next(model.parameters()).device
-        targets = distillation.targets(batch, student, device)
-        epoch = self.clock.count(num_cuts)
-        return distillation.add_terms(loss, info, student, targets, batch, epoch)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the ``--kd-*`` options; the recipe calls it in ``get_parser()``.
@@ -217,7 +169,18 @@ def wrap_dataset(
     Raises:
       KDError: Cuts have no targets, or these are of other tokens than the student's.
     """
-    return dataset if _current is None else _current.wrap_dataset(dataset, cuts)
+    if _current is None:
+        return dataset
+    from icefall_kd.targets.look import FirstLook
+
+    # All processes look at all cuts at once; the first one shows the progress.
+    first_look = FirstLook(cuts, silent=rank_and_world_size()[0] != 0)
+    clock, freezing = _current.clock, _current.freezing
+    if _current.distillation is not None:
+        dataset = _current.distillation.wrap_dataset(dataset, first_look)
+    if freezing is not None and freezing.needs_fractions and not clock.cuts_per_epoch:
+        clock.cuts_per_epoch = first_look.all()
+    return dataset
 
 
 def begin(batch: Dict[str, Any]) -> None:
@@ -226,8 +189,9 @@ def begin(batch: Dict[str, Any]) -> None:
     Args:
       batch: The recipe's, of training or of validation.
     """
-    if _current is not None:
-        _current.begin(batch)
+    distillation = _current and _current.distillation
+    if distillation is not None and distillation.ranges is not None:
+        distillation.ranges.begin(batch.get("kd_targets"))
 
 
 @flags_in_errors()
@@ -256,4 +220,23 @@ def joint_loss(
     """
     if _current is None:
         return loss
-    return _current.joint_loss(loss, info, model, batch)
+    clock, checkpoint = _current.clock, _current.checkpoint
+    distillation = _current.distillation
+    student = distillation.take_student() if distillation is not None else None
+    # Recipes with adapters leave the model itself in eval mode while they train it.
+    if not loss.requires_grad:
+        checkpoint.save()
+        if distillation is not None:
+            distillation.log_ctc_head(info, student)
+        return loss
+    if distillation is not None:
+        distillation.learn()
+    checkpoint.before_batch()
+    num_cuts = len(batch["supervisions"]["text"])
+    if distillation is None:
+        clock.count(num_cuts)
+        return loss
+    device = next(model.parameters()).device
+    targets = distillation.targets(batch, student, device)
+    epoch = clock.count(num_cuts)
+    return distillation.add_terms(loss, info, student, targets, batch, epoch)

@@ -5,45 +5,43 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from icefall_kd.errors import require
 from icefall_kd.targets.dataset import TargetDataset, collate_targets, store_fingerprint
 from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.look import FirstLook
 from icefall_kd.targets.places import look_beside
 from icefall_kd.targets.store import tracks_with_targets
+from icefall_kd.targets.warp import WarpRecord
 from icefall_kd.tokens import hash_tokens, token_map
 from icefall_kd.training import checks
-from icefall_kd.training.time_warp import TimeWarp
 from icefall_kd.training.tokenizer import StudentTokenizer
-from icefall_kd.types import EncoderOut, Targets
 
 
 class StoredTargets:
-    """Targets that ``icefall-kd dump`` stored.
+    """Reads the targets that ``icefall-kd dump`` stored.
 
     Args:
       params: The recipe's params.
       joint: The joint loss.
       tokenizer: The student's.
-      time_warp: What becomes of SpecAugment's time warp.
     """
 
     def __init__(
-        self,
-        params: Dict[str, Any],
-        joint: Any,
-        tokenizer: StudentTokenizer,
-        time_warp: TimeWarp,
+        self, params: Dict[str, Any], joint: Any, tokenizer: StudentTokenizer
     ) -> None:
-        self.params, self.joint = params, joint
-        self.tokenizer, self.time_warp = tokenizer, time_warp
+        self.params, self.joint, self.tokenizer = params, joint, tokenizer
 
-    def wrap(self, dataset: torch.utils.data.Dataset, cuts: FirstLook) -> TargetDataset:
-        """Return the dataset with the targets of its cuts.
+    def wrap(
+        self,
+        dataset: torch.utils.data.Dataset,
+        cuts: FirstLook,
+        time_warp: Optional[WarpRecord] = None,
+    ) -> TargetDataset:
+        """Return the dataset, which puts the targets of its cuts into each batch.
 
         Args:
           dataset: The recipe's training dataset.
           cuts: The training cuts.
+          time_warp: The record of the dataset's time warps, which targets follow.
 
         Raises:
           KDError: Cuts have no targets, or the store does not fit the joint loss or
@@ -65,7 +63,7 @@ class StoredTargets:
             self.joint.teacher_kinds,
             frame_shift,
             symbols,
-            time_warp=self.time_warp.record,
+            time_warp=time_warp,
             manifest_dir=folder,
         )
 
@@ -101,26 +99,6 @@ class StoredTargets:
             f"student every {shift} s: targets are resampled in time"
         )
         return shift
-
-    def targets(
-        self, batch: Dict[str, Any], student: EncoderOut, device: torch.device
-    ) -> Targets:
-        """Return the targets that the dataset put into a training batch.
-
-        Args:
-          batch: The recipe's.
-          student: The student's outputs, which are not needed.
-          device: The student's, to which the joint loss moves the targets.
-
-        Raises:
-          KDError: The dataset was not wrapped.
-        """
-        require(
-            "kd_targets" in batch,
-            "a training batch has no kd_targets: let the data module call "
-            "wrap_dataset(train, cuts_train) after session.attach() ran",
-        )
-        return batch["kd_targets"]
 
 
 def _layers_of_one(cuts: Any) -> Dict[Any, torch.Tensor]:

@@ -431,7 +431,7 @@ def test_the_dataset_tells_how_many_cuts_an_epoch_has(attached, make_cut, make_s
     session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
     assert (
         found.clock.cuts_per_epoch == 5
-        and not found.distillation._has_untranscribed_cuts
+        and not found.distillation.has_untranscribed_cuts
     )
 
 

@@ -231,6 +231,21 @@ def test_attaching_again_replaces_the_session(make_model, make_params):
     assert hooks_of(second) == []
 
 
+def test_a_session_can_wait_while_another_training_takes_its_turn(
+    make_model, make_params, cuts
+):
+    model = make_model().train()
+    session.attach(make_params(), model)
+    attached, batch = session.current(), kd_batch(cuts)
+    session.resume(None)
+    loss = recipe_loss(model, batch)
+    assert session.joint_loss(loss, MetricsTracker(), model, batch) is loss
+    session.resume(attached)
+    assert session.joint_loss(loss, MetricsTracker(), model, batch) is not loss
+    session.detach()
+    assert session.current() is None and hooks_of(model) == []
+
+
 def test_a_model_under_ddp(make_model, make_params, cuts, process_group):
     model = make_model().train()
     ddp = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)

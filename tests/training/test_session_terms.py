@@ -791,7 +791,7 @@ def test_a_cache_keeps_no_stand_in_as_a_transcript(
     session.attach(online(kd_teacher_cache_dir=str(tmp_path / "on")), model)
     done = step(model, wrap(cuts)[cuts])
     assert done.info["kd_ctc_loss"] > 1
-    writer = session.current().distillation.source.cache.writer
+    writer = session.current().distillation.online.cache.writer
     writer.finish()
     texts = [c.supervisions[0].text for c in CutSet.from_file(writer.manifest)]
     assert len(texts) == 3 and not any(texts)
@@ -908,7 +908,7 @@ def asked(online, bare_cuts, student, sp, monkeypatch):
                 torch.zeros(0),
                 labels=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             )
-            session.current().distillation.source.targets(
+            session.current().distillation.online.targets(
                 batch, heard, torch.device("cpu")
             )
         (said,) = found

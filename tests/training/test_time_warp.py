@@ -128,7 +128,7 @@ def test_a_teacher_in_the_training_process_hears_the_warped_features(
 ):
     with caplog.at_level(logging.WARNING):
         found = attach(make_model(vocab_size=25), online(enable_spec_aug=True))
-    assert not found.time_warp.moves and "time warp" not in caplog.text
+    assert not found.time_warp.applies and "time warp" not in caplog.text
 
 
 @pytest.mark.parametrize(

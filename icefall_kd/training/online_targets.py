@@ -1,53 +1,21 @@
-"""Targets that are computed in the training process, or that no term needs."""
+"""Targets of a teacher that runs in the training process."""
 
 from typing import Any, Dict
 
 import torch
 
 from icefall_kd.targets.dataset import cuts_of_rows
-from icefall_kd.targets.look import FirstLook
-from icefall_kd.training.online import open_cache
+from icefall_kd.training.online import online_teacher, open_cache
 from icefall_kd.training.tokenizer import StudentTokenizer
 from icefall_kd.types import EncoderOut, Targets
 
 
-class NoTargets:
-    """No targets: the terms read n-best lists alone, which the cuts carry."""
-
-    def wrap(
-        self, dataset: torch.utils.data.Dataset, cuts: FirstLook
-    ) -> torch.utils.data.Dataset:
-        """Let the dataset return its cuts, and count them all.
-
-        Args:
-          dataset: The recipe's training dataset.
-          cuts: The training cuts.
-        """
-        dataset.return_cuts = True
-        cuts.all()
-        return dataset
-
-    def targets(
-        self, batch: Dict[str, Any], student: EncoderOut, device: torch.device
-    ) -> Targets:
-        """Return empty targets of a training batch.
-
-        Args:
-          batch: The recipe's.
-          student: The student's outputs, for the numbers of frames.
-          device: The student's.
-        """
-        return Targets(student.encoder_out_lens[: len(batch["inputs"])])
-
-
 class OnlineTargets:
-    """Targets of a teacher that runs in the training process.
+    """Runs the teacher of ``--kd-teacher-exp-dir`` on training batches.
 
     Args:
       params: The recipe's params.
       joint: The joint loss.
-      teacher: The teacher.
-      teacher_name: Its name in the fingerprint of a cache.
       tokenizer: The student's.
 
     Attributes:
@@ -58,28 +26,13 @@ class OnlineTargets:
         self,
         params: Dict[str, Any],
         joint: Any,
-        teacher: Any,
-        teacher_name: str,
         tokenizer: StudentTokenizer,
     ) -> None:
-        self.params, self.joint = params, joint
-        self.teacher, self.teacher_name = teacher, teacher_name
-        self.tokenizer = tokenizer
+        self.params, self.joint, self.tokenizer = dict(params), joint, tokenizer
+        self.teacher, self.teacher_name = online_teacher(
+            params, joint.teacher_layers, ctc="ctc" in joint.kinds
+        )
         self.cache: Any = None
-
-    def wrap(
-        self, dataset: torch.utils.data.Dataset, cuts: FirstLook
-    ) -> torch.utils.data.Dataset:
-        """Let the dataset return its cuts; count them if weights change by epoch.
-
-        Args:
-          dataset: The recipe's training dataset.
-          cuts: The training cuts.
-        """
-        dataset.return_cuts = True
-        if self.joint.moves:
-            cuts.all()
-        return dataset
 
     def targets(
         self, batch: Dict[str, Any], student: EncoderOut, device: torch.device
