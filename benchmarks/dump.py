@@ -28,13 +28,14 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 from lhotse.features.io import LilcomChunkyWriter
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.dump import WARM_UP, _batches, _Plan, _Reader, _Sink
-from icefall_kd.cli.heap import Heap
-from icefall_kd.cli.teachers import Teacher
+from icefall_kd.targets.batches import Plan, Reader, batches
 from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.dump import dump_targets
 from icefall_kd.targets.fingerprint import Fingerprint
-from icefall_kd.targets.writer import LogitWriter
+from icefall_kd.targets.labels import labels_of
+from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.tokens import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,25 +127,30 @@ def main() -> None:
                 lattice=lattice,
                 s_range=5 if lattice else 0,
             )
-            teacher = Teacher(fingerprint, [model], None, None, sp)
-            with LogitWriter(
+            teacher = Teacher([model], ctc=bool(keep))
+            with TargetWriter(
                 f"{folder}/{keep}{lattice}.jsonl.gz",
                 f"{folder}/{keep}{lattice}",
                 fingerprint,
                 overwrite=True,
             ) as writer:
-                sink, heap = _Sink(writer), Heap(WARM_UP)
-                plan = _Plan(iter(cuts), args.max_duration, 0, 1, set())
-                loader = torch.utils.data.DataLoader(
-                    _Reader(), sampler=plan, batch_size=None
-                )
-                for batch, x, x_lens in loader:
-                    said = teacher(x, x_lens, batch.cuts)
-                    if write:
-                        sink.put(batch, said)
-                        heap.after_batch()
-                sink.close(failed=False)
-            teacher.group.close()
+                options = {"max_duration": args.max_duration, "num_workers": 0}
+                if write:
+                    dump_targets(cuts, teacher, writer, tokenizer=sp, **options)
+                else:
+                    compute(teacher, fingerprint)
+            teacher.close()
+
+        def compute(teacher: Teacher, fingerprint: Fingerprint) -> None:
+            plan = Plan(cuts, args.max_duration)
+            loader = torch.utils.data.DataLoader(
+                Reader(), sampler=plan, batch_size=None
+            )
+            for batch, x, x_lens in loader:
+                y = labels_of(batch.cuts, sp) if fingerprint.lattice else None
+                out = teacher.output(x, x_lens, batch.cuts, y)
+                for kind in fingerprint.kinds.values():
+                    kind.take(out)
 
         sparse = "adaptive:0.999:16"
         forms = [("dense", ""), (sparse, ""), (sparse, "collapsed"), (sparse, sparse)]
@@ -176,7 +182,7 @@ def main() -> None:
             stored = CutSet.from_file(f"{folder}/{keep}{lattice}.jsonl.gz").to_eager()
             lilcom = stored.copy_feats(LilcomChunkyWriter(f"{folder}/lilcom"))
             for kind, these in (("numpy_files", stored), ("lilcom_chunky", lilcom)):
-                lists = list(_batches(list(these), args.max_duration))
+                lists = list(batches(list(these), args.max_duration))
                 parts = [CutSet.from_cuts(cuts) for cuts in lists]
                 found = timed(
                     {

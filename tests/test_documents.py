@@ -94,7 +94,7 @@ def test_commands_of_icefall_kd_are_understood(path):
             continue
         command = cli.get_command(None, words[1])
         with command.make_context(words[1], words[2:]) as context:
-            flags = context.params.get("flags") or ()
+            flags = context.params.get("model_flags") or ()
         # Of what it takes as a model's flags, each is one of the recipe's.
         assert {f for f in flags if f.startswith("--")} <= set(OTHERS)
 

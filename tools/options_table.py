@@ -104,7 +104,7 @@ def script_rows(text: str) -> Iterator[Row]:
 
 def renamed_rows() -> Iterator[Row]:
     """Of each former name: the program, the former and the present name."""
-    for (command, old), new in getattr(cli_options, "RENAMED", {}).items():
+    for (command, old), new in cli_options.RENAMED.items():
         yield f"icefall-kd {command}", old, new
     for old, new in getattr(training_options, "RENAMED", {}).items():
         yield "train.py of a plugged recipe", f"--kd-{old}", f"--kd-{new}"

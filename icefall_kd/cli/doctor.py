@@ -1,17 +1,21 @@
-"""What is installed and what is missing; whether a teacher, cuts and a student fit."""
+"""Shows what is installed, and whether a teacher, cuts and a student fit together."""
 
 import argparse
 import re
 import shlex
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
 
 import click
 
-from icefall_kd.errors import KDError
+from icefall_kd.cli.options import MODEL_FLAGS, Place, Text, command, teacher_options
+from icefall_kd.errors import KDError, require
 from icefall_kd.files import check_new_file
 from icefall_kd.training.options import add_options, distils, flags_in_errors
+
+if TYPE_CHECKING:  # the command runs where torch is missing, and says so
+    from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
 
 # name of the module, of its distribution, whether it is needed, how to get it
 _PARTS: List[Tuple[str, str, str, str]] = [
@@ -47,12 +51,12 @@ def _installed() -> None:
     rows = []
     for module, distribution, need, install in _PARTS:
         rows.append((distribution, _version(module, distribution), need, install))
-    found = {name for name, version, *_ in rows if version}
+    installed = {name for name, version, *_ in rows if version}
     click.echo(f"{'part':<15}{'version':<22}{'for':<17}to install")
     for name, version, need, install in rows:
         shown = "" if version else install
         click.echo(f"{name:<15}{version or 'missing':<22}{need:<17}{shown}".rstrip())
-    engine = next((e for e in ("k2", "fast_rnnt") if e in found), None)
+    engine = next((e for e in ("k2", "fast_rnnt") if e in installed), None)
     click.echo(f"transducer engine: {engine or 'none'}")
     missing = [n for n, v, need, _ in rows if need == "needed" and not v]
     if missing or engine is None:
@@ -68,23 +72,23 @@ def _row(name: str, text: str) -> None:
 def _heads(model) -> str:
     from icefall_kd.zipformer import has_ctc, has_transducer
 
-    heads = [("CTC", has_ctc(model)), ("transducer", has_transducer(model))]
-    return " and ".join(name for name, there in heads if there) or "no head"
+    heads = {"CTC": has_ctc(model), "transducer": has_transducer(model)}
+    return " and ".join(name for name, exists in heads.items() if exists) or "no head"
 
 
-def _teacher(name: str, options: Dict[str, Any]) -> Tuple[Any, Dict[str, Any], Any]:
-    from icefall_kd.teacher.loader import load_recipe_model
-    from icefall_kd.tokens import load_tokenizer
-
-    model, settings = load_recipe_model(**options)
-    size = sum(p.numel() for p in model.parameters())
-    text = f"{size:,} parameters, {_heads(model)}, {settings['vocab_size']} symbols"
-    _row(name, text + (", causal" if settings.get("causal") else ""))
-    sp, tokens = None, options["bpe_model"]
-    if tokens:
-        sp = load_tokenizer(tokens, settings["vocab_size"])
-        _row("tokens", f"{sp.get_piece_size()} in {tokens}, as the teacher has")
-    return model, settings, sp
+def _load_teacher(spec: "TeacherSpec") -> Tuple["LoadedTeacher", Optional[Any]]:
+    """The teacher and its tokenizer, each with a row of the table."""
+    teacher = spec.load_one("doctor")
+    settings = teacher.settings
+    size = sum(p.numel() for p in teacher.model.parameters())
+    heads = _heads(teacher.model)
+    text = f"{size:,} parameters, {heads}, {settings['vocab_size']} symbols"
+    _row("teacher", text + (", causal" if settings.get("causal") else ""))
+    tokenizer = spec.tokenizer(settings)
+    if tokenizer is not None:
+        size = tokenizer.get_piece_size()
+        _row("tokens", f"{size} in {spec.bpe_model}, as the teacher has")
+    return teacher, tokenizer
 
 
 def _options_of(words: str) -> Dict[str, Any]:
@@ -137,75 +141,84 @@ def _write_flags(path: str, recipe: str, settings: Dict[str, Any]) -> None:
 
 
 def _check_targets(
-    path: str, teacher: str, settings: Dict[str, Any], sp: Any, kd: str
+    path: str, teacher: "LoadedTeacher", tokenizer: Optional[Any], kd: str
 ) -> None:
     """Refuse targets of another teacher, of other tokens, or that a loss can't use."""
-    from icefall_kd.cli.cuts import open_cuts, readable
+    from icefall_kd.targets.cuts import ManifestCuts
     from icefall_kd.targets.dataset import store_fingerprint
     from icefall_kd.targets.store import is_left_out
     from icefall_kd.tokens import hash_tokens, token_names
 
     left_out = 0
 
-    def cuts_of_training():
+    def cuts_of_training() -> Iterator[Any]:
         nonlocal left_out
-        for cut in readable(open_cuts(path), path):
+        for cut in ManifestCuts(path):
             left_out += is_left_out(cut)
             if not is_left_out(cut):
                 yield cut
 
-    found, store = store_fingerprint(cuts_of_training())
-    tokens = hash_tokens(token_names(sp)) if sp is not None else None
-    found.check_student(settings["vocab_size"], settings.get("blank_id", 0), tokens)
-    kept = [("CTC", found.ctc), ("lattice", found.lattice), ("hidden", found.hidden)]
-    said = ", ".join(f"{name} {how}" for name, how in kept if how)
-    if teacher and not _is_among(teacher, found.teacher):
-        raise KDError(
-            f"the targets in {store} are of the teacher {found.teacher[:8]} and this "
-            f"one is {teacher[:8]} (hashes of their parameters): give the --exp-dir, "
-            "--epoch and --avg that they were dumped with, or dump them again"
-        )
-    _row("targets", f"{said}, of this teacher, in {store}")
+    settings, name = teacher.settings, teacher.name()
+    fingerprint, store = store_fingerprint(cuts_of_training())
+    tokens = hash_tokens(token_names(tokenizer)) if tokenizer is not None else None
+    blank_id = settings.get("blank_id", 0)
+    fingerprint.check_student(settings["vocab_size"], blank_id, tokens)
+    require(
+        _is_among(name, fingerprint.teacher),
+        f"the targets in {store} are of the teacher {fingerprint.teacher[:8]} and this "
+        f"one is {name[:8]} (hashes of their parameters): give the --exp-dir, --epoch "
+        "and --avg that they were dumped with, or dump them again",
+    )
+    kinds = {"CTC": fingerprint.ctc, "lattice": fingerprint.lattice}
+    kinds["hidden"] = fingerprint.hidden
+    forms = ", ".join(f"{kind} {form}" for kind, form in kinds.items() if form)
+    _row("targets", f"{forms}, of this teacher, in {store}")
     if left_out:
         _row("", f"{left_out} cuts go without targets: train with --kd-missing hard")
     if kd:
-        from icefall_kd.terms.joint import JointKDLoss
+        _check_loss(kd, fingerprint, store, left_out)
 
-        params = _options_of(kd)
-        with flags_in_errors():
-            joint = JointKDLoss.from_params(params, num_epochs=1)
-        if left_out and params["kd_missing"] == "refuse":
-            raise KDError(
-                f"{left_out} cuts of the manifest go without targets, as "
-                "`icefall-kd dump` left them out, and --kd-missing is refuse: give "
-                "--kd-missing hard, so that they have the hard loss alone"
-            )
-        with flags_in_errors():
-            joint.check_store(found, store)
-        _row("loss", str(joint))
+
+def _check_loss(kd: str, fingerprint: Any, store: str, left_out: int) -> None:
+    """Refuse options of distillation that the targets are not enough for."""
+    from icefall_kd.terms.joint import JointKDLoss
+
+    params = _options_of(kd)
+    with flags_in_errors():
+        joint = JointKDLoss.from_params(params, num_epochs=1)
+    require(
+        not left_out or params["kd_missing"] != "refuse",
+        f"{left_out} cuts of the manifest go without targets, as `icefall-kd dump` "
+        "left them out, and --kd-missing is refuse: give --kd-missing hard, so that "
+        "they have the hard loss alone",
+    )
+    with flags_in_errors():
+        joint.check_store(fingerprint, store)
+    _row("loss", str(joint))
 
 
 def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
     """Refuse a student of other symbols, or flags that its checkpoint contradicts."""
-    from icefall_kd.teacher.loader import import_train, load_checkpoint, settings_of
+    from icefall_kd.teacher.checkpoints import load_checkpoint
+    from icefall_kd.teacher.loader import import_train, settings_of
 
     path, flags = Path(folder) / "epoch-1.pt", Path(folder) / "student_flags"
     for file in (path, flags):
-        if not file.is_file():
-            raise KDError(
-                f"{folder} has no {file.name}: give --student-dir the folder that "
-                "`icefall-kd student` wrote"
-            )
+        require(
+            file.is_file(),
+            f"{folder} has no {file.name}: give --student-dir the folder that "
+            "`icefall-kd student` wrote",
+        )
     train = import_train(recipe)
     words = _words_of(flags)
-    given = settings_of(load_checkpoint(path), path, train, words)
-    _check_whole(flags, words, train, given)
+    student = settings_of(load_checkpoint(path), path, train, words)
+    _check_complete(flags, words, train, student)
     for name in ("vocab_size", "blank_id"):
-        if given.get(name, 0) != settings.get(name, 0):
-            raise KDError(
-                f"the student's {name} in {path} is {given.get(name)} and the "
-                f"teacher's {settings.get(name)}: build it from this teacher"
-            )
+        require(
+            student.get(name, 0) == settings.get(name, 0),
+            f"the student's {name} in {path} is {student.get(name)} and the teacher's "
+            f"{settings.get(name)}: build it from this teacher",
+        )
     _row("student", f"{path}, and its flags fit it")
 
 
@@ -219,76 +232,115 @@ def _words_of(flags: Path) -> List[str]:
         ) from None
 
 
-def _check_whole(flags: Path, words: List[str], train, settings: Dict[str, Any]):
+def _check_complete(flags: Path, words: List[str], train, settings: Dict[str, Any]):
     """Refuse a file that lacks flags without which the recipe's defaults hold."""
     from icefall_kd.cli.student import flags_of, model_names
-    from icefall_kd.teacher.loader import given_flags
+    from icefall_kd.teacher.loader import params_of_flags
 
-    needed = given_flags(train, flags_of(settings, model_names(train)).split())
-    given = given_flags(train, words)
+    needed = params_of_flags(train, flags_of(settings, model_names(train)).split())
+    params = params_of_flags(train, words)
     for name, value in needed.items():
-        if name not in given:
-            raise KDError(
-                f"{flags} lacks --{name.replace('_', '-')} {value}, which the student "
-                "beside it was built with: build it again with `icefall-kd student`"
-            )
-
-
-def doctor(
-    cuts: str,
-    student_dir: str,
-    kd: str,
-    write_flags: str,
-    recipe: str,
-    exp_dir: str,
-    **which,
-) -> None:
-    more = (cuts, student_dir, kd, write_flags, which["flags"], which["bpe_model"])
-    if any((exp_dir, recipe, *more)) and not (exp_dir and recipe):
-        raise KDError(
-            "cuts, a student, tokens, --kd, --write-flags and model flags are about a "
-            "teacher: give --recipe and --exp-dir"
+        require(
+            name in params,
+            f"{flags} lacks --{name.replace('_', '-')} {value}, which the student "
+            "beside it was built with: build it again with `icefall-kd student`",
         )
+
+
+@command(context_settings=MODEL_FLAGS)
+@teacher_options(required=False)
+@click.option(
+    "--cuts",
+    type=Place(optional=True),
+    default="",
+    metavar="CUTS",
+    help="A manifest of cuts for this teacher, with or without its targets.",
+)
+@click.option(
+    "--student-dir",
+    type=Place(optional=True),
+    default="",
+    metavar="FOLDER",
+    help="The folder that `icefall-kd student` wrote for this teacher.",
+)
+@click.option(
+    "--kd",
+    type=Text(),
+    default="",
+    metavar="OPTIONS",
+    help="The --kd-* options that train.py will get, in one text, such as '--kd-config "
+    "kd.yaml'.",
+)
+@click.option(
+    "--write-flags",
+    type=Place(optional=True),
+    default="",
+    metavar="FILE",
+    help="Write the teacher's model options, which decode.py needs, into this file.",
+)
+def doctor(
+    teacher: "TeacherSpec", cuts: str, student_dir: str, kd: str, write_flags: str
+) -> None:
+    """Show what is installed, and how to get what is missing.
+
+    With a teacher, check also whether its tokens, the cuts, the targets on these and a
+    student fit it. The exit status is 1 if something is missing or does not fit.
+    """
+    subjects = (cuts, student_dir, kd, write_flags)
+    subjects += (teacher.model_flags, teacher.bpe_model)
+    has_teacher = bool(teacher.exp_dir and teacher.recipe)
+    require(
+        has_teacher or not any((teacher.exp_dir, teacher.recipe, *subjects)),
+        "cuts, a student, tokens, --kd, --write-flags and model flags are about a "
+        "teacher: give --recipe and --exp-dir",
+    )
     if write_flags:
         check_new_file(write_flags, "--write-flags")
-    if kd and not cuts:
-        raise KDError("--kd is looked at beside targets: give --cuts that carry them")
+    require(
+        cuts or not kd,
+        "--kd is looked at beside targets: give --cuts that carry them",
+    )
     _installed()
-    if not exp_dir:
+    if not has_teacher:
         return
-    from icefall_kd.cli.cuts import survey
-    from icefall_kd.targets.fingerprint import name_of
+    teacher.one_folder("doctor")
+    click.echo()
+    loaded, tokenizer = _load_teacher(teacher)
+    if cuts:
+        _check_cuts(cuts, loaded, tokenizer, kd)
+    if student_dir:
+        _student(student_dir, teacher.recipe, loaded.settings)
+    if write_flags:
+        _write_flags(write_flags, teacher.recipe, loaded.settings)
+    click.echo("These fit together.")
+
+
+def _check_cuts(
+    path: str, teacher: "LoadedTeacher", tokenizer: Optional[Any], kd: str
+) -> None:
+    """Refuse cuts that the teacher can't run on, and targets that don't fit it."""
+    from icefall_kd.targets.cuts import survey
     from icefall_kd.targets.heard import check_supervision
     from icefall_kd.targets.store import tracks_with_targets
-    from icefall_kd.teacher.loader import one_teacher_folder
 
-    exp_dir = one_teacher_folder(exp_dir, "doctor")
-    click.echo()
-    options = {"recipe_dir": recipe, "exp_dir": exp_dir, **which}
-    model, settings, sp = _teacher("teacher", options)
-    if cuts:
-        with_targets = []
+    with_targets: List[str] = []
 
-        def look(cut) -> None:
-            if not with_targets and tracks_with_targets(cut):
-                with_targets.append(cut.id)
+    def look_for_targets(cut: Any) -> None:
+        if not with_targets and tracks_with_targets(cut):
+            with_targets.append(cut.id)
 
-        surveyed = survey(cuts, int(settings["feature_dim"]), [check_supervision, look])
-        features = surveyed.features
-        _row(
-            "cuts",
-            f"{surveyed.total} in {cuts}, {features.num_features} features of "
-            f"{features.type}, {features.sampling_rate} Hz",
-        )
-        surveyed.warn()
-        if with_targets:
-            _check_targets(cuts, name_of(model, settings), settings, sp, kd)
-        elif kd:
-            raise KDError(
-                f"--kd is given and the cuts of {cuts} have no targets: dump them first"
-            )
-    if student_dir:
-        _student(student_dir, recipe, settings)
-    if write_flags:
-        _write_flags(write_flags, recipe, settings)
-    click.echo("These fit together.")
+    num_features = int(teacher.settings["feature_dim"])
+    surveyed = survey(path, num_features, [check_supervision, look_for_targets])
+    features = surveyed.features
+    _row(
+        "cuts",
+        f"{surveyed.total} in {path}, {features.num_features} features of "
+        f"{features.type}, {features.sampling_rate} Hz",
+    )
+    surveyed.warn()
+    require(
+        with_targets or not kd,
+        f"--kd is given and the cuts of {path} have no targets: dump them first",
+    )
+    if with_targets:
+        _check_targets(path, teacher, tokenizer, kd)

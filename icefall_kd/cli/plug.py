@@ -4,6 +4,7 @@ from typing import List, Sequence
 
 import click
 
+from icefall_kd.cli.options import Place, Text, command
 from icefall_kd.errors import KDError
 from icefall_kd.plug.copies import Plan, diff, make_plan
 from icefall_kd.plug.plug import FOREIGN, PLUGGED, STALE, Report, examine
@@ -51,6 +52,29 @@ def _undo(folder: str, recipe_dir: str) -> None:
     _show_edited(examine(folder))
 
 
+@command()
+@click.argument("recipe_dir", type=Place())
+@click.argument("new_dir", type=Place(optional=True), default="")
+@click.option(
+    "--diff", "as_diff", is_flag=True, help="Print the patch, and write nothing."
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Print whether a folder is plugged (exit status 0), stale (3) or foreign (4), "
+    "and why.",
+)
+@click.option(
+    "--undo", "undo_it", is_flag=True, help="Take the lines out of a working copy."
+)
+@click.option(
+    "--leave-out",
+    type=Text(),
+    multiple=True,
+    metavar="FILE",
+    help="A training script that stays as it is. The option may be given more than "
+    "once.",
+)
 def plug(
     recipe_dir: str,
     new_dir: str,
@@ -59,16 +83,21 @@ def plug(
     undo_it: bool,
     leave_out: Sequence[str],
 ) -> None:
-    """Run ``icefall-kd plug``.
+    """Make NEW_DIR a working copy of a recipe, with distillation plugged in.
 
-    Args:
-      recipe_dir: The recipe; the copy if ``new_dir`` is "" with ``check`` or
-        ``undo_it``.
-      new_dir: The copy, or "".
-      as_diff: Print the patch and write nothing.
-      check: Print whether the copy is plugged, stale or foreign, and exit.
-      undo_it: Take the lines out of the copy.
-      leave_out: The training scripts that are not to be plugged.
+    RECIPE_DIR is the folder of a train.py or finetune.py, such as ./zipformer. It is
+    not written to, nor is what it links to. NEW_DIR, such as ./zipformer_kd, has the
+    same scripts. Train and decode there as ever:
+
+    \b
+      icefall-kd plug ./zipformer ./zipformer_kd
+      ./zipformer_kd/train.py --help
+      icefall-kd plug --check ./zipformer_kd
+      icefall-kd plug --undo ./zipformer_kd
+
+    Plugged by other lines than this version's, or of an original that has changed
+    since, a folder is stale: --undo it, and plug it again. What was changed in it by
+    hand is kept.
     """
     actions = {"--diff": as_diff, "--check": check, "--undo": undo_it}
     chosen = [name for name, is_on in actions.items() if is_on]

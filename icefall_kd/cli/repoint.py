@@ -10,9 +10,10 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 import click
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.cuts import shards_of
-from icefall_kd.errors import KDError
+from icefall_kd.cli.options import Place, command
+from icefall_kd.errors import KDError, require
 from icefall_kd.files import is_same_folder, replacing
+from icefall_kd.targets.cuts import shards_of
 from icefall_kd.targets.manifest import cut_of, lines_of, open_manifest
 from icefall_kd.targets.places import (
     SHAR_STORE,
@@ -67,11 +68,11 @@ class _Stores:
             file = Path(place) / pointer.file
             self.places[key] = place, 0 if pointer.record else file.stat().st_size
         place, size = self.places[key]
-        if end > size and not pointer.record:
-            raise KDError(
-                f"the record of cut {pointer.cut} ends at byte {end} of {place}/"
-                f"{pointer.file}, which has {size}: copy the store again"
-            )
+        require(
+            end <= size or pointer.record,
+            f"the record of cut {pointer.cut} ends at byte {end} of {place}/"
+            f"{pointer.file}, which has {size}: copy the store again",
+        )
         return place
 
     def _look_for(self, pointer: Pointer) -> str:
@@ -108,22 +109,22 @@ def _rewrite(path: Path, stores: _Stores) -> int:
                     line = json.dumps(cut, ensure_ascii=False).encode() + b"\n"
                 n += bool(pointers)
                 out.write(line)
-        if not n:
-            raise KDError(
-                f"no cut of {path} has targets ({FIELD}): give the manifest that "
-                "`icefall-kd dump` wrote"
-            )
+        require(
+            n,
+            f"no cut of {path} has targets ({FIELD}): give the manifest that "
+            "`icefall-kd dump` wrote",
+        )
     return n
 
 
 def _fill_shar(folder: Path, folders: Sequence[str]) -> str:
     """Copy a store's small files into a Shar; return where they were."""
     shards = shards_of(folder, FIELD)
-    if not shards:
-        raise KDError(
-            f"the folder {folder} is no Shar with targets: put them into it with "
-            "`icefall-kd shar`, or give a manifest"
-        )
+    require(
+        shards,
+        f"the folder {folder} is no Shar with targets: put them into it with "
+        "`icefall-kd shar`, or give a manifest",
+    )
     try:
         with open_manifest(shards[0], "rb") as f:
             # A cut that was left out has null there.
@@ -135,12 +136,12 @@ def _fill_shar(folder: Path, folders: Sequence[str]) -> str:
             "`icefall-kd shar`"
         ) from None
     pointer = pointer_of(first[FIELD], str(first.get("cut_id")))
-    own = folder / SHAR_STORE
-    near = [str(own), pointer.store, *beside(pointer.store, [str(folder.parent)])]
+    copy = folder / SHAR_STORE
+    near = [str(copy), pointer.store, *beside(pointer.store, [str(folder.parent)])]
     for place in folders or near:
         if has_fingerprint(place, pointer.fingerprint):
-            if not is_same_folder(own, place):
-                copy_small_files(place, own)
+            if not is_same_folder(copy, place):
+                copy_small_files(place, copy)
             return place
     raise KDError(
         f"the store of {folder}, made in {pointer.store} under the fingerprint "
@@ -149,13 +150,31 @@ def _fill_shar(folder: Path, folders: Sequence[str]) -> str:
     )
 
 
+@command()
+@click.argument("cuts_path", type=Place(), metavar="CUTS")
+@click.option(
+    "--storage-dir",
+    "folders",
+    type=Place(),
+    multiple=True,
+    metavar="FOLDER",
+    help="The folder where a store is now, if it is not beside CUTS. The option may be "
+    "given more than once.",
+)
 def repoint(cuts_path: str, folders: Sequence[str]) -> None:
+    """Let CUTS point at their targets where these are now.
+
+    CUTS is a manifest that `icefall-kd dump` wrote, and is written anew; or the folder
+    of a Shar with targets, into which the store's small files are copied. A store that
+    lies beside its manifest under its old name is found without this.
+    """
     path = Path(cuts_path)
-    if not path.exists():
-        raise KDError(f"the manifest {path} does not exist: mend CUTS")
+    require(path.exists(), f"the manifest {path} does not exist: mend CUTS")
     for folder in folders:
-        if not Path(folder).is_dir():
-            raise KDError(f"--storage-dir {folder} is no folder: mend the path")
+        require(
+            Path(folder).is_dir(),
+            f"--storage-dir {folder} is no folder: mend the path",
+        )
     try:
         if path.is_dir():
             place = _fill_shar(path, folders)

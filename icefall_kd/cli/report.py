@@ -8,7 +8,7 @@ import click
 from lhotse.cut import Cut
 
 from icefall_kd import __version__
-from icefall_kd.cli.cuts import open_cuts, readable
+from icefall_kd.cli.options import Place, Text, command
 from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError, require
 from icefall_kd.files import replacing
@@ -20,8 +20,71 @@ from icefall_kd.report.plots import need_matplotlib
 from icefall_kd.report.results import read_decodings, split_last
 from icefall_kd.report.tables import blocks_of, rate_tables
 from icefall_kd.report.words import words_of
+from icefall_kd.targets.cuts import ManifestCuts
 
 
+@command()
+@click.argument("out_dir", type=Place())
+@click.option(
+    "--model",
+    "models",
+    type=Text(),
+    multiple=True,
+    required=True,
+    metavar="NAME=EXP_DIR",
+    help="A model's name and its experiment folder. Give the option once for each "
+    "model.",
+)
+@click.option(
+    "--teacher",
+    type=Text(),
+    default="",
+    metavar="NAME",
+    help="The teacher's name. Default: the first model.",
+)
+@click.option(
+    "--baseline",
+    type=Text(),
+    default="",
+    metavar="NAME",
+    help="The student that the others are compared with. Default: the second model.",
+)
+@click.option(
+    "--manifest-dir",
+    type=Place(optional=True),
+    default="",
+    metavar="FOLDER",
+    help="The folder of the test sets' manifests, such as data/fbank: for the RTF "
+    "(real-time factor).",
+)
+@click.option(
+    "--targets",
+    type=Place(),
+    multiple=True,
+    metavar="MANIFEST",
+    help="A manifest that `icefall-kd dump` wrote. The option may be given more than "
+    "once.",
+)
+@click.option(
+    "--unit",
+    type=click.Choice(["WER", "CER"]),
+    default="WER",
+    help="The unit of the recipe's error rates. Give CER where it scores characters, "
+    "as in Chinese.",
+)
+@click.option(
+    "--lang",
+    type=click.Choice(["en", "zh"]),
+    default="en",
+    help="The language of the report: English or Chinese.",
+)
+@click.option(
+    "--title",
+    type=Text(),
+    default="",
+    metavar="TEXT",
+    help="The report's title. Default: one for what is compared.",
+)
 def report(
     out_dir: str,
     models: Sequence[str],
@@ -33,21 +96,19 @@ def report(
     lang: str = "en",
     title: str = "",
 ) -> None:
-    """Write the report of ``models`` into ``out_dir``, and print the error rates.
+    """Compare teacher and students in OUT_DIR/report.md and OUT_DIR/report.html.
 
-    Args:
-      out_dir: The folder of the report's files.
-      models: ``NAME=EXP_DIR`` for each model.
-      teacher: The name of a model; by default the first that is not the baseline.
-      baseline: The name of a model; by default the first that is not the teacher.
-      manifest_dir: The folder of the test sets' manifests, or "".
-      targets: Manifests of training cuts with targets.
-      unit: The unit of wer-summaries, WER or CER.
-      lang: The language of the report, en or zh.
-      title: The report's heading; "" for the usual one.
+    The report has error rates, parameters, RTF, bytes of targets, losses and weights.
+    They are read from the logs and results that train.py and decode.py left in the
+    experiment folders:
 
-    Raises:
-      KDError: a file can't be read, or names don't fit each other.
+    \b
+      icefall-kd report --model teacher=zipformer/exp \\
+        --model "no KD=zipformer_kd/exp/student" \\
+        --model "KD=zipformer_kd/exp/student-kd" \\
+        --manifest-dir data/fbank report
+
+    The Markdown is for icefall's RESULTS.md, the HTML has the curves too.
     """
     need_matplotlib()
     out = Path(out_dir)
@@ -154,7 +215,7 @@ def _read_audio(models: Sequence[Model], manifest_dir: str) -> TestAudio:
 
 
 def _cuts(path: str) -> Iterator[Cut]:
-    return readable(open_cuts(path), path)
+    return iter(ManifestCuts(path))
 
 
 def _utf8(text: str) -> str:

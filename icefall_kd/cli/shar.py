@@ -13,9 +13,10 @@ from lhotse.cut import Cut
 from lhotse.serialization import load_jsonl
 from tqdm.auto import tqdm
 
-from icefall_kd.cli.cuts import open_cuts, readable, shards_of
-from icefall_kd.errors import KDError
+from icefall_kd.cli.options import Place, command
+from icefall_kd.errors import KDError, require
 from icefall_kd.files import is_same_folder
+from icefall_kd.targets.cuts import ManifestCuts, shards_of
 from icefall_kd.targets.places import SHAR_STORE, copy_small_files
 from icefall_kd.targets.store import (
     FIELD,
@@ -30,11 +31,11 @@ class _Values:
     """The pointers of cuts, each with its record.
 
     Args:
-      store: The folder that they are to name; "" for that of each.
+      storage_dir: The folder that they are to name; "" for that of each.
     """
 
-    def __init__(self, store: str) -> None:
-        self.store = store
+    def __init__(self, storage_dir: str) -> None:
+        self.storage_dir = storage_dir
         self.first: Optional[Pointer] = None
 
     def __call__(self, cut: Cut) -> Optional[dict]:
@@ -42,21 +43,21 @@ class _Values:
         if is_left_out(cut):
             return None
         pointer = Pointer.of(cut)
-        if pointer is None:
-            raise KDError(
-                f"the cut {cut.id} has no targets ({FIELD}): give the manifest that "
-                "`icefall-kd dump` wrote"
-            )
+        require(
+            pointer is not None,
+            f"the cut {cut.id} has no targets ({FIELD}): give the manifest that "
+            "`icefall-kd dump` wrote",
+        )
         self.first = self.first or pointer
-        if pointer.fingerprint != self.first.fingerprint:
-            raise KDError(
-                f"the targets of cut {cut.id} are of the fingerprint "
-                f"{pointer.fingerprint} and those of {self.first.cut} of "
-                f"{self.first.fingerprint}: put those of one dump into a Shar"
-            )
+        require(
+            pointer.fingerprint == self.first.fingerprint,
+            f"the targets of cut {cut.id} are of the fingerprint "
+            f"{pointer.fingerprint} and those of {self.first.cut} of "
+            f"{self.first.fingerprint}: put those of one dump into a Shar",
+        )
         record = b"".join(pointer.read().values())
         values = {**pointer.to_dict(), "record": b64encode(record).decode()}
-        return {**values, "store": self.store or pointer.store}
+        return {**values, "store": self.storage_dir or pointer.store}
 
 
 def _write_shard(shard: Path, path: Path, cuts: Iterator[Cut], values: _Values) -> int:
@@ -76,47 +77,67 @@ def _write_shard(shard: Path, path: Path, cuts: Iterator[Cut], values: _Values) 
     return n
 
 
-def _put_small_files(folder: Path, store: str, pointer: Optional[Pointer]) -> None:
-    """What the Shar needs of its targets' store, unless it is to be found elsewhere."""
-    own = folder / SHAR_STORE
-    if store or pointer is None:
-        shutil.rmtree(own, ignore_errors=True)
-    elif not is_same_folder(own, pointer.store):
+def _put_small_files(
+    folder: Path, storage_dir: str, pointer: Optional[Pointer]
+) -> None:
+    """Copy what the Shar needs of its store, unless that is to be read elsewhere."""
+    copy = folder / SHAR_STORE
+    if storage_dir or pointer is None:
+        shutil.rmtree(copy, ignore_errors=True)
+    elif not is_same_folder(copy, pointer.store):
         fingerprint_of(pointer)
-        copy_small_files(pointer.store, own)
+        copy_small_files(pointer.store, copy)
         read_fingerprint.cache_clear()
 
 
-def shar(cuts_path: str, shar_dir: str, store: str) -> None:
-    if Path(store).is_file():
-        raise KDError(f"--store {store} is a file: give the folder of a store")
-    cuts = readable(open_cuts(cuts_path), cuts_path)
+@command()
+@click.argument("cuts_path", metavar="CUTS", type=Place())
+@click.argument("shar_dir", type=Place())
+@click.option(
+    "--storage-dir",
+    type=Place(optional=True),
+    default="",
+    metavar="FOLDER",
+    help="The folder where training will find fingerprint.json, tokens.txt and "
+    "quantizers. Default: in the Shar, into which they are copied.",
+)
+def shar(cuts_path: str, shar_dir: str, storage_dir: str) -> None:
+    """Put the targets of CUTS into SHAR_DIR, the Lhotse Shar of the same cuts.
+
+    CUTS is what `icefall-kd dump SHAR_DIR CUTS` wrote. The targets become one more
+    field of the Shar, kd_targets.NNNNNN.jsonl.gz, and are read with it.
+    """
+    require(
+        not Path(storage_dir).is_file(),
+        f"--storage-dir {storage_dir} is a file: give the folder of a store",
+    )
+    cuts = iter(ManifestCuts(cuts_path))
     folder = Path(shar_dir).resolve()
-    if store and is_same_folder(store, folder / SHAR_STORE):
-        store = ""  # they are to stay in the Shar
+    if storage_dir and is_same_folder(storage_dir, folder / SHAR_STORE):
+        storage_dir = ""  # they are to stay in the Shar
     shards = shards_of(folder)
-    if not shards:
-        raise KDError(
-            f"the folder {folder} holds no cuts.*.jsonl.gz: make the Shar first with "
-            "`lhotse shar export`"
-        )
+    require(
+        shards,
+        f"the folder {folder} holds no cuts.*.jsonl.gz: make the Shar first with "
+        "`lhotse shar export`",
+    )
     # Hidden folders would be fields to Lhotse: so the new shards wait outside.
     waiting = folder.with_name(f".tmp.{folder.name}.{FIELD}")
     shutil.rmtree(waiting, ignore_errors=True)  # of a run that was killed
     waiting.mkdir()
-    written, n, values = [], 0, _Values(store)
+    written, n, values = [], 0, _Values(storage_dir)
     try:
         for shard in tqdm(shards, desc="Shards", unit=" shards"):
             name = FIELD + shard.name.split(".jsonl")[0][len("cuts") :] + ".jsonl.gz"
             written.append(waiting / name)
             n += _write_shard(shard, written[-1], cuts, values)
-        left = next(cuts, None)
-        if left is not None:
+        surplus = next(cuts, None)
+        if surplus is not None:
             raise KDError(
-                f"the cut {left.id} of {cuts_path} is not in {folder}: both need the "
-                "same cuts in the same order; dump the Shar itself"
+                f"the cut {surplus.id} of {cuts_path} is not in {folder}: both need "
+                "the same cuts in the same order; dump the Shar itself"
             )
-        _put_small_files(folder, store, values.first)
+        _put_small_files(folder, storage_dir, values.first)
         for path in written:
             path.replace(folder / path.name)
     except (EOFError, zlib.error, ValueError, KeyError, TypeError) as e:

@@ -5,40 +5,50 @@ import math
 import shlex
 from itertools import islice
 from pathlib import Path
-from typing import Any, ContextManager, Dict, List, Tuple
+from types import ModuleType
+from typing import Any, ContextManager, Dict, List, Sequence
 
 import click
 import torch
 from lhotse.cut import Cut
+from torch import nn
 from tqdm.auto import tqdm
 
 from icefall_kd.cli.account import account
-from icefall_kd.cli.batches import read_features
-from icefall_kd.cli.cuts import Survey, checked, labels_of, why_long
-from icefall_kd.cli.memory import enough_memory
-from icefall_kd.errors import KDError, naming_flags
+from icefall_kd.cli.options import (
+    MODEL_FLAGS,
+    MOST_SEED,
+    Count,
+    Place,
+    Text,
+    command,
+    teacher_options,
+)
+from icefall_kd.errors import KDError, naming_flags, require
 from icefall_kd.files import check_new_folder, replacing
+from icefall_kd.memory import enough_memory
+from icefall_kd.student import presets
 from icefall_kd.student.build import build_student, check_settings, check_slices
 from icefall_kd.student.count import count_parameters
 from icefall_kd.student.importance import FeatureBatch, num_passes, select_important
-from icefall_kd.student.presets import per_stack, preset
 from icefall_kd.student.scores import HeadScores, score_heads
 from icefall_kd.student.search import nearest, parse_goal
 from icefall_kd.student.selection import Selection, select_first
+from icefall_kd.targets.batches import read_features
+from icefall_kd.targets.cuts import Survey, checked
 from icefall_kd.targets.heard import check_supervision, why_unheard
+from icefall_kd.targets.labels import labels_of, why_long
 from icefall_kd.teacher.loader import (
     call_recipe,
     import_train,
-    load_recipe_model,
     model_maker,
     need_functions,
-    one_teacher_folder,
     recipe_defaults,
     recipe_params,
 )
-from icefall_kd.tokens import load_tokenizer
+from icefall_kd.teacher.spec import TeacherSpec
 
-BATCH = 8  # cuts that the teacher hears at once
+BATCH = 8  # cuts that the teacher runs on at once
 # Parameters, and layers in a stack, beyond which a model would take hours to build.
 LARGEST, DEEPEST = 10**10, 100
 FLAGS, ACCOUNT = "student_flags", "student_account.txt"
@@ -54,14 +64,21 @@ _BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no"
 _KINDS = {int: int, float: float, bool: lambda word: _BOOLS[word.lower()]}
 
 
-def parse_changes(changes: Tuple[str, ...], settings: Dict[str, Any]) -> Dict[str, Any]:
-    """``("encoder-dim=32,32",)`` as values of the types that the teacher's have."""
+def parse_changes(changes: Sequence[str], settings: Dict[str, Any]) -> Dict[str, Any]:
+    """The settings of --set, as values of the types that the teacher's have.
+
+    Args:
+      changes: NAME=VALUE each, such as "encoder-dim=32,32".
+      settings: The teacher's.
+
+    Raises:
+      KDError: a setting that the teacher does not have, or a value of another type.
+    """
     parsed: Dict[str, Any] = {}
     for change in changes:
         name, equals, value = change.partition("=")
         name = name.strip().replace("-", "_")
-        if not equals or not value:
-            raise KDError(f"--set {change} is not of the form NAME=VALUE")
+        require(equals and value, f"--set {change} is not of the form NAME=VALUE")
         check_settings(settings, {name: value})
         kind = type(settings[name])
         try:
@@ -72,13 +89,19 @@ def parse_changes(changes: Tuple[str, ...], settings: Dict[str, Any]) -> Dict[st
                 f"{settings[name]}"
             ) from None
         # Those of a model are sizes; a list of them is looked at stack by stack.
-        if kind in (int, float) and not 0 < parsed[name] < math.inf:
-            raise KDError(f"--set {change}: {name} must be above 0, and finite")
+        require(
+            kind not in (int, float) or 0 < parsed[name] < math.inf,
+            f"--set {change}: {name} must be above 0, and finite",
+        )
     return parsed
 
 
-def model_names(train) -> Dict[str, Any]:
-    """The recipe's model options with the defaults of its own parser."""
+def model_names(train: ModuleType) -> Dict[str, Any]:
+    """The names of the recipe's model options, with the defaults of its own parser.
+
+    Args:
+      train: The recipe's module.
+    """
     need_functions(train, "add_model_arguments", "get_parser")
     parser = argparse.ArgumentParser()
     call_recipe(train.add_model_arguments, parser)
@@ -90,7 +113,12 @@ def model_names(train) -> Dict[str, Any]:
 
 
 def flags_of(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:
-    """The options that make the recipe's parser give ``settings``."""
+    """The options that make the recipe's parser return ``settings``, in one line.
+
+    Args:
+      settings: A model's.
+      defaults: Those of :func:`model_names`.
+    """
     words = []
     for name, default in defaults.items():
         value = settings.get(name, default)
@@ -104,48 +132,51 @@ def flags_of(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:
 
 def _check_place(path: Path, exp_dir: str) -> None:
     """Refuse to write over a checkpoint that is no student of ours, or beside it."""
-    if path.parent.resolve() == Path(exp_dir).resolve():
-        raise KDError(
-            f"--student-dir and --exp-dir are both {exp_dir}, where another training, "
-            "the teacher's, has its checkpoints: give another --student-dir"
-        )
-    if path.exists() and not path.with_name(FLAGS).exists():
-        raise KDError(
-            f"the folder {path.parent} has an {path.name} of another training, which "
-            "the student's would replace: give another --student-dir"
-        )
+    require(
+        path.parent.resolve() != Path(exp_dir).resolve(),
+        f"--student-dir and --exp-dir are both {exp_dir}, where another training, the "
+        "teacher's, has its checkpoints: give another --student-dir",
+    )
+    require(
+        not path.exists() or path.with_name(FLAGS).exists(),
+        f"the folder {path.parent} has an {path.name} of another training, which the "
+        "student's would replace: give another --student-dir",
+    )
 
 
-def save_start(path: Path, model, params: Dict[str, Any]) -> None:
+def _save_start(path: Path, model: nn.Module, params: Dict[str, Any]) -> None:
     """Write a checkpoint of zero steps: no optimizer, scheduler or sampler."""
     state = model.state_dict()
     with replacing(path) as temporary:
         torch.save({"model": state, "model_avg": state, **params}, temporary)
 
 
-def _one_goal(size: str, params: str, speed: str) -> None:
-    given = {"--preset": size, "--params": params, "--speed": speed}
-    names = [f"{name} {value}" for name, value in given.items() if value]
-    if len(names) > 1:
-        raise KDError(f"{' and '.join(names)} are given: give one of them")
-    for name, value in (("--params", params), ("--speed", speed)):
-        if value and (parse_goal(value).kind == "speed") != (name == "--speed"):
-            example = "3x" if name == "--speed" else "5M"
-            raise KDError(f"{name} is {value}, and takes a value as {example}")
+def _check_goal(size: str, params: str, speed: str) -> None:
+    """Refuse several sizes, and a speed in place of a size."""
+    options = {"--preset": size, "--params": params, "--speed": speed}
+    words = [f"{name} {value}" for name, value in options.items() if value]
+    require(len(words) <= 1, f"{' and '.join(words)} are given: give one of them")
+    for name, value, example in (("--params", params, "5M"), ("--speed", speed, "3x")):
+        with naming_flags({"goal": name}):
+            is_speed = bool(value) and parse_goal(value).kind == "speed"
+        require(
+            not value or is_speed == (name == "--speed"),
+            f"{name} is {value}, and takes a value as {example}",
+        )
 
 
 def _changes(
-    settings: Dict[str, Any], size: str, goal: str, asked: Tuple[str, ...]
+    settings: Dict[str, Any], size: str, goal: str, set_by_user: Sequence[str]
 ) -> Dict[str, Any]:
-    """What differs in the student from the teacher's settings."""
+    """The settings in which the student differs from the teacher."""
     changes: Dict[str, Any] = {}
     if size:
-        changes = preset(size)
+        changes = presets.preset(size)
     elif goal:
         speed = parse_goal(goal).kind == "speed"
         with naming_flags({"goal": "--speed" if speed else "--params"}):
             changes = nearest(goal, settings, settings)
-    changes.update(parse_changes(asked, settings))
+    changes.update(parse_changes(set_by_user, settings))
     return changes
 
 
@@ -160,34 +191,45 @@ def _check_random(
       defaults: The options that the recipe's train.py has for its model.
     """
     for name, value in new.items():
-        if name not in defaults:
-            raise KDError(
-                f"{name} can't be set to {value}: train.py has no option for it that "
-                f"makes a model; choose of {', '.join(defaults)}"
-            )
+        require(
+            name in defaults,
+            f"{name} can't be set to {value}: train.py has no option for it that makes "
+            f"a model; choose of {', '.join(defaults)}",
+        )
     try:
-        layers = max(per_stack({**settings, **new}, "num_encoder_layers"))
+        layers = max(presets.per_stack({**settings, **new}, "num_encoder_layers"))
         size = count_parameters({**settings, **new})["all"]
     except KDError:  # of a variant that nobody counted yet
         return
-    if layers > DEEPEST or size > LARGEST:
-        raise KDError(
-            f"the student would have {size:,} parameters and {layers} layers in a "
-            f"stack, and at most {LARGEST:,} and {DEEPEST} are built: give smaller "
-            "numbers"
-        )
+    require(
+        layers <= DEEPEST and size <= LARGEST,
+        f"the student would have {size:,} parameters and {layers} layers in a stack, "
+        f"and at most {LARGEST:,} and {DEEPEST} are built: give smaller numbers",
+    )
 
 
 def read_batches(
-    path: str, num_cuts: int, settings: Dict[str, Any], sp: Any
+    path: str, num_cuts: int, settings: Dict[str, Any], tokenizer: Any
 ) -> List[FeatureBatch]:
-    """The first ``num_cuts`` cuts: features, lengths and labels."""
-    if num_cuts < 1:
-        raise KDError(f"--num-cuts is {num_cuts}, and must be 1 or more")
+    """Read transcribed cuts, to measure a student by.
+
+    Args:
+      path: Their manifest.
+      num_cuts: How many, from the first on.
+      settings: The teacher's.
+      tokenizer: The teacher's.
+
+    Returns:
+      For each batch its features, lengths and labels.
+
+    Raises:
+      KDError: cuts that can't be used.
+    """
+    require(num_cuts >= 1, f"--num-cuts is {num_cuts}, and must be 1 or more")
     use = "the measure of a student"
 
-    def labels(some: List[Cut]) -> List[List[int]]:
-        return labels_of(some, sp, use, "label it first")
+    def labels(cuts: List[Cut]) -> List[List[int]]:
+        return labels_of(cuts, tokenizer, use, "label it first")
 
     def why_not(cut: Cut) -> str:
         reason = why_unheard(cut)
@@ -197,17 +239,16 @@ def read_batches(
         return why_long(cut, labels([cut])[0], use)
 
     survey = Survey(path, why_not=why_not)
-    dims = int(settings["feature_dim"])
-    cuts = list(islice(checked(survey, dims, light=False), num_cuts))
+    num_features = int(settings["feature_dim"])
+    cuts = list(islice(checked(survey, num_features, light=False), num_cuts))
     survey.check()
     survey.warn()
     batches = []
-    with enough_memory(
-        f"reading the features of {len(cuts)} cuts", "give --num-cuts fewer"
-    ):
+    work = f"reading the features of {len(cuts)} cuts"
+    with enough_memory(work, "give --num-cuts fewer"):
         for i in range(0, len(cuts), BATCH):
-            some = cuts[i : i + BATCH]
-            batches.append((*read_features(some), labels(some)))
+            batch = cuts[i : i + BATCH]
+            batches.append((*read_features(batch), labels(batch)))
     return batches
 
 
@@ -219,53 +260,172 @@ def _enough_memory(batches: List[FeatureBatch]) -> ContextManager[None]:
     )
 
 
-def _judged(models, batches: List[FeatureBatch], sp, blank_id: int) -> List[HeadScores]:
+def _score_each(
+    models: Sequence[nn.Module],
+    batches: List[FeatureBatch],
+    tokenizer: Any,
+    blank_id: int,
+) -> List[HeadScores]:
     total = len(models) * len(batches)
     with (
         _enough_memory(batches),
         tqdm(desc="Before training", unit=" batches", total=total) as bar,
     ):
-        return [score_heads(m, batches, sp, blank_id, bar.update) for m in models]
+        return [
+            score_heads(m, batches, tokenizer, blank_id, bar.update) for m in models
+        ]
 
 
-def _choose(
-    teacher, settings, student, batches: List[FeatureBatch], layers: str, channels: str
+def _select(
+    teacher: nn.Module,
+    settings: Dict[str, Any],
+    student: Dict[str, Any],
+    batches: List[FeatureBatch],
+    layers: str,
+    channels: str,
 ) -> Selection:
-    which = {"layers": layers == "important", "channels": channels == "important"}
-    if not any(which.values()):
+    """What the student keeps of the teacher: the first, or the important."""
+    important = {"layers": layers == "important", "channels": channels == "important"}
+    if not any(important.values()):
         return select_first(settings, student)
-    total = num_passes(settings, student, len(batches), **which)
+    total = num_passes(settings, student, len(batches), **important)
     with (
         _enough_memory(batches),
         tqdm(desc="Importance", unit=" batches", total=total) as bar,
     ):
         return select_important(
-            teacher, settings, student, batches, advance=bar.update, **which
+            teacher, settings, student, batches, advance=bar.update, **important
         )
 
 
-@naming_flags(
-    {
-        "changes": "--set",
-        "goal": "--params or --speed",
-        "init": "--init",
-        "preset": "--preset",
-    }
+@command(context_settings=MODEL_FLAGS)
+@click.option("--list", "listed", is_flag=True, help="Print a table of the presets.")
+@click.option("--json", "as_json", is_flag=True, help="Print the presets as JSON.")
+@click.option(
+    "--vocab-size",
+    type=Count(1, 10**6),
+    default=500,
+    metavar="N",
+    help="The vocabulary size for which --list and --json count parameters.",
+)
+@teacher_options(required=False)
+@click.option(
+    "--student-dir",
+    type=Place(optional=True),
+    default="",
+    metavar="FOLDER",
+    help="The student's experiment folder, such as zipformer_kd/exp/student.",
+)
+@click.option(
+    "--preset",
+    type=Text(),
+    default="",
+    metavar="NAME",
+    help="Build a size of --list, such as s.",
+)
+@click.option(
+    "--params",
+    "params_goal",
+    type=Text(),
+    default="",
+    metavar="SIZE",
+    help="Build a student of about so many parameters, such as 5M.",
+)
+@click.option(
+    "--speed",
+    type=Text(),
+    default="",
+    metavar="FACTOR",
+    help="Build a student of so many times fewer multiply-adds than the teacher, such "
+    "as 3x. The measured speed-up may differ.",
+)
+@click.option(
+    "--set",
+    "changes",
+    type=Text(),
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting that differs from the teacher's, such as encoder-dim=32,32,32. The "
+    "option may be given more than once.",
+)
+@click.option(
+    "--init",
+    type=click.Choice(["teacher", "random"]),
+    default="teacher",
+    help="Start from the teacher's slices, or from random parameters.",
+)
+@click.option(
+    "--layers",
+    type=click.Choice(["even", "important"]),
+    default="even",
+    help="The teacher's layers that are kept: evenly spaced ones, or those that are "
+    "important on --cuts.",
+)
+@click.option(
+    "--channels",
+    type=click.Choice(["first", "important"]),
+    default="first",
+    help="The channels, heads and hidden units that are kept: the first ones, or those "
+    "that are important on --cuts.",
+)
+@click.option(
+    "--cuts",
+    type=Place(optional=True),
+    default="",
+    metavar="CUTS",
+    help="A manifest of transcribed cuts with features: to measure importance, and the "
+    "student's loss and WER before any training.",
+)
+@click.option(
+    "--num-cuts",
+    type=Count(1, 10**6),
+    default=64,
+    metavar="N",
+    help="The number of cuts of --cuts that are used, from the first on.",
+)
+@click.option(
+    "--seed",
+    type=Count(0, MOST_SEED),
+    default=42,
+    metavar="N",
+    help="The seed of random parameters.",
 )
 def student(
-    recipe: str,
-    exp_dir: str,
-    epoch: int,
-    iteration: int,
-    avg: int,
-    use_averaged_model: bool,
-    flags: Tuple[str, ...],
-    bpe_model: str,
+    listed: bool,
+    as_json: bool,
+    vocab_size: int,
+    teacher: TeacherSpec,
+    **options: Any,
+) -> None:
+    """Build a student from a teacher, as a checkpoint that train.py starts from.
+
+    The command writes epoch-1.pt into --student-dir (train on with --start-epoch 2),
+    the model's options into the file student_flags beside it, and what it prints into
+    student_account.txt.
+    """
+    if listed or as_json:
+        if teacher.model_flags:
+            raise click.UsageError(f"--list takes no {teacher.model_flags[0]!r}.")
+        from icefall_kd.cli.presets import list_presets
+
+        list_presets(as_json, vocab_size)
+        return
+    needed = {"--recipe": teacher.recipe, "--exp-dir": teacher.exp_dir}
+    needed["--student-dir"] = options["student_dir"]
+    for name, value in needed.items():
+        if not value:
+            raise click.UsageError(f"Missing option '{name}'.")
+    _build(teacher, **options)
+
+
+@naming_flags({"goal": "--params or --speed"})
+def _build(
+    teacher: TeacherSpec,
     student_dir: str,
-    size: str,
+    preset: str,
     params_goal: str,
     speed: str,
-    changes: Tuple[str, ...],
+    changes: Sequence[str],
     init: str,
     layers: str,
     channels: str,
@@ -273,55 +433,58 @@ def student(
     num_cuts: int,
     seed: int,
 ) -> None:
-    _one_goal(size, params_goal, speed)
-    chosen = "important" in (layers, channels)
-    if chosen and init == "random":
-        raise KDError(
-            "--layers and --channels say what is kept of the teacher, and --init "
-            "random keeps nothing: leave out one of them"
-        )
-    if chosen and not cuts:
-        raise KDError("importance is measured on cuts: give --cuts, with features")
-    if cuts and not bpe_model:
-        raise KDError("--cuts need the labels of the transcripts: give --bpe-model")
-    exp_dir = one_teacher_folder(exp_dir, "student")
+    """Build and write the student; the parameters are those of :func:`student`."""
+    _check_goal(preset, params_goal, speed)
+    important = "important" in (layers, channels)
+    require(
+        not important or init != "random",
+        "--layers and --channels say what is kept of the teacher, and --init random "
+        "keeps nothing: leave out one of them",
+    )
+    require(
+        not important or cuts,
+        "importance is measured on cuts: give --cuts, with features",
+    )
+    require(
+        not cuts or teacher.bpe_model,
+        "--cuts need the labels of the transcripts: give --bpe-model",
+    )
     path = Path(student_dir) / "epoch-1.pt"
     check_new_folder(student_dir, "--student-dir")
-    _check_place(path, exp_dir)
-    teacher, settings = load_recipe_model(
-        recipe, exp_dir, epoch, iteration, avg, use_averaged_model, flags, bpe_model
-    )
-    sp = load_tokenizer(bpe_model, settings["vocab_size"]) if bpe_model else None
-    batches = read_batches(cuts, num_cuts, settings, sp) if cuts else []
-    train = import_train(recipe)
+    _check_place(path, teacher.one_folder("student"))
+    loaded = teacher.load_one("student")
+    settings = loaded.settings
+    tokenizer = teacher.tokenizer(settings)
+    batches = read_batches(cuts, num_cuts, settings, tokenizer) if cuts else []
+    train = import_train(teacher.recipe)
     defaults = model_names(train)
     params = recipe_params(train)
-    # All but where the teacher's training stood: get_model reads what it likes.
+    # All but how far the teacher's training was: get_model reads what it likes.
     fresh = (*_COUNTERS, *(k for k in settings if k.startswith("kd_")))
     params.update({k: v for k, v in settings.items() if k not in fresh})
-    new = _changes(params, size, params_goal or speed, changes)
+    new = _changes(params, preset, params_goal or speed, changes)
     kept = None
     if init == "teacher":
-        wanted = check_slices(teacher, params, new)
-        kept = _choose(teacher, params, wanted, batches, layers, channels)
+        sliced = check_slices(loaded.model, params, new)
+        kept = _select(loaded.model, params, sliced, batches, layers, channels)
     _check_random(params, new, defaults)
     torch.manual_seed(seed)
     model, student_params = build_student(
-        teacher, params, new, model_maker(train), init, kept
+        loaded.model, params, new, model_maker(train), init, kept
     )
     student_params["average_period"] = settings.get("average_period", 200)
-    judged = []
+    scores = []
     if batches:
-        blank = int(settings.get("blank_id", 0))
-        judged = _judged((teacher, model), batches, sp, blank)
-    heard = sum(len(x) for x, _, _ in batches)
-    text = account(teacher, model, params, student_params, kept, judged, heard)
+        blank_id = int(settings.get("blank_id", 0))
+        scores = _score_each((loaded.model, model), batches, tokenizer, blank_id)
+    count = sum(len(x) for x, _, _ in batches)
+    text = account(loaded.model, model, params, student_params, kept, scores, count)
     line = flags_of(student_params, defaults)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, words in ((FLAGS, line), (ACCOUNT, text)):
         with replacing(path.with_name(name)) as temporary:
             temporary.write_text(words + "\n", "utf8")
-    save_start(path, model, student_params)
+    _save_start(path, model, student_params)
     click.echo(text)
     click.echo(f"\nThe student stands in {path}. Train it with\n")
     click.echo(f"  --exp-dir {shlex.quote(student_dir)} --start-epoch 2 {line}")

@@ -87,7 +87,8 @@ class TargetWriter:
             )
         self.manifest = job_manifest(manifest, job, num_jobs)
         self.partial = partial_of(self.manifest)
-        self.manifest_of_all, self.num_jobs = Path(manifest), num_jobs
+        self.manifest_of_all, self.job = Path(manifest), job
+        self.num_jobs = num_jobs
         self.storage_dir = Path(storage_dir)
         self.fingerprint = fingerprint
         self.encoder = Encoder(

@@ -1,3 +1,1 @@
-from icefall_kd.teacher.online import CachingTeacher, OnlineTeacher
-
-__all__ = ["CachingTeacher", "OnlineTeacher"]
+"""Teachers: which checkpoints they are, the models that run, and a cache."""

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Union
 
 import torch
 
-from icefall_kd.errors import KDError, first_line
+from icefall_kd.errors import KDError, first_line, require
 
 
 def averaging_module() -> ModuleType:
@@ -34,27 +34,36 @@ def averaging_module() -> ModuleType:
 def checkpoint_files(
     exp_dir: Union[str, Path], epoch: int, iteration: int, avg: int, averaged: bool
 ) -> List[Path]:
-    """The files that ``--epoch``/``--iter``, ``--avg`` and averaging ask for.
+    """The files that icefall's decode.py takes for these options.
+
+    Args:
+      exp_dir: The experiment folder.
+      epoch: N of ``epoch-N.pt``.
+      iteration: N of ``checkpoint-N.pt``, taken in place of the epoch; 0 for none.
+      avg: The number of checkpoints to average.
+      averaged: Whether to average all steps between two checkpoints.
 
     Returns:
       One file to load as it is, [start, end] for the averaged model between two
       checkpoints, or ``avg`` files to average.
+
+    Raises:
+      KDError: a file that is not there.
     """
     exp_dir = Path(exp_dir)
-    if avg < 1:
-        raise KDError(f"--avg is {avg}, and must be 1 or more")
+    require(avg >= 1, f"`avg` is {avg}, and must be 1 or more")
     if iteration > 0:
-        # The function that decode.py asks, so that both take the same files.
+        # The function that decode.py calls, so that both take the same files.
         find_checkpoints = averaging_module().find_checkpoints
         newest_first = find_checkpoints(exp_dir, iteration=-iteration)
-        want = avg + 1 if averaged else avg
-        if len(newest_first) < want:
-            raise KDError(
-                f"{exp_dir} has {len(newest_first)} checkpoint-N.pt up to {iteration}, "
-                f"and --iter {iteration} --avg {avg} need {want}: lower --avg, or "
-                "train with a smaller --save-every-n"
-            )
-        files = [Path(name) for name in reversed(newest_first[:want])]
+        count = avg + 1 if averaged else avg
+        require(
+            len(newest_first) >= count,
+            f"{exp_dir} has {len(newest_first)} checkpoint-N.pt up to {iteration}, and "
+            f"`iteration` {iteration} `avg` {avg} need {count}: lower `avg`, or "
+            "train with a smaller --save-every-n",
+        )
+        files = [Path(name) for name in reversed(newest_first[:count])]
         files = [files[0], files[-1]] if averaged else files
     elif avg == 1 and not averaged:
         files = [exp_dir / f"epoch-{epoch}.pt"]
@@ -62,12 +71,11 @@ def checkpoint_files(
         files = [exp_dir / f"epoch-{epoch - avg}.pt", exp_dir / f"epoch-{epoch}.pt"]
     else:
         files = [exp_dir / f"epoch-{e}.pt" for e in range(epoch - avg + 1, epoch + 1)]
+    remedy = "mend `exp_dir`, `epoch`, `iteration` or `avg`"
+    if epoch == iteration == 0:
+        remedy = "give `epoch` or `iteration`"
     for path in files:
-        if not path.is_file():
-            raise KDError(
-                f"the checkpoint {path} does not exist: mend --exp-dir, --epoch, "
-                "--iter or --avg"
-            )
+        require(path.is_file(), f"the checkpoint {path} does not exist: {remedy}")
     return files
 
 
@@ -82,7 +90,10 @@ def _load_data(path: Path) -> Optional[Dict[str, Any]]:
 
 
 def load_checkpoint(path: Path) -> Dict[str, Any]:
-    """What a checkpoint holds, on the CPU.
+    """The dictionary of a checkpoint, on the CPU.
+
+    Args:
+      path: The file.
 
     Raises:
       KDError: a file that can't be read, or that holds no dictionary.
@@ -100,16 +111,20 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
             f"the checkpoint {path} can't be read ({type(e).__name__}): copy or train "
             "it again"
         ) from None
-    if not isinstance(checkpoint, dict):
-        raise KDError(
-            f"the checkpoint {path} holds a {type(checkpoint).__name__}, not a dict "
-            "with a model: give the epoch-N.pt or checkpoint-N.pt of a training"
-        )
+    require(
+        isinstance(checkpoint, dict),
+        f"the checkpoint {path} holds a {type(checkpoint).__name__}, not a dict with a "
+        "model: give the epoch-N.pt or checkpoint-N.pt of a training",
+    )
     return checkpoint
 
 
 def averages_until(checkpoint: Dict[str, Any]) -> int:
-    """How often the averaged model was updated until this checkpoint."""
+    """How often the averaged model was updated until a checkpoint.
+
+    Args:
+      checkpoint: Its dictionary; 0 where the numbers are not in it.
+    """
     batch, period = checkpoint.get("batch_idx_train"), checkpoint.get("average_period")
     numbers = [x if isinstance(x, int) and x > 0 else 0 for x in (batch, period)]
     return numbers[0] // (numbers[1] or 1)

@@ -1,13 +1,23 @@
-"""The teacher in the training process, and the cache of what it said."""
+"""The teacher in the training process, and the cache of its targets."""
 
 import atexit
 import logging
+import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from icefall_kd.distributed import rank_and_world_size
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, require
+from icefall_kd.training.options import flags_in_errors
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+    from icefall_kd.targets.writer import TargetWriter
+    from icefall_kd.teacher.cache import CachingTeacher
+    from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
+    from icefall_kd.teacher.teacher import Teacher
 
 
 def tokens_file(params: Dict[str, Any], root: Union[str, Path] = "") -> str:
@@ -20,114 +30,154 @@ def tokens_file(params: Dict[str, Any], root: Union[str, Path] = "") -> str:
     path = Path(root, params.get("bpe_model") or "")
     if path.is_file():
         return str(path)
-    folder = Path(root, params.get("lang_dir") or "")
+    if not params.get("lang_dir"):
+        return ""
+    folder = Path(root, params["lang_dir"])
     files = (folder / "bpe.model", folder / "tokens.txt")
-    there = bool(params.get("lang_dir")) and any(f.is_file() for f in files)
-    return str(folder) if there else ""
+    return str(folder) if any(file.is_file() for file in files) else ""
 
 
-def _tokens_file_of_teacher(settings: Dict[str, Any], folder: Union[str, Path]) -> str:
-    """:func:`tokens_file` of the training that left its checkpoint in ``folder``.
+def _tokens_file_of_teacher(spec: "TeacherSpec", teacher: "LoadedTeacher") -> str:
+    """The teacher's tokens: those that an option names, or its training's.
 
     A relative path in a checkpoint is of the folder where the teacher was trained,
-    which is taken for one of those above ``folder``: in this working folder another
-    corpus may have a file of that name.
+    which is taken for one of those above the experiment folder: in this working folder
+    another corpus may have a file of that name.
     """
-    files = (tokens_file(settings, root) for root in Path(folder).resolve().parents)
+    if spec.bpe_model:
+        return spec.bpe_model
+    folders = Path(teacher.folder).resolve().parents
+    files = (tokens_file(teacher.settings, root) for root in folders)
     return next(filter(None, files), "")
 
 
 def _check_tokens(
-    params: Dict[str, Any], settings: Dict[str, Any], folder: Union[str, Path]
+    params: Dict[str, Any], spec: "TeacherSpec", teacher: "LoadedTeacher"
 ) -> None:
-    """Refuse a teacher of other symbols, as far as the files tell.
-
-    Args:
-      params: The student's.
-      settings: Those in the teacher's checkpoint.
-      folder: Of that checkpoint.
-    """
+    """Refuse a teacher of other tokens than the student's, as far as files tell."""
     from icefall_kd.tokens import load_tokenizer, token_names
 
-    mine, its = tokens_file(params), _tokens_file_of_teacher(settings, folder)
-    if not (mine and its) or Path(mine).resolve() == Path(its).resolve():
+    own, its = tokens_file(params), _tokens_file_of_teacher(spec, teacher)
+    if not (own and its) or Path(own).resolve() == Path(its).resolve():
         return
-    if token_names(load_tokenizer(mine)) != token_names(load_tokenizer(its)):
-        raise KDError(
-            f"the student's tokens are those of {mine} and the teacher in {folder} was "
-            f"trained with {its}, whose symbols or their order differ: train the "
-            "student with the teacher's --bpe-model, or store the targets with "
-            "`icefall-kd dump`, which are reordered where they are read"
-        )
+    require(
+        token_names(load_tokenizer(own)) == token_names(load_tokenizer(its)),
+        f"the student's tokens are those of {own} and the teacher in {teacher.folder} "
+        f"was trained with {its}, whose symbols or their order differ: train the "
+        "student with the teacher's --bpe-model, or store the targets with "
+        "`icefall-kd dump`, which are reordered where they are read",
+    )
 
 
-def online_teacher(params: Dict[str, Any], hidden: Sequence = (), ctc: bool = True):
-    """The teachers that ``--kd-teacher-exp-dir`` names, or None, and their name.
+def teacher_spec(params: Dict[str, Any]) -> "TeacherSpec":
+    """The teachers that the ``--kd-teacher-*`` options name.
 
     Args:
       params: The student's.
-      hidden: The layers that are asked for.
-      ctc: Whether the CTC head is asked.
+    """
+    from icefall_kd.teacher.spec import TeacherSpec
+
+    return TeacherSpec(
+        recipe=params["kd_teacher_recipe"] or str(Path(sys.argv[0]).resolve().parent),
+        exp_dir=params["kd_teacher_exp_dir"],
+        epoch=params["kd_teacher_epoch"],
+        iteration=params["kd_teacher_iter"],
+        avg=params["kd_teacher_avg"],
+        use_averaged_model=params["kd_teacher_use_averaged_model"],
+        model_flags=_words(params["kd_teacher_model_flags"]),
+        bpe_model=params["kd_teacher_bpe_model"],
+    )
+
+
+def _words(text: str) -> Tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as e:
+        raise KDError(
+            f"`model_flags` is {text!r}, which can't be split into words ({e}): close "
+            "its quotation"
+        ) from None
+
+
+def online_teacher(
+    params: Dict[str, Any], hidden: Sequence = (), ctc: bool = True
+) -> Tuple[Optional["Teacher"], str]:
+    """The teacher that ``--kd-teacher-exp-dir`` names, and its name.
+
+    Args:
+      params: The student's.
+      hidden: The layers that are taken too.
+      ctc: Whether CTC logits are taken.
+
+    Returns:
+      None and "" where the option is not given. The name is "" where no cache needs it.
+
+    Raises:
+      KDError: a teacher that can't be loaded, or whose tokens are not the student's.
     """
     if not params["kd_teacher_exp_dir"]:
         return None, ""
-    from icefall_kd.targets.fingerprint import name_of
-    from icefall_kd.teacher import OnlineTeacher
-    from icefall_kd.teacher.loader import load_recipe_model, teacher_folders
+    from icefall_kd.teacher.teacher import Teacher
 
-    models, names = [], []
-    option = "--kd-teacher-exp-dir"
-    for folder in teacher_folders(params["kd_teacher_exp_dir"], option):
-        model, settings = load_recipe_model(
-            params["kd_teacher_recipe"] or Path(sys.argv[0]).resolve().parent,
-            folder,
-            params["kd_teacher_epoch"],
-            avg=params["kd_teacher_avg"],
-            use_averaged_model=params.get("use_averaged_model", True),
-        )
+    with flags_in_errors():
+        spec = teacher_spec(params)
+        teachers = spec.load()
+        spec.tokenizer(teachers[0].settings)  # which refuses other tokens
+    for teacher in teachers:
         for name in ("vocab_size", "blank_id"):
-            mine, its = params.get(name, 0), settings.get(name, 0)
-            if mine != its:
-                raise KDError(
-                    f"the student's {name} is {mine} and that of the teacher "
-                    f"in {folder} is {its}: train the student with the "
-                    "teacher's --bpe-model"
-                )
-        _check_tokens(params, settings, folder)
-        models.append(model)
-        if params["kd_teacher_cache_dir"]:  # a hash of all parameters takes its time
-            names.append(name_of(model, settings))
-    return OnlineTeacher(models, hidden=hidden, ctc=ctc), ",".join(names)
+            own, its = params.get(name, 0), teacher.settings.get(name, 0)
+            require(
+                own == its,
+                f"the student's {name} is {own} and that of the teacher in "
+                f"{teacher.folder} is {its}: train the student with the teacher's "
+                "--bpe-model",
+            )
+        _check_tokens(params, spec, teacher)
+    # A hash of all parameters takes its time.
+    names = [t.name() for t in teachers] if params["kd_teacher_cache_dir"] else []
+    models = [teacher.model for teacher in teachers]
+    return Teacher(models, hidden=hidden, ctc=ctc), ",".join(names)
 
 
 def open_cache(
-    teacher, name: str, settings: Dict[str, Any], cut, pieces: Optional[List[str]]
-):
-    """A caching teacher, whose store is finished when this process ends."""
+    teacher: "Teacher",
+    name: str,
+    settings: Dict[str, Any],
+    cut: "Cut",
+    tokens: Optional[List[str]],
+) -> "CachingTeacher":
+    """A caching teacher, whose manifest is written when this process ends.
+
+    Args:
+      teacher: The teacher that runs.
+      name: Its name in the store's fingerprint.
+      settings: The student's params.
+      cut: Any cut of the training, for the kind of its features.
+      tokens: The student's tokens in their order; None where they are not known.
+    """
     from icefall_kd.targets.fingerprint import Fingerprint
-    from icefall_kd.targets.writer import LogitWriter
-    from icefall_kd.teacher import CachingTeacher
-    from icefall_kd.teacher.online import speech_of
+    from icefall_kd.targets.writer import TargetWriter
+    from icefall_kd.teacher.cache import CachingTeacher, speech_of
     from icefall_kd.tokens import hash_tokens
 
     fingerprint = Fingerprint.of(
         name,
         settings,
         speech_of(cut).features,
-        pieces and hash_tokens(pieces),
+        tokens and hash_tokens(tokens),
         ctc=settings["kd_teacher_keep"],
     )
     rank, ranks = rank_and_world_size()
     cache = Path(settings["kd_teacher_cache_dir"])
-    writer = LogitWriter(
+    writer = TargetWriter(
         cache / "cuts.jsonl.gz", cache, fingerprint, job=rank, num_jobs=ranks
     )
     atexit.register(_finish, writer)
     return CachingTeacher(teacher, writer, settings["kd_missing"])
 
 
-def _finish(writer) -> None:
-    """Leave a whole manifest of what the teacher was asked."""
+def _finish(writer: "TargetWriter") -> None:
+    """Leave a manifest of all cuts that have targets."""
     try:
         writer.finish()
         logging.info(

@@ -120,12 +120,46 @@ SESSION_OPTIONS = (
         bounds=(0, 10**6),
     ),
     Option(
+        "teacher-iter",
+        "iteration",
+        int,
+        0,
+        "The number N of the teacher's checkpoint-N.pt, which is taken in place of an "
+        "epoch, such as 8000; 0 for the epoch.",
+        bounds=(0, 10**9),
+    ),
+    Option(
         "teacher-avg",
         "avg",
         int,
         1,
         "The number of checkpoints of the teacher that are averaged, such as 9.",
         bounds=(1, 10_000),
+    ),
+    Option(
+        "teacher-use-averaged-model",
+        "use_averaged_model",
+        bool,
+        True,
+        "Whether the teacher is averaged over all steps between the first and the last "
+        "checkpoint, as decode.py does: true or false. Give false for a checkpoint "
+        "that has no model_avg.",
+    ),
+    Option(
+        "teacher-bpe-model",
+        "bpe_model",
+        str,
+        "",
+        "The teacher's bpe.model, or the folder of its tokens.txt: for a checkpoint "
+        "that holds parameters alone, such as a released pretrained.pt.",
+    ),
+    Option(
+        "teacher-model-flags",
+        "model_flags",
+        str,
+        "",
+        "The model options of the teacher's decode.py, in one text, for such a "
+        "checkpoint: '--num-encoder-layers 2,2 --encoder-dim 192,256'.",
     ),
     Option(
         "teacher-recipe",

@@ -39,7 +39,7 @@ BASE: Dict[str, Dict[str, str]] = {
         "in_cuts": "in.jsonl.gz",
         "out": "new.pt",
         "layer": "1",
-        "codes": "1",
+        "num_codebooks": "1",
         "num_vectors": "600",
         "iters": "1",
     },
@@ -127,7 +127,7 @@ EXTRA: Dict[Tuple[str, str], Sequence[str]] = {
     ),
     ("student", "params_goal"): ("0M", "-5M", "1e9M", "3x", "1", f"{LONG}M", "5MM"),
     ("student", "speed"): ("0x", "0.5x", "99999x", f"{LONG}x", "5M", "1x"),
-    ("student", "size"): ("S", "xxl", "s,m"),
+    ("student", "preset"): ("S", "xxl", "s,m"),
     ("report", "models"): ("a=", "=exp", "a=no-such", "a=a-file", "a=a-folder", "a"),
     ("report", "targets"): ("in.jsonl.gz", "shar", "toy/train.py"),
     ("combine", "num_jobs"): ("3", "10000"),
@@ -166,14 +166,14 @@ TOGETHER: Sequence[Tuple[str, Dict[str, Optional[str]]]] = (
     ("student", {"layers": "important", "cuts": "in.jsonl.gz", "num_cuts": "0"}),
     ("student", {"params_goal": "5M", "speed": "2x"}),
     ("student", {**RANDOM, "channels": "important", "cuts": "in.jsonl.gz"}),
-    ("student", {"listed": "", "flags": "--nonsense"}),
+    ("student", {"listed": "", "model_flags": "--nonsense"}),
     ("student", {"recipe": None}),
     ("student", {"exp_dir": None}),
     ("student", {"student_dir": None}),
     *(
         ("doctor", {**dict.fromkeys(BASE["doctor"]), **some})
         for some in (
-            {"flags": "--nonsense"},
+            {"model_flags": "--nonsense"},
             {"cuts": "kd.jsonl.gz"},
             {"student_dir": "student"},
             {"kd": "--kd-ctc-weight 1"},
@@ -228,7 +228,7 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
     # The targets are still where the manifest says.
     "repoint": {"folders": (".", "a-folder")},
     # Where the small files of a store will be found, perhaps on another machine.
-    "shar": {"store": ("", ".", "a-folder", "a-file/x", *NAMES)},
+    "shar": {"storage_dir": ("", ".", "a-folder", "a-file/x", *NAMES)},
     "quantizer": {
         **FALSE,
         "out": NAMES,
@@ -239,7 +239,7 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         **FALSE,
         "bpe_model": ("",),
         "student_dir": (".", "a-folder", *NAMES),
-        "size": ("",),
+        "preset": ("",),
         "params_goal": ("",),
         "speed": ("", "1x"),
         "changes": ("encoder-dim=16",),

@@ -9,6 +9,7 @@ from lhotse import CutSet
 
 from icefall_kd import ModelTap
 from icefall_kd.cli import cli
+from icefall_kd.teacher import loader
 from icefall_kd.teacher.loader import load_recipe_model
 
 LENGTHS = {"c1": 47, "c2": 90, "c3": 61, "c4": 33}
@@ -65,7 +66,9 @@ def teacher_words(teacher_exp):
 def dump_words(in_cuts, tmp_path, teacher_words, monkeypatch):
     """``dump`` of each cut by itself; a word given twice counts the second time."""
     # Each cut is a stretch, so that a run that fails has written some.
-    monkeypatch.setattr(importlib.import_module("icefall_kd.cli.dump"), "WINDOW", 0.01)
+    monkeypatch.setattr(
+        importlib.import_module("icefall_kd.targets.batches"), "STRETCH", 0.01
+    )
 
     def words(*more, cuts=in_cuts, out=tmp_path / "out.jsonl.gz"):
         options = ["--max-duration", 0.01, "--num-threads", 1]
@@ -98,9 +101,7 @@ def loaded_once(monkeypatch, _loaded):
         model, settings = _loaded[key]
         return model, dict(settings)
 
-    for name in ("teachers", "quantizer"):
-        module = importlib.import_module(f"icefall_kd.cli.{name}")
-        monkeypatch.setattr(module, "load_recipe_model", load)
+    monkeypatch.setattr(loader, "load_recipe_model", load)
 
 
 @pytest.fixture(scope="session")

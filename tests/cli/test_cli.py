@@ -476,7 +476,7 @@ def test_dump_overwrites_in_another_form_and_prints_its_statistics(invoke, dump_
 @pytest.fixture
 def many(make_cut, tmp_path, monkeypatch):
     """24 cuts of odd lengths, in stretches of 3 s."""
-    monkeypatch.setattr(sys.modules["icefall_kd.cli.dump"], "WINDOW", 3.0)
+    monkeypatch.setattr(sys.modules["icefall_kd.targets.batches"], "STRETCH", 3.0)
     path = tmp_path / "many.jsonl"
     lengths = [9 + (37 * i) % 83 for i in range(24)]
     cuts = CutSet.from_cuts(make_cut(f"m{i}", n) for i, n in enumerate(lengths))
@@ -591,7 +591,7 @@ def test_jobs_go_on_with_other_batches_and_share_the_cuts_as_before(
 DUMP = """
 import importlib
 from icefall_kd.cli import main
-importlib.import_module("icefall_kd.cli.dump").WINDOW = 3.0
+importlib.import_module("icefall_kd.targets.batches").STRETCH = 3.0
 main()
 """
 

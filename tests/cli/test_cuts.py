@@ -3,9 +3,9 @@
 import pytest
 from lhotse import CutSet
 
-from icefall_kd.cli import teachers
-from icefall_kd.cli.cuts import survey
 from icefall_kd.errors import KDError
+from icefall_kd.targets.cuts import survey
+from icefall_kd.teacher.teacher import Teacher
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -92,7 +92,7 @@ def refused(refused, monkeypatch):
 
     def run(*words):
         with monkeypatch.context() as m:
-            m.setattr(teachers.Teacher, "__call__", ask)
+            m.setattr(Teacher, "output", ask)
             return refused(*words)
 
     return run

@@ -258,7 +258,9 @@ def test_targets_of_several_chunks_are_known_as_this_teachers(
     assert "dump them again" in said
 
 
-@pytest.mark.parametrize("weights", [(), ("--weights", "2,1")], ids=["same", "weights"])
+@pytest.mark.parametrize(
+    "weights", [(), ("--teacher-weights", "2,1")], ids=["same", "weights"]
+)
 def test_targets_of_several_teachers_are_known_as_each_ones(
     invoke, teacher_exp, another_exp, in_cuts, tmp_path, weights
 ):

@@ -7,14 +7,13 @@ import pytest
 import torch
 from lhotse import CutSet, load_manifest
 
-from icefall_kd.cli import teachers
-from icefall_kd.cli.cuts import parse_seconds
+from icefall_kd.cli.dump import parse_seconds
 from icefall_kd.errors import KDError
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import Fingerprint
 from icefall_kd.targets.dataset import collate_targets, store_fingerprint
 from icefall_kd.targets.store import FIELD, Pointer, is_left_out
-from icefall_kd.teacher import OnlineTeacher
+from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.tokens import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -66,7 +65,7 @@ def test_a_full_lattice_is_that_of_an_online_teacher(
         x = torch.from_numpy(cut.load_features())[None]
         y = [sp.encode(cut.supervisions[0].text, out_type=int)]
         lens = torch.tensor([x.size(1)])
-        nodes = OnlineTeacher([teacher]).targets(x, lens, y=y, s_range=0).parts["nodes"]
+        nodes = Teacher([teacher]).targets(x, lens, y=y, s_range=0).parts["nodes"]
         t = int(stored.lens[given.index(cut)])
         full = torch.zeros(t, len(y[0]) + 1)
         full[nodes.frame, nodes.position] = nodes.occupancy
@@ -286,7 +285,9 @@ def test_more_than_one_of_twenty_are_refused(refused, dump_words, cuts_file, man
 def test_a_stretch_that_nothing_is_heard_of(
     invoke, dump_words, cuts_file, many, make_cut, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(importlib.import_module("icefall_kd.cli.dump"), "WINDOW", 0.02)
+    monkeypatch.setattr(
+        importlib.import_module("icefall_kd.targets.batches"), "STRETCH", 0.02
+    )
     given = [make_cut("bad", 1), make_cut("worse", 1), *many(40)]
     done = invoke(*dump_words(cuts=cuts_file(given)))
     assert done.code == 0 and "40 cuts with targets, 2 without" in done.out
@@ -451,7 +452,7 @@ def full_after(monkeypatch):
     """Let the teacher's memory run out behind so many calls."""
 
     def begin(count, error):
-        left, call = [count], teachers.Teacher.__call__
+        left, call = [count], Teacher.output
 
         def some(self, *args):
             if not left[0]:
@@ -459,8 +460,8 @@ def full_after(monkeypatch):
             left[0] -= 1
             return call(self, *args)
 
-        monkeypatch.setattr(teachers.Teacher, "__call__", some)
-        return lambda: monkeypatch.setattr(teachers.Teacher, "__call__", call)
+        monkeypatch.setattr(Teacher, "output", some)
+        return lambda: monkeypatch.setattr(Teacher, "output", call)
 
     return begin
 
@@ -497,7 +498,7 @@ def test_a_dump_goes_on_where_memory_ran_out(
 def test_memory_that_runs_out_on_reading(
     invoke, dump_words, monkeypatch, num_workers, tmp_path
 ):
-    batches = importlib.import_module("icefall_kd.cli.batches")
+    batches = importlib.import_module("icefall_kd.targets.batches")
     read = batches.read_features
 
     def full(cuts):
@@ -529,7 +530,7 @@ def test_a_quantizers_teacher_names_the_cut_that_memory_is_too_small_for(
     def full(*args):
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(OnlineTeacher, "encode", full)
+    monkeypatch.setattr(Teacher, "encode", full)
     words = ["quantizer", in_cuts, tmp_path / "q.pt", *teacher_words, "--layer", 1]
     done = invoke(*words)
     assert done.code == 1 and not (tmp_path / "q.pt").exists()

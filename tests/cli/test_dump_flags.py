@@ -1,5 +1,6 @@
 """The model's flags: for parameters alone, for chunks, and what contradicts them."""
 
+import shlex
 import shutil
 
 import pytest
@@ -11,7 +12,10 @@ from icefall_kd.errors import KDError
 from icefall_kd.targets import Fingerprint
 from icefall_kd.targets.fingerprint import hash_state_dict
 from icefall_kd.targets.store import Pointer
-from icefall_kd.teacher.loader import given_flags
+from icefall_kd.teacher.loader import params_of_flags
+from icefall_kd.teacher.teacher import Teacher
+from icefall_kd.training.online import online_teacher
+from icefall_kd.training.options import all_options
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -160,13 +164,13 @@ def bpe_of(tmp_path):
 def test_a_bpe_model_without_blank_is_refused(refused, bare_words, flags, bpe_of):
     path = bpe_of("<blank>", "<sos/eos>")
     error = refused(*bare_words(*flags(), bpe_model=path))
-    assert f"--bpe-model {path} has no symbol <blk>" in error
+    assert f"--bpe-model {path} has no token <blk>" in error
 
 
 def test_a_bpe_model_of_another_size_is_refused(refused, bare_words, flags, bpe_models):
     path = bpe_models.larger
     error = refused(*bare_words(*flags(), bpe_model=path))
-    assert f"--bpe-model {path} has 26 symbols" in error
+    assert f"--bpe-model {path} has 26 tokens" in error
     assert "epoch-99.pt are for 25" in error
     for innocent in ("recipe", "flags", "size mismatch"):
         assert innocent not in error
@@ -176,7 +180,7 @@ def test_a_bpe_model_of_another_size_is_named_before_the_flags(
     refused, bare_words, bpe_models
 ):
     error = refused(*bare_words(bpe_model=bpe_models.larger))
-    assert "has 26 symbols" in error and "are for 25" in error
+    assert "has 26 tokens" in error and "are for 25" in error
 
 
 @pytest.fixture
@@ -200,7 +204,7 @@ def test_characters_of_another_number_are_refused(
 ):
     path = lang_dir(31)
     error = refused(*bare_words(*flags(), bpe_model=path))
-    assert f"{path} has 31 symbols" in error and "are for 25" in error
+    assert f"{path} has 31 tokens" in error and "are for 25" in error
     assert invoke(*bare_words(*flags(), bpe_model=lang_dir(25))).code == 0
 
 
@@ -214,7 +218,7 @@ def test_a_head_of_ctc_alone_tells_its_symbols_too(
     torch.save({"model": state}, path)
     words = (*flags(), "--use-transducer", 0)
     error = refused(*bare_words(*words, bpe_model=bpe_models.larger))
-    assert "has 26 symbols" in error and "are for 25" in error
+    assert "has 26 tokens" in error and "are for 25" in error
 
 
 def test_the_blank_is_where_the_bpe_model_has_it(
@@ -323,11 +327,11 @@ def test_flags_that_agree_with_the_checkpoint_are_taken(
 
 def test_only_what_was_given_is_found(recipe):
     words = "--joiner-dim 96 --causal 1 --chunk-size -1".split()
-    found = given_flags(recipe, words)
+    found = params_of_flags(recipe, words)
     assert found == {"joiner_dim": 96, "causal": True, "chunk_size": "-1"}
-    assert given_flags(recipe, []) == {}
+    assert params_of_flags(recipe, []) == {}
     with pytest.raises(KDError, match="refuses the model's flags.*--num-epochs"):
-        given_flags(recipe, ["--num-epochs", "few"])
+        params_of_flags(recipe, ["--num-epochs", "few"])
 
 
 # Chunks
@@ -410,3 +414,53 @@ def test_an_option_of_training_and_an_abbreviation_are_refused(
     refused, dump_words, slip
 ):
     assert slip in refused(*dump_words(slip, "top:3"))
+
+
+# In training
+
+
+@pytest.fixture
+def released(bare_exp, teacher_exp, bpe_models, flags):
+    """Params of a student whose teacher in training is a released checkpoint."""
+
+    def params(**changes):
+        defaults = {option.dest: option.default for option in all_options()}
+        return {
+            **defaults,
+            "kd_teacher_exp_dir": str(bare_exp),
+            "kd_teacher_recipe": str(teacher_exp.recipe),
+            "kd_teacher_epoch": 99,
+            "kd_teacher_use_averaged_model": False,
+            "kd_teacher_bpe_model": str(bpe_models.a),
+            "kd_teacher_model_flags": shlex.join(map(str, flags())),
+            "vocab_size": 25,
+            "blank_id": 0,
+            **changes,
+        }
+
+    return params
+
+
+def test_parameters_alone_are_a_teacher_in_training_too(released, teacher_exp):
+    teacher, name = online_teacher(released())
+    assert name == ""
+    x, lens = torch.randn(2, 60, 20), torch.tensor([60, 41])
+    expected = Teacher([teacher_exp.models["epoch-2"]]).targets(x, lens)
+    assert torch.equal(teacher.targets(x, lens).parts["ctc"], expected.parts["ctc"])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"kd_teacher_bpe_model": ""}, "give --kd-teacher-bpe-model and the model's"),
+        ({"kd_teacher_model_flags": ""}, "are not those of the model"),
+        ({"kd_teacher_model_flags": "--x 1"}, "--x is an option neither of"),
+        ({"kd_teacher_model_flags": "'x"}, '^--kd-teacher-model-flags is "\'x"'),
+        ({"kd_teacher_use_averaged_model": True}, "--kd-teacher-epoch"),
+        ({"kd_teacher_iter": 8}, "--kd-teacher-iter 8 --kd-teacher-avg 1 need 1"),
+    ],
+    ids="bpe flags unknown quotation averaged iter".split(),
+)
+def test_a_refusal_in_training_names_the_options_of_training(released, changes, words):
+    with pytest.raises(KDError, match=words):
+        online_teacher(released(**changes))

@@ -65,7 +65,16 @@ def quantizer_words(in_cuts, tmp_path, teacher_words):
     pytest.importorskip("multi_quantization")
 
     def words(*more, out=tmp_path / "q.pt", layer=1, cuts=in_cuts):
-        options = ["--layer", layer, "--codes", 2, "--iters", 2, "--num-vectors", 600]
+        options = [
+            "--layer",
+            layer,
+            "--num-codebooks",
+            2,
+            "--iters",
+            2,
+            "--num-vectors",
+            600,
+        ]
         return ["quantizer", cuts, out, *teacher_words, *options, *more]
 
     return words
@@ -286,7 +295,7 @@ def test_the_quantizer_tells_what_its_codes_lose(
 
 
 def test_a_quantizer_that_is_trained_longer_loses_less(invoke, quantizer_words):
-    words = quantizer_words("--codes", 1)
+    words = quantizer_words("--num-codebooks", 1)
     short, long = (lost(invoke(*words, "--iters", n)) for n in (1, 40))
     assert long < short / 2
 
@@ -315,7 +324,7 @@ def test_a_quantizer_is_the_same_for_the_same_seed(
         random.seed(i)
         torch.manual_seed(i)
         draws.append([])
-        assert invoke(*quantizer_words("--codes", 1)).code == 0
+        assert invoke(*quantizer_words("--num-codebooks", 1)).code == 0
         found.append(load_quantizer(tmp_path / "q.pt").centers)
     assert torch.equal(*found)
     assert len(draws[0]) > 2 and draws[0] == draws[1]
@@ -324,7 +333,7 @@ def test_a_quantizer_is_the_same_for_the_same_seed(
 def test_a_quantizer_is_another_for_another_seed(invoke, quantizer_words, tmp_path):
     found = []
     for seed in (1, 2):
-        words = quantizer_words("--codes", 1, "--seed", seed)
+        words = quantizer_words("--num-codebooks", 1, "--seed", seed)
         assert invoke(*words).code == 0
         found.append(load_quantizer(tmp_path / "q.pt").centers)
     assert not torch.equal(*found)
@@ -383,8 +392,8 @@ def test_codes_need_their_package(refused, dump_words, untrained, monkeypatch):
     [
         (("--layer", 7), "stack 7, and the encoder has 2 stacks"),
         (("--layer", "last"), "the hidden layer is 'last:half'"),
-        (("--codes", 3), "--codes is 3: give 1, 2, 4, 8, 16 or 32"),
-        (("--codes", 0), "--codes is 0"),
+        (("--num-codebooks", 3), "--num-codebooks is 3: give 1, 2, 4, 8, 16 or 32"),
+        (("--num-codebooks", 0), "--num-codebooks is 0"),
         (("--iters", 0), "--iters is 0"),
         (("--num-vectors", 599), "--num-vectors 599"),
         (("--epoch", 7), "epoch-7.pt does not exist"),
@@ -409,6 +418,6 @@ def test_quantizer_does_not_take_its_input_for_its_output(
     invoke, quantizer_words, in_cuts
 ):
     before = in_cuts.read_bytes()
-    done = invoke(*quantizer_words("--codes", 1, out=in_cuts))
+    done = invoke(*quantizer_words("--num-codebooks", 1, out=in_cuts))
     assert in_cuts.read_bytes() == before
     assert done.code == 1 and str(in_cuts) in done.err[-1]

@@ -19,6 +19,9 @@ pytestmark = pytest.mark.usefixtures("loaded_once")
 TEACHER_OF = {"c1": 0, "c2": 1, "c3": 1, "c4": 0}
 
 
+WEIGHTS = "--teacher-weights"
+
+
 @pytest.fixture
 def both(teacher_exp, another_exp):
     """``--exp-dir`` of two teachers, and their models."""
@@ -62,8 +65,8 @@ def close(found, expected):
 @pytest.mark.parametrize(
     "words, weights, max_duration",
     [
-        (("--weights", "3,1"), [3, 1], 0.01),
-        (("--weights", "0.2,.8"), [0.2, 0.8], 9),
+        ((WEIGHTS, "3,1"), [3, 1], 0.01),
+        ((WEIGHTS, "0.2,.8"), [0.2, 0.8], 9),
         ((), [1, 1], 9),
     ],
     ids="three-to-one fractions equal".split(),
@@ -87,7 +90,7 @@ def test_three_teachers_are_averaged(
 ):
     (word, folders), models = both
     folder, third = another_exp(seed=6)
-    words = (word, f"{folders},{folder}", "--weights", "1,2,4")
+    words = (word, f"{folders},{folder}", "--teacher-weights", "1,2,4")
     assert invoke(*dump_words(*words)).code == 0
     for cut in load_manifest(tmp_path / "out.jsonl.gz"):
         each = [hear(model, cut).ctc_logits[0] for model in [*models, third]]
@@ -100,7 +103,7 @@ def test_lattices_are_averaged_on_the_first_teachers_nodes(
     """Of the second teacher's full lattice those nodes are picked here."""
     options, models = both
     sp = load_tokenizer(bpe_models.a)
-    words = (*options, "--weights", "3,1", "--keep-lattice", "dense")
+    words = (*options, "--teacher-weights", "3,1", "--keep-lattice", "dense")
     words = (*words, "--bpe-model", bpe_models.a, "--s-range", 4)
     assert invoke(*dump_words(*words)).code == 0
     _, codec = Fingerprint.read(tmp_path / "out_kd").codecs()
@@ -128,7 +131,7 @@ def test_the_fingerprint_names_the_teachers_and_their_weights(
     invoke, dump_words, both, tmp_path
 ):
     options, models = both
-    assert invoke(*dump_words(*options, "--weights", "3,1")).code == 0
+    assert invoke(*dump_words(*options, "--teacher-weights", "3,1")).code == 0
     hashes = [hash_state_dict(model.state_dict()) for model in models]
     found = Fingerprint.read(tmp_path / "out_kd").teacher
     assert found == f"{hashes[0]}*3,{hashes[1]}*1"
@@ -138,12 +141,12 @@ def test_other_teachers_or_weights_leave_the_store(
     invoke, refused, dump_words, both, teacher_exp
 ):
     (word, folders), _ = both
-    assert invoke(*dump_words(word, folders, "--weights", "3,1")).code == 0
+    assert invoke(*dump_words(word, folders, "--teacher-weights", "3,1")).code == 0
     swapped = ",".join(reversed(folders.split(",")))
     for words in (
-        (word, folders, "--weights", "1,3"),
+        (word, folders, "--teacher-weights", "1,3"),
         (word, folders),
-        (word, swapped, "--weights", "3,1"),
+        (word, swapped, "--teacher-weights", "3,1"),
         (word, teacher_exp.folder),
     ):
         error = refused(*dump_words(*words))
@@ -154,7 +157,7 @@ def test_equal_weights_are_the_default(invoke, dump_words, both, tmp_path, tree_
     options, _ = both
     assert invoke(*dump_words(*options)).code == 0
     before = tree_of(tmp_path / "out_kd")
-    done = invoke(*dump_words(*options, "--weights", "1,1"))
+    done = invoke(*dump_words(*options, "--teacher-weights", "1,1"))
     assert done.code == 0 and "0.0 MB written" in done.out
     assert tree_of(tmp_path / "out_kd") == before
 
@@ -163,7 +166,7 @@ def test_one_teacher_with_a_weight_is_one_teacher(
     invoke, dump_words, tmp_path, teacher_exp, read_targets, hear
 ):
     teacher = teacher_exp.models["epoch-2"]
-    assert invoke(*dump_words("--weights", "7")).code == 0
+    assert invoke(*dump_words("--teacher-weights", "7")).code == 0
     found = Fingerprint.read(tmp_path / "out_kd").teacher
     assert found == hash_state_dict(teacher.state_dict())
     for cut in load_manifest(tmp_path / "out.jsonl.gz"):
@@ -272,16 +275,16 @@ def test_teachers_that_do_not_agree_are_refused(
 @pytest.mark.parametrize(
     "more, words",
     [
-        (("--weights", "3,x"), "--weights is '3,x': give a number for each"),
-        (("--weights", "3,"), "--weights is '3,'"),
-        (("--weights", "3 1"), "--weights is '3 1'"),
-        (("--weights", "3"), "[3.0] for 2 teachers"),
-        (("--weights", "3,1,1"), "[3.0, 1.0, 1.0] for 2 teachers"),
-        (("--weights", "3,0"), "[3.0, 0.0] for 2 teachers: give a number above 0"),
-        (("--weights", "3,-1"), "[3.0, -1.0] for 2 teachers"),
-        (("--weights", "3,nan"), "[3.0, nan] for 2 teachers"),
-        (("--weights", "inf,1"), "[inf, 1.0] for 2 teachers"),
-        (("--weights", "3,1", "--teacher-field", "domain"), "both given"),
+        ((WEIGHTS, "3,x"), "--teacher-weights is '3,x': give a number for each"),
+        ((WEIGHTS, "3,"), "--teacher-weights is '3,'"),
+        ((WEIGHTS, "3 1"), "--teacher-weights is '3 1'"),
+        ((WEIGHTS, "3"), "[3.0] for 2 teachers"),
+        ((WEIGHTS, "3,1,1"), "[3.0, 1.0, 1.0] for 2 teachers"),
+        ((WEIGHTS, "3,0"), "[3.0, 0.0] for 2 teachers: give a number above 0"),
+        ((WEIGHTS, "3,-1"), "[3.0, -1.0] for 2 teachers"),
+        ((WEIGHTS, "3,nan"), "[3.0, nan] for 2 teachers"),
+        ((WEIGHTS, "inf,1"), "[inf, 1.0] for 2 teachers"),
+        ((WEIGHTS, "3,1", "--teacher-field", "domain"), "both given"),
         (("--keep-hidden", "1:half"), "2 teachers, and hidden layers of several"),
     ],
     ids="word empty blank few many zero below nan inf field hidden".split(),
@@ -293,7 +296,7 @@ def test_options_that_do_not_fit_several_teachers_are_refused(
 
 
 def test_weights_of_one_teacher_must_be_one(refused, dump_words):
-    assert "[3.0, 1.0] for 1 teachers" in refused(*dump_words("--weights", "3,1"))
+    assert "[3.0, 1.0] for 1 teachers" in refused(*dump_words(WEIGHTS, "3,1"))
 
 
 @pytest.mark.parametrize(

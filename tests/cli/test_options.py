@@ -4,8 +4,9 @@ import click
 import pytest
 from fuzzing import NOT_UTF8
 
+from icefall_kd.cli import MODULES, cli
 from icefall_kd.cli.dump import job_of
-from icefall_kd.cli.options import Commands, Count, Number, Place, Text, YesNo
+from icefall_kd.cli.options import RENAMED, Count, Number, Place, Text, YesNo, command
 from icefall_kd.errors import KDError
 
 
@@ -52,19 +53,15 @@ def test_an_empty_yes_or_no_is_refused(convert):
 
 
 def test_a_commands_refusal_names_its_options(capsys):
-    @click.group(cls=Commands)
-    def tool():
-        pass
-
-    @tool.command()
+    @command()
     @click.option("--s-range", type=int)
-    def align(s_range):
-        raise KDError(f"`s_range` is {s_range} and `lattice` is 1")
+    @click.argument("in_cuts")
+    def align(s_range, in_cuts):
+        raise KDError(f"`s_range` is {s_range}, `lattice` is 1, `in_cuts` is {in_cuts}")
 
-    with pytest.raises(SystemExit) as e:
-        tool.main(["align", "--s-range", "7"])
-    assert e.value.code == 1
-    assert capsys.readouterr().err.endswith(": --s-range is 7 and `lattice` is 1\n")
+    with pytest.raises(KDError) as e:
+        align.main(["--s-range", "7", "x"], standalone_mode=False)
+    assert e.value.sentence == "--s-range is 7, `lattice` is 1, IN_CUTS is x"
 
 
 @pytest.mark.parametrize("kind", [Text(), Place()])
@@ -81,20 +78,42 @@ def test_an_empty_path_is_refused_unless_it_says_none(convert):
 
 
 def test_a_refused_argument_goes_by_its_name_in_the_help(capsys):
-    @click.group(cls=Commands)
-    def program():
-        pass
-
-    @program.command()
-    @click.argument("in_cuts", type=Place())
-    def run(in_cuts):
-        raise AssertionError("it ran")
-
     with pytest.raises(SystemExit) as e:
-        program(["run", ""], prog_name="program")
+        cli(["combine", "", "out.jsonl.gz"], prog_name="icefall-kd")
     assert e.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("icefall_kd: error: IN_CUTS is empty")
+
+
+@pytest.mark.parametrize("old", RENAMED)
+@pytest.mark.parametrize("value", [[], ["1"], None])
+def test_a_former_name_is_refused_by_one_sentence_with_the_new_one(capsys, old, value):
+    name, option = old
+    words = [option + "=1"] if value is None else [option, *value]
+    with pytest.raises(SystemExit) as e:
+        cli([name, *words], prog_name="icefall-kd")
+    new = RENAMED[old]
+    assert e.value.code == 1
+    error = f"icefall_kd: error: {option} is called {new} now: give {new}\n"
+    assert capsys.readouterr().err == error
+    names = [o for p in cli.get_command(None, name).params for o in p.opts]
+    assert new in names and option not in names
+
+
+def test_the_help_of_all_commands_is_there_before_one_is_imported(run_python):
+    code = "from icefall_kd.cli import cli\ncli(['--help'], standalone_mode=False)\n"
+    done = run_python(code + "import sys\nprint('torch' in sys.modules)")
+    for name, (_, sentence) in MODULES.items():
+        assert f"  {name} " in done.stdout and sentence[:40] in done.stdout, done
+    assert done.stdout.endswith("False\n")
+
+
+def test_every_option_has_a_help_that_is_a_sentence():
+    for name in MODULES:
+        for param in cli.get_command(None, name).params:
+            if isinstance(param, click.Option):
+                assert param.help[0].isupper(), (name, param.name)
+                assert param.help.rstrip("'\"").endswith("."), (name, param.name)
 
 
 # torchrun

@@ -263,7 +263,7 @@ def test_a_shar_is_trained_on_in_a_data_loader(filled, plain):
 
 def test_small_files_are_looked_for_where_told(invoke, dumped, folder, tmp_path, plain):
     elsewhere = tmp_path / "elsewhere"
-    assert invoke("shar", dumped, folder, "--store", elsewhere).code == 0
+    assert invoke("shar", dumped, folder, "--storage-dir", elsewhere).code == 0
     elsewhere.mkdir()
     shutil.copy(tmp_path / "out_kd" / "fingerprint.json", elsewhere)
     shutil.rmtree(tmp_path / "out_kd")
@@ -282,7 +282,7 @@ def test_the_shars_own_folder_may_be_named(
     before = tree_of(folder / "cuts.kd_targets")
     assert "fingerprint.json" in before
     for name in (folder / "cuts.kd_targets", "shar/cuts.kd_targets/"):
-        done = invoke("shar", dumped, folder, "--store", name)
+        done = invoke("shar", dumped, folder, "--storage-dir", name)
         assert done.code == 0, done
         assert tree_of(folder / "cuts.kd_targets") == before
     cuts = read(alone(folder, tmp_path))

@@ -266,7 +266,7 @@ def test_parameters_alone_with_other_symbols_are_refused(
     flags = flags_of(teacher_exp.settings, model_names(recipe)).split()
     words = ("--exp-dir", tmp_path, "--epoch", 9, "--bpe-model", bpe_models.larger)
     error = refused(*student_words(*words, *flags))
-    assert f"--bpe-model {bpe_models.larger} has 26 symbols" in error
+    assert f"--bpe-model {bpe_models.larger} has 26 tokens" in error
     assert "are for 25" in error
 
 

@@ -6,7 +6,15 @@ import pytest
 from lhotse import CutSet
 
 from icefall_kd.errors import KDError
-from icefall_kd.teacher.loader import one_teacher_folder, teacher_folders
+from icefall_kd.teacher.spec import TeacherSpec
+from icefall_kd.training.options import all_options
+
+# The defaults of the options of training.
+KD = {option.dest: option.default for option in all_options()}
+
+
+def folders_of(exp_dir):
+    return TeacherSpec("", exp_dir).folders()
 
 
 @pytest.fixture
@@ -21,28 +29,28 @@ def folders(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_there_is_one_teacher(folders):
     folders("exp,lr0.045")
-    assert teacher_folders("exp,lr0.045") == ["exp,lr0.045"]
-    assert one_teacher_folder("exp,lr0.045", "doctor") == "exp,lr0.045"
+    assert folders_of("exp,lr0.045") == ["exp,lr0.045"]
+    assert TeacherSpec("", "exp,lr0.045").one_folder("doctor") == "exp,lr0.045"
 
 
 def test_other_names_with_commas_are_several(folders):
     folders("a", "b")
-    assert teacher_folders("a,b") == ["a", "b"]
-    assert teacher_folders("a,none") == ["a", "none"]
-    assert teacher_folders("none") == ["none"]
+    assert folders_of("a,b") == ["a", "b"]
+    assert folders_of("a,none") == ["a", "none"]
+    assert folders_of("none") == ["none"]
 
 
 def test_a_name_that_means_both_is_refused(folders):
     folders("a", "b", "a,b")
     with pytest.raises(KDError, match="a,b is a folder, and so are a and b"):
-        teacher_folders("a,b")
+        folders_of("a,b")
 
 
 @pytest.mark.parametrize("text", ["a,", ",a", "a,,b"])
 def test_an_empty_name_is_refused(folders, text):
     folders("a", "b")
     with pytest.raises(KDError, match="has an empty name between its commas"):
-        teacher_folders(text)
+        folders_of(text)
 
 
 def test_a_refusal_names_the_option_that_was_given(folders):
@@ -50,10 +58,10 @@ def test_a_refusal_names_the_option_that_was_given(folders):
 
     folders("a", "b", "a,b")
     for text in ("a,,b", "a,b"):
-        with pytest.raises(KDError, match="^--exp-dir "):
-            teacher_folders(text)
+        with pytest.raises(KDError, match="^`exp_dir` "):
+            folders_of(text)
         with pytest.raises(KDError, match="^--kd-teacher-exp-dir "):
-            online_teacher({"kd_teacher_exp_dir": text})
+            online_teacher({**KD, "kd_teacher_exp_dir": text})
 
 
 @pytest.fixture
@@ -107,14 +115,13 @@ def test_a_teacher_in_the_training_process_may_have_a_comma(
     from icefall_kd.training.online import online_teacher
 
     params = {
+        **KD,
         "kd_teacher_exp_dir": str(comma_words[3]),
         "kd_teacher_recipe": str(teacher_exp.recipe),
         "kd_teacher_epoch": 2,
-        "kd_teacher_avg": 1,
-        "kd_teacher_cache_dir": "",
-        "use_averaged_model": False,
+        "kd_teacher_use_averaged_model": False,
         "vocab_size": 25,
         "blank_id": 0,
     }
     teacher, _ = online_teacher(params)
-    assert len(teacher.hooks) == 1
+    assert len(teacher.taps) == 1

@@ -180,8 +180,8 @@ PROGRAM = """
 import sys
 from icefall_kd.cli import main
 if sys.argv[1] == "dump":
-    import icefall_kd.cli.dump as dump
-    dump.WINDOW = 30.0
+    import icefall_kd.targets.batches as batches
+    batches.STRETCH = 30.0
 main()
 """
 
@@ -251,7 +251,9 @@ def commands(base: Path) -> List[Scenario]:
         Scenario(
             "quantizer",
             make,
-            lambda f: program("quantizer", *teacher, "--layer", "out", "--codes", 2)
+            lambda f: program(
+                "quantizer", *teacher, "--layer", "out", "--num-codebooks", 2
+            )
             + ["--num-vectors", "900", "--iters", "20", str(fbank), str(f / "q.pt")],
         ),
         Scenario(

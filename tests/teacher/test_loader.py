@@ -151,21 +151,21 @@ def test_files_are_those_icefall_takes(
 
 
 def test_a_missing_epoch_is_refused(folder):
-    with pytest.raises(KDError, match="epoch-7.pt does not exist.*--epoch"):
+    with pytest.raises(KDError, match="epoch-7.pt does not exist.*`epoch`"):
         checkpoint_files(folder, 9, 0, 2, True)
     with pytest.raises(KDError, match="epoch-11.pt does not exist"):
         checkpoint_files(folder, 11, 0, 1, False)
 
 
 def test_too_few_iterations_are_refused(folder):
-    with pytest.raises(KDError, match="has 2 checkpoint.*--avg 2 need 3"):
+    with pytest.raises(KDError, match="has 2 checkpoint.*`avg` 2 need 3"):
         checkpoint_files(folder, 0, 1000, 2, True)
 
 
 @pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("epoch, iteration", [(10, 0), (0, 1100)])
 def test_an_average_of_nothing_is_refused(folder, epoch, iteration, averaged):
-    with pytest.raises(KDError, match="--avg"):
+    with pytest.raises(KDError, match="`avg`"):
         checkpoint_files(folder, epoch, iteration, 0, averaged)
 
 
@@ -201,7 +201,7 @@ def test_train_is_imported_once(recipe, teacher_exp):
 
 
 def test_a_folder_without_train_is_refused(tmp_path):
-    with pytest.raises(KDError, match="holds no train.py.*--recipe"):
+    with pytest.raises(KDError, match="holds no train.py.*`recipe`"):
         import_train(tmp_path)
 
 
@@ -225,7 +225,7 @@ def test_a_recipe_of_unknown_shape_is_refused(load, tmp_path, text):
 
 
 def test_a_missing_checkpoint_is_refused(load):
-    with pytest.raises(KDError, match="epoch-3.pt does not exist.*--exp-dir"):
+    with pytest.raises(KDError, match="epoch-3.pt does not exist.*`exp_dir`"):
         load(epoch=3)
 
 
@@ -284,12 +284,12 @@ def test_a_checkpoint_of_another_kind_is_refused(load, exp, kind):
 
 def test_a_checkpoint_without_average_is_refused(load, exp):
     changed(exp / "epoch-1.pt", model_avg=None)
-    with pytest.raises(KDError, match="--use-averaged-model 0"):
+    with pytest.raises(KDError, match="`use_averaged_model` 0"):
         load(exp, epoch=2, use_averaged_model=True)
 
 
 def test_settings_need_a_model(tmp_path, recipe):
-    with pytest.raises(KDError, match="no model settings.*give --bpe-model"):
+    with pytest.raises(KDError, match="no model settings.*give `bpe_model`"):
         settings_of({"model": {}}, tmp_path / "epoch-1.pt", recipe)
 
 

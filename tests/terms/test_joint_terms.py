@@ -15,7 +15,7 @@ from icefall_kd.losses.full_sum import full_sum_kd_loss
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import shift, total_kd_loss, transducer_kd_loss
-from icefall_kd.teacher import OnlineTeacher
+from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.terms import CtcTerm, FullSumTerm, HiddenTerm, NbestTerm, TransducerTerm
 from icefall_kd.terms.batch import Batch
 from icefall_kd.terms.schedule import Schedule
@@ -39,7 +39,7 @@ def given(make_model):
     g = torch.Generator().manual_seed(1)
     x, lens = torch.randn(3, 61, 20, generator=g), torch.tensor([61, 42, 23])
     wide = make_model(seed=1, encoder_dim="20,32", encoder_unmasked_dim="12,16")
-    targets = OnlineTeacher([wide], hidden=["out", 0]).targets(x, lens, y=Y, s_range=3)
+    targets = Teacher([wide], hidden=["out", 0]).targets(x, lens, y=Y, s_range=3)
     targets.parts["nbest"] = LISTS
     model = make_model(seed=2).eval()
     for module in model.modules():  # which change gradients at random
@@ -503,7 +503,7 @@ def equal(make_model, given):
     model = make_model(seed=1).eval()
     with ModelTap(model, layers=[1]) as hook:
         said = hook.encode(given.x, given.lens)
-    targets = OnlineTeacher([model], hidden=["out", 1]).targets(
+    targets = Teacher([model], hidden=["out", 1]).targets(
         given.x, given.lens, y=Y, s_range=3
     )
     model.requires_grad_(True)

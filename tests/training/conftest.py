@@ -37,7 +37,7 @@ def online(make_params, teacher_exp):
             "kd_teacher_exp_dir": str(teacher_exp.folder),
             "kd_teacher_epoch": 2,
             "kd_teacher_recipe": str(teacher_exp.recipe),
-            "use_averaged_model": False,
+            "kd_teacher_use_averaged_model": False,
         }
         return make_params(**{**settings, **changes})
 

@@ -39,6 +39,7 @@ ONLINE = {
     **CTC,
     "teacher-exp-dir": "EXP",
     "teacher-epoch": "2",
+    "teacher-use-averaged-model": "0",
     "teacher-recipe": "RECIPE",
 }
 BESIDE: Dict[str, Dict[str, str]] = {
@@ -50,7 +51,11 @@ BESIDE: Dict[str, Dict[str, str]] = {
     **dict.fromkeys(
         (
             "teacher-epoch",
+            "teacher-iter",
             "teacher-avg",
+            "teacher-use-averaged-model",
+            "teacher-bpe-model",
+            "teacher-model-flags",
             "teacher-recipe",
             "teacher-s-range",
             "teacher-path-only",
@@ -72,7 +77,7 @@ def toy(teacher_exp, make_model, make_settings, make_cut, make_store, tmp_path):
         parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False)
         try:
             session.add_arguments(parser)
-            params = make_settings(vocab_size=25, use_averaged_model=False)
+            params = make_settings(vocab_size=25, kd_teacher_use_averaged_model=False)
             params.update(exp_dir=tmp_path / "exp", num_epochs=3, bpe_model="")
             params.update(enable_spec_aug=False, spec_aug_time_warp_factor=80)
             params.update(vars(parser.parse_args()))
@@ -103,6 +108,10 @@ ACCEPTED: Dict[str, Sequence[str]] = {
     "last-epochs": ("0", "1.5"),
     "freeze": ("", " "),
     "teacher-exp-dir": ("",),
+    "teacher-iter": ("0",),
+    "teacher-use-averaged-model": ("0",),
+    "teacher-bpe-model": ("",),
+    "teacher-model-flags": ("", " "),
     "teacher-s-range": ("0",),
     "teacher-path-only": ("0",),
     "teacher-cache-dir": tuple(

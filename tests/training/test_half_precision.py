@@ -13,7 +13,7 @@ from zipformer.modules.scaling import ActivationDropoutAndLinear
 from zipformer.utils import MetricsTracker, get_parameter_groups_with_lrs
 
 from icefall_kd.rnnt import get_engine
-from icefall_kd.teacher import OnlineTeacher
+from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.training import session
 
 pytestmark = pytest.mark.slow
@@ -108,7 +108,7 @@ def both(make_model, make_settings):
         )
         teacher, made = make_model(seed=2), batches()
         without = train(teacher, off, made, **options)
-        asked = OnlineTeacher([teacher.cpu()], hidden=["out", 0])
+        asked = Teacher([teacher.cpu()], hidden=["out", 0])
         taught = [{**b, "targets": asked.targets(**b, s_range=3)} for b in made]
         return without, train(make_model(seed=2), on, taught, **options)
 

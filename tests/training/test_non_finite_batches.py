@@ -8,7 +8,7 @@ import torch
 from zipformer.modules.optim import ScaledAdam
 from zipformer.utils import MetricsTracker, get_parameter_groups_with_lrs
 
-from icefall_kd.teacher import OnlineTeacher
+from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.training import session
 
 TERMS = ("ctc", "rnnt", "full_sum", "hidden")
@@ -57,7 +57,7 @@ def test_the_scaler_skips_its_step_and_training_goes_on(
 ):
     x, x_lens = features
     batch = {"x": x, "x_lens": x_lens, "y": [[3, 4, 3], [5, 6], [7]]}
-    teacher = OnlineTeacher([make_model(seed=2)], hidden=["out"])
+    teacher = Teacher([make_model(seed=2)], hidden=["out"])
     targets = teacher.targets(**batch, s_range=3)
     off = make_params(ctc=0.0)
     assert train(make_model(seed=3), off, batch, targets)[0] == [POISONED]

@@ -5,9 +5,9 @@ import pytest
 from icefall_kd.cli.student import model_names
 from icefall_kd.errors import KDError
 from icefall_kd.teacher.loader import (
-    given_flags,
     import_train,
     load_recipe_model,
+    params_of_flags,
     recipe_defaults,
     recipe_params,
     settings_of,
@@ -57,7 +57,7 @@ def one_sentence(error, *parts):
     [
         ("get_params", recipe_params),
         ("get_parser", recipe_defaults),
-        ("get_parser", lambda train: given_flags(train, ["--encoder-dim", "9"])),
+        ("get_parser", lambda train: params_of_flags(train, ["--encoder-dim", "9"])),
         ("get_parser", model_names),
         ("add_model_arguments", model_names),
     ],
@@ -100,7 +100,7 @@ def test_a_type_that_fails_is_refused(recipe_of):
     body += "    parser.add_argument('--size', type=lambda x: {}[x])\n    return parser"
     train = recipe_of(get_parser=body)
     with pytest.raises(KDError) as e:
-        given_flags(train, ["--size", "big"])
+        params_of_flags(train, ["--size", "big"])
     one_sentence(e, "KeyError: 'big'")
 
 
@@ -112,7 +112,7 @@ def test_a_function_that_returns_something_else_is_refused(recipe_of, name, call
     train = recipe_of(**{name: "return None"})
     with pytest.raises(KDError) as e:
         call(train)
-    one_sentence(e, name, "returns a NoneType", "--recipe")
+    one_sentence(e, name, "returns a NoneType", "`recipe`")
 
 
 def test_a_refusal_of_a_plugged_recipe_stays_as_it_is(recipe_of):

@@ -20,7 +20,7 @@ from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import LogitWriter
 from icefall_kd.targets.transcripts import StandInTranscripts, stand_in
-from icefall_kd.teacher import OnlineTeacher
+from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.tokens import load_tokenizer
 from icefall_kd.training import session
 from icefall_kd.types import EncoderOut
@@ -891,14 +891,14 @@ def asked(online, bare_cuts, student, sp, monkeypatch):
 
     def ask(**changes):
         found = []
-        targets = OnlineTeacher.targets
+        targets = Teacher.targets
 
         def watch(*args, **options):
             found.append(targets(*args, **options))
             return found[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(OnlineTeacher, "targets", watch)
+            patch.setattr(Teacher, "targets", watch)
             session.attach(online(ctc=0.0, kd_rnnt_weight=0.5, **changes), student())
             batch = wrap(bare_cuts)[bare_cuts]
             labels = [sp.encode(text) for text in batch["supervisions"]["text"]]
@@ -1027,7 +1027,7 @@ def test_a_teacher_says_what_it_is_asked_for(make_model, features):
     y = [[3, 4, 3], [5, 6], [7]]
     with ModelTap(model, layers=[1]) as hook:
         out = hook.encode(*features)
-    found = OnlineTeacher([model], hidden=["out", 1], ctc=False).targets(*features, y=y)
+    found = Teacher([model], hidden=["out", 1], ctc=False).targets(*features, y=y)
     assert found.parts.get("ctc") is None and sorted(
         map(str, found.parts["hidden"])
     ) == ["1", "out"]
@@ -1041,13 +1041,13 @@ def test_a_teacher_says_what_it_is_asked_for(make_model, features):
         found.parts.get("nodes") is not None
         and not found.parts["nodes"].teacher.requires_grad
     )
-    assert OnlineTeacher([model]).targets(*features).parts.get("nodes") is None
+    assert Teacher([model]).targets(*features).parts.get("nodes") is None
 
 
 def test_hidden_layers_of_several_teachers_are_refused(make_model, online, student):
     models = [make_model(seed=1), make_model(seed=2)]
     with pytest.raises(KDError, match="2 teachers, and hidden layers"):
-        OnlineTeacher(models, hidden=["out"])
+        Teacher(models, hidden=["out"])
     folder = online().kd_teacher_exp_dir
     changes = {"kd_hidden_weight": 1.0, "kd_hidden_layers": "out"}
     given = online(**changes, kd_teacher_exp_dir=f"{folder},{folder}")

@@ -22,7 +22,7 @@ from teacher_utils import (
 )
 from zipformer.decode.search import greedy_search
 
-from icefall_kd.cli.memory import enough_memory
+from icefall_kd.memory import enough_memory
 
 
 @torch.no_grad()

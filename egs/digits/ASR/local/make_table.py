@@ -26,8 +26,9 @@ from script_utils import UserError, check_range, run_script, staged_dir
 from tqdm import tqdm
 from zipformer.decode.search import greedy_search
 
-from icefall_kd.cli.cuts import open_cuts
-from icefall_kd.teacher.loader import load_checkpoint, load_recipe_model
+from icefall_kd.targets.cuts import ManifestCuts
+from icefall_kd.teacher.checkpoints import load_checkpoint
+from icefall_kd.teacher.loader import load_recipe_model
 
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 HEADS = {"ctc_wer": "ctc-greedy-search", "transducer_wer": "greedy_search"}
@@ -101,7 +102,7 @@ def main() -> None:
     check_range(args.seed, 0, "--seed", 2**32 - 1)
     check_range(args.num_utterances, 1, "--num-utterances")
     check_range(args.avg, 1, "--avg")
-    cuts = open_cuts(str(args.manifest)).subset(first=args.num_utterances)
+    cuts = ManifestCuts(str(args.manifest)).cuts.subset(first=args.num_utterances)
     rows, models = [], []
     for name in args.models:
         exp_dir, _, epoch = name.rpartition(":")

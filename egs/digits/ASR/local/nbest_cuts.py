@@ -28,8 +28,8 @@ from teacher_utils import (
     with_refusals,
 )
 
-from icefall_kd.cli.memory import enough_memory
 from icefall_kd.kinds.nbest import write_nbest
+from icefall_kd.memory import enough_memory
 from icefall_kd.tap import ModelTap
 
 

@@ -13,9 +13,9 @@ from lhotse.dataset.sampling import SimpleCutSampler
 from script_utils import MOST_THREADS, UserError, check_range
 from tqdm import tqdm
 
-from icefall_kd.cli.cuts import Survey, checked, open_cuts, readable
 from icefall_kd.errors import KDError
 from icefall_kd.files import MANIFEST, check_new_file
+from icefall_kd.targets.cuts import ManifestCuts, Survey, checked
 from icefall_kd.targets.heard import check_supervision, collate_heard
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens import load_tokenizer
@@ -84,8 +84,7 @@ def load_teacher(
     # Not survey.check(): these scripts say at the end how many cuts they left out.
     heard = list(checked(survey, num_features, [check_supervision]))
     survey.warn()
-    path = str(args.in_cuts)
-    cuts = CutSet.from_cuts(readable(open_cuts(path), path)).to_eager()
+    cuts = CutSet.from_cuts(ManifestCuts(str(args.in_cuts))).to_eager()
     return model, sp, cuts, CutSet.from_cuts(heard)
 
 
@@ -101,7 +100,7 @@ def batches(
 
 
 def memory_words(batch: CutSet) -> Tuple[str, str]:
-    """What :func:`icefall_kd.cli.memory.enough_memory` says of a batch."""
+    """What :func:`icefall_kd.memory.enough_memory` says of a batch."""
     longest = max(batch, key=lambda cut: cut.duration)
     seconds = longest.duration * len(batch)
     return (

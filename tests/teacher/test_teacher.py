@@ -10,14 +10,15 @@ from lhotse.dataset.collation import collate_features
 from icefall_kd import LogitWriter, ModelTap
 from icefall_kd.errors import KDError
 from icefall_kd.targets.dataset import collate_targets
-from icefall_kd.teacher import CachingTeacher, OnlineTeacher
+from icefall_kd.teacher.cache import CachingTeacher
+from icefall_kd.teacher.teacher import Teacher
 
 
 def test_one_teacher_says_what_its_hook_reads(make_model, features):
     model = make_model(seed=1)
     with ModelTap(model) as hook:
         out = hook.encode(*features)
-    targets = OnlineTeacher([model]).targets(*features)
+    targets = Teacher([model]).targets(*features)
     torch.testing.assert_close(targets.parts["ctc"], out.ctc_logits.log_softmax(-1))
     assert targets.lens.tolist() == out.encoder_out_lens.tolist()
     assert targets.whole.all() and not targets.parts["ctc"].requires_grad
@@ -26,18 +27,18 @@ def test_one_teacher_says_what_its_hook_reads(make_model, features):
 @pytest.mark.parametrize("weights", [None, [3.0, 1.0]])
 def test_several_teachers_are_averaged_as_probabilities(make_model, features, weights):
     models = [make_model(seed=1), make_model(seed=2)]
-    each = [OnlineTeacher([m]).targets(*features).parts["ctc"].exp() for m in models]
+    each = [Teacher([m]).targets(*features).parts["ctc"].exp() for m in models]
     w = torch.tensor(weights or [1.0, 1.0])
     expected = (w[0] * each[0] + w[1] * each[1]) / w.sum()
-    found = OnlineTeacher(models, weights).targets(*features).parts["ctc"].exp()
+    found = Teacher(models, weights).targets(*features).parts["ctc"].exp()
     torch.testing.assert_close(found, expected)
 
 
 def test_a_teacher_is_chosen_for_each_cut(make_model, features, make_cut):
     models = [make_model(seed=1), make_model(seed=2)]
-    each = [OnlineTeacher([m]).targets(*features).parts["ctc"] for m in models]
+    each = [Teacher([m]).targets(*features).parts["ctc"] for m in models]
     cuts = [make_cut(name, 33) for name in ("a", "b", "c")]
-    teacher = OnlineTeacher(models, choose=lambda cut: int(cut.id == "b"))
+    teacher = Teacher(models, choose=lambda cut: int(cut.id == "b"))
     found = teacher.targets(*features, cuts).parts["ctc"]
     for row, which in enumerate((0, 1, 0)):
         expected = each[which][row]  # normalised once less
@@ -46,7 +47,7 @@ def test_a_teacher_is_chosen_for_each_cut(make_model, features, make_cut):
 
 def test_random_states_and_the_teachers_parameters_are_left_alone(make_model, features):
     model = make_model().train()
-    teacher = OnlineTeacher([model])
+    teacher = Teacher([model])
     random.seed(3)
     torch.manual_seed(3)
     expected = random.random(), torch.rand(2)
@@ -68,12 +69,12 @@ def test_random_states_and_the_teachers_parameters_are_left_alone(make_model, fe
 )
 def test_teachers_that_do_not_fit_are_refused(make_model, n, options, match):
     with pytest.raises(KDError, match=match):
-        OnlineTeacher([make_model() for _ in range(n)], **options)
+        Teacher([make_model() for _ in range(n)], **options)
 
 
 def test_teachers_of_different_vocabularies_are_refused(make_model, features):
-    teacher = OnlineTeacher([make_model(), make_model(vocab_size=13)])
-    with pytest.raises(KDError, match=r"\[11, 13\] symbols"):
+    teacher = Teacher([make_model(), make_model(vocab_size=13)])
+    with pytest.raises(KDError, match=r"\[11, 13\] tokens"):
         teacher.targets(*features)
 
 
@@ -81,7 +82,7 @@ def test_teachers_of_different_vocabularies_are_refused(make_model, features):
 def test_a_choice_of_no_teacher_is_refused(make_model, features, make_cut, choose):
     cuts = [make_cut(name, 33) for name in "abc"]
     with pytest.raises(KDError, match="chosen for cut a is .*give 0 to 0"):
-        OnlineTeacher([make_model()], choose=choose).targets(*features, cuts)
+        Teacher([make_model()], choose=choose).targets(*features, cuts)
 
 
 # Lattices
@@ -110,7 +111,7 @@ def say_lattice(teacher, features, cuts=None, s_range=2):
 
 def test_a_lattice_of_one_teacher_is_its_hooks(make_model, features):
     model = make_model(seed=1)
-    found = say_lattice(OnlineTeacher([model]), features)
+    found = say_lattice(Teacher([model]), features)
     expected = lattices_of(model, features, s_range=2)
     for name in ("ranges", "boundary", "labels", "logits", "occupancy"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
@@ -122,7 +123,7 @@ def test_lattices_are_averaged_on_the_first_teachers_nodes(
 ):
     """log sum_m w_m softmax(logits_m), w_m of sum 1, at each node."""
     models = [make_model(seed=i) for i in range(1, 1 + len(weights or "ab"))]
-    found = say_lattice(OnlineTeacher(models, weights), features)
+    found = say_lattice(Teacher(models, weights), features)
     first = lattices_of(models[0], features, s_range=2)
     assert torch.equal(found.ranges, first.ranges)
     assert not all(
@@ -150,7 +151,7 @@ def test_lattices_are_averaged_on_the_first_teachers_nodes(
 def test_each_cuts_lattice_is_its_own_teachers(make_model, features, make_cut, choice):
     models = [make_model(seed=i) for i in (1, 2, 3)]
     of = dict(zip("abc", choice))
-    teacher = OnlineTeacher(models, choose=lambda cut: of[cut.id])
+    teacher = Teacher(models, choose=lambda cut: of[cut.id])
     cuts = [make_cut(name, 33) for name in "abc"]
     found = say_lattice(teacher, features, cuts)
     each = [lattices_of(m, features, s_range=2) for m in models]
@@ -164,7 +165,7 @@ def test_each_cuts_lattice_is_its_own_teachers(make_model, features, make_cut, c
 
 
 def test_a_choice_needs_the_cut_of_each_row(make_model, features, make_cut):
-    teacher = OnlineTeacher([make_model(seed=i) for i in (1, 2)], choose=lambda cut: 0)
+    teacher = Teacher([make_model(seed=i) for i in (1, 2)], choose=lambda cut: 0)
     for cuts in (None, [make_cut("a", 33)]):
         with pytest.raises(KDError, match="[01] cuts for 3 rows.*one cut for each"):
             say_lattice(teacher, features, cuts)
@@ -172,19 +173,19 @@ def test_a_choice_needs_the_cut_of_each_row(make_model, features, make_cut):
 
 def test_lattices_of_different_vocabularies_are_refused(make_model, features):
     models = [make_model(use_ctc=False), make_model(use_ctc=False, vocab_size=13)]
-    with pytest.raises(KDError, match=r"\[11, 13\] symbols"):
-        say_lattice(OnlineTeacher(models, ctc=False), features)
+    with pytest.raises(KDError, match=r"\[11, 13\] tokens"):
+        say_lattice(Teacher(models, ctc=False), features)
 
 
 def test_hidden_layers_are_those_of_one_teacher(make_model, features):
     model = make_model(seed=1)
-    (out,) = OnlineTeacher([model], hidden=[1, "out"]).encode(*features)
+    (out,) = Teacher([model], hidden=[1, "out"]).encode(*features)
     with ModelTap(model, [1]) as hook:
         expected = hook.encode(*features)
     assert set(out.hidden) == {1}
     assert torch.equal(out.hidden[1], expected.hidden[1])
     with pytest.raises(KDError, match="2 teachers, and hidden layers of several"):
-        OnlineTeacher([make_model(), make_model()], hidden=[1])
+        Teacher([make_model(), make_model()], hidden=[1])
 
 
 # Rows that are too short, or have too many labels
@@ -192,7 +193,7 @@ def test_hidden_layers_are_those_of_one_teacher(make_model, features):
 
 def test_a_row_too_short_to_be_heard_has_no_targets(make_model, features):
     x, lens = features
-    teacher = OnlineTeacher([make_model(seed=1)])
+    teacher = Teacher([make_model(seed=1)])
     y = [[3, 4], [5], [6]]
     expected = teacher.targets(x, lens, y=y)
     lens = torch.tensor([61, 5, 23])
@@ -215,7 +216,7 @@ def test_a_row_too_short_to_be_heard_is_refused_by_its_cut(
 ):
     x, _ = features
     cuts = [make_cut("a", 61), make_cut("b", 5), make_cut("c", 23)]
-    teacher = OnlineTeacher([make_model(seed=1)])
+    teacher = Teacher([make_model(seed=1)])
     lens = torch.tensor([61, 5, 23])
     with pytest.raises(KDError, match="cut b has 5 feature frames .*kd-missing hard"):
         teacher.targets(x, lens, cuts)
@@ -234,14 +235,14 @@ def test_a_row_too_short_is_told_by_the_batch_and_not_by_stored_features(
     else:
         short.features = None
     cuts = [make_cut("a", 61), short, make_cut("c", 23)]
-    teacher = OnlineTeacher([make_model(seed=1)])
+    teacher = Teacher([make_model(seed=1)])
     words = "cut b has 6 feature frames and the teacher needs 9: .*--kd-missing hard"
     with pytest.raises(KDError, match=words):
         teacher.targets(features[0], torch.tensor([61, 6, 23]), cuts)
 
 
 def test_a_batch_of_rows_too_short_has_no_targets(make_model, features):
-    teacher = OnlineTeacher([make_model(seed=1)])
+    teacher = Teacher([make_model(seed=1)])
     lens = torch.tensor([5, 3, 8])
     found = teacher.targets(features[0][:, :8], lens, missing="hard")
     assert found.lens.tolist() == [0, 0, 0] and not found.whole.any()
@@ -249,7 +250,7 @@ def test_a_batch_of_rows_too_short_has_no_targets(make_model, features):
 
 @pytest.mark.parametrize("path_only", [False, True])
 def test_a_row_of_more_labels_than_frames_has_no_nodes(make_model, features, path_only):
-    teacher = OnlineTeacher([make_model(seed=1)])
+    teacher = Teacher([make_model(seed=1)])
     y = [[3, 4], [5], [6, 7, 8, 9, 3]]  # of 14, 9 and 4 frames
     found = teacher.targets(*features, y=y, path_only=path_only)
     fitting = teacher.targets(*features, y=[*y[:2], [6]], path_only=path_only).parts[
@@ -265,7 +266,7 @@ def test_a_row_of_more_labels_than_frames_has_no_nodes(make_model, features, pat
 # With a cache
 
 
-class Counting(OnlineTeacher):
+class Counting(Teacher):
     heard = 0
 
     def targets(self, x, x_lens, cuts=None):
@@ -322,7 +323,7 @@ def test_a_cache_goes_on_where_an_earlier_training_stopped(make_model, cuts, ope
 
 
 def test_a_finished_cache_is_a_store_like_any_other(make_model, cuts, opened, tmp_path):
-    cache = CachingTeacher(OnlineTeacher([make_model()]), opened())
+    cache = CachingTeacher(Teacher([make_model()]), opened())
     expected = cache.targets(cuts, CPU)
     cache.writer.finish()
     stored = load_manifest(tmp_path / "kd.jsonl.gz")
@@ -333,7 +334,7 @@ def test_a_finished_cache_is_a_store_like_any_other(make_model, cuts, opened, tm
 def test_a_cache_hears_as_many_frames_as_the_student(make_model, make_cut, opened):
     cut = make_cut("long", 93)
     cut.supervisions[0].duration = 0.61
-    teacher = OnlineTeacher([make_model()])
+    teacher = Teacher([make_model()])
     found = CachingTeacher(teacher, opened()).targets([cut, make_cut("b", 100)], CPU)
     assert found.lens.tolist() == [14, 23]
     x = torch.from_numpy(cut.load_features())[None, :61]
@@ -446,7 +447,7 @@ def test_a_line_that_is_half_written_is_not_read(two_caches, cuts):
     first, second = whole.splitlines(keepends=True)
     for n in (0, 1, len(second) // 2, len(second) - 1):
         partial.write_bytes(first + second[:n])
-        b._learn()
+        b._read_new_pointers()
         assert list(b.pointers) == ["c61"]
     b.targets(cuts[:1], CPU)
     assert heard(caches) == [2, 0]
@@ -485,20 +486,20 @@ def test_noise_is_not_heard(make_model, cuts, opened, make_cut):
     noise = make_cut("noise", 150)
     noise.supervisions = []
     mixed = [c.mix(noise, snr=10, preserve_id="left") for c in cuts]
-    plain = CachingTeacher(OnlineTeacher([make_model()]), opened())
+    plain = CachingTeacher(Teacher([make_model()]), opened())
     expected = plain.targets(cuts, CPU)
     found = plain.targets(mixed, CPU)
     assert torch.equal(found.parts["ctc"], expected.parts["ctc"])
 
 
 def test_a_cut_of_two_speakers_is_refused(make_model, cuts, opened):
-    cache = CachingTeacher(OnlineTeacher([make_model()]), opened())
+    cache = CachingTeacher(Teacher([make_model()]), opened())
     with pytest.raises(KDError, match="made of 2 cuts with speech"):
         cache.targets([cuts[0].append(cuts[1])], CPU)
 
 
 def test_a_cut_without_features_is_refused(make_model, cuts, opened):
-    cache = CachingTeacher(OnlineTeacher([make_model()]), opened())
+    cache = CachingTeacher(Teacher([make_model()]), opened())
     with pytest.raises(KDError, match="c61 has no stored features"):
         cache.targets([cuts[0].drop_features()], CPU)
 

@@ -1,10 +1,11 @@
-"""Where memory runs out, one sentence; every other error as it was."""
+"""Where memory runs out, one sentence; and freed memory goes back to the system."""
 
 import pytest
 import torch
 
-from icefall_kd.cli.memory import enough_memory
+from icefall_kd import memory
 from icefall_kd.errors import KDError
+from icefall_kd.memory import Heap, enough_memory
 
 FULL = [
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
@@ -42,3 +43,36 @@ def test_other_errors_come_through(error):
         with enough_memory("it", "free some"):
             raise error
     assert e.value is error
+
+
+# The heap: freed memory goes back when a batch has left more than the first ones did
+
+
+@pytest.fixture
+def trims(tmp_path, monkeypatch):
+    """Feed page counts, one a batch; learn after which memory was given back."""
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "statm")
+
+    def run(pages):
+        found, it = [], Heap(warm_up=3)
+        it.trim = lambda pad: found.append(it.batches)
+        for n in pages:
+            memory.STATUS.write_text(f"99999 {n} 1 1 0 1 0\n")
+            it.after_batch()
+        return found
+
+    return run
+
+
+def test_the_first_batches_set_the_limit(trims):
+    assert trims([50, 100, 70, 89, 91, 300, 40]) == [5, 6]
+
+
+def test_a_system_without_the_file_or_the_function_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
+    it = Heap(warm_up=0)
+    it.trim = lambda pad: pytest.fail("trimmed")
+    it.after_batch()
+    it.trim = None
+    it.after_batch()
+    assert it.batches == 0
