@@ -32,6 +32,12 @@ _FRONT_DOOR = {
     # The student and its losses
     "build_student": "icefall_kd.student.build",
     "JointKDLoss": "icefall_kd.terms.joint",
+    "CtcTerm": "icefall_kd.terms",
+    "TransducerTerm": "icefall_kd.terms",
+    "FullSumTerm": "icefall_kd.terms",
+    "HiddenTerm": "icefall_kd.terms",
+    "NbestTerm": "icefall_kd.terms",
+    "Schedule": "icefall_kd.terms.schedule",
     "ctc_kd_loss": "icefall_kd.losses.ctc",
     "transducer_kd_loss": "icefall_kd.losses.transducer",
     "hidden_kd_loss": "icefall_kd.losses.hidden",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from icefall_kd.errors import KDError
-from icefall_kd.terms import term_names
+from icefall_kd.terms import TERMS
 from icefall_kd.terms.schedule import Curve
 
 DATE = r"\d{4}(?:-\d\d){5}"
@@ -230,12 +230,12 @@ def _read_start(path: Path) -> Training:
 
 def weight_names() -> List[str]:
     """The names of all weights in the order of the report: hard, and the terms."""
-    return ["hard", *term_names()]
+    return ["hard", *TERMS]
 
 
 def _distils(settings: Dict[str, Any]) -> bool:
     """Whether a KD weight of the recipe's params is above 0 at some time."""
-    for term in term_names():
+    for term in TERMS:
         value = settings.get(f"kd_{term}_weight")
         try:
             if value is not None and Curve.parse(value, term).highest > 0:

@@ -1,10 +1,10 @@
-"""The terms of the joint loss.
+"""The terms of the joint loss, by name, in the order of the log.
 
-This list is the one place that knows them all: what is added here has its options, its
-log names and its column in the report.
+What is registered here has its ``--kd-*`` options, its names in the log and its column
+in the report.
 """
 
-from typing import List, Sequence, Type
+from typing import Dict, Sequence, Type
 
 from icefall_kd.terms.base import Option, Term
 from icefall_kd.terms.ctc import CtcTerm
@@ -13,20 +13,24 @@ from icefall_kd.terms.hidden import HiddenTerm
 from icefall_kd.terms.nbest import NbestTerm
 from icefall_kd.terms.transducer import TransducerTerm
 
-TERMS: List[Type[Term]] = [
-    CtcTerm,
-    TransducerTerm,
-    FullSumTerm,
-    HiddenTerm,
-    NbestTerm,
-]
+TERMS: Dict[str, Type[Term]] = {}
 
 
-def term_names() -> Sequence[str]:
-    """Return the names of all terms, in the order of the log."""
-    return [term.name for term in TERMS]
+def register_term(term: Type[Term]) -> Type[Term]:
+    """Let the joint loss have a term; may decorate its class.
+
+    Args:
+      term: The class, with a name that no other term has.
+    """
+    TERMS[term.name] = term
+    return term
+
+
+for _term in (CtcTerm, TransducerTerm, FullSumTerm, HiddenTerm, NbestTerm):
+    register_term(_term)
 
 
 def term_options() -> Sequence[Option]:
     """Return the options of all terms, each once."""
-    return list({option.name: option for t in TERMS for option in t.options}.values())
+    options = (option for term in TERMS.values() for option in term.options)
+    return list({option.name: option for option in options}.values())

@@ -1,8 +1,8 @@
 """What a loss term is: a class with its options, its needs, its checks and its value.
 
-To add a term, write one file with a subclass of :class:`Term` and add the class to the
-list ``TERMS`` of :mod:`icefall_kd.terms`. The ``--kd-*`` options, the joint loss, the
-session, ``icefall-kd doctor`` and the report read that list.
+To add a term, write one file with a subclass of :class:`Term` and register the class in
+:mod:`icefall_kd.terms`. The ``--kd-*`` options, the joint loss, the session,
+``icefall-kd doctor`` and the report ask the registered classes.
 
 The modules of terms import torch in their functions alone, so that the parser of a
 recipe and the commands can read their options without it.

@@ -84,7 +84,7 @@ class JointKDLoss:
           num_epochs: How many epochs this training has.
         """
         schedule = Schedule(params["kd_schedule"], num_epochs, params["kd_last_epochs"])
-        terms = [term.from_params(params) for term in TERMS]
+        terms = [term.from_params(params) for term in TERMS.values()]
         return cls(terms, params["kd_hard_weight"], schedule)
 
     @property

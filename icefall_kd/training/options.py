@@ -219,7 +219,7 @@ def flags_in_errors() -> Iterator[None]:
     It is a decorator too.
     """
     flags = {option.parameter: option.flag for option in all_options()}
-    for term in TERMS:
+    for term in TERMS.values():
         for option in term.options:
             flags[f"{term.__name__}.{option.parameter}"] = option.flag
     try:
@@ -234,7 +234,7 @@ def distils(params: Dict[str, Any]) -> bool:
     Args:
       params: The recipe's params.
     """
-    return any(params[f"kd_{term.name}_weight"] != 0 for term in TERMS)
+    return any(params[f"kd_{name}_weight"] != 0 for name in TERMS)
 
 
 def _must_be(option: Option) -> str:

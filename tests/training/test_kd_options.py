@@ -8,7 +8,7 @@ import pytest
 from zipformer.bin import train as zipformer_train
 
 from icefall_kd.errors import KDError
-from icefall_kd.terms import term_names
+from icefall_kd.terms import TERMS
 from icefall_kd.terms.schedule import Curve
 from icefall_kd.training import session
 from icefall_kd.training.options import RENAMED, all_options, read_config
@@ -164,7 +164,7 @@ def test_the_help_names_every_option(monkeypatch, formatter):
     assert "15 % of the epochs" in " ".join(text.split()) and "%%" not in text
 
 
-@pytest.mark.parametrize("name", [*term_names(), "hard"])
+@pytest.mark.parametrize("name", [*TERMS, "hard"])
 @pytest.mark.parametrize("text", ["0.75", "0:0.8,10:0.5", "10:0.5"])
 def test_a_weight_is_a_number_or_the_text_of_a_curve(parse, name, text):
     name = f"{name.replace('_', '-')}-weight"
