@@ -100,6 +100,8 @@ class Term:
       teacher_layers: The hidden layers that the term reads of the teacher.
       student_layers: The hidden layers that the term reads of the student.
       weight: The weight by epoch.
+      temperature: The temperature of the teacher's and the student's softmax; None for
+        a term without one.
     """
 
     name: ClassVar[str]
@@ -110,6 +112,7 @@ class Term:
     needs_node_logits: ClassVar[bool] = False
     teacher_layers: Sequence[Any] = ()
     student_layers: Sequence[Any] = ()
+    temperature: Optional[float] = None
 
     def __init__(self, weight: Weight = 1.0) -> None:
         self.weight = Curve.parse(weight, self.parameter("weight"))

@@ -12,7 +12,6 @@ from icefall_kd.zipformer import OUT, Layer
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from icefall_kd.targets.fingerprint import Fingerprint
     from icefall_kd.terms.batch import Batch
@@ -131,56 +130,13 @@ class HiddenTerm(Term):
             student = hidden_rows(batch.student, pair[1])  # (N, T, R, C)
             if hidden:
                 teacher = hidden[pair[0]].to(student.device)
-                module = self.projectors.between(pair)
-                value = self._distance(
-                    module, student[:, :t], teacher[:, :t], batch.mask
+                value = self.projectors.distance(
+                    pair, student[:, :t], teacher[:, :t], batch.mask, self.distance
                 )
             else:
                 value = batch.zero(student)
             total = value if total is None else total + value
         return total, float(batch.mask.sum()) if hidden else 0.0
-
-    def _distance(
-        self,
-        module: nn.Module,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
-        """Compute the distance of one pair of layers.
-
-        Args:
-          module: The pair's projector or predictor, or an identity.
-          student: (N, T, R, C), the student's vectors.
-          teacher: (N, T, R, C'), the teacher's vectors; (N, T, R, codebooks) for codes.
-          mask: (N, T), the frames that count.
-        """
-        import torch
-        from torch import nn
-
-        from icefall_kd.losses.hidden import hidden_kd_loss
-        from icefall_kd.losses.kl import compute_dtype
-        from icefall_kd.terms.projectors import FromScale, ToScale
-
-        options = {"distance": self.distance, "mask": mask}
-        lengths = torch.full((len(mask),), mask.size(1), device=mask.device)
-        with torch.autocast(student.device.type, enabled=False):
-            student = student.to(compute_dtype(student.dtype))
-            if isinstance(module, nn.Identity):
-                return hidden_kd_loss(student, teacher, lengths, **options)
-            # The module learns from the unweighted term, and the student from the
-            # weighted one: the gradient's scale is taken off between these two.
-            scale: List[torch.Tensor] = []
-            student = ToScale.apply(student, scale)
-            if teacher.is_floating_point():
-                projected = module(student)
-                value = hidden_kd_loss(projected, teacher, lengths, **options)
-                return FromScale.apply(value, scale)
-            rows, codes = student[mask], teacher[mask]  # (M, R, C), (M, R, codebooks)
-            if not len(rows):
-                return student[:0].sum()
-            value = module(rows, codes) / (codes.size(-1) * codes.size(-2))
-            return FromScale.apply(value, scale)
 
 
 def parse_layers(text: str) -> Sequence[Pair]:

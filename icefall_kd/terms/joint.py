@@ -67,10 +67,8 @@ class JointKDLoss:
             f"the weights of {', '.join([*names, 'hard'])} are all 0, so there is "
             "nothing to train: give a term a weight, or `hard_weight` a value",
         )
-        temperatures = [
-            term.temperature for term in terms if hasattr(term, "temperature")
-        ]
-        self._temperatures = list(dict.fromkeys(temperatures))  # for the log
+        temperatures = dict.fromkeys(term.temperature for term in terms)
+        self._temperatures = [t for t in temperatures if t is not None]  # for the log
         self._non_finite = NonFiniteBatches()
 
     @classmethod

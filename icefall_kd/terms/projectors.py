@@ -15,6 +15,7 @@ from torch import nn
 
 from icefall_kd.errors import KDError, require
 from icefall_kd.kinds.hidden import hidden_rows, import_quantization
+from icefall_kd.losses.hidden import hidden_kd_loss
 from icefall_kd.losses.kl import compute_dtype
 from icefall_kd.types import EncoderOut
 from icefall_kd.zipformer import Layer
@@ -32,63 +33,38 @@ class Projector(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class FromScale(torch.autograd.Function):
+class _FromScale(torch.autograd.Function):
     """The identity, whose backward pass replaces the gradient by 1 and stores it.
 
     So neither the weight of a term nor the scale of fp16 training reaches a projector,
-    whatever they are in each of several backward passes that add up. :class:`ToScale`
-    gives the gradient behind the projector its scale again.
+    whatever they are in each of several backward passes that add up. :class:`_ToScale`
+    multiplies the gradient behind the projector by what was stored in ``scale``.
     """
 
     @staticmethod
     def forward(
         ctx: Any, value: torch.Tensor, scale: List[torch.Tensor]
     ) -> torch.Tensor:
-        """Return ``value``.
-
-        Args:
-          ctx: The function's context.
-          value: A scalar, the term of one pair.
-          scale: The list that the backward pass stores the gradient in.
-        """
         ctx.scale = scale
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Tuple[torch.Tensor, None]:
-        """Return 1; 0 of a term that is off, NaN of an overflow.
-
-        Args:
-          ctx: The function's context.
-          g: The gradient of the scalar: weight times scale.
-        """
         ctx.scale[:] = [g]
+        # Of a term that is off 0, of an overflow NaN.
         return torch.where(g == 0, g, g / g), None
 
 
-class ToScale(torch.autograd.Function):
-    """The identity, whose backward pass multiplies by the gradient that was stored."""
+class _ToScale(torch.autograd.Function):
+    """The identity, whose backward pass multiplies by the gradient in ``scale``."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: List[torch.Tensor]) -> torch.Tensor:
-        """Return ``x``.
-
-        Args:
-          ctx: The function's context.
-          x: A projector's input, of any shape.
-          scale: The list of :class:`FromScale`.
-        """
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Tuple[torch.Tensor, None]:
-        """Return the gradient of the weighted term.
-
-        Args:
-          ctx: The function's context.
-          g: The gradient of the unweighted term, of the input's shape.
-        """
         return g * ctx.scale[0], None
 
 
@@ -194,6 +170,46 @@ class Projectors:
         return (
             nn.Identity() if width == teacher_width else Projector(width, teacher_width)
         )
+
+    def distance(
+        self,
+        pair: Pair,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        mask: torch.Tensor,
+        distance: str = "mse",
+    ) -> torch.Tensor:
+        """Compute the distance of one pair of layers, behind its module.
+
+        Args:
+          pair: One of the pairs.
+          student: (N, T, R, C), the student's vectors.
+          teacher: (N, T, R, C'), the teacher's vectors, or its MVQ codes,
+            (N, T, R, codebooks) in int64.
+          mask: (N, T), bool, the frames that count.
+          distance: "mse" or "cosine", of vectors.
+
+        Returns:
+          A scalar, summed over frames. The module's gradient is that of the scalar
+          itself, and the student's that of the weighted scalar.
+        """
+        module = self.between(pair)
+        options: Dict[str, Any] = {"distance": distance, "mask": mask}
+        lengths = torch.full((len(mask),), mask.size(1), device=mask.device)
+        with torch.autocast(student.device.type, enabled=False):
+            student = student.to(compute_dtype(student.dtype))
+            if isinstance(module, nn.Identity):
+                return hidden_kd_loss(student, teacher, lengths, **options)
+            scale: List[torch.Tensor] = []
+            student = _ToScale.apply(student, scale)
+            if teacher.is_floating_point():
+                value = hidden_kd_loss(module(student), teacher, lengths, **options)
+                return _FromScale.apply(value, scale)
+            rows, codes = student[mask], teacher[mask]  # (M, R, C), (M, R, codebooks)
+            if not len(rows):
+                return student[:0].sum()
+            value = module(rows, codes) / (codes.size(-1) * codes.size(-2))
+            return _FromScale.apply(value, scale)
 
     def reduce(self) -> bool:
         """Average the gradients over the processes.
