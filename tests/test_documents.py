@@ -163,3 +163,33 @@ def test_both_languages_have_the_same_commands():
 def test_the_readme_names_the_command_that_tests_everything():
     assert ["bash", "tests/run.sh"] in commands((ROOT / "README.md").read_text("utf8"))
     assert "bash tests/run.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+WALK = re.compile(r"^\| \d+ \| `(\S+)` \| `(\w+)` \|", re.M)
+
+
+@pytest.mark.parametrize(
+    "step",
+    enumerate(WALK.findall((ROOT / "docs" / "design.md").read_text("utf8")), 1),
+    ids=lambda step: f"{step[0]} {step[1][1]}",
+)
+def test_each_step_of_the_walks_through_the_code_exists(step):
+    file, name = step[1]
+    tree = ast.parse((ROOT / "icefall_kd" / file).read_text("utf8"))
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    names = {n.name for n in ast.walk(tree) if isinstance(n, definitions)}
+    assert name in names
+
+
+def test_the_walks_have_all_their_steps():
+    text = (ROOT / "docs" / "design.md").read_text("utf8")
+    assert len(WALK.findall(text)) == len(re.findall(r"^\| \d+ \|", text, re.M)) > 30
+
+
+def test_the_design_names_each_folder_and_module_of_the_package():
+    text = (ROOT / "docs" / "design.md").read_text("utf8")
+    named = set(re.findall(r"^\| `([\w./]+)` \|", text, re.M))
+    package = ROOT / "icefall_kd"
+    there = {p.name for p in package.glob("*.py")} - {"__init__.py", "recipe.py"}
+    there |= {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    assert there <= named
