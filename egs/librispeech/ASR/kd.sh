@@ -29,8 +29,8 @@ avg=9                         # epochs that the decoding of a student averages
 kd_config=                    # weights of the losses; default: conf/kd*.yaml, by heads
 kd_flags=                     # override kd_config, such as --kd-temperature 2
 keep=adaptive:0.999:16        # form of the stored CTC targets; see icefall-kd dump --help
-keep_lattice=adaptive:0.999:16  # form of the stored lattices; empty: none
-keep_hidden=                  # out:half stores the encoder output, which is large
+keep_lattice=adaptive:0.999:16  # form of the stored lattices, or none
+keep_hidden=none              # out:half stores the encoder output, which is large
 dump_max_duration=600         # seconds of audio in a batch of the teacher
 chunk_size=16                 # stack frames (50 Hz) of a causal model's chunk, for targets,
                               # decoding and export
@@ -222,7 +222,7 @@ if ! has_ctc "${teacher_model[@]}"; then
 fi
 if ! has_transducer "${teacher_model[@]}"; then
   losses=kd-ctc.yaml
-  keep_lattice=
+  keep_lattice=none
 fi
 kd_config=${kd_config:-$script_dir/conf/$losses}
 case $student in

@@ -25,8 +25,10 @@ dump_job() {
       if [ $((i % num_jobs)) -eq "$1" ]; then job_manifests+=("${manifests[$i]}"); fi
     done
   fi
-  if [ -n "$keep_lattice" ]; then forms+=(--keep-lattice "$keep_lattice"); fi
-  if [ -n "$keep_hidden" ]; then forms+=(--keep-hidden "$keep_hidden"); fi
+  if [ "${keep_lattice:-none}" != none ]; then
+    forms+=(--keep-lattice "$keep_lattice")
+  fi
+  if [ "${keep_hidden:-none}" != none ]; then forms+=(--keep-hidden "$keep_hidden"); fi
   for m in "${job_manifests[@]}"; do
     mkdir -p "$targets_dir/$(dirname "$m")"
     if [ -L "$targets_dir/$m" ]; then rm -f "$targets_dir/$m"; fi  # no targets yet
