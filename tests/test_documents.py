@@ -193,3 +193,51 @@ def test_the_design_names_each_folder_and_module_of_the_package():
     there = {p.name for p in package.glob("*.py")} - {"__init__.py", "recipe.py"}
     there |= {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
     assert there <= named
+
+
+def test_the_examples_of_a_new_kind_and_a_new_term_work():
+    import textwrap
+
+    import numpy as np
+    import torch
+
+    from icefall_kd import EncoderOut, JointKDLoss, Targets
+    from icefall_kd.kinds import FrameKind
+    from icefall_kd.terms.base import Option, Term
+    from icefall_kd.terms.schedule import Curve
+
+    names = {"FrameKind": FrameKind, "Term": Term, "Option": Option, "Curve": Curve}
+    names.update(np=np, torch=torch)
+    text = (ROOT / "docs" / "design.md").read_text("utf8")
+    for block in re.findall(r"^   ```python\n(.*?)^   ```", text, re.M | re.S):
+        exec(textwrap.dedent(block), names)
+
+    g = torch.Generator().manual_seed(7)
+    lens = torch.tensor([5, 3])
+    teacher = EncoderOut(torch.randn(2, 5, 6, generator=g), lens)
+    student = EncoderOut(torch.randn(2, 5, 4, generator=g), lens)
+    kind = names["EnergyKind"]("float", 11, 0)
+    values = kind.take(teacher)
+    records = [kind.encode(value, "c1") for value in values]
+    frames = [kind.frames(value)[0] for value in values]
+    assert frames == [5, 3]
+    index = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 0, 0]])
+    energies = kind.collate(records, frames, index, [0, 1])
+    assert torch.equal(energies[1, :3], teacher.encoder_out[1, :3].norm(dim=-1))
+    with pytest.raises(ValueError, match="8 energies, and not 9"):
+        kind.decode(records, [5, 4])
+
+    joint = JointKDLoss([names["EnergyTerm"](weight=2.0)], hard_weight=0.0)
+    assert joint.kinds == ["energy"]
+    loss, info = joint(
+        torch.tensor(3.0), student, Targets(lens, parts={"energy": energies})
+    )
+    expected = sum(
+        float(
+            (student.encoder_out[n, t].norm() - teacher.encoder_out[n, t].norm()) ** 2
+        )
+        for n, t in [(0, t) for t in range(5)] + [(1, t) for t in range(3)]
+    )
+    assert float(loss) == pytest.approx(2 * expected, rel=1e-5)
+    assert info["kd_energy_loss"] == pytest.approx(expected, rel=1e-5)
+    assert info["kd_energy_frames"] == 8
