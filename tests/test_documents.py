@@ -241,3 +241,23 @@ def test_the_examples_of_a_new_kind_and_a_new_term_work():
     assert float(loss) == pytest.approx(2 * expected, rel=1e-5)
     assert info["kd_energy_loss"] == pytest.approx(expected, rel=1e-5)
     assert info["kd_energy_frames"] == 8
+
+
+def test_imports_go_up_the_table_of_the_design():
+    text = (ROOT / "docs" / "design.md").read_text("utf8")
+    section = text.split("## Folders and modules")[1].split("\n## ")[0]
+    order = [
+        name.strip("/") for name in re.findall(r"^\| `([\w./]+)` \|", section, re.M)
+    ]
+    exceptions = set(re.findall(r"`(\w+/\w+\.py)` (?:compares|runs)", section))
+    package, wrong = ROOT / "icefall_kd", set()
+    for path in package.rglob("*.py"):
+        name = str(path.relative_to(package))
+        folder = name.split("/")[0]
+        imports = re.findall(r"^\s*from icefall_kd\.(\w+)", path.read_text(), re.M)
+        for module in imports if folder in order else ():
+            if f"{module}.py" in order:
+                module = f"{module}.py"
+            if order.index(module) > order.index(folder):
+                wrong.add(name)
+    assert wrong == exceptions
