@@ -65,7 +65,7 @@ def answer(args: argparse.Namespace) -> None:
 
     sys.path.insert(0, str(RECIPE.parents[3]))
     from icefall_kd.rnnt import get_engine
-    from icefall_kd.teacher.loader import import_train
+    from icefall_kd.teacher.recipe import import_train
 
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from tqdm.auto import tqdm
 
 from icefall_kd.rnnt import get_engine
-from icefall_kd.teacher.loader import import_train
+from icefall_kd.teacher.recipe import import_train
 from icefall_kd.training import session
 
 ROOT = Path(__file__).resolve().parents[1]

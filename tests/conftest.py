@@ -467,7 +467,7 @@ def stored_form(make_logits):
 @pytest.fixture
 def recipe():
     """The train module of the digits recipe."""
-    from icefall_kd.teacher.loader import import_train
+    from icefall_kd.teacher.recipe import import_train
 
     return import_train(RECIPE)
 
@@ -481,7 +481,7 @@ def teacher_exp(tmp_path_factory, bpe_models):
     from lhotse import CutSet
     from lhotse.dataset import SimpleCutSampler
 
-    from icefall_kd.teacher.loader import import_train
+    from icefall_kd.teacher.recipe import import_train
 
     path = list(sys.path)
     try:

@@ -125,9 +125,8 @@ def _is_among(teacher: str, teachers: str) -> bool:
 
 def _write_flags(path: str, recipe: str, settings: Dict[str, Any]) -> None:
     """Write the options by which the recipe's scripts build a model, in one line."""
-    from icefall_kd.cli.student import flags_of, model_names
     from icefall_kd.files import replacing
-    from icefall_kd.teacher.loader import import_train
+    from icefall_kd.teacher.recipe import flags_of, import_train, model_names
 
     line = flags_of(settings, model_names(import_train(recipe)))
     try:
@@ -200,7 +199,8 @@ def _check_loss(kd: str, fingerprint: Any, store: str, left_out: int) -> None:
 def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
     """Refuse a student of other symbols, or flags that its checkpoint contradicts."""
     from icefall_kd.teacher.checkpoints import load_checkpoint
-    from icefall_kd.teacher.loader import import_train, settings_of
+    from icefall_kd.teacher.loader import settings_of
+    from icefall_kd.teacher.recipe import import_train
 
     path, flags = Path(folder) / "epoch-1.pt", Path(folder) / "student_flags"
     for file in (path, flags):
@@ -234,8 +234,7 @@ def _words_of(flags: Path) -> List[str]:
 
 def _check_complete(flags: Path, words: List[str], train, settings: Dict[str, Any]):
     """Refuse a file that lacks flags without which the recipe's defaults hold."""
-    from icefall_kd.cli.student import flags_of, model_names
-    from icefall_kd.teacher.loader import params_of_flags
+    from icefall_kd.teacher.recipe import flags_of, model_names, params_of_flags
 
     needed = params_of_flags(train, flags_of(settings, model_names(train)).split())
     params = params_of_flags(train, words)

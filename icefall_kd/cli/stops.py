@@ -19,9 +19,9 @@ def clean_up_when_stopped() -> None:
 def _stop(number, frame) -> None:
     # What follows must not break off the cleaning: a script that is stopped by Ctrl-C
     # passes it on as another signal. A second Ctrl-C does.
-    for other in _STOPS:
-        if signal.getsignal(other) is _stop:
-            signal.signal(other, signal.SIG_IGN)
+    for signal_number in _STOPS:
+        if signal.getsignal(signal_number) is _stop:
+            signal.signal(signal_number, signal.SIG_IGN)
     if number == signal.SIGINT:
         signal.signal(number, signal.default_int_handler)
         raise KeyboardInterrupt

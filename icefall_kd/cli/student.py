@@ -1,11 +1,9 @@
 """Builds a student from a teacher, as a checkpoint that train.py starts from."""
 
-import argparse
 import math
 import shlex
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ContextManager, Dict, List, Sequence
 
 import click
@@ -38,12 +36,11 @@ from icefall_kd.targets.batches import read_features
 from icefall_kd.targets.cuts import Survey, checked
 from icefall_kd.targets.heard import check_supervision, why_unheard
 from icefall_kd.targets.labels import labels_of, why_long
-from icefall_kd.teacher.loader import (
-    call_recipe,
+from icefall_kd.teacher.recipe import (
+    flags_of,
     import_train,
     model_maker,
-    need_functions,
-    recipe_defaults,
+    model_names,
     recipe_params,
 )
 from icefall_kd.teacher.spec import TeacherSpec
@@ -94,40 +91,6 @@ def parse_changes(changes: Sequence[str], settings: Dict[str, Any]) -> Dict[str,
             f"--set {change}: {name} must be above 0, and finite",
         )
     return parsed
-
-
-def model_names(train: ModuleType) -> Dict[str, Any]:
-    """The names of the recipe's model options, with the defaults of its own parser.
-
-    Args:
-      train: The recipe's module.
-    """
-    need_functions(train, "add_model_arguments", "get_parser")
-    parser = argparse.ArgumentParser()
-    call_recipe(train.add_model_arguments, parser)
-    defaults = recipe_defaults(train)
-    names = [*vars(parser.parse_args([])), "context_size"]  # librispeech has it outside
-    # A way to train, without parameters of its own.
-    names = [name for name in names if name != "use_cr_ctc"]
-    return {name: defaults[name] for name in names if name in defaults}
-
-
-def flags_of(settings: Dict[str, Any], defaults: Dict[str, Any]) -> str:
-    """The options that make the recipe's parser return ``settings``, in one line.
-
-    Args:
-      settings: A model's.
-      defaults: Those of :func:`model_names`.
-    """
-    words = []
-    for name, default in defaults.items():
-        value = settings.get(name, default)
-        if value != default:
-            value = "".join(str(value).split())  # the shell parts words at spaces
-            flag = "--" + name.replace("_", "-")
-            # argparse takes -1,16 for an option of its own.
-            words += [f"{flag}={value}"] if value.startswith("-") else [flag, value]
-    return " ".join(words)
 
 
 def _check_place(path: Path, exp_dir: str) -> None:

@@ -22,7 +22,7 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 from icefall_kd import ModelTap, build_student
 from icefall_kd.cli import cli
 from icefall_kd.cli.dump import job_of
-from icefall_kd.cli.student import flags_of, model_names, parse_changes
+from icefall_kd.cli.student import parse_changes
 from icefall_kd.errors import KDError
 from icefall_kd.targets import Fingerprint
 from icefall_kd.targets.dataset import collate_targets
@@ -30,6 +30,7 @@ from icefall_kd.targets.fingerprint import hash_state_dict
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.targets.writer import LogitWriter
 from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.teacher.recipe import flags_of, model_names
 from icefall_kd.tokens import hash_tokens, load_tokenizer, token_names
 from icefall_kd.training import session
 

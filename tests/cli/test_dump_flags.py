@@ -12,7 +12,7 @@ from icefall_kd.errors import KDError
 from icefall_kd.targets import Fingerprint
 from icefall_kd.targets.fingerprint import hash_state_dict
 from icefall_kd.targets.store import Pointer
-from icefall_kd.teacher.loader import params_of_flags
+from icefall_kd.teacher.recipe import params_of_flags
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.training.online import online_teacher
 from icefall_kd.training.options import all_options

@@ -9,7 +9,7 @@ from lhotse.dataset.collation import collate_features
 
 from icefall_kd import build_student
 from icefall_kd.cli.account import _numbers, account
-from icefall_kd.cli.student import flags_of, model_names, read_batches
+from icefall_kd.cli.student import read_batches
 from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds, count_parameters
 from icefall_kd.student.importance import select_important
@@ -18,6 +18,7 @@ from icefall_kd.student.scores import score_heads
 from icefall_kd.student.search import nearest
 from icefall_kd.student.selection import select_first
 from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.teacher.recipe import flags_of, model_names
 from icefall_kd.tokens import load_tokenizer
 
 TEXTS = {"c1": "zero one", "c2": "seven", "c3": "two", "c4": "nine one"}

@@ -206,7 +206,7 @@ REAL = """
 import json, sys
 import icefall
 from pathlib import Path
-from icefall_kd.teacher.loader import import_train
+from icefall_kd.teacher.recipe import import_train
 root = Path(icefall.__file__).resolve().parents[1]
 train = import_train(root / "egs" / "librispeech" / "ASR" / "zipformer")
 sizes = {}

@@ -8,13 +8,9 @@ import torch
 
 from icefall_kd import ModelTap
 from icefall_kd.errors import KDError
-from icefall_kd.teacher.loader import (
-    checkpoint_files,
-    import_train,
-    load_checkpoint,
-    load_recipe_model,
-    settings_of,
-)
+from icefall_kd.teacher.checkpoints import checkpoint_files, load_checkpoint
+from icefall_kd.teacher.loader import load_recipe_model, settings_of
+from icefall_kd.teacher.recipe import import_train
 
 
 def outputs(model, features):

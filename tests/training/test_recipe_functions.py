@@ -2,15 +2,14 @@
 
 import pytest
 
-from icefall_kd.cli.student import model_names
 from icefall_kd.errors import KDError
-from icefall_kd.teacher.loader import (
+from icefall_kd.teacher.loader import load_recipe_model, settings_of
+from icefall_kd.teacher.recipe import (
     import_train,
-    load_recipe_model,
+    model_names,
     params_of_flags,
     recipe_defaults,
     recipe_params,
-    settings_of,
 )
 
 GOOD = {
