@@ -93,11 +93,13 @@ class CtcTerm(Term):
         return " ".join(notes)
 
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
+        """Refuse a ``store`` whose ``fingerprint`` names another temperature."""
         super().check_store(fingerprint, store)
         codec, _ = fingerprint.codecs()
         codec.check_temperature(self.temperature)
 
     def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+        """Sum the divergence over the frames of ``batch`` that have targets."""
         from icefall_kd.losses.ctc import ctc_kd_loss
 
         if not batch.has_ctc_targets:

@@ -42,6 +42,7 @@ class FullSumTerm(Term):
     )
 
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
+        """Refuse a ``store`` whose ``fingerprint`` names a temperature other than 1."""
         super().check_store(fingerprint, store)
         _, codec = fingerprint.codecs()
         try:
@@ -55,6 +56,7 @@ class FullSumTerm(Term):
             ) from None
 
     def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+        """Sum the distance over the utterances of ``batch`` that have a lattice."""
         from icefall_kd.losses.full_sum import full_sum_kd_loss
 
         nodes = batch.nodes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, List, Sequence, Tuple
 from icefall_kd.errors import KDError, require
 from icefall_kd.terms.base import Option, Term
 from icefall_kd.terms.schedule import Curve, Weight
-from icefall_kd.zipformer import OUT, Layer
+from icefall_kd.zipformer import OUT
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +109,7 @@ class HiddenTerm(Term):
         return f"{self.distance} of {pairs}"
 
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
+        """Refuse a ``store`` whose ``fingerprint`` lacks a layer of the teacher."""
         super().check_store(fingerprint, store)
         stored = [codec.layer for codec in fingerprint.hidden_codecs()]
         for layer in self.teacher_layers:
@@ -120,9 +121,11 @@ class HiddenTerm(Term):
             )
 
     def prepare(self, student: EncoderOut, targets: Targets) -> None:
+        """Make the projectors between the layers of ``student`` and ``targets``."""
         self.projectors.build(student, targets.parts.get("hidden", {}))
 
     def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+        """Sum the distances over the pairs of layers and the frames of ``batch``."""
         from icefall_kd.kinds.hidden import hidden_rows
 
         total, hidden, t = None, batch.targets.parts.get("hidden"), batch.mask.size(1)
@@ -154,19 +157,18 @@ def parse_layers(text: str) -> Sequence[Pair]:
         frame rates differ.
     """
     parameter = HiddenTerm.parameter("layers")
-
-    def parse_layer(name: str) -> Layer:
-        require(
-            re.fullmatch(f"{OUT}|[0-9]{{1,3}}", name),
-            f"{parameter} is {text!r}: give pairs TEACHER:STUDENT with commas, each a "
-            f"stack's index or {OUT}, as in 3:2,{OUT}:{OUT}",
-        )
-        return OUT if name == OUT else int(name)
-
     pairs: List[Pair] = []
     for part in text.split(","):
         teacher, _, student = part.strip().partition(":")
-        pair = (parse_layer(teacher), parse_layer(student or teacher))
+        layers = []
+        for name in (teacher, student or teacher):
+            require(
+                re.fullmatch(f"{OUT}|[0-9]{{1,3}}", name),
+                f"{parameter} is {text!r}: give pairs TEACHER:STUDENT with commas, "
+                f"each a stack's index or {OUT}, as in 3:2,{OUT}:{OUT}",
+            )
+            layers.append(OUT if name == OUT else int(name))
+        pair = (layers[0], layers[1])
         if (pair[0] == OUT) != (pair[1] == OUT):
             raise KDError(
                 f"{parameter} pairs {teacher} with {student}, and {OUT} has 25 frames "

@@ -39,6 +39,7 @@ class NbestTerm(Term):
     )
 
     def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+        """Sum the losses over the utterances of ``batch`` that have a list."""
         import torch
 
         from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss

@@ -116,6 +116,8 @@ class TransducerTerm(Term):
         return note
 
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
+        """Refuse a ``store`` whose ``fingerprint`` names another temperature, or forms
+        that a mean over all tokens can't be taken of."""
         super().check_store(fingerprint, store)
         ctc, lattice = fingerprint.codecs()
         if self.form == TOTAL:
@@ -135,6 +137,7 @@ class TransducerTerm(Term):
             )
 
     def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+        """Sum the divergence over the nodes of the lattices of ``batch``."""
         from icefall_kd.losses.transducer import nodes_kd_loss, shift, total_kd_loss
 
         nodes = batch.nodes

@@ -46,7 +46,7 @@ def value(term, said, heard):
 
 def test_the_term_is_the_sum_over_pairs():
     said, heard = student(), teacher({"out": 5, 3: 6})
-    layers = hidden_term("out:out,3:2", "cosine")
+    term = hidden_term("out:out,3:2", "cosine")
     expected = hidden_kd_loss(
         hidden_rows(said, "out"),
         heard.parts["hidden"]["out"],
@@ -55,8 +55,8 @@ def test_the_term_is_the_sum_over_pairs():
     ) + hidden_kd_loss(
         hidden_rows(said, 2), heard.parts["hidden"][3], heard.lens, distance="cosine"
     )
-    torch.testing.assert_close(value(layers, said, heard), expected)
-    assert list(layers.projectors.modules.parameters()) == [] and expected > 1
+    torch.testing.assert_close(value(term, said, heard), expected)
+    assert list(term.projectors.modules.parameters()) == [] and expected > 1
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
@@ -71,19 +71,19 @@ def test_a_student_that_equals_its_teacher_has_zero_loss_and_gradient(kind):
 
 def test_a_projector_begins_with_the_teachers_first_channels():
     said, heard = student(c=5), teacher({"out": 8})
-    layers = hidden_term("out")
+    term = hidden_term("out")
     x = torch.cat((said.encoder_out, torch.zeros(2, 7, 3)), -1).unsqueeze(2)
     expected = hidden_kd_loss(x, heard.parts["hidden"]["out"], heard.lens)
-    torch.testing.assert_close(value(layers, said, heard), expected)
+    torch.testing.assert_close(value(term, said, heard), expected)
 
 
 def test_a_projector_learns_from_the_backward_pass_before():
     said, heard = student(), teacher({"out": 8})
-    layers = hidden_term("out", lr=0.05)
+    term = hidden_term("out", lr=0.05)
     losses = []
     for _ in range(40):
-        layers.projectors.step()
-        loss = value(layers, said, heard)
+        term.projectors.step()
+        loss = value(term, said, heard)
         loss.backward()
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
@@ -100,10 +100,10 @@ def test_the_random_state_is_left_alone():
 @pytest.mark.parametrize("factor", [1.0, 512.0, 0.25])
 def test_neither_weight_nor_loss_scale_reach_the_projectors_gradient(factor):
     said, heard = student(), teacher({"out": 8})
-    layers = hidden_term("out")
-    (factor * value(layers, said, heard)).backward()
-    assert layers.projectors.reduce()
-    (weight, bias) = layers.projectors.modules.parameters()
+    term = hidden_term("out")
+    (factor * value(term, said, heard)).backward()
+    assert term.projectors.reduce()
+    (weight, bias) = term.projectors.modules.parameters()
     other = hidden_term("out")
     value(other, said, heard).backward()
     torch.testing.assert_close(
@@ -130,17 +130,17 @@ def test_passes_of_several_weights_add_up_as_unweighted_ones(codes):
     batches = [batch(seed) for seed in range(3)]
 
     def run(weights, together=False):
-        layers = hidden_term("out")
+        term = hidden_term("out")
         terms = []
         for (said, heard), weight in zip(batches, weights):
             said.encoder_out.grad = None
-            terms.append(weight * value(layers, said, heard))
+            terms.append(weight * value(term, said, heard))
             if not together:
                 terms.pop().backward()
         if together:
             sum(terms).backward()
-        assert layers.projectors.reduce()
-        ours = [p.grad for p in layers.projectors.modules.parameters()]
+        assert term.projectors.reduce()
+        ours = [p.grad for p in term.projectors.modules.parameters()]
         return ours, [said.encoder_out.grad for said, _ in batches]
 
     expected, students = run([1.0, 1.0, 1.0])
@@ -157,44 +157,43 @@ def test_passes_of_several_weights_add_up_as_unweighted_ones(codes):
 
 def test_an_infinite_scale_is_not_learned_from():
     said, heard = student(), teacher({"out": 8})
-    layers = hidden_term("out")
-    (torch.inf * value(layers, said, heard)).backward()
-    assert not layers.projectors.reduce()
+    term = hidden_term("out")
+    (torch.inf * value(term, said, heard)).backward()
+    assert not term.projectors.reduce()
 
 
 def test_an_overflow_is_not_learned_from():
     said, heard = student(), teacher({"out": 8})
-    layers = hidden_term("out")
-    value(layers, said, heard).backward()
-    before = [p.detach().clone() for p in layers.projectors.modules.parameters()]
-    next(layers.projectors.modules.parameters()).grad[0, 0] = torch.inf
-    layers.projectors.step()
+    term = hidden_term("out")
+    value(term, said, heard).backward()
+    before = [p.detach().clone() for p in term.projectors.modules.parameters()]
+    next(term.projectors.modules.parameters()).grad[0, 0] = torch.inf
+    term.projectors.step()
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(before, layers.projectors.modules.parameters())
+        torch.equal(a, b) for a, b in zip(before, term.projectors.modules.parameters())
     )
-    assert all(p.grad is None for p in layers.projectors.modules.parameters())
+    assert all(p.grad is None for p in term.projectors.modules.parameters())
 
 
 def test_a_batch_without_layers_has_a_zero_term_with_its_graph():
     said, heard = student(), teacher({"out": 8})
-    layers = hidden_term("out")
-    layers.projectors.learn_widths(heard.parts["hidden"])
-    loss = value(layers, said, Targets(heard.lens))
+    term = hidden_term("out")
+    term.projectors.learn_widths(heard.parts["hidden"])
+    loss = value(term, said, Targets(heard.lens))
     loss.backward()
     assert loss == 0 and said.encoder_out.grad.abs().max() == 0
-    layers.projectors.step()  # with nothing to learn
-    assert len(list(layers.projectors.modules.parameters())) == 2
+    term.projectors.step()  # with nothing to learn
+    assert len(list(term.projectors.modules.parameters())) == 2
 
 
 def test_frames_outside_the_mask_do_not_count():
     said, heard = student(), teacher({"out": 8})
-    layers = hidden_term("out")
-    expected = value(layers, said, heard)
+    term = hidden_term("out")
+    expected = value(term, said, heard)
     heard.parts["hidden"]["out"][1, 4:] = torch.nan
     with torch.no_grad():
         said.encoder_out[1, 4:] = 1e3
-    torch.testing.assert_close(value(layers, said, heard), expected)
+    torch.testing.assert_close(value(term, said, heard), expected)
 
 
 def test_codes_are_predicted_by_their_cross_entropy():
@@ -202,11 +201,11 @@ def test_codes_are_predicted_by_their_cross_entropy():
     said = student(c=5)
     codes = torch.randint(256, (2, 7, 1, 4), generator=torch.Generator().manual_seed(3))
     heard = Targets(said.encoder_out_lens, parts={"hidden": {"out": codes}})
-    layers = hidden_term("out", lr=0.05)
+    term = hidden_term("out", lr=0.05)
     losses = []
     for _ in range(30):
-        layers.projectors.step()
-        loss = value(layers, said, heard)
+        term.projectors.step()
+        loss = value(term, said, heard)
         loss.backward()
         losses.append(float(loss))
     n = float(heard.mask.sum())
@@ -218,26 +217,26 @@ def test_codes_are_predicted_by_their_cross_entropy():
 
 def test_what_was_learned_goes_on():
     said, heard = student(), teacher({"out": 8})
-    layers = hidden_term("out", lr=0.05)
+    term = hidden_term("out", lr=0.05)
     for _ in range(3):
-        value(layers, said, heard).backward()
-        layers.projectors.step()
+        value(term, said, heard).backward()
+        term.projectors.step()
     other = hidden_term("out", lr=0.05)
-    other.projectors.load_state_dict(copy.deepcopy(layers.projectors.state_dict()))
-    torch.testing.assert_close(value(other, said, heard), value(layers, said, heard))
-    for x in (layers, other):
+    other.projectors.load_state_dict(copy.deepcopy(term.projectors.state_dict()))
+    torch.testing.assert_close(value(other, said, heard), value(term, said, heard))
+    for x in (term, other):
         value(x, said, heard).backward()
         x.projectors.step()
-    torch.testing.assert_close(value(other, said, heard), value(layers, said, heard))
+    torch.testing.assert_close(value(other, said, heard), value(term, said, heard))
 
 
 def test_projectors_of_other_layers_are_refused():
-    layers = hidden_term("out")
-    layers.projectors.load_state_dict(
+    term = hidden_term("out")
+    term.projectors.load_state_dict(
         {"modules": {"3-2.weight": torch.zeros(1)}, "optimizer": {}}
     )
     with pytest.raises(KDError, match="remove kd.pt"):
-        value(layers, student(), teacher({"out": 8}))
+        value(term, student(), teacher({"out": 8}))
 
 
 @pytest.mark.parametrize(
@@ -268,9 +267,9 @@ def test_what_is_no_pair_is_refused(text, words):
 
 
 def test_a_layer_that_the_targets_lack_is_refused():
-    layers = hidden_term("4:2")
+    term = hidden_term("4:2")
     with pytest.raises(KDError, match="keep layers \\['3'\\] .* not 4.*--keep-hidden"):
-        value(layers, student(), teacher({3: 6}))
+        value(term, student(), teacher({3: 6}))
 
 
 def test_an_unknown_distance_is_refused():
