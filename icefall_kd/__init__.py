@@ -15,7 +15,10 @@ _FRONT_DOOR = {
     "ModelTap": "icefall_kd.tap",
     "TeacherHook": "icefall_kd.tap:ModelTap",  # its former name
     "load_model": "icefall_kd.teacher.loader:load_recipe_model",
+    "Teacher": "icefall_kd.teacher.teacher",
+    "TeacherSpec": "icefall_kd.teacher.spec",
     # Storing targets and reading them
+    "dump_targets": "icefall_kd.targets.dump",
     "Fingerprint": "icefall_kd.targets.fingerprint",
     "TargetWriter": "icefall_kd.targets.writer",
     "LogitWriter": "icefall_kd.targets.writer:TargetWriter",  # its former name

@@ -36,6 +36,9 @@ def test_the_first_use_of_a_name_imports_it(run_python):
         ("JointKDLoss", "icefall_kd.terms.joint"),
         ("build_student", "icefall_kd.student.build"),
         ("ctc_kd_loss", "icefall_kd.losses.ctc"),
+        ("dump_targets", "icefall_kd.targets.dump"),
+        ("Teacher", "icefall_kd.teacher.teacher"),
+        ("TeacherSpec", "icefall_kd.teacher.spec"),
     ],
 )
 def test_front_door(name, module):

@@ -73,7 +73,7 @@ class Fingerprint:
     feature_shift: float = 0.01  # seconds between two feature frames
     ctc: str = "dense"  # "" for none
     lattice: str = ""
-    s_range: int = 0  # label positions of a lattice at a frame; 0 for none
+    s_range: int = 0  # label positions of a lattice at a frame; 0 for all
     hidden: str = ""
     version: int = 3  # of the store's bytes
     # By name, for kinds that have no field of their own; not in the JSON if empty.
