@@ -127,7 +127,7 @@ def main() -> None:
                 lattice=lattice,
                 s_range=5 if lattice else 0,
             )
-            teacher = Teacher([model], ctc=bool(keep))
+            teacher = Teacher([model], with_ctc=bool(keep))
             with TargetWriter(
                 f"{folder}/{keep}{lattice}.jsonl.gz",
                 f"{folder}/{keep}{lattice}",

@@ -5,7 +5,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 import torch
 from torch import nn
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import require
 from icefall_kd.rnnt import get_engine
 from icefall_kd.types import PrunedLattice
 
@@ -27,21 +27,20 @@ def passed_nodes(occupancy: torch.Tensor) -> torch.Tensor:
     return occupancy > LEAST_OCCUPANCY
 
 
-def check_s_range(s_range: int, option: str) -> None:
+def check_s_range(s_range: int) -> None:
     """Refuse a number of label positions at a frame that makes no lattice.
 
     Args:
-      s_range: Label positions at a frame, 0 for all of them.
-      option: The name that the user gave it by.
+      s_range: 0 for all positions.
 
     Raises:
-      KDError: ``s_range`` is 1 or below 0.
+      KDError: 1, or a number below 0.
     """
-    if s_range != 0 and s_range < 2:
-        raise KDError(
-            f"{option} is {s_range}, and no path gets through fewer than 2 label "
-            "positions: give 2 or more, or 0 for all of them"
-        )
+    require(
+        s_range == 0 or s_range >= 2,
+        f"`s_range` is {s_range}, and no path gets through fewer than 2 label "
+        "positions: give 2 or more, or 0 for all of them",
+    )
 
 
 # Building a lattice

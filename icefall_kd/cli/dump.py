@@ -190,7 +190,7 @@ def dump(
     cuts = ManifestCuts(in_cuts)
     storage_dir = storage_dir or _default_store(out_cuts)
     _check_places(in_cuts, out_cuts, storage_dir)
-    check_s_range(s_range, "--s-range")
+    check_s_range(s_range)
     seconds = parse_seconds(cut_seconds)
     keep, keep_lattice, keep_hidden = map(_form, (keep, keep_lattice, keep_hidden))
     require(
@@ -229,7 +229,7 @@ def dump(
     )
     layers = [codec.layer for codec in codecs]
     models = [loaded.model for loaded in teachers]
-    running = Teacher(models, shares, choose, layers, ctc=bool(fingerprint.ctc))
+    running = Teacher(models, shares, choose, layers, with_ctc=bool(fingerprint.ctc))
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():

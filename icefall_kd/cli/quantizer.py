@@ -112,7 +112,7 @@ def quantizer(
     teacher.tokenizer(loaded.settings)
     survey(in_cuts, int(loaded.settings["feature_dim"])).warn()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    running = Teacher([loaded.model], hidden=[layer], ctc=False).to(device)
+    running = Teacher([loaded.model], layers=[layer], with_ctc=False).to(device)
     remedy = f"give --num-vectors less than {num_vectors}"
     with enough_memory(f"gathering {num_vectors} vectors", remedy):
         data = _gather(_vectors(running, cuts, layer, device), num_vectors)

@@ -37,8 +37,9 @@ class Teacher:
         default.
       choose: Given a cut, returns the index of the model that teaches it; instead of
         ``weights``.
-      hidden: Layers to be taken too (:mod:`icefall_kd.kinds.hidden`), of one model.
-      ctc: Whether CTC logits are taken.
+      layers: The hidden layers whose rows are taken (:mod:`icefall_kd.kinds.hidden`),
+        of one model.
+      with_ctc: Whether CTC logits are taken.
 
     Raises:
       KDError: no models, weights that don't fit them, or hidden layers of several.
@@ -49,8 +50,8 @@ class Teacher:
         models: Sequence[nn.Module],
         weights: Optional[Sequence[float]] = None,
         choose: Optional[Callable[[Cut], int]] = None,
-        hidden: Sequence[Layer] = (),
-        ctc: bool = True,
+        layers: Sequence[Layer] = (),
+        with_ctc: bool = True,
     ) -> None:
         require(models, "there is no teacher: give one model or more")
         require(
@@ -64,15 +65,15 @@ class Teacher:
             "for each",
         )
         require(
-            not hidden or len(models) == 1,
+            not layers or len(models) == 1,
             f"there are {len(models)} teachers, and hidden layers of several can't be "
             "averaged: keep those of one teacher",
         )
         for model in models:
             model.eval().requires_grad_(False)
-        self.layers = tuple(hidden)
-        self.has_ctc = ctc
-        self.taps = [ModelTap(model, hidden, ctc) for model in models]
+        self.layers = tuple(layers)
+        self.with_ctc = with_ctc
+        self.taps = [ModelTap(model, layers, with_ctc) for model in models]
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.weights /= self.weights.sum()
         self.choose = choose
@@ -130,7 +131,7 @@ class Teacher:
         outs = self.encode(x, x_lens)
         lens = outs[0].encoder_out_lens
         targets = Targets(lens * long_enough, whole=long_enough)
-        if self.has_ctc:
+        if self.with_ctc:
             log_probs = self.ctc_logits(outs, cuts).float().log_softmax(-1)
             targets.parts["ctc"] = log_probs
         if self.layers:
@@ -162,7 +163,7 @@ class Teacher:
           all of them.
         """
         outs = self.encode(x, x_lens)
-        logits = self.ctc_logits(outs, cuts) if self.has_ctc else None
+        logits = self.ctc_logits(outs, cuts) if self.with_ctc else None
         lattices = None
         if y is not None:
             lattices = self._lattice_of_each(outs, y, s_range, cuts)

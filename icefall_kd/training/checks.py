@@ -21,7 +21,7 @@ def check_online(params: Dict[str, Any], joint: Any, online: bool) -> None:
     from icefall_kd.kinds.codec import Codec
     from icefall_kd.lattice import check_s_range
 
-    check_s_range(params["kd_teacher_s_range"], "--kd-teacher-s-range")
+    check_s_range(params["kd_teacher_s_range"])
     cache = params["kd_teacher_cache_dir"]
     if not cache:
         return

@@ -14,6 +14,7 @@ from icefall_kd.training.options import flags_in_errors
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
+    from icefall_kd.kinds.hidden import Layer
     from icefall_kd.targets.writer import TargetWriter
     from icefall_kd.teacher.cache import CachingTeacher
     from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
@@ -57,15 +58,16 @@ def _check_tokens(
     """Refuse a teacher of other tokens than the student's, as far as files tell."""
     from icefall_kd.tokens import load_tokenizer, token_names
 
-    own, its = tokens_file(params), _tokens_file_of_teacher(spec, teacher)
-    if not (own and its) or Path(own).resolve() == Path(its).resolve():
+    files = [tokens_file(params), _tokens_file_of_teacher(spec, teacher)]
+    if not all(files) or Path(files[0]).resolve() == Path(files[1]).resolve():
         return
+    student_tokens, teacher_tokens = (token_names(load_tokenizer(f)) for f in files)
     require(
-        token_names(load_tokenizer(own)) == token_names(load_tokenizer(its)),
-        f"the student's tokens are those of {own} and the teacher in {teacher.folder} "
-        f"was trained with {its}, whose symbols or their order differ: train the "
-        "student with the teacher's --bpe-model, or store the targets with "
-        "`icefall-kd dump`, which are reordered where they are read",
+        student_tokens == teacher_tokens,
+        f"the student's tokens are those of {files[0]} and the teacher in "
+        f"{teacher.folder} was trained with {files[1]}, whose symbols or their order "
+        "differ: train the student with the teacher's --bpe-model, or store the "
+        "targets with `icefall-kd dump`, which are reordered where they are read",
     )
 
 
@@ -100,14 +102,14 @@ def _words(text: str) -> Tuple[str, ...]:
 
 
 def online_teacher(
-    params: Dict[str, Any], hidden: Sequence = (), ctc: bool = True
+    params: Dict[str, Any], layers: Sequence["Layer"] = (), with_ctc: bool = True
 ) -> Tuple[Optional["Teacher"], str]:
     """The teacher that ``--kd-teacher-exp-dir`` names, and its name.
 
     Args:
       params: The student's.
-      hidden: The layers that are taken too.
-      ctc: Whether CTC logits are taken.
+      layers: The hidden layers whose rows are taken.
+      with_ctc: Whether CTC logits are taken.
 
     Returns:
       None and "" where the option is not given. The name is "" where no cache needs it.
@@ -125,18 +127,18 @@ def online_teacher(
         spec.tokenizer(teachers[0].settings)  # which refuses other tokens
     for teacher in teachers:
         for name in ("vocab_size", "blank_id"):
-            own, its = params.get(name, 0), teacher.settings.get(name, 0)
+            values = params.get(name, 0), teacher.settings.get(name, 0)
             require(
-                own == its,
-                f"the student's {name} is {own} and that of the teacher in "
-                f"{teacher.folder} is {its}: train the student with the teacher's "
-                "--bpe-model",
+                values[0] == values[1],
+                f"the student's {name} is {values[0]} and that of the teacher in "
+                f"{teacher.folder} is {values[1]}: train the student with the "
+                "teacher's --bpe-model",
             )
         _check_tokens(params, spec, teacher)
     # A hash of all parameters takes its time.
     names = [t.name() for t in teachers] if params["kd_teacher_cache_dir"] else []
     models = [teacher.model for teacher in teachers]
-    return Teacher(models, hidden=hidden, ctc=ctc), ",".join(names)
+    return Teacher(models, layers=layers, with_ctc=with_ctc), ",".join(names)
 
 
 def open_cache(

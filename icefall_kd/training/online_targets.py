@@ -30,7 +30,7 @@ class OnlineTargets:
     ) -> None:
         self.params, self.joint, self.tokenizer = dict(params), joint, tokenizer
         self.teacher, self.teacher_name = online_teacher(
-            params, joint.teacher_layers, ctc="ctc" in joint.kinds
+            params, joint.teacher_layers, with_ctc="ctc" in joint.kinds
         )
         self.cache: Any = None
 

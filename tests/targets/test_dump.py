@@ -29,7 +29,7 @@ def dumped(tmp_path, make_fingerprint, make_model, monkeypatch):
 
     def dump(cuts, name="kd", job=0, num_jobs=1, forms=(), **options):
         fingerprint = make_fingerprint(**dict(forms))
-        teacher = Teacher([model], ctc=bool(fingerprint.ctc))
+        teacher = Teacher([model], with_ctc=bool(fingerprint.ctc))
         manifest = tmp_path / f"{name}.jsonl.gz"
         with TargetWriter(
             manifest, tmp_path / name, fingerprint, job=job, num_jobs=num_jobs

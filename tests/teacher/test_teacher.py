@@ -174,18 +174,18 @@ def test_a_choice_needs_the_cut_of_each_row(make_model, features, make_cut):
 def test_lattices_of_different_vocabularies_are_refused(make_model, features):
     models = [make_model(use_ctc=False), make_model(use_ctc=False, vocab_size=13)]
     with pytest.raises(KDError, match=r"\[11, 13\] tokens"):
-        say_lattice(Teacher(models, ctc=False), features)
+        say_lattice(Teacher(models, with_ctc=False), features)
 
 
 def test_hidden_layers_are_those_of_one_teacher(make_model, features):
     model = make_model(seed=1)
-    (out,) = Teacher([model], hidden=[1, "out"]).encode(*features)
+    (out,) = Teacher([model], layers=[1, "out"]).encode(*features)
     with ModelTap(model, [1]) as hook:
         expected = hook.encode(*features)
     assert set(out.hidden) == {1}
     assert torch.equal(out.hidden[1], expected.hidden[1])
     with pytest.raises(KDError, match="2 teachers, and hidden layers of several"):
-        Teacher([make_model(), make_model()], hidden=[1])
+        Teacher([make_model(), make_model()], layers=[1])
 
 
 # Rows that are too short, or have too many labels

@@ -39,7 +39,7 @@ def given(make_model):
     g = torch.Generator().manual_seed(1)
     x, lens = torch.randn(3, 61, 20, generator=g), torch.tensor([61, 42, 23])
     wide = make_model(seed=1, encoder_dim="20,32", encoder_unmasked_dim="12,16")
-    targets = Teacher([wide], hidden=["out", 0]).targets(x, lens, y=Y, s_range=3)
+    targets = Teacher([wide], layers=["out", 0]).targets(x, lens, y=Y, s_range=3)
     targets.parts["nbest"] = LISTS
     model = make_model(seed=2).eval()
     for module in model.modules():  # which change gradients at random
@@ -503,7 +503,7 @@ def equal(make_model, given):
     model = make_model(seed=1).eval()
     with ModelTap(model, layers=[1]) as hook:
         said = hook.encode(given.x, given.lens)
-    targets = Teacher([model], hidden=["out", 1]).targets(
+    targets = Teacher([model], layers=["out", 1]).targets(
         given.x, given.lens, y=Y, s_range=3
     )
     model.requires_grad_(True)

@@ -108,7 +108,7 @@ def both(make_model, make_settings):
         )
         teacher, made = make_model(seed=2), batches()
         without = train(teacher, off, made, **options)
-        asked = Teacher([teacher.cpu()], hidden=["out", 0])
+        asked = Teacher([teacher.cpu()], layers=["out", 0])
         taught = [{**b, "targets": asked.targets(**b, s_range=3)} for b in made]
         return without, train(make_model(seed=2), on, taught, **options)
 

@@ -57,7 +57,7 @@ def test_the_scaler_skips_its_step_and_training_goes_on(
 ):
     x, x_lens = features
     batch = {"x": x, "x_lens": x_lens, "y": [[3, 4, 3], [5, 6], [7]]}
-    teacher = Teacher([make_model(seed=2)], hidden=["out"])
+    teacher = Teacher([make_model(seed=2)], layers=["out"])
     targets = teacher.targets(**batch, s_range=3)
     off = make_params(ctc=0.0)
     assert train(make_model(seed=3), off, batch, targets)[0] == [POISONED]

@@ -1027,7 +1027,7 @@ def test_a_teacher_says_what_it_is_asked_for(make_model, features):
     y = [[3, 4, 3], [5, 6], [7]]
     with ModelTap(model, layers=[1]) as hook:
         out = hook.encode(*features)
-    found = Teacher([model], hidden=["out", 1], ctc=False).targets(*features, y=y)
+    found = Teacher([model], layers=["out", 1], with_ctc=False).targets(*features, y=y)
     assert found.parts.get("ctc") is None and sorted(
         map(str, found.parts["hidden"])
     ) == ["1", "out"]
@@ -1047,7 +1047,7 @@ def test_a_teacher_says_what_it_is_asked_for(make_model, features):
 def test_hidden_layers_of_several_teachers_are_refused(make_model, online, student):
     models = [make_model(seed=1), make_model(seed=2)]
     with pytest.raises(KDError, match="2 teachers, and hidden layers"):
-        Teacher(models, hidden=["out"])
+        Teacher(models, layers=["out"])
     folder = online().kd_teacher_exp_dir
     changes = {"kd_hidden_weight": 1.0, "kd_hidden_layers": "out"}
     given = online(**changes, kd_teacher_exp_dir=f"{folder},{folder}")

@@ -193,7 +193,7 @@ def given(make_model, make_settings):
     x_lens = torch.tensor([61, 42, 35, 61])  # both halves are padded to 61
     y = [[3, 4, 3], [5, 6], [7], [4, 8, 2]]
     wide = {"encoder_dim": "20,32", "encoder_unmasked_dim": "12,16"}
-    teacher = Teacher([make_model(seed=1, **wide)], hidden=["out", 0])
+    teacher = Teacher([make_model(seed=1, **wide)], layers=["out", 0])
     targets = teacher.targets(x.float(), x_lens, y=y, s_range=3)
     targets.parts["nbest"] = [
         [(y[0], -1.0), ([3, 4], -1.5)],
