@@ -78,11 +78,13 @@ def check_lattices_stay(joint: Any, difference: str, store: str) -> None:
     Raises:
       KDError: a term reads lattices.
     """
+    terms = [term for term in joint.terms.values() if "lattice" in term.kinds]
+    weights = " and ".join(term.parameter("weight") for term in terms)
     require(
-        "lattice" not in joint.kinds,
+        not terms,
         f"{difference} of student and teacher differ, and the lattices of {store} "
         "can't be rearranged as CTC targets can: dump the targets of a teacher that "
-        "has the student's, or set --kd-rnnt-weight and --kd-full-sum-weight to 0",
+        f"has the student's, or set {weights} to 0",
     )
 
 
