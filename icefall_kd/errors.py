@@ -97,20 +97,22 @@ def _report(error: KDError) -> None:
     print(f"icefall_kd: error: {error.sentence}", file=sys.stderr)
 
 
-def install_excepthook() -> None:
+def install_excepthook(flags: Mapping[str, str] = {}) -> None:
     """Let an uncaught :class:`KDError` end the program with its sentence alone.
 
     Python's exit status stays 1; every other exception goes to the hook before.
+
+    Args:
+      flags: The option of each parameter, as in :func:`with_flags`.
     """
     before = sys.excepthook
     if getattr(before, "icefall_kd", False):
         return
 
     def hook(kind, error, traceback):
-        if isinstance(error, KDError):
-            _report(error)
-        elif kind.__name__ == "ProcessRaisedException" and "KDError: " in str(error):
-            _report(KDError(str(error)))
+        is_of_process = kind.__name__ == "ProcessRaisedException"
+        if isinstance(error, KDError) or (is_of_process and "KDError: " in str(error)):
+            _report(KDError(with_flags(str(error), flags)))
         else:
             before(kind, error, traceback)
 

@@ -4,11 +4,10 @@ import argparse
 import difflib
 import reprlib
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence
 
-from icefall_kd.errors import KDError, with_flags
+from icefall_kd.errors import KDError, naming_flags
 from icefall_kd.terms import TERMS, term_options
 from icefall_kd.terms.base import Option
 from icefall_kd.terms.schedule import Curve
@@ -212,20 +211,21 @@ def all_options() -> List[Option]:
     return [*term_options(), *SESSION_OPTIONS]
 
 
-@contextmanager
-def flags_in_errors() -> Iterator[None]:
-    """Name ``--kd-*`` options in place of parameters in the errors of a block.
-
-    It is a decorator too.
-    """
+def flags_of_parameters() -> Dict[str, str]:
+    """Return the ``--kd-*`` option of each parameter that an error may name."""
     flags = {option.parameter: option.flag for option in all_options()}
     for term in TERMS.values():
         for option in term.options:
             flags[f"{term.__name__}.{option.parameter}"] = option.flag
-    try:
-        yield
-    except KDError as e:
-        raise type(e)(with_flags(str(e), flags)) from None
+    return flags
+
+
+def flags_in_errors() -> ContextManager[None]:
+    """Name ``--kd-*`` options in place of parameters in the errors of a block.
+
+    It is a decorator too.
+    """
+    return naming_flags(flags_of_parameters())
 
 
 def distils(params: Dict[str, Any]) -> bool:

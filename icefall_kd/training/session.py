@@ -28,7 +28,12 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional
 from icefall_kd.distributed import rank_and_world_size
 from icefall_kd.errors import disk_errors, install_excepthook
 from icefall_kd.files import text_encoding
-from icefall_kd.training.options import add_options, distils, flags_in_errors
+from icefall_kd.training.options import (
+    add_options,
+    distils,
+    flags_in_errors,
+    flags_of_parameters,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Raises:
       KDError: The file of ``--kd-config`` can't be read, or has an unknown option.
     """
-    install_excepthook()  # in main() too, where mp.spawn's errors arrive
+    # In main() too, where the errors of mp.spawn's processes arrive.
+    install_excepthook(flags_of_parameters())
     add_options(parser)
 
 
@@ -116,7 +122,7 @@ def attach(params: Dict[str, Any], model: torch.nn.Module) -> None:
     """
     global _current
     detach()
-    install_excepthook()
+    install_excepthook(flags_of_parameters())
     if not (distils(params) or params["kd_freeze"]):
         return
     if text_encoding() != "utf-8":

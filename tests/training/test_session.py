@@ -415,6 +415,19 @@ def test_damage_that_a_worker_finds_ends_training_with_one_sentence(
     assert "Traceback" not in done.stderr
 
 
+def test_an_error_outside_the_sessions_functions_names_options_too(run_python):
+    code = (
+        "import argparse\n"
+        "from icefall_kd.errors import KDError\n"
+        "from icefall_kd.training import session\n"
+        "session.add_arguments(argparse.ArgumentParser())\n"
+        "raise KDError('`missing` is x and `HiddenTerm.layers` is y')\n"
+    )
+    done = run_python(code)
+    line = "icefall_kd: error: --kd-missing is x and --kd-hidden-layers is y\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
 # Sparse stores, and cuts without targets
 
 
