@@ -312,8 +312,11 @@ def test_with_kd_weight_zero_losses_and_parameters_are_those_of_the_plain_recipe
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--kd-ctc-weight", "-1"], ["ctc weight", "-1"]),
-        (["--kd-ctc-weight", "1", "--kd-hard-weight", "nan"], ["hard weight", "nan"]),
+        (["--kd-ctc-weight", "-1"], ["--kd-ctc-weight is -1"]),
+        (
+            ["--kd-ctc-weight", "1", "--kd-hard-weight", "nan"],
+            ["--kd-hard-weight is nan"],
+        ),
         (["--kd-ctc-weight", "1", "--kd-temperature", "0"], ["temperature", "0"]),
         (["--kd-ctc-weight", "1", "--kd-time-warp", "on"], ["--kd-time-warp is on"]),
         (["--manifest-dir", "nowhere"], ["nowhere", "--manifest-dir"]),
