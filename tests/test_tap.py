@@ -13,7 +13,6 @@ from icefall_kd.errors import KDError
 from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.losses.transducer import nodes_of, path_nodes, stored_nodes
 from icefall_kd.types import PrunedLattice
-from icefall_kd.zipformer import ctc_linear
 
 LOG_EPS = -15.94  # icefall's padding
 
@@ -700,11 +699,6 @@ def test_a_model_under_ddp_is_tapped_within(make_model, features, process_group)
             forward(ddp, *features)
         assert hook.take().ctc_logits.shape == (3, 14, 11)
     assert hooks_of(model) == []
-
-
-def test_ctc_linear_is_the_layer_before_log_softmax(make_model):
-    model = make_model()
-    assert ctc_linear(model) is model.ctc_output[1]
 
 
 def test_a_lattice_of_more_labels_than_frames_is_refused(make_model, features):

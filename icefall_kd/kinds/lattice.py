@@ -22,7 +22,7 @@ import torch
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.base import Record, UtteranceKind, check_finite
 from icefall_kd.kinds.codec import Codec, Reader, deflate, inflate, token_type
-from icefall_kd.lattice import best_path, passed_nodes
+from icefall_kd.lattice import best_path, next_labels, passed_nodes
 from icefall_kd.types import (
     Distribution,
     EncoderOut,
@@ -121,7 +121,7 @@ class LatticeCodec:
             steps.to(torch.uint8).numpy(),
         ]
         data = deflate(head)
-        next_label = _next_labels(ranges[mask], labels)  # (R,)
+        next_label = next_labels(labels, ranges[mask])  # (R,)
         if self.nodes is None:
             return data + self._collapsed_bytes(logits[mask], next_label)
         blank = torch.full_like(next_label, self.blank_id)
@@ -160,7 +160,7 @@ class LatticeCodec:
         ranges = first[:, None] + torch.arange(s)
         mask = occupancy > 0
         if self.nodes is None:
-            next_label = _next_labels(ranges[mask], labels)
+            next_label = next_labels(labels, ranges[mask])
             nodes = self._collapsed_nodes(nodes_data, next_label)
         else:
             nodes = self.nodes.decode([nodes_data], [int(mask.sum())], vocab_size)
@@ -179,12 +179,6 @@ class LatticeCodec:
         blank = torch.full_like(label, self.blank_id)
         indices = torch.stack((label, blank), -1)
         return SparseDistribution(indices, pair - mass[:, None], rest - mass)
-
-
-def _next_labels(position: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The label that follows each position u; -1 behind the last."""
-    padded = torch.cat((labels, labels.new_full((1,), -1)))
-    return padded[position.clamp(max=len(labels))]
 
 
 class LatticeKind(UtteranceKind):

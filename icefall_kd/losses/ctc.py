@@ -10,7 +10,7 @@ from icefall_kd.losses.checks import check_temperature, valid_frames
 from icefall_kd.losses.kl import FLOOR, chunk_rows, compute_dtype, row_kl, scaled_logits
 from icefall_kd.types import Distribution, SparseDistribution, index_rows, is_sparse
 
-FRAMES = ("all", "non-blank", "symmetric", "entropy", "confidence")
+FRAME_WEIGHTINGS = ("all", "non-blank", "symmetric", "entropy", "confidence")
 NEIGHBOURS = 2  # "symmetric": frames that count on either side of a non-blank one
 LEAST_ENTROPY = 1e-5  # nats; what rounding leaves of a sure teacher stays below it
 PEAKY = 0.99
@@ -24,7 +24,7 @@ def ctc_kd_loss(
     *,
     mask: Optional[torch.Tensor] = None,
     temperature: float = 1.0,
-    frames: str = "all",
+    frame_weighting: str = "all",
     delay: int = 0,
     blank_id: int = 0,
 ) -> torch.Tensor:
@@ -56,7 +56,7 @@ def ctc_kd_loss(
       lengths: (N,), valid frames, 0 to T.
       mask: (N, T), bool: of the valid frames only these count; by default all.
       temperature: T, above 0.
-      frames: One of FRAMES: the weights w, see :func:`frame_weights`.
+      frame_weighting: One of FRAME_WEIGHTINGS, for w: see :func:`frame_weights`.
       delay: How late the student may be, d, in frames, 0 or more.
       blank_id: The token id of blank.
 
@@ -69,16 +69,16 @@ def ctc_kd_loss(
     """
     check_temperature(temperature)
     _check_shapes(student, teacher)
-    _check_options(frames, delay, blank_id, student.size(-1))
+    _check_options(frame_weighting, delay, blank_id, student.size(-1))
     valid = valid_frames(student, lengths, mask, "logits")
     rows = valid.flatten().nonzero().squeeze(1)  # (R,), of the N * T frames
     student_rows = student.flatten(0, 1)  # (N * T, V)
     teacher_rows = _flatten(teacher, student.device)
     _check_rows(student_rows, teacher_rows, rows)
     weights = None
-    if frames != "all":
+    if frame_weighting != "all":
         weights = _row_weights(
-            teacher_rows, valid, rows, frames, temperature, blank_id
+            teacher_rows, valid, rows, frame_weighting, temperature, blank_id
         ).flatten()[rows]
     if delay and len(rows):
         value = LateKL.apply(
@@ -103,7 +103,7 @@ def ctc_kd_loss(
 def frame_weights(
     teacher: Distribution,
     valid: torch.Tensor,
-    frames: str,
+    frame_weighting: str,
     *,
     temperature: float = 1.0,
     blank_id: int = 0,
@@ -132,7 +132,7 @@ def frame_weights(
     Args:
       teacher: (N, T, V), logits or log-probabilities; or sparse, (N, T, K).
       valid: (N, T), bool, the valid frames; others have a weight of 0.
-      frames: One of FRAMES.
+      frame_weighting: One of FRAME_WEIGHTINGS.
       temperature: T, of a dense teacher; a sparse one is at its own.
       blank_id: The token id of blank.
 
@@ -140,24 +140,26 @@ def frame_weights(
       (N, T), float.
 
     Raises:
-      KDError: Another value of ``frames``.
+      KDError: Another value of ``frame_weighting``.
     """
-    _check_frames(frames)
+    _check_frame_weighting(frame_weighting)
     rows = valid.flatten().nonzero().squeeze(1)
     teacher_rows = _flatten(teacher, valid.device)
-    return _row_weights(teacher_rows, valid, rows, frames, temperature, blank_id)
+    return _row_weights(
+        teacher_rows, valid, rows, frame_weighting, temperature, blank_id
+    )
 
 
 def _row_weights(
     teacher_rows: Distribution,
     valid: torch.Tensor,
     rows: torch.Tensor,
-    frames: str,
+    frame_weighting: str,
     temperature: float,
     blank_id: int,
 ) -> torch.Tensor:
     """:func:`frame_weights` of N * T rows, of which ``rows`` are valid."""
-    if frames == "all":
+    if frame_weighting == "all":
         return valid.to(torch.float32)
     statistics = _statistics(teacher_rows, rows, blank_id, temperature)
 
@@ -165,15 +167,15 @@ def _row_weights(
         """(N, T), from the valid rows, (R,)."""
         return x.new_zeros(valid.numel()).index_copy_(0, rows, x).view_as(valid)
 
-    if frames == "confidence":
+    if frame_weighting == "confidence":
         return to_frames(statistics.confidence)
-    if frames == "entropy":
+    if frame_weighting == "entropy":
         entropy = to_frames(statistics.entropy)
         mean = entropy.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
         return (entropy + LEAST_ENTROPY) / (mean + LEAST_ENTROPY) * valid
     is_spike = to_frames(statistics.is_spike)
     counts = is_spike.clone()
-    if frames == "symmetric":
+    if frame_weighting == "symmetric":
         for j in range(1, NEIGHBOURS + 1):
             counts[:, j:] |= is_spike[:, :-j]
             counts[:, :-j] |= is_spike[:, j:]
@@ -278,15 +280,16 @@ def _check_shapes(student: torch.Tensor, teacher: Distribution) -> None:
     )
 
 
-def _check_frames(frames: str) -> None:
+def _check_frame_weighting(frame_weighting: str) -> None:
     require(
-        frames in FRAMES,
-        f"`frames` is {frames!r}, and must be one of {', '.join(FRAMES)}",
+        frame_weighting in FRAME_WEIGHTINGS,
+        f"`frame_weighting` is {frame_weighting!r}, and must be one of "
+        f"{', '.join(FRAME_WEIGHTINGS)}",
     )
 
 
-def _check_options(frames: str, delay: int, blank_id: int, v: int) -> None:
-    _check_frames(frames)
+def _check_options(frame_weighting: str, delay: int, blank_id: int, v: int) -> None:
+    _check_frame_weighting(frame_weighting)
     require(
         isinstance(delay, int) and delay >= 0,
         f"`delay` is {delay!r}, and must be a number of frames from 0 on: 2 frames are "

@@ -21,7 +21,7 @@ from icefall_kd.types import (
 )
 
 FORMS = ("nodes", "collapsed", "mean_u", "sampled_u")
-NODE_WEIGHTS = ("occupancy", "equal")
+NODE_WEIGHTINGS = ("occupancy", "equal")
 
 
 # Nodes of lattices
@@ -171,7 +171,7 @@ def nodes_kd_loss(
     *,
     temperature: float = 1.0,
     form: str = "nodes",
-    node_weights: str = "occupancy",
+    node_weighting: str = "occupancy",
     blank_id: int = 0,
     generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
@@ -194,7 +194,7 @@ def nodes_kd_loss(
         and m_t the mean of the logits over the frame's nodes, all weighing the same.
         The mean is over the label positions that the teacher's path takes with a
         probability above 1/510; others are no nodes. Each frame counts once, whatever
-        ``node_weights`` says.
+        ``node_weighting`` says.
 
     Nodes of the best path alone (arXiv:2110.03334) come from :func:`path_nodes`, or
     from a store kept as ``path:...``.
@@ -203,7 +203,7 @@ def nodes_kd_loss(
       student: The student at R nodes, with the teacher's distributions.
       temperature: T, above 0. A sparse teacher is at this temperature already.
       form: One of FORMS.
-      node_weights: One of NODE_WEIGHTS: w is the teacher's "occupancy", or "equal", 1.
+      node_weighting: One of NODE_WEIGHTINGS, for w: "occupancy", or "equal", 1.
       blank_id: The token id of blank, for "collapsed".
       generator: Draws the nodes of "sampled_u"; None: torch's own.
 
@@ -218,9 +218,9 @@ def nodes_kd_loss(
     check_temperature(temperature)
     require(form in FORMS, f"`form` is {form!r}, and must be one of {', '.join(FORMS)}")
     require(
-        node_weights in NODE_WEIGHTS,
-        f"`node_weights` is {node_weights!r}, and must be one of "
-        f"{', '.join(NODE_WEIGHTS)}",
+        node_weighting in NODE_WEIGHTINGS,
+        f"`node_weighting` is {node_weighting!r}, and must be one of "
+        f"{', '.join(NODE_WEIGHTINGS)}",
     )
     if form == "mean_u":
         _require_dense(student.nodes.teacher, form)
@@ -231,7 +231,7 @@ def nodes_kd_loss(
             _means(student.nodes.teacher, groups),
             temperature=temperature,
         )
-    weights = student.nodes.occupancy if node_weights == "occupancy" else None
+    weights = student.nodes.occupancy if node_weighting == "occupancy" else None
     if form == "sampled_u":
         index, weights = _sample(student.nodes, weights, generator)
         student = student.select(index)
@@ -250,7 +250,7 @@ def transducer_kd_loss(
     *,
     temperature: float = 1.0,
     form: str = "nodes",
-    node_weights: str = "occupancy",
+    node_weighting: str = "occupancy",
     blank_id: int = 0,
     generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
@@ -267,7 +267,7 @@ def transducer_kd_loss(
       lengths: (N,), valid frames of ``encoder_out``.
       temperature: T, above 0. A sparse teacher is at this temperature already.
       form: One of FORMS.
-      node_weights: One of NODE_WEIGHTS.
+      node_weighting: One of NODE_WEIGHTINGS.
       blank_id: The token id of blank, for "collapsed".
       generator: Draws the nodes of "sampled_u"; None: torch's own.
 
@@ -283,7 +283,7 @@ def transducer_kd_loss(
         student,
         temperature=temperature,
         form=form,
-        node_weights=node_weights,
+        node_weighting=node_weighting,
         blank_id=blank_id,
         generator=generator,
     )

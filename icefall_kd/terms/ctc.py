@@ -77,11 +77,11 @@ class CtcTerm(Term):
         delay: int = 0,
     ) -> None:
         from icefall_kd.losses.checks import check_temperature
-        from icefall_kd.losses.ctc import FRAMES
+        from icefall_kd.losses.ctc import FRAME_WEIGHTINGS
 
         super().__init__(weight)
         check_temperature(temperature)
-        self.require_one_of("frame_weighting", frame_weighting, FRAMES)
+        self.require_one_of("frame_weighting", frame_weighting, FRAME_WEIGHTINGS)
         self.require_frames("delay", delay)
         self.temperature = float(temperature)
         self.frame_weighting, self.delay = frame_weighting, delay
@@ -111,7 +111,7 @@ class CtcTerm(Term):
             batch.lens,
             mask=batch.mask,
             temperature=self.temperature,
-            frames=self.frame_weighting,
+            frame_weighting=self.frame_weighting,
             delay=self.delay,
             blank_id=batch.blank_id,
         )

@@ -157,7 +157,7 @@ class TransducerTerm(Term):
                 student,
                 temperature=self.temperature,
                 form=self.form,
-                node_weights=self.node_weighting,
+                node_weighting=self.node_weighting,
                 blank_id=batch.blank_id,
             )
         return value, batch.count_frames(nodes.row.unique())

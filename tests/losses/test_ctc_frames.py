@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 from icefall_kd.errors import KDError
 from icefall_kd.losses import alignment, ctc, kl
 from icefall_kd.losses.alignment import align_late_student
-from icefall_kd.losses.ctc import FRAMES, ctc_diagnostics, ctc_kd_loss, frame_weights
+from icefall_kd.losses.ctc import (
+    FRAME_WEIGHTINGS,
+    ctc_diagnostics,
+    ctc_kd_loss,
+    frame_weights,
+)
 from icefall_kd.losses.kl import row_kl
 from icefall_kd.types import SparseDistribution
 
 INF, NAN = math.inf, math.nan
-every_frames = pytest.mark.parametrize("frames", FRAMES)
+every_frames = pytest.mark.parametrize("frames", FRAME_WEIGHTINGS)
 
 
 def batch(seed=0, n=3, t=9, v=5, dtype=torch.float64, blank_id=0):
@@ -100,11 +105,19 @@ def naive_kl(p, tail, z, temperature):
 
 
 def naive_loss(
-    student, teacher, lengths, temperature=1.0, mask=None, *, frames, delay, blank_id=0
+    student,
+    teacher,
+    lengths,
+    temperature=1.0,
+    mask=None,
+    *,
+    frame_weighting,
+    delay,
+    blank_id=0,
 ):
     valid = up_to(lengths, student.size(1))
     valid = valid if mask is None else valid & mask
-    weights = naive_weights(teacher, valid, frames, blank_id, temperature)
+    weights = naive_weights(teacher, valid, frame_weighting, blank_id, temperature)
     total = 0 * student[valid].sum()
 
     def cost(n, t, s):
@@ -148,12 +161,12 @@ def drawn(seed, n, t, v, k, temperature):
     v=st.integers(1, 6),
     k=st.sampled_from([None, 1, 2, 6]),
     temperature=st.sampled_from([0.7, 1.0, 3.0]),
-    frames=st.sampled_from(FRAMES),
+    frames=st.sampled_from(FRAME_WEIGHTINGS),
     delay=st.integers(0, 3),
 )
 def test_equals_the_naive_twin(seed, n, t, v, k, temperature, frames, delay):
     student, args, blank_id = drawn(seed, n, t, v, k, temperature)
-    options = {"frames": frames, "delay": delay, "blank_id": blank_id}
+    options = {"frame_weighting": frames, "delay": delay, "blank_id": blank_id}
     value, grad = loss_and_grad(ctc_kd_loss, student, *args, **options)
     expected = loss_and_grad(naive_loss, student, *args, **options)
     torch.testing.assert_close(value, expected[0], rtol=1e-8, atol=1e-9)
@@ -168,7 +181,7 @@ def test_gradcheck(frames, delay, k):
     teacher = form(teacher, k, 2.0)
     assert torch.autograd.gradcheck(
         lambda s: ctc_kd_loss(
-            s, teacher, lengths, temperature=2.0, frames=frames, delay=delay
+            s, teacher, lengths, temperature=2.0, frame_weighting=frames, delay=delay
         ),
         student.requires_grad_(),
     )
@@ -178,7 +191,7 @@ def test_gradcheck(frames, delay, k):
 @pytest.mark.parametrize("delay", [0, 2])
 def test_sparse_of_all_symbols_equals_dense(frames, delay):
     student, teacher, lengths = batch(seed=2, v=6)
-    options = {"frames": frames, "delay": delay}
+    options = {"frame_weighting": frames, "delay": delay}
     args = (lengths, 1.5)
     dense = loss_and_grad(ctc_kd_loss, student, teacher, *args, **options)
     kept = sparse_of(teacher, 6, 1.5)
@@ -203,7 +216,7 @@ def test_the_defaults_are_the_plain_row_kl_bit_for_bit(k):
         )
 
     expected = loss_and_grad(plain, student)
-    for options in ({}, {"frames": "all", "delay": 0, "blank_id": 3}):
+    for options in ({}, {"frame_weighting": "all", "delay": 0, "blank_id": 3}):
         found = loss_and_grad(ctc_kd_loss, student, teacher, lengths, **options)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
@@ -220,7 +233,7 @@ def test_the_defaults_are_the_plain_row_kl_bit_for_bit(k):
     v=st.integers(1, 6),
     k=st.sampled_from([None, 1, 2, 6]),
     temperature=st.sampled_from([1.0, 3.0]),
-    frames=st.sampled_from(FRAMES),
+    frames=st.sampled_from(FRAME_WEIGHTINGS),
 )
 def test_weights_equal_the_naive_ones(seed, n, t, v, k, temperature, frames):
     _, (teacher, lengths, _, mask), blank_id = drawn(seed, n, t, v, k, temperature)
@@ -318,7 +331,7 @@ def test_a_teacher_without_entropy_weighs_all_frames_alike(dtype, k):
     weights = frame_weights(form(teacher, k), up_to(lengths, 9), "entropy")
     assert torch.equal(weights, up_to(lengths, 9).float())
     value, grad = loss_and_grad(
-        ctc_kd_loss, student, form(teacher, k), lengths, frames="entropy"
+        ctc_kd_loss, student, form(teacher, k), lengths, frame_weighting="entropy"
     )
     assert torch.isfinite(value) and torch.isfinite(grad).all() and value > 1
 
@@ -330,7 +343,7 @@ def test_symbols_that_the_teacher_excludes_stay_finite(frames, delay):
     teacher[..., 3] = -INF
     teacher[0, 2, 1:] = -INF
     teacher[0, 3] = -INF  # of which nothing is known
-    options = {"frames": frames, "delay": delay}
+    options = {"frame_weighting": frames, "delay": delay}
     value, grad = loss_and_grad(ctc_kd_loss, student, teacher, lengths, 2.0, **options)
     assert torch.isfinite(value) and torch.isfinite(grad).all() and value > 0
 
@@ -343,7 +356,7 @@ def test_symbols_that_the_teacher_excludes_stay_finite(frames, delay):
 @pytest.mark.parametrize("k", [None, 5])
 def test_a_student_that_equals_its_teacher_has_zero_loss(frames, delay, k):
     _, teacher, lengths = batch(dtype=torch.float32)
-    options = {"frames": frames, "delay": delay}
+    options = {"frame_weighting": frames, "delay": delay}
     args = (teacher.clone(), form(teacher, k, 2.0), lengths, 2.0)
     value, grad = loss_and_grad(ctc_kd_loss, *args, **options)
     eps = 0 if k is None else 1e-6
@@ -361,7 +374,7 @@ def test_what_is_not_valid_is_never_read(frames, delay, k, garbage):
     skipped = ~(mask & up_to(lengths, 9))
     teacher = form(teacher, k)
     args = (teacher, lengths, 1.0, mask)
-    options = {"frames": frames, "delay": delay}
+    options = {"frame_weighting": frames, "delay": delay}
     expected = loss_and_grad(ctc_kd_loss, student, *args, **options)
     student[skipped] = garbage
     if k is None:
@@ -378,7 +391,7 @@ def test_what_is_not_valid_is_never_read(frames, delay, k, garbage):
 @pytest.mark.parametrize("delay", [0, 2])
 def test_more_padding_changes_nothing(frames, delay):
     student, teacher, lengths = batch(seed=4)
-    options = {"frames": frames, "delay": delay}
+    options = {"frame_weighting": frames, "delay": delay}
     expected = loss_and_grad(ctc_kd_loss, student, teacher, lengths, **options)
     more = torch.full((3, 5, 5), 7.0, dtype=torch.float64)
     longer = [torch.cat([x, more], 1) for x in (student, teacher)]
@@ -393,7 +406,7 @@ def test_more_padding_changes_nothing(frames, delay):
 def test_the_sum_over_a_batch_is_the_sum_of_its_utterances(frames, delay, k):
     student, teacher, _ = batch(seed=6, n=3)
     lengths = torch.tensor([9, 9, 5])
-    options = {"frames": frames, "delay": delay}
+    options = {"frame_weighting": frames, "delay": delay}
     alone = [
         ctc_kd_loss(s[None], form(y[None], k), n[None], **options)
         for s, y, n in zip(student, teacher, lengths, strict=True)
@@ -410,7 +423,7 @@ def test_no_valid_frame_gives_0_with_zero_gradient(frames, delay, k, dtype):
     student, teacher, lengths = batch(dtype=dtype)
     mask = torch.zeros(3, 9, dtype=torch.bool)
     args = (form(teacher.float(), k), lengths, 2.0, mask)
-    options = {"frames": frames, "delay": delay}
+    options = {"frame_weighting": frames, "delay": delay}
     value, grad = loss_and_grad(ctc_kd_loss, student, *args, **options)
     assert value == 0 and value.dtype == torch.float32
     assert grad.dtype == dtype and grad.eq(0).all()
@@ -420,7 +433,7 @@ def test_no_valid_frame_gives_0_with_zero_gradient(frames, delay, k, dtype):
 def test_an_utterance_without_a_spike_gives_0_with_zero_gradient(frames):
     student, _, _ = batch(n=1)
     value, grad = loss_and_grad(
-        ctc_kd_loss, student, spiky([], 9, 5), torch.tensor([9]), frames=frames
+        ctc_kd_loss, student, spiky([], 9, 5), torch.tensor([9]), frame_weighting=frames
     )
     assert value == 0 and grad.eq(0).all()
 
@@ -431,7 +444,7 @@ def test_an_utterance_without_a_spike_gives_0_with_zero_gradient(frames):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_inputs_are_computed_in_float32(frames, delay, k, dtype):
     student, teacher, lengths = batch(seed=7, t=11, v=17, dtype=dtype)
-    options = {"frames": frames, "delay": delay}
+    options = {"frame_weighting": frames, "delay": delay}
     args = (form(teacher.float(), k), lengths)
     expected = loss_and_grad(ctc_kd_loss, student.float(), *args, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -447,9 +460,9 @@ def test_half_inputs_are_computed_in_float32(frames, delay, k, dtype):
 def test_chunks_change_nothing(frames, k, monkeypatch):
     student, teacher, lengths = batch(seed=8)
     args = (student, form(teacher, k), lengths)
-    expected = loss_and_grad(ctc_kd_loss, *args, frames=frames, delay=2)
+    expected = loss_and_grad(ctc_kd_loss, *args, frame_weighting=frames, delay=2)
     monkeypatch.setitem(kl.CHUNK, "cpu", 12)  # 2 rows
-    found = loss_and_grad(ctc_kd_loss, *args, frames=frames, delay=2)
+    found = loss_and_grad(ctc_kd_loss, *args, frame_weighting=frames, delay=2)
     torch.testing.assert_close(found, expected)
 
 
@@ -472,7 +485,9 @@ def test_a_student_that_is_late_has_zero_loss_at_its_delay(by, k, dtype, frames)
     _, teacher, _ = batch(seed=9, dtype=dtype)
     student = late(teacher, by)
     args = (form(teacher, k), torch.tensor([9, 9, 9]))
-    value, grad = loss_and_grad(ctc_kd_loss, student, *args, delay=by, frames=frames)
+    value, grad = loss_and_grad(
+        ctc_kd_loss, student, *args, delay=by, frame_weighting=frames
+    )
     bound = 1e-12 if dtype == torch.float64 else 2e-5
     assert value.abs() < bound and grad.abs().max() < bound
     if k is None:
@@ -515,8 +530,10 @@ def test_a_wrong_label_costs_as_much_with_a_delay(wrong, k, delay, frames):
     teacher = form(spiky([3], 10, symbols=[1]), k)
     student = spiky(at, 10, symbols=symbols)
     args = (teacher, torch.tensor([10]))
-    without, grad = loss_and_grad(ctc_kd_loss, student, *args, frames=frames)
-    value, grad = loss_and_grad(ctc_kd_loss, student, *args, frames=frames, delay=delay)
+    without, grad = loss_and_grad(ctc_kd_loss, student, *args, frame_weighting=frames)
+    value, grad = loss_and_grad(
+        ctc_kd_loss, student, *args, frame_weighting=frames, delay=delay
+    )
     inserted = wrong.startswith("inserted") and frames in ("non-blank", "symmetric")
     if inserted and without < 1e-3:
         return  # these weights don't look there, with a delay or without
@@ -534,7 +551,7 @@ def test_rows_without_weight_may_be_anything(bad, k, frames, delay):
     """As in a float16 overflow: no loss, no gradient, and the others' as they are."""
     teacher, lengths = form(spiky([9], 13), k), torch.tensor([13])
     student = spiky([10], 13) + torch.randn(1, 13, 4)
-    options = {"frames": frames, "delay": delay}
+    options = {"frame_weighting": frames, "delay": delay}
     expected = loss_and_grad(ctc_kd_loss, student, teacher, lengths, **options)
     student[0, 2, 1] = bad
     value, grad = loss_and_grad(ctc_kd_loss, student, teacher, lengths, **options)
@@ -562,10 +579,10 @@ def test_a_student_that_is_early_is_not_met():
     assert ctc_kd_loss(student, teacher, torch.tensor([9]), delay=3) > 1
 
 
-@given(seed=st.integers(0, 2**31), frames=st.sampled_from(FRAMES))
+@given(seed=st.integers(0, 2**31), frames=st.sampled_from(FRAME_WEIGHTINGS))
 def test_a_longer_delay_never_adds_to_the_loss(seed, frames):
     args = batch(seed, t=7)
-    values = [ctc_kd_loss(*args, frames=frames, delay=d) for d in range(8)]
+    values = [ctc_kd_loss(*args, frame_weighting=frames, delay=d) for d in range(8)]
     for longer, shorter in zip(values[1:], values, strict=False):
         assert longer <= shorter * (1 + 1e-12)
     assert values[6] == values[7]  # there are 7 frames
@@ -582,7 +599,7 @@ def test_no_frame_of_either_side_is_left_out(frames, k, monkeypatch):
 
     monkeypatch.setattr(alignment, "align_late_student", spy)
     student, teacher, lengths = batch(seed=10, t=17)
-    ctc_kd_loss(student, form(teacher, k), lengths, frames=frames, delay=3)
+    ctc_kd_loss(student, form(teacher, k), lengths, frame_weighting=frames, delay=3)
     (found,) = pairs
     ours, theirs = found.student, found.teacher
     frames = torch.arange(int(lengths.sum()))
@@ -638,7 +655,7 @@ def test_one_symbol_or_one_frame_is_too_little_to_tell():
 
 def test_log_probabilities_of_the_student_do_as_well():
     student, teacher, lengths = batch()
-    options = {"frames": "symmetric", "delay": 1, "temperature": 2.0}
+    options = {"frame_weighting": "symmetric", "delay": 1, "temperature": 2.0}
     for k in (None, 2):
         args = (form(teacher, k, 2.0), lengths)
         logits = student.clone().requires_grad_()
@@ -687,7 +704,7 @@ def test_nan_in_the_student_is_named_with_its_shape(frames, delay, k, bad):
             student,
             form(teacher, k),
             torch.tensor([9, 9, 4]),
-            frames=frames,
+            frame_weighting=frames,
             delay=delay,
         )
 
@@ -706,13 +723,13 @@ def test_nan_in_the_teacher_is_named_with_its_shape(frames, delay):
     student, teacher, lengths = batch()
     teacher[0, 4, 2] = NAN
     with pytest.raises(KDError, match=r"nan: the teacher's .*\(3, 9, 5\).* 1 of"):
-        ctc_kd_loss(student, teacher, lengths, frames=frames, delay=delay)
+        ctc_kd_loss(student, teacher, lengths, frame_weighting=frames, delay=delay)
 
 
 @pytest.mark.parametrize(
     "options, pattern",
     [
-        ({"frames": "nonblank"}, "'nonblank'.*all, non-blank, symmetric"),
+        ({"frame_weighting": "nonblank"}, "'nonblank'.*all, non-blank, symmetric"),
         ({"delay": -1}, "delay. is -1"),
         ({"delay": 1.5}, "delay. is 1.5"),
         ({"blank_id": 5}, "blank_id. is 5.* 5 tokens"),
@@ -737,7 +754,7 @@ def test_the_inputs_are_left_alone(frames, k):
     tensors = [student, lengths]
     tensors += [teacher] if k is None else list(vars(teacher).values())
     before = [x.clone() for x in tensors]
-    ctc_kd_loss(student, teacher, lengths, frames=frames, delay=2)
+    ctc_kd_loss(student, teacher, lengths, frame_weighting=frames, delay=2)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 

@@ -68,7 +68,7 @@ def sparse_of(nodes, k, temperature):
 
 
 def naive(
-    joiner, states, nodes, temperature, form, blank_id=0, node_weights="occupancy"
+    joiner, states, nodes, temperature, form, blank_id=0, node_weighting="occupancy"
 ):
     """Node by node, class by class."""
     encoder_out, _, decoder_out = states
@@ -86,7 +86,7 @@ def naive(
             p, q = (
                 torch.stack([*(x[i] for i in alone), x[rest].sum()]) for x in (p, q)
             )
-        weight = nodes.occupancy[r] if node_weights == "occupancy" else 1.0
+        weight = nodes.occupancy[r] if node_weighting == "occupancy" else 1.0
         total = total + weight * temperature**2 * (p * (p / q).log()).sum()
     return total
 
@@ -97,13 +97,13 @@ def value_and_grads(value, inputs):
 
 @pytest.mark.parametrize("blank_id", BLANKS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("node_weights", ["occupancy", "equal"])
+@pytest.mark.parametrize("node_weighting", ["occupancy", "equal"])
 @pytest.mark.parametrize("form", ["nodes", "collapsed"])
 def test_equals_the_naive_twin(
-    joiner, states, nodes, form, temperature, node_weights, blank_id
+    joiner, states, nodes, form, temperature, node_weighting, blank_id
 ):
     inputs = (states[0], states[2], *joiner.parameters())
-    options = dict(form=form, node_weights=node_weights, blank_id=blank_id)
+    options = dict(form=form, node_weighting=node_weighting, blank_id=blank_id)
     found = transducer_kd_loss(
         joiner,
         states[0],
@@ -236,8 +236,8 @@ def pair(make_model, features):
     return model, (out.encoder_out, out.encoder_out_lens, decoder_out), student, teacher
 
 
-@pytest.mark.parametrize("node_weights", ["occupancy", "equal"])
-def test_nodes_give_the_loss_of_the_whole_lattice(pair, node_weights):
+@pytest.mark.parametrize("node_weighting", ["occupancy", "equal"])
+def test_nodes_give_the_loss_of_the_whole_lattice(pair, node_weighting):
     model, states, student, teacher = pair
     nodes = nodes_of(teacher)
     found = transducer_kd_loss(
@@ -247,12 +247,12 @@ def test_nodes_give_the_loss_of_the_whole_lattice(pair, node_weights):
         nodes,
         states[1],
         temperature=2.0,
-        node_weights=node_weights,
+        node_weighting=node_weighting,
     ).detach()
     logits, taught = (x.logits.double() / 2.0 for x in (student, teacher))
     log_p, log_q = taught.log_softmax(-1), logits.log_softmax(-1)
     kl = 2.0**2 * (log_p.exp() * (log_p - log_q)).sum(-1)  # (N, T, S)
-    weights = teacher.occupancy if node_weights == "occupancy" else 1.0
+    weights = teacher.occupancy if node_weighting == "occupancy" else 1.0
     passed = passed_nodes(teacher.occupancy)
     expected = (kl * weights)[passed].sum().float()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -358,5 +358,5 @@ def test_another_vocabulary_is_refused(joiner, states, nodes):
 
 def test_bad_options_are_refused(joiner, states, nodes):
     refused(joiner, states, nodes, "form` is 'full'", form="full")
-    refused(joiner, states, nodes, "node_weights` is 'all'", node_weights="all")
+    refused(joiner, states, nodes, "node_weighting` is 'all'", node_weighting="all")
     refused(joiner, states, nodes, "temperature.? is 0", temperature=0)

@@ -72,7 +72,7 @@ class Case:
             temperature=temperature,
             form=form,
             generator=g,
-            node_weights="occupancy" if occupancy else "equal",
+            node_weighting="occupancy" if occupancy else "equal",
         )
 
 
@@ -358,7 +358,7 @@ def test_draws_are_the_nodes_loss_in_expectation(occupancy):
     c = case(seed=3)
     student = c.student()
     expected = float(
-        nodes_kd_loss(student, node_weights="occupancy" if occupancy else "equal")
+        nodes_kd_loss(student, node_weighting="occupancy" if occupancy else "equal")
     )
     g = torch.Generator().manual_seed(1)
     draws = torch.stack(
@@ -368,7 +368,7 @@ def test_draws_are_the_nodes_loss_in_expectation(occupancy):
                 temperature=1.0,
                 form="sampled_u",
                 generator=g,
-                node_weights="occupancy" if occupancy else "equal",
+                node_weighting="occupancy" if occupancy else "equal",
             ).detach()
             for _ in range(2000)
         ]
@@ -444,7 +444,7 @@ def test_a_range_over_all_labels_gives_the_full_lattices_loss(
         nodes,
         states[1],
         form=form,
-        node_weights="equal",
+        node_weighting="equal",
     )
     expected = 0.0
     for n, (t, y) in enumerate(zip(states[1].tolist(), Y)):
@@ -463,7 +463,7 @@ def test_a_range_over_all_labels_gives_the_full_lattices_loss(
         nodes_of(lattice_of(1, 2)),
         states[1],
         form=form,
-        node_weights="equal",
+        node_weighting="equal",
     )
     assert float(pruned) != pytest.approx(expected, rel=1e-3)
 

@@ -461,7 +461,7 @@ def test_the_options_of_the_lattices_term_reach_it(given):
             lens,
             temperature=options.get("temperature", T),
             form=options.get("rnnt_form", "nodes"),
-            node_weights=options.get("rnnt_node_weighting", "occupancy"),
+            node_weighting=options.get("rnnt_node_weighting", "occupancy"),
         )
         _, info = joint_of("rnnt", **options)(hard(), student, targets, model)
         assert info["kd_rnnt_loss"] == pytest.approx(float(expected), rel=1e-5)
