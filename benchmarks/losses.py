@@ -86,8 +86,8 @@ def ways(case: str, args: argparse.Namespace) -> Dict[str, Callable[[], None]]:
     device = torch.device(args.device)
     teacher = 3 * torch.randn(m, v, generator=generator)
     student = 3 * torch.randn(m, v, generator=generator)
-    kept = Codec("top", args.entries, 1.0, TEMPERATURE).keep(teacher)
-    kept = kept.to(device)
+    sparse_teacher = Codec("top", args.entries, 1.0, TEMPERATURE).keep(teacher)
+    sparse_teacher = sparse_teacher.to(device)
     student, teacher = student.to(device).requires_grad_(), teacher.to(device)
 
     def step(function: Callable, *inputs) -> Callable[[], None]:
@@ -97,20 +97,20 @@ def ways(case: str, args: argparse.Namespace) -> Dict[str, Callable[[], None]]:
 
         return run
 
-    found = {
+    runs = {
         "naive": step(naive, teacher),
         "dense": step(lambda s, t: row_kl(s, t, temperature=TEMPERATURE), teacher),
         f"sparse, {args.entries} entries": step(
-            lambda s, t: row_kl(s, t, temperature=TEMPERATURE), kept
+            lambda s, t: row_kl(s, t, temperature=TEMPERATURE), sparse_teacher
         ),
     }
     try:
-        found["torchtune, 8 chunks"] = step(torchtune_loss(), teacher)
+        runs["torchtune, 8 chunks"] = step(torchtune_loss(), teacher)
     except ImportError:
         pass
     if "lattice" in case:
-        found.update(fused_ways(m, v, teacher, kept, generator, device))
-    return found
+        runs.update(fused_ways(m, v, teacher, sparse_teacher, generator, device))
+    return runs
 
 
 def liger_loss(layer: torch.nn.Linear) -> Callable:
@@ -139,7 +139,7 @@ def fused_ways(
     m: int,
     v: int,
     teacher: torch.Tensor,
-    kept: SparseDistribution,
+    sparse_teacher: SparseDistribution,
     generator: torch.Generator,
     device: torch.device,
 ) -> Dict[str, Callable[[], None]]:
@@ -155,28 +155,28 @@ def fused_ways(
 
         return step
 
-    found = {
+    runs = {
         "layer, then naive": run(lambda: naive(layer(x), teacher)),
         "layer, then sparse": run(
-            lambda: row_kl(layer(x), kept, temperature=TEMPERATURE)
+            lambda: row_kl(layer(x), sparse_teacher, temperature=TEMPERATURE)
         ),
         "layer fused, dense": run(
             lambda: linear_kl(x, layer, teacher, temperature=TEMPERATURE)
         ),
         "layer fused, sparse": run(
-            lambda: linear_kl(x, layer, kept, temperature=TEMPERATURE)
+            lambda: linear_kl(x, layer, sparse_teacher, temperature=TEMPERATURE)
         ),
     }
     try:
         liger = liger_loss(layer)
     except ImportError:
-        return found
+        return runs
     ours = float(linear_kl(x[:99], layer, teacher[:99], temperature=TEMPERATURE))
     theirs = float(liger(x[:99], teacher[:99]))
     if abs(theirs / ours - 1) > 0.01:
         print(f"Liger's divergence is {theirs} where ours is {ours}: left out")
-        return found
-    return {**found, "Liger, fused layers": run(lambda: liger(x, teacher))}
+        return runs
+    return {**runs, "Liger, fused layers": run(lambda: liger(x, teacher))}
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
@@ -241,10 +241,10 @@ def main() -> None:
     speed = bandwidth(args.device) if args.device == "cuda" else 0.0
     figures: List[Dict[str, Any]] = []
     for case, (m, v) in CASES.items():
-        found = ways(case, args)
-        taken: Dict[str, List[float]] = {way: [] for way in found}
+        runs = ways(case, args)
+        taken: Dict[str, List[float]] = {way: [] for way in runs}
         for _ in tqdm(range(args.repeats), desc=case, unit=" rounds"):
-            for way, run in found.items():
+            for way, run in runs.items():
                 taken[way].append(seconds(run, args.device))
         first = median(taken["naive"])
         print(f"\n### {case}, {args.device}, {args.num_threads} threads\n")

@@ -91,19 +91,19 @@ class Side:
     def step(self, cuts) -> Dict[str, float]:
         """Seconds of each part."""
         session.resume(self.session)
-        at = [time.perf_counter()]
+        times = [time.perf_counter()]
         batch = self.dataset[cuts]
-        at.append(time.perf_counter())
+        times.append(time.perf_counter())
         loss, _ = self.train.compute_loss(
             self.params, self.model, self.sp, batch, is_training=True
         )
-        at.append(time.perf_counter())
+        times.append(time.perf_counter())
         loss.backward()
-        at.append(time.perf_counter())
+        times.append(time.perf_counter())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        at.append(time.perf_counter())
-        return dict(zip(PARTS, (b - a for a, b in zip(at, at[1:]))))
+        times.append(time.perf_counter())
+        return dict(zip(PARTS, (b - a for a, b in zip(times, times[1:]))))
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def test_labels_are_padded_with_blank_and_bounded_as_k2_has_it():
 
 @pytest.mark.parametrize("s_range", [1, -1])
 def test_a_range_that_no_path_gets_through_is_refused(s_range):
-    with pytest.raises(KDError, match=f"--x is {s_range}, and no path"):
-        check_s_range(s_range, "--x")
+    with pytest.raises(KDError, match=f"`s_range` is {s_range}, and no path"):
+        check_s_range(s_range)
     for positions in (0, 2, 9):
-        check_s_range(positions, "--x")
+        check_s_range(positions)

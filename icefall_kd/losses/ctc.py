@@ -5,9 +5,9 @@ from typing import Dict, NamedTuple, Optional
 import torch
 
 from icefall_kd.errors import KDError, NotFiniteError, require
-from icefall_kd.losses.alignment import LateKL
 from icefall_kd.losses.checks import check_temperature, valid_frames
 from icefall_kd.losses.kl import FLOOR, chunk_rows, compute_dtype, row_kl, scaled_logits
+from icefall_kd.losses.late import LateKL
 from icefall_kd.types import Distribution, SparseDistribution, index_rows, is_sparse
 
 FRAME_WEIGHTINGS = ("all", "non-blank", "symmetric", "entropy", "confidence")
