@@ -125,7 +125,7 @@ def remedy_for(error: OSError) -> str:
     for remedy, numbers in _REMEDIES.items():
         if error.errno in numbers:
             return remedy
-    return "check the disk and the path"
+    return "free space or mend the path"
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def test_one_sentence_is_silent_when_all_is_well(capsys):
 def test_an_os_error_without_text_still_gives_a_sentence(capsys):
     with pytest.raises(SystemExit), one_sentence():
         raise OSError(errno.EIO, "Input/output error")
-    assert "Input/output error: check the disk" in capsys.readouterr().err
+    assert "Input/output error: free space" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

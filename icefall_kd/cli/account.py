@@ -4,6 +4,7 @@ from typing import Any, Dict, List, Optional
 
 from torch import nn
 
+from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds
 from icefall_kd.student.presets import per_stack
@@ -19,38 +20,29 @@ _ROWS = (
 )
 
 
-def _table(head: List[str], rows: List[List[str]]) -> List[str]:
-    """Lines with the first column to the left and the others to the right."""
-    table = [head, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    lines = []
-    for first, *rest in table:
-        cells = [text.rjust(w) for text, w in zip(rest, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return lines
-
-
 def _sizes(
-    teacher: nn.Module, student: nn.Module, old: Dict[str, Any], new: Dict[str, Any]
-) -> List[str]:
+    teacher: nn.Module,
+    student: nn.Module,
+    teacher_settings: Dict[str, Any],
+    student_settings: Dict[str, Any],
+) -> str:
     def count(model: nn.Module) -> Dict[str, int]:
-        found = dict.fromkeys((*PARTS, "other"), 0)
+        counts = dict.fromkeys((*PARTS, "other"), 0)
         for name, p in model.named_parameters():
             part = name.partition(".")[0]
-            found[part if part in PARTS else "other"] += p.numel()
-        return {**found, "all": sum(found.values())}
+            counts[part if part in PARTS else "other"] += p.numel()
+        return {**counts, "all": sum(counts.values())}
 
-    counts = zip(count(teacher).items(), count(student).values())
-    rows = [
-        [part, f"{a:,}", f"{b:,}", f"{b / a:.2f}" if a else "-"]
-        for (part, a), b in counts
-    ]
+    rows = [["parameters", "teacher", "student", "ratio"]]
+    for (part, old), new in zip(count(teacher).items(), count(student).values()):
+        rows.append([part, f"{old:,}", f"{new:,}", f"{new / old:.2f}" if old else "-"])
     try:
-        a, b = (count_multiply_adds(s)["all"] for s in (old, new))
-    except KDError:  # of a variant whose products nobody counted yet
-        return _table(["parameters", "teacher", "student", "ratio"], rows)
-    speed = ["M multiply-adds/s", f"{a / 1e6:,.0f}", f"{b / 1e6:,.0f}", f"{b / a:.2f}"]
-    return _table(["parameters", "teacher", "student", "ratio"], [*rows, speed])
+        settings = (teacher_settings, student_settings)
+        old, new = (count_multiply_adds(s)["all"] for s in settings)
+    except KDError:  # a variant whose products are not counted
+        return text_table(rows)
+    speeds = [f"{old / 1e6:,.0f}", f"{new / 1e6:,.0f}", f"{new / old:.2f}"]
+    return text_table([*rows, ["M multiply-adds/s", *speeds]])
 
 
 def _numbers(indices: List[int]) -> str:
@@ -64,64 +56,60 @@ def _numbers(indices: List[int]) -> str:
     return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
 
 
-def _origin(old: Dict[str, Any], new: Dict[str, Any], kept: Selection) -> List[str]:
-    """What each stack's layers and channels are of the teacher's."""
-    rows = []
-    layers, widths, heads = (
-        [per_stack(s, name) for s in (old, new)]
-        for name in ("num_encoder_layers", "encoder_dim", "num_heads")
-    )
-    for i, (n, width) in enumerate(zip(layers[0], widths[1])):
-        rows.append(
-            [
-                f"stack {i}",
-                f"{_numbers(kept.layers[i])} of {n}",
-                f"{width} of {widths[0][i]}",
-                f"{heads[1][i]} of {heads[0][i]}",
-            ]
-        )
-    lines = _table(["kept of", "layers", "channels", "heads"], rows)
-    if any(name.endswith(HEADS) for name in kept.units):
-        lines.append(
-            "channels, heads and hidden units by importance; the residual stream's: "
-            + _numbers(sorted(kept.stream))
-        )
-    else:
-        lines.append("channels, heads and hidden units: the first")
-    return lines
+def _origin(
+    teacher: Dict[str, Any], student: Dict[str, Any], selection: Selection
+) -> str:
+    """The teacher's layers, channels and heads that each stack of the student takes."""
+    rows = [["kept of", "layers", "channels", "heads"]]
+    layers = per_stack(teacher, "num_encoder_layers")
+    for i, count in enumerate(layers):
+        row = [f"stack {i}", f"{_numbers(selection.layers[i])} of {count}"]
+        for name in ("encoder_dim", "num_heads"):
+            new, old = (per_stack(s, name)[i] for s in (student, teacher))
+            row.append(f"{new} of {old}")
+        rows.append(row)
+    channels = "channels, heads and hidden units: the first"
+    if any(name.endswith(HEADS) for name in selection.units):
+        channels = "channels, heads and hidden units by importance; the residual "
+        channels += f"stream's: {_numbers(sorted(selection.stream))}"
+    return f"{text_table(rows)}\n{channels}"
 
 
-def _starts(judged: List[HeadScores], num_cuts: int) -> List[str]:
-    rows = []
+def _start(scores: List[HeadScores], num_cuts: int) -> str:
+    rows = [[f"before training, {num_cuts} cuts", "teacher", "student"]]
     for title, name, form in _ROWS:
-        values = [getattr(j, name) for j in judged]
-        if any(v is not None for v in values):
+        values = [getattr(s, name) for s in scores]
+        if any(value is not None for value in values):
             cells = ["-" if v is None else format(v, form) for v in values]
             rows.append([title, *cells])
-    head = [f"before training, {num_cuts} cuts", "teacher", "student"]
-    return _table(head, rows)
+    return text_table(rows)
 
 
 def account(
     teacher: nn.Module,
     student: nn.Module,
-    old: Dict[str, Any],
-    new: Dict[str, Any],
-    kept: Optional[Selection],
-    judged: List[HeadScores],
+    teacher_settings: Dict[str, Any],
+    student_settings: Dict[str, Any],
+    selection: Optional[Selection],
+    scores: List[HeadScores],
     num_cuts: int,
 ) -> str:
-    """Tables of sizes, of what was kept, and of loss and WER before any training.
+    """Tables of a student's sizes, its origin, and its scores before any training.
 
     Args:
-      old: The teacher's settings.
-      new: The student's.
-      kept: None for a student that starts from random parameters.
-      judged: Of the teacher and the student, or empty.
-      num_cuts: On how many cuts that was.
+      teacher: The teacher.
+      student: The student.
+      teacher_settings: The teacher's settings, by the names of the recipe's params.
+      student_settings: The student's settings.
+      selection: What the student took of the teacher; None for random parameters.
+      scores: Of the teacher and the student, or empty.
+      num_cuts: The number of cuts that the scores are of.
     """
-    blocks = [_sizes(teacher, student, old, new)]
-    blocks.append(_origin(old, new, kept) if kept else ["kept of the teacher: nothing"])
-    if judged:
-        blocks.append(_starts(judged, num_cuts))
-    return "\n\n".join("\n".join(lines) for lines in blocks)
+    blocks = [_sizes(teacher, student, teacher_settings, student_settings)]
+    if selection is None:
+        blocks.append("kept of the teacher: nothing")
+    else:
+        blocks.append(_origin(teacher_settings, student_settings, selection))
+    if scores:
+        blocks.append(_start(scores, num_cuts))
+    return "\n\n".join(blocks)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
 import click
 
 from icefall_kd.cli.options import MODEL_FLAGS, Place, Text, command, teacher_options
+from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError, require
 from icefall_kd.files import check_new_file
 from icefall_kd.training.options import add_options, distils, flags_in_errors
@@ -48,14 +49,13 @@ def _version(module: str, distribution: str) -> str:
 
 
 def _installed() -> None:
+    """Print the table of installed parts, and refuse where one is missing."""
     rows = []
     for module, distribution, need, install in _PARTS:
         rows.append((distribution, _version(module, distribution), need, install))
     installed = {name for name, version, *_ in rows if version}
-    click.echo(f"{'part':<15}{'version':<22}{'for':<17}to install")
-    for name, version, need, install in rows:
-        shown = "" if version else install
-        click.echo(f"{name:<15}{version or 'missing':<22}{need:<17}{shown}".rstrip())
+    cells = [(n, v or "missing", need, "" if v else i) for n, v, need, i in rows]
+    click.echo(text_table([("part", "version", "for", "to install"), *cells], left=4))
     engine = next((e for e in ("k2", "fast_rnnt") if e in installed), None)
     click.echo(f"transducer engine: {engine or 'none'}")
     missing = [n for n, v, need, _ in rows if need == "needed" and not v]

@@ -6,13 +6,14 @@ from typing import Any, Dict
 
 import click
 
+from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds, count_parameters
 from icefall_kd.student.presets import PRESETS, preset, preset_names
 
-SECONDS = 10.0  # of the utterance that multiply-adds are counted for
+SECONDS = 10.0  # length of the utterance whose multiply-adds are counted
 
-# What a recipe adds to a preset: librispeech's defaults, with both heads.
+# The settings that a recipe adds to a preset: librispeech's, with both heads.
 _RECIPE = {
     "feature_dim": 80,
     "context_size": 2,
@@ -20,15 +21,15 @@ _RECIPE = {
     "use_ctc": True,
     "causal": False,
 }
-_COLUMNS = (
-    ("preset", "<"),
-    ("layers", "<"),
-    ("encoder dim", "<"),
-    ("feed-forward", "<"),
-    ("decoder", ">"),
-    ("M params", ">"),
-    ("G/s", ">"),
-)
+_HEAD = [
+    "preset",
+    "layers",
+    "encoder dim",
+    "feed-forward",
+    "decoder",
+    "M params",
+    "G/s",
+]
 
 
 def _rows(vocab_size: int) -> Dict[str, Dict[str, Any]]:
@@ -54,34 +55,30 @@ def _compact(value: str) -> str:
 def list_presets(as_json: bool, vocab_size: int = 500) -> None:
     """Print every preset, as a table or as one JSON object.
 
-    Parameters and multiply-adds are those of a model with transducer and CTC head at
-    ``vocab_size`` and 80 feature bins, as
-    :func:`~icefall_kd.student.count.count_multiply_adds` counts an utterance of 10 s.
+    Parameters and multiply-adds are those of a model with transducer and CTC head and
+    80 feature bins, as :func:`~icefall_kd.student.count.count_multiply_adds` counts an
+    utterance of 10 s.
+
+    Args:
+      as_json: Whether to print JSON.
+      vocab_size: The number of tokens.
 
     Raises:
-      KDError: an empty vocabulary.
+      KDError: ``vocab_size`` is below 1.
     """
     rows = _rows(vocab_size)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    table = [[name for name, _ in _COLUMNS]]
+    table = [_HEAD]
     for name, row in rows.items():
         s = row["settings"]
-        table.append(
-            [
-                name,
-                *(_compact(s[k]) for k in ("num_encoder_layers", "encoder_dim")),
-                _compact(s["feedforward_dim"]),
-                str(s["decoder_dim"]),
-                f"{row['parameters']['all'] / 1e6:.2f}",
-                f"{row['multiply_adds_per_second']['all'] / 1e9:.2f}",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for line in table:
-        cells = zip(line, widths, (side for _, side in _COLUMNS))
-        click.echo("  ".join(f"{c:{side}{w}}" for c, w, side in cells).rstrip())
+        shape = ("num_encoder_layers", "encoder_dim", "feedforward_dim")
+        parameters = f"{row['parameters']['all'] / 1e6:.2f}"
+        speed = f"{row['multiply_adds_per_second']['all'] / 1e9:.2f}"
+        sizes = [str(s["decoder_dim"]), parameters, speed]
+        table.append([name, *(_compact(s[key]) for key in shape), *sizes])
+    click.echo(text_table(table, left=4))
     s = PRESETS["s"]
     click.echo(
         f"\nAt a vocabulary of {vocab_size}, with transducer and CTC head; G/s: 10^9 "

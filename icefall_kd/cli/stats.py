@@ -1,10 +1,11 @@
 """What a store holds, as a table."""
 
-from typing import Dict, Iterable, List, Tuple
+from typing import Dict, Iterable
 
 import click
 from lhotse.cut import Cut
 
+from icefall_kd.cli.text_table import text_table
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import read_fingerprint, tracks_with_targets
 from icefall_kd.types import index_rows
@@ -47,10 +48,4 @@ def print_stats(cuts: Iterable[Cut]) -> None:
     rows += [(f"bytes a frame, {n}", f"{s / frames:.2f}") for n, s in sizes.items()]
     rows.append(("kept as", ", ".join(fingerprint.forms.values())))
     rows += [(n, formats[n].format(s / frames)) for n, s in sums.items()]
-    _print_table(rows)
-
-
-def _print_table(rows: List[Tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{name:<{width}}  {value:>14}")
+    click.echo(text_table(rows))

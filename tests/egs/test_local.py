@@ -22,6 +22,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from icefall_kd.errors import KDError
+
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ROOT / "egs" / "digits" / "ASR" / "local"
 WORDS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
@@ -441,14 +443,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, tones):
     args = ["--corpus-dir", tones, *TONE_ARGS]
     full = {"preexec_fn": small_files_only, "cwd": tmp_path}
     done = run_apart("prepare_fsdd.py", *args, **full)
-    refused_late(done, "prepare_fsdd.py", "free some space")
+    refused_late(done, "prepare_fsdd.py", "free space")
     assert list(tmp_path.iterdir()) == []
 
     run_well("prepare_fsdd.py", *args, cwd=tmp_path)
     before = all_bytes(tmp_path)
     args += ["--seed", 5]
     done = run_apart("prepare_fsdd.py", *args, **full)
-    refused_late(done, "prepare_fsdd.py", "free some space")
+    refused_late(done, "prepare_fsdd.py", "free space")
     assert all_bytes(tmp_path) == before
 
 
@@ -593,7 +595,7 @@ def test_espeak_refuses_silence(monkeypatch, tmp_path):
 
 def test_espeak_refuses_voices_that_are_not_there(monkeypatch, tmp_path):
     pytest.importorskip("espeakng_loader")
-    with pytest.raises(prepare_espeak.UserError, match="'xx-none\\+f1'"):
+    with pytest.raises(KDError, match="'xx-none\\+f1'"):
         prepare_espeak.Espeak().synthesize("one", "xx-none+f1", 160, 50, 50, 1)
     monkeypatch.setattr(prepare_espeak, "MALE", ["nobody"])
     done = run("prepare_espeak.py", cwd=tmp_path)
@@ -737,7 +739,7 @@ def test_features_of_bad_input_are_refused(corpus, tmp_path, what):
     if what == "disk":
         runner, word = (
             partial(run_apart, preexec_fn=small_files_only),
-            "free some space",
+            "free space",
         )
     done = runner("compute_fbank.py", *words, cwd=tmp_path)
     refused_late(done, "compute_fbank.py", word)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from icefall_kd.errors import KDError
+
 LOCAL = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "local"
 
 
@@ -60,7 +62,7 @@ def test_a_difference_is_taken_utterance_by_utterance(table):
 
 
 def test_a_run_that_is_missing_is_named(table, tmp_path):
-    with pytest.raises(table.UserError, match="epoch-3.pt, let run_streaming.sh"):
+    with pytest.raises(KDError, match="epoch-3.pt, let run_streaming.sh"):
         table.recognise(tmp_path, 3, tmp_path, tmp_path)
 
 

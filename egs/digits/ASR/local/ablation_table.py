@@ -14,7 +14,9 @@ from statistics import mean
 from typing import Dict, List
 
 from results_table import HEADS, closed, read
-from script_utils import UserError, check_range, run_script, words_of
+from script_utils import check_range, run_script, words_of
+
+from icefall_kd.errors import KDError
 
 METHODS = {"ctc_wer": "ctc-greedy-search", "transducer_wer": "greedy_search"}
 
@@ -37,11 +39,11 @@ def wer(exp: Path, head: str, checkpoint: str) -> float:
     name = f"wer-summary-test-{checkpoint}-avg-1-use-averaged-model.txt"
     path = exp / method / name
     if not path.is_file():
-        raise UserError(f"{path} does not exist, let run_ablation.sh finish")
+        raise KDError(f"{path} does not exist, let run_ablation.sh finish")
     try:
         return float(path.read_text("utf8").splitlines()[1].split()[-1])
     except (ValueError, IndexError):
-        raise UserError(f"{path} holds no error rate, decode again") from None
+        raise KDError(f"{path} holds no error rate, decode again") from None
 
 
 def cell(values: List[float]) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Sequence, Tuple
 
 import numpy as np
-from script_utils import UserError
+
+from icefall_kd.errors import KDError
 
 SAMPLING_RATE = 8000
 SNR_RANGE = (0.0, 15.0)  # dB, over the whole utterance
@@ -26,15 +27,15 @@ def read_wav(path: Path) -> np.ndarray:
             rate, width, channels = f.getframerate(), f.getsampwidth(), f.getnchannels()
             data = f.readframes(f.getnframes())
     except (wave.Error, EOFError) as e:
-        raise UserError(f"{path} is not a wav file ({e}), replace or remove it") from e
+        raise KDError(f"{path} is not a wav file ({e}), replace or remove it") from e
     if (rate, width, channels) != (SAMPLING_RATE, 2, 1):
-        raise UserError(
+        raise KDError(
             f"{path} has {rate} Hz, {8 * width} bits and {channels} channel(s) where "
             f"{SAMPLING_RATE} Hz, 16 bits and 1 channel are needed, convert or remove "
             "it"
         )
     if len(data) < 2:
-        raise UserError(f"{path} holds 0 samples, replace or remove it")
+        raise KDError(f"{path} holds 0 samples, replace or remove it")
     return np.frombuffer(data, dtype="<i2").astype(np.float64) / 32768
 
 

@@ -22,7 +22,6 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List
 import numpy as np
 from audio_utils import SAMPLING_RATE
 from script_utils import (
-    UserError,
     check_range,
     read_manifest,
     replace_dir,
@@ -32,6 +31,8 @@ from script_utils import (
     write_manifest,
 )
 from tqdm.auto import tqdm
+
+from icefall_kd.errors import KDError
 
 Cut = Dict[str, Any]  # a cut as it stands in a manifest
 Mapper = Callable[[Callable[[Cut], Cut], List[Cut]], Iterable[Cut]]
@@ -86,7 +87,7 @@ def choose_extractor(extractor: str) -> str:
     except ImportError as e:
         if extractor == "auto":
             return "lhotse"
-        raise UserError(
+        raise KDError(
             f"--extractor is kaldifeat but it cannot be imported ({e}), run python "
             "tools/install_native.py kaldifeat or give --extractor lhotse"
         ) from e
@@ -123,18 +124,18 @@ def check_cuts(cuts: List[Cut], manifest: Path) -> None:
     for cut in cuts:
         recording = cut.get("recording")
         if recording is None:
-            raise UserError(
+            raise KDError(
                 f"cut {cut['id']} in {manifest} has no recording, make the manifest "
                 "again"
             )
         if recording["sampling_rate"] != SAMPLING_RATE:
-            raise UserError(
+            raise KDError(
                 f"cut {cut['id']} in {manifest} has {recording['sampling_rate']} Hz "
                 f"where {SAMPLING_RATE} Hz are needed, make the manifest again"
             )
         source = recording["sources"][0]
         if source["type"] == "file" and not Path(source["source"]).is_file():
-            raise UserError(
+            raise KDError(
                 f"the audio {source['source']} of cut {cut['id']} in {manifest} does "
                 "not exist, start from the folder in which the manifest was made or "
                 "make it again"
@@ -161,7 +162,7 @@ def is_done(cuts: List[Cut], output: Path, extractor: str, num_mel_bins: int) ->
         difference = f"another cut than the present {first}"
     else:
         return True
-    raise UserError(f"{output} has {difference}, give --overwrite true to replace it")
+    raise KDError(f"{output} has {difference}, give --overwrite true to replace it")
 
 
 _extractor = None  # one for each process
@@ -185,7 +186,7 @@ def compute_features(cut: Cut, scratch: str, final: str) -> Cut:
     try:
         samples = item.load_audio()
     except (AudioLoadingError, DurationMismatchError) as e:
-        raise UserError(
+        raise KDError(
             f"the audio of cut {cut['id']} cannot be read ({e}), make the corpus again"
         ) from e
     array = np.asarray(_extractor.extract(samples, SAMPLING_RATE))
@@ -248,12 +249,12 @@ def main() -> None:
     prefix, suffix = "digits_cuts_", ".jsonl.gz"
     manifests = sorted(args.manifest_dir.glob(f"{prefix}*{suffix}"))
     if not manifests:
-        raise UserError(
+        raise KDError(
             f"--manifest-dir {args.manifest_dir} holds 0 files digits_cuts_*.jsonl.gz, "
             "run local/prepare_fsdd.py or local/prepare_espeak.py first"
         )
     if args.manifest_dir.resolve() == args.output_dir.resolve():
-        raise UserError(
+        raise KDError(
             f"--manifest-dir {args.manifest_dir} and --output-dir {args.output_dir} "
             "are one folder, name another --output-dir"
         )

@@ -9,7 +9,6 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 import numpy as np
 from audio_utils import SAMPLING_RATE, write_wav
 from script_utils import (
-    UserError,
     check_range,
     read_manifest,
     replace_dir,
@@ -17,6 +16,8 @@ from script_utils import (
     write_manifest,
 )
 from tqdm.auto import tqdm
+
+from icefall_kd.errors import KDError
 
 WORDS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
 NUM_DIGITS = (2, 6)  # fewest and most digits in an utterance
@@ -128,7 +129,7 @@ def check_replaceable(audio_dir: Path, manifest: Path) -> None:
         sources = [source["source"] for source in recording.get("sources", [])]
         if [Path(source).parent for source in sources] == [audio_dir]:
             return
-    raise UserError(
+    raise KDError(
         f"{audio_dir} exists but {manifest} does not describe it, name another "
         "--audio-dir or remove that folder"
     )

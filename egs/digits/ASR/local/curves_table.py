@@ -13,7 +13,9 @@ from statistics import mean
 from typing import Dict, List, Optional, Tuple
 
 from results_table import HEADS
-from script_utils import UserError, read_rows, run_script, words_of
+from script_utils import read_rows, run_script, words_of
+
+from icefall_kd.errors import KDError
 
 LOSSES = {"none": "without KD", "mix": "with KD"}
 STARTS = {
@@ -44,13 +46,13 @@ def read(args: argparse.Namespace) -> Curves:
     for option, names in (("--losses", LOSSES), ("--starts", STARTS)):
         for name in words_of(getattr(args, option[2:]), option):
             if name not in names:
-                raise UserError(f"{option} has {name!r}, give {', '.join(names)}")
+                raise KDError(f"{option} has {name!r}, give {', '.join(names)}")
     for loss in args.losses.split():
         for start in args.starts.split():
             for seed in words_of(args.seeds, "--seeds"):
                 path = args.dir / f"seed-{seed}" / f"exp-{start}-{loss}" / "curve.json"
                 if not path.is_file():
-                    raise UserError(f"{path} does not exist, let run_slices.sh finish")
+                    raise KDError(f"{path} does not exist, let run_slices.sh finish")
                 curve = read_rows(path, ("step", *HEADS))
                 curves.setdefault((start, loss), []).append(curve)
     return curves

@@ -12,21 +12,15 @@ frames can hold, is left out; the last line says how many.
 
 import torch
 from lhotse import CutSet
-from script_utils import UserError, run_script, staged_dir
-from teacher_utils import (
-    batches,
-    load_teacher,
-    memory_words,
-    teacher_parser,
-    with_refusals,
-)
+from script_utils import run_script, staged_dir
+from teacher_utils import batches, load_teacher, memory_words, teacher_parser
 from zipformer.decode.search import greedy_search
 
+from icefall_kd.errors import KDError
 from icefall_kd.memory import enough_memory
 
 
 @torch.no_grad()
-@with_refusals
 def main() -> None:
     args = teacher_parser(__doc__).parse_args()
     model, sp, cuts, heard = load_teacher(args)
@@ -41,7 +35,7 @@ def main() -> None:
                 cut.supervisions[0].text = text
                 labelled.append(cut)
     if not labelled:
-        raise UserError(
+        raise KDError(
             f"the teacher in {args.exp_dir} has a transcript for 0 of the {len(cuts)} "
             f"cuts in {args.in_cuts}, train it further or name another"
         )

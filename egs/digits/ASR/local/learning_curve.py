@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import List, Tuple
 
 import torch
-from script_utils import MOST_THREADS, UserError, check_range, run_script
+from script_utils import MOST_THREADS, check_range, run_script
 from teacher_utils import RECIPE
 from tqdm.auto import tqdm
 
 from icefall_kd.cli.student import read_batches
-from icefall_kd.errors import one_sentence
+from icefall_kd.errors import KDError, one_sentence
 from icefall_kd.student.scores import score_heads
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens import load_tokenizer
@@ -49,7 +49,7 @@ def points(exp_dir: Path, last: int) -> List[Tuple[int, int, int]]:
     found = [re.fullmatch(r"checkpoint-([0-9]+)\.pt", name) for name in names]
     steps = [int(match[1]) for match in found if match]
     if not steps or not (exp_dir / "epoch-1.pt").is_file():
-        raise UserError(
+        raise KDError(
             f"{exp_dir} holds no epoch-1.pt and checkpoint-*.pt, give the folder of a "
             "student's training"
         )

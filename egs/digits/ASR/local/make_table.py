@@ -22,10 +22,11 @@ from typing import Any, Dict, List
 
 import torch
 from lhotse import CutSet
-from script_utils import UserError, check_range, run_script, staged_dir
+from script_utils import check_range, run_script, staged_dir
 from tqdm import tqdm
 from zipformer.decode.search import greedy_search
 
+from icefall_kd.errors import KDError
 from icefall_kd.targets.cuts import ManifestCuts
 from icefall_kd.teacher.checkpoints import load_checkpoint
 from icefall_kd.teacher.loader import load_recipe_model
@@ -54,10 +55,10 @@ def read_wer(exp_dir: Path, method: str, epoch: int, avg: int) -> float:
     name = f"errs-test-epoch-{epoch}-avg-{avg}-use-averaged-model.txt"
     path = exp_dir / method / name
     if not path.is_file():
-        raise UserError(f"the result {path} does not exist, run the decoding stage")
+        raise KDError(f"the result {path} does not exist, run the decoding stage")
     match = re.match(r"%WER (\d+\.?\d*)%", path.read_text("utf8", errors="replace"))
     if match is None:
-        raise UserError(f"{path} does not begin with %WER, decode again")
+        raise KDError(f"{path} does not begin with %WER, decode again")
     return float(match.group(1))
 
 
@@ -107,7 +108,7 @@ def main() -> None:
     for name in args.models:
         exp_dir, _, epoch = name.rpartition(":")
         if not exp_dir or not re.fullmatch("[0-9]{1,6}", epoch):
-            raise UserError(
+            raise KDError(
                 f"the model is {name!r} but must be EXP_DIR:EPOCH, such as "
                 "exp/teacher:4"
             )

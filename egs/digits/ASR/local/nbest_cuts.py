@@ -20,13 +20,7 @@ import sentencepiece as spm
 import torch
 from lhotse import CutSet
 from script_utils import check_range, run_script, staged_dir
-from teacher_utils import (
-    batches,
-    load_teacher,
-    memory_words,
-    teacher_parser,
-    with_refusals,
-)
+from teacher_utils import batches, load_teacher, memory_words, teacher_parser
 
 from icefall_kd.kinds.nbest import write_nbest
 from icefall_kd.memory import enough_memory
@@ -114,7 +108,6 @@ def texts_of(
     return best_first(texts)[:num_paths]
 
 
-@with_refusals
 def main() -> None:
     args = get_args()
     check_range(args.num_paths, 1, "--num-paths", 1000)

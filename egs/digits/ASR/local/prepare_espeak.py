@@ -35,7 +35,9 @@ from corpus_utils import (
     utterance_rng,
     write_corpus,
 )
-from script_utils import UserError, run_script
+from script_utils import run_script
+
+from icefall_kd.errors import KDError
 
 ACCENTS = (
     "en en-029 en-gb-scotland en-gb-x-gbclan en-gb-x-gbcwmd en-gb-x-rp en-us "
@@ -83,7 +85,7 @@ class Espeak:
         try:
             import espeakng_loader
         except ImportError as e:
-            raise UserError(
+            raise KDError(
                 f"eSpeak NG cannot be imported ({e}), run pip install espeakng-loader"
             ) from e
         self.library = espeakng_loader.get_library_path()
@@ -94,7 +96,7 @@ class Espeak:
         for variant in variants:
             path = Path(self.data) / "voices" / "!v" / variant
             if not path.is_file():
-                raise UserError(
+                raise KDError(
                     f"eSpeak NG has no variant {variant!r} ({path} does not exist), "
                     "run pip install --force-reinstall espeakng-loader"
                 )
@@ -113,7 +115,7 @@ class Espeak:
 
         def check(what: str, status: int) -> None:
             if status != 0:
-                raise UserError(
+                raise KDError(
                     f"eSpeak NG returned {status} instead of 0 for {what} of voice "
                     f"{voice!r} and text {text!r}, run pip install --force-reinstall "
                     "espeakng-loader"
@@ -152,7 +154,7 @@ def check_speech(samples: np.ndarray, what: str) -> None:
     seconds = samples.size / SAMPLING_RATE
     peak = float(np.max(np.abs(samples), initial=0.0))
     if seconds < MIN_SECONDS or peak < MIN_PEAK:
-        raise UserError(
+        raise KDError(
             f"{what} came out {seconds:.3f} s long with a peak of {peak:.4f} where "
             f"{MIN_SECONDS} s and {MIN_PEAK} are the least, run pip install "
             "--force-reinstall espeakng-loader"

@@ -35,8 +35,10 @@ from corpus_utils import (
     utterance_rng,
     write_corpus,
 )
-from script_utils import UserError, run_script
+from script_utils import run_script
 from tqdm.auto import tqdm
+
+from icefall_kd.errors import KDError
 
 NUM_DEV_INDEXES = 5  # recordings 0 to 4 of a training speaker are for dev
 NAME = re.compile(r"([0-9])_([A-Za-z0-9-]+)_([0-9]+)\.wav")
@@ -74,7 +76,7 @@ def get_args() -> argparse.Namespace:
 def find_recordings(corpus_dir: Path) -> Dict[str, Dict[Tuple[int, int], Path]]:
     """Returns the paths by speaker and by (digit, index)."""
     if not corpus_dir.is_dir():
-        raise UserError(
+        raise KDError(
             f"--corpus-dir {corpus_dir} is not a folder, give the one that holds "
             "{digit}_{speaker}_{index}.wav"
         )
@@ -84,14 +86,14 @@ def find_recordings(corpus_dir: Path) -> Dict[str, Dict[Tuple[int, int], Path]]:
     for path in sorted(corpus_dir.glob("*.wav")):
         match = NAME.fullmatch(path.name)
         if match is None:
-            raise UserError(
+            raise KDError(
                 f"{path} is not named {{digit}}_{{speaker}}_{{index}}.wav, such as "
                 "7_theo_12.wav, rename or remove it"
             )
         digit, speaker, index = match.groups()
         found.setdefault(speaker, {})[int(digit), int(index)] = path
     if not found:
-        raise UserError(
+        raise KDError(
             f"--corpus-dir {corpus_dir} holds 0 wav files, give the folder that holds "
             "{digit}_{speaker}_{index}.wav"
         )
@@ -108,18 +110,18 @@ def choose_speakers(
         ("--untranscribed-speakers", name) for name in names
     ]:
         if name not in speakers:
-            raise UserError(
+            raise KDError(
                 f"{option} {name!r} is not in the corpus, which has "
                 f"{', '.join(speakers)}: name one of these"
             )
     if test_speaker in names:
-        raise UserError(
+        raise KDError(
             f"{test_speaker!r} is both --test-speaker and one of "
             f"--untranscribed-speakers {untranscribed!r}, name different speakers"
         )
     train = [s for s in speakers if s != test_speaker and s not in names]
     if not train:
-        raise UserError(
+        raise KDError(
             f"of {len(speakers)} speakers none is left for train beside "
             f"--test-speaker {test_speaker!r} and --untranscribed-speakers "
             f"{untranscribed!r}, name fewer"
@@ -132,7 +134,7 @@ def load_speaker(paths: Dict[Tuple[int, int], Path]) -> Speaker:
     for key, path in paths.items():
         speaker[key] = read_wav(path)
         if level(speaker[key]) == 0:
-            raise UserError(f"{path} is nothing but silence, replace or remove it")
+            raise KDError(f"{path} is nothing but silence, replace or remove it")
     return speaker
 
 
@@ -146,7 +148,7 @@ def choose_recordings(
             chosen[digit].append((f"{digit}_{name}_{index}", samples))
     for digit, recordings in enumerate(chosen):
         if not recordings:
-            raise UserError(
+            raise KDError(
                 f"speaker {name!r} has 0 recordings of digit {digit} for {split}, "
                 f"which needs at least 1 (dev: indexes below {NUM_DEV_INDEXES}, train: "
                 "the others), complete the corpus"
@@ -158,7 +160,7 @@ def main() -> None:
     args = get_args()
     check_corpus_args(args)
     if (args.num_untranscribed > 0) != bool(args.untranscribed_speakers):
-        raise UserError(
+        raise KDError(
             f"--num-untranscribed is {args.num_untranscribed} but "
             f"--untranscribed-speakers is {args.untranscribed_speakers!r}, give both "
             "or neither"

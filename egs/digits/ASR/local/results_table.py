@@ -11,7 +11,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, Tuple
 
-from script_utils import UserError, read_rows, run_script, words_of
+from script_utils import read_rows, run_script, words_of
+
+from icefall_kd.errors import KDError
 
 EXPERIMENTS = {
     "": "students that start from the teacher's layers",
@@ -35,7 +37,7 @@ def get_args() -> argparse.Namespace:
 def read(work_dir: Path, seed: str, suffix: str) -> Dict[Key, Dict[str, Any]]:
     path = work_dir / f"seed-{seed}{suffix}" / "exp" / "summary.json"
     if not path.is_file():
-        raise UserError(f"{path} does not exist, let run_fsdd.sh finish seed {seed}")
+        raise KDError(f"{path} does not exist, let run_fsdd.sh finish seed {seed}")
     rows: Dict[Key, Dict[str, Any]] = {}
     for row in read_rows(path, ("model", "params", "steps", *HEADS)):
         n = sum(model == row["model"] for model, _ in rows)

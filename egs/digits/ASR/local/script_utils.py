@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: refusals, logging, staged outputs and
+"""Common functions of this folder's scripts: refusals, logging, staged outputs and
 manifests as plain JSON lines."""
 
 import argparse
@@ -13,37 +13,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, disk_errors, require
 
-MOST = 10**6  # of whatever an option counts
+MOST = 10**6  # the upper bound of options that count something
 MOST_THREADS = 1024
 LOG_FORMAT = "%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] %(message)s"
 
 
-class UserError(Exception):
-    """What is wrong, both values and the remedy, in one sentence."""
-
-
 def run_script(main: Callable[[], None]) -> None:
-    """Run `main`; a refusal becomes one line on stderr and exit status 1."""
+    """Run ``main``; a refusal becomes one line on stderr and exit status 1."""
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     try:
-        main()
-    except (UserError, KDError) as e:
-        message = str(e)
-    except OSError as e:
-        message = (
-            f"cannot read or write {e.filename or 'the output'} ({e.strerror or e}), "
-            "free some space there or name another folder"
-        )
-    else:
-        return
-    script = Path(sys.argv[0]).name
-    print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(1)
+        with disk_errors():
+            main()
+    except KDError as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e.sentence}", file=sys.stderr)
+        sys.exit(1)
 
 
 def str2bool(value: str) -> bool:
+    """The type of a switch, as in icefall's scripts."""
     if value.lower() in ("true", "yes", "t", "y", "1"):
         return True
     if value.lower() in ("false", "no", "f", "n", "0"):
@@ -52,24 +41,25 @@ def str2bool(value: str) -> bool:
 
 
 def check_range(value: int, least: int, option: str, most: int = MOST) -> None:
-    if value < least:
-        raise UserError(
-            f"{option} is {value} but must be at least {least}, give a larger number"
-        )
-    if value > most:
-        raise UserError(
-            f"{option} is {value} but must be at most {most}, give a smaller number"
-        )
+    """Refuse a value of an option outside of ``least`` to ``most``."""
+    require(
+        value >= least,
+        f"{option} is {value} but must be at least {least}, give a larger number",
+    )
+    require(
+        value <= most,
+        f"{option} is {value} but must be at most {most}, give a smaller number",
+    )
 
 
 @contextmanager
 def staged_dir(parent: Path) -> Iterator[Path]:
-    """A scratch folder inside `parent`, gone at the end.
+    """Yield a scratch folder inside ``parent``, which is removed at the end.
 
     Finished files are renamed from it to their place, so that no output is ever
-    half-written. If the body fails, the parents made for it go too.
+    half-written. If the body fails, new parents are removed too.
     """
-    made = [p for p in [parent, *parent.parents] if not p.exists()]
+    new_folders = [p for p in [parent, *parent.parents] if not p.exists()]
     scratch = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +68,7 @@ def staged_dir(parent: Path) -> Iterator[Path]:
     except BaseException:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-        for p in made:
+        for p in new_folders:
             if p.is_dir() and not any(p.iterdir()):
                 p.rmdir()
         raise
@@ -86,37 +76,37 @@ def staged_dir(parent: Path) -> Iterator[Path]:
 
 
 def replace_dir(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, in place of what is there."""
+    """Rename ``source`` to ``target``, which is replaced if it exists."""
     if target.exists():
         target.rename(source.with_name(source.name + ".old"))
     source.rename(target)
 
 
 def read_rows(path: Path, keys: Sequence[str]) -> List[Dict[str, Any]]:
-    """Read a JSON list of dictionaries that have these keys."""
+    """Read a JSON list of dictionaries that have all ``keys``."""
     try:
         rows = json.loads(path.read_text("utf8"))
     except ValueError as e:
-        raise UserError(f"{path} is damaged ({e}), make it again") from None
+        raise KDError(f"{path} is damaged ({e}), make it again") from None
     if not rows or not isinstance(rows, list):
-        raise UserError(f"{path} holds no list of rows, make it again")
+        raise KDError(f"{path} holds no list of rows, make it again")
     for row in rows:
         lacking = set(keys) - set(row if isinstance(row, dict) else ())
         if lacking:
-            raise UserError(f"a row of {path} lacks {min(lacking)}, make it again")
+            raise KDError(f"a row of {path} lacks {min(lacking)}, make it again")
     return rows
 
 
 def words_of(text: str, option: str) -> List[str]:
-    """The words of an option's value, of which it takes one or more."""
+    """The words of an option's value, one or more."""
     words = text.split()
     if not words:
-        raise UserError(f"{option} is {text!r} and names nothing, give a name or more")
+        raise KDError(f"{option} is {text!r} and names nothing, give a name or more")
     return words
 
 
 def write_manifest(path: Path, items: Iterable[Dict[str, Any]]) -> None:
-    """Write .jsonl.gz without a time stamp: the same items give the same bytes."""
+    """Write .jsonl.gz without a time stamp, so that equal items give equal bytes."""
     with open(path, "wb") as raw:
         with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as f:
             for item in items:
@@ -126,7 +116,7 @@ def write_manifest(path: Path, items: Iterable[Dict[str, Any]]) -> None:
 def read_manifest(path: Path) -> List[Dict[str, Any]]:
     """Read the cuts of .jsonl.gz or .jsonl as dicts."""
     if not path.is_file():
-        raise UserError(
+        raise KDError(
             f"the manifest {path} does not exist, run the stage that makes it or name "
             "another"
         )
@@ -135,14 +125,14 @@ def read_manifest(path: Path) -> List[Dict[str, Any]]:
         with opened(path, "rt", encoding="utf-8") as f:
             items = [json.loads(line) for line in f if line.strip()]
     except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as e:
-        raise UserError(
+        raise KDError(
             f"the manifest {path} is damaged ({e}), make it again from the start"
         ) from e
     if not items:
-        raise UserError(f"the manifest {path} holds 0 cuts, make it again with some")
+        raise KDError(f"the manifest {path} holds 0 cuts, make it again with some")
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict) or "id" not in item:
-            raise UserError(
+            raise KDError(
                 f"line {number} of {path} is not a cut, name a manifest of cuts"
             )
     return items

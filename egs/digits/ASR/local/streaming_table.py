@@ -24,10 +24,11 @@ import torch
 from lhotse import CutSet
 from lhotse.dataset.collation import collate_features
 from lhotse.dataset.sampling import SimpleCutSampler
-from script_utils import UserError, run_script
+from script_utils import run_script
 from teacher_utils import RECIPE
 from tqdm import tqdm
 
+from icefall_kd.errors import KDError
 from icefall_kd.student.greedy import transducer_greedy
 from icefall_kd.tap import ModelTap
 from icefall_kd.teacher.loader import load_recipe_model
@@ -70,9 +71,7 @@ def recognise(
     if path.is_file():
         return json.loads(path.read_text("utf8"))
     if not (exp_dir / f"epoch-{epoch}.pt").is_file():
-        raise UserError(
-            f"{exp_dir} has no epoch-{epoch}.pt, let run_streaming.sh finish"
-        )
+        raise KDError(f"{exp_dir} has no epoch-{epoch}.pt, let run_streaming.sh finish")
     model, settings = load_recipe_model(RECIPE, exp_dir, epoch, use_averaged_model=True)
     sp = spm.SentencePieceProcessor()
     sp.load(str(bpe_model))

@@ -2,15 +2,14 @@
 
 import argparse
 import os
-from functools import wraps
 from pathlib import Path
-from typing import Callable, Iterator, Tuple
+from typing import Iterator, Tuple
 
 import sentencepiece as spm
 import torch
 from lhotse import CutSet
 from lhotse.dataset.sampling import SimpleCutSampler
-from script_utils import MOST_THREADS, UserError, check_range
+from script_utils import MOST_THREADS, check_range
 from tqdm import tqdm
 
 from icefall_kd.errors import KDError
@@ -39,36 +38,21 @@ def teacher_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def with_refusals(main: Callable[[], None]) -> Callable[[], None]:
-    """``main``, whose refusals by icefall_kd are those of a script of this folder."""
-
-    @wraps(main)
-    def run() -> None:
-        try:
-            main()
-        except KDError as e:
-            raise UserError(e.sentence) from None
-
-    return run
-
-
 def load_teacher(
     args: argparse.Namespace,
 ) -> Tuple[torch.nn.Module, spm.SentencePieceProcessor, CutSet, CutSet]:
     """The teacher, its BPE model, all cuts, and those of them that it can hear.
 
     Raises:
-      UserError: a number of threads out of bounds, or a manifest that does not exist.
+      KDError: a number of threads out of bounds, or a manifest that does not exist.
       KDError: an output that can't be written, a checkpoint or BPE model that can't be
         read, or a cut that no recipe can train on.
     """
     if not args.in_cuts.is_file():
-        raise UserError(
-            f"the manifest {args.in_cuts} does not exist, make the features"
-        )
+        raise KDError(f"the manifest {args.in_cuts} does not exist, make the features")
     check_new_file(str(args.out_cuts), "OUT_CUTS", MANIFEST)
     if args.in_cuts.resolve() == args.out_cuts.resolve():
-        raise UserError(
+        raise KDError(
             f"{args.in_cuts} is both read and written, give OUT_CUTS another name"
         )
     check_range(args.epoch, 1, "--epoch")

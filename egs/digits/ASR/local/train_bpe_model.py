@@ -16,7 +16,9 @@ import re
 from pathlib import Path
 from typing import List
 
-from script_utils import UserError, check_range, read_manifest, run_script, staged_dir
+from script_utils import check_range, read_manifest, run_script, staged_dir
+
+from icefall_kd.errors import KDError
 
 
 def get_args() -> argparse.Namespace:
@@ -53,7 +55,7 @@ def read_transcripts(manifest: Path) -> List[str]:
         if supervision.get("text")
     ]
     if not texts:
-        raise UserError(
+        raise KDError(
             f"the manifest {manifest} has 0 transcripts, name one of transcribed cuts"
         )
     return texts
@@ -84,11 +86,11 @@ def train(texts: List[str], vocab_size: int) -> bytes:
     except RuntimeError as e:
         found = re.search(r"required_chars\. -?\d+ vs (\d+)|value <= (\d+)", str(e))
         if found is None:
-            raise UserError(
+            raise KDError(
                 f"sentencepiece refused --vocab-size {vocab_size} ({e})"
             ) from e
         smallest, largest = found.groups()
-        raise UserError(
+        raise KDError(
             f"--vocab-size is {vocab_size} but the transcripts give "
             + (f"at least {smallest}" if smallest else f"at most {largest}")
             + f" tokens, give {smallest or largest}"

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any, Optional, Set
 
 from audio_utils import SAMPLING_RATE
-from script_utils import UserError, read_manifest, run_script, str2bool
+from script_utils import read_manifest, run_script, str2bool
+
+from icefall_kd.errors import KDError
 
 SPARE_FRAMES = 2
 
@@ -55,7 +57,7 @@ def load_bpe_model(path: Path) -> Any:
     import sentencepiece as spm
 
     if not path.is_file():
-        raise UserError(
+        raise KDError(
             f"--bpe-model {path} does not exist, run local/train_bpe_model.py or name "
             "another"
         )
@@ -63,7 +65,7 @@ def load_bpe_model(path: Path) -> Any:
     try:
         sp.load(str(path))
     except RuntimeError as e:
-        raise UserError(
+        raise KDError(
             f"--bpe-model {path} is no sentencepiece model, run "
             "local/train_bpe_model.py to make it again"
         ) from e
@@ -77,12 +79,12 @@ def num_subsampled_frames(num_frames: int) -> int:
 
 def check_supervision(cut: Any, allow_untranscribed: bool) -> None:
     if len(cut.supervisions) != 1:
-        raise UserError(
+        raise KDError(
             f"cut {cut.id} has {len(cut.supervisions)} supervisions where 1 is needed, "
             "correct or remove it"
         )
     if not (cut.supervisions[0].text or "").strip() and not allow_untranscribed:
-        raise UserError(
+        raise KDError(
             f"cut {cut.id} has the text {cut.supervisions[0].text!r} where a "
             "transcript is needed, remove it or give --allow-untranscribed true"
         )
@@ -90,12 +92,12 @@ def check_supervision(cut: Any, allow_untranscribed: bool) -> None:
 
 def check_features(cut: Any) -> None:
     if not cut.has_features:
-        raise UserError(
+        raise KDError(
             f"cut {cut.id} has no features where they are needed, run "
             "local/compute_fbank.py"
         )
     if cut.sampling_rate != SAMPLING_RATE:
-        raise UserError(
+        raise KDError(
             f"cut {cut.id} has {cut.sampling_rate} Hz where {SAMPLING_RATE} Hz are "
             "needed, resample it and compute its features again"
         )
@@ -105,13 +107,13 @@ def check_tokens(cut: Any, sp: Any) -> None:
     text = cut.supervisions[0].text
     tokens = sp.encode(text)
     if sp.unk_id() in tokens:
-        raise UserError(
+        raise KDError(
             f"cut {cut.id} has the text {text!r}, for which the BPE model has no "
             "tokens but <unk>, train the model on these transcripts"
         )
     num_frames = num_subsampled_frames(cut.num_frames)
     if num_frames < len(tokens) + SPARE_FRAMES:
-        raise UserError(
+        raise KDError(
             f"cut {cut.id} has {num_frames} frames after subsampling where its "
             f"{len(tokens)} tokens need {len(tokens) + SPARE_FRAMES}, remove it or "
             "train a BPE model of a larger vocabulary"
@@ -134,12 +136,12 @@ def main() -> None:
             cut = deserialize_item(deepcopy(item))
             _ = (cut.supervisions, cut.has_features, cut.sampling_rate)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise UserError(
+            raise KDError(
                 f"line {number} of {args.manifest} is not a cut of Lhotse, make the "
                 "manifest again"
             ) from e
         if cut.id in ids:
-            raise UserError(
+            raise KDError(
                 f"cut {cut.id} is there twice in {args.manifest}, give each an id of "
                 "its own"
             )

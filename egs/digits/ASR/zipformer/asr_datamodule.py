@@ -15,6 +15,7 @@ from lhotse.dataset import (
 from torch.utils.data import DataLoader
 from zipformer.utils import str2bool
 
+from icefall_kd.errors import KDError
 from icefall_kd.training import session as kd
 
 
@@ -157,8 +158,8 @@ class DigitsAsrDataModule:
     def cuts(self, name: str) -> CutSet:
         path = self.args.manifest_dir / f"digits_cuts_{name}.jsonl.gz"
         if not path.is_file():
-            raise SystemExit(
-                f"error: the manifest {path} does not exist: run the stages before "
+            raise KDError(
+                f"the manifest {path} does not exist: run the stages before "
                 "this one, or mend --manifest-dir"
             )
         logging.info(f"About to get {name} cuts from {path}")

@@ -25,7 +25,7 @@ from train import load_bpe_model
 from zipformer.decode.search import ctc_greedy_search, greedy_search
 from zipformer.utils import AttributeDict, setup_logger, store_transcripts, str2bool
 
-from icefall_kd.errors import one_sentence
+from icefall_kd.errors import KDError, one_sentence
 from icefall_kd.teacher.loader import load_recipe_model
 
 METHODS = ("ctc-greedy-search", "greedy_search")
@@ -107,8 +107,8 @@ def write_error_stats(f: TextIO, test_set: str, results: List[Result]) -> float:
     subs = sum(n for (r, h), n in confusions.items() if gap not in (r, h) and r != h)
     ref_len = sum(len(ref) for _, ref, _ in results)
     if not ref_len:
-        raise SystemExit(
-            f"decode.py: error: the cuts of {test_set} have no reference words, so "
+        raise KDError(
+            f"the cuts of {test_set} have no reference words, so "
             "they have no WER: decode a transcribed set"
         )
     wer = 100.0 * (ins + dels + subs) / ref_len
@@ -138,6 +138,7 @@ def save_results(params: AttributeDict, results: List[Result]) -> None:
         print(f"{params.decoding_method}\t{wer:.2f}", file=f)
 
 
+@one_sentence()
 @torch.no_grad()
 def main():
     parser = get_parser()
@@ -155,18 +156,17 @@ def main():
 
     sp = load_bpe_model(params.bpe_model)
     params.blank_id = sp.piece_to_id("<blk>")
-    with one_sentence():
-        model, settings = load_recipe_model(
-            Path(__file__).parent,
-            params.exp_dir,
-            params.epoch,
-            params.iter,
-            params.avg,
-            params.use_averaged_model,
-        )
+    model, settings = load_recipe_model(
+        Path(__file__).parent,
+        params.exp_dir,
+        params.epoch,
+        params.iter,
+        params.avg,
+        params.use_averaged_model,
+    )
     if settings["vocab_size"] != sp.get_piece_size():
-        raise SystemExit(
-            f"decode.py: error: the BPE model {params.bpe_model} has "
+        raise KDError(
+            f"the BPE model {params.bpe_model} has "
             f"{sp.get_piece_size()} symbols and the model {settings['vocab_size']}: "
             "give the bpe.model that it was trained with"
         )

@@ -50,6 +50,7 @@ from zipformer.utils import (
 from zipformer.utils import save_checkpoint as save_checkpoint_impl
 from zipformer.utils import setup_dist, setup_logger, str2bool, update_averaged_model
 
+from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
 from icefall_kd.rnnt import get_engine
 from icefall_kd.training import session as kd
@@ -356,21 +357,21 @@ def check_cuts(cuts: CutSet, sp: spm.SentencePieceProcessor) -> float:
                     f"{tokens + 2} for its {tokens} tokens"
                 )
         if problem:
-            raise SystemExit(
-                f"train.py: error: the cut {c.id} {problem}: mend it or leave it out "
+            raise KDError(
+                f"the cut {c.id} {problem}: mend it or leave it out "
                 "of the training cuts"
             )
         total += c.duration
     if not total:
-        raise SystemExit("train.py: error: there are no training cuts: make the data")
+        raise KDError("there are no training cuts: make the data")
     return total
 
 
 def load_bpe_model(path: str) -> spm.SentencePieceProcessor:
     if not Path(path).is_file():
-        raise SystemExit(
-            f"train.py: error: the BPE model {path} does not exist: run the token "
-            "stage, or mend --bpe-model"
+        raise KDError(
+            f"the BPE model {path} does not exist: run the token stage, or mend "
+            "--bpe-model"
         )
     sp = spm.SentencePieceProcessor()
     sp.load(path)
