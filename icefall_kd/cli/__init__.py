@@ -1,4 +1,4 @@
-"""The command ``icefall-kd``; ``icefall-kd COMMAND --help`` tells more."""
+"""The command ``icefall-kd``; ``icefall-kd COMMAND --help`` explains each of its commands."""
 
 import click
 

@@ -15,7 +15,7 @@ from icefall_kd.errors import KDError, require
 from icefall_kd.files import check_new_file
 from icefall_kd.training.options import add_options, distils, flags_in_errors
 
-if TYPE_CHECKING:  # the command runs where torch is missing, and says so
+if TYPE_CHECKING:  # the command also runs where torch is missing
     from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
 
 # name of the module, of its distribution, whether it is needed, how to get it

@@ -102,7 +102,7 @@ def _name_of(param: Param) -> str:
 
 
 def _refuse(param: Param, value: Any, remedy: str) -> None:
-    """Refuse ``value``; ``remedy`` tells what it must be, or what to do."""
+    """Refuse ``value``; ``remedy`` is what it must be."""
     text = str(value)
     if len(text) > 30 or not text.strip() or not text.isprintable():
         text = reprlib.repr(text)

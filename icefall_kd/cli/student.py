@@ -401,7 +401,7 @@ def _build(
     important = "important" in (layers, channels)
     require(
         not important or init != "random",
-        "--layers and --channels say what is kept of the teacher, and --init random "
+        "--layers and --channels choose what is kept of the teacher, and --init random "
         "keeps nothing: leave out one of them",
     )
     require(

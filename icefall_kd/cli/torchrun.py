@@ -1,4 +1,4 @@
-"""What torchrun tells each of its processes, in the environment."""
+"""Numbers that torchrun sets for each of its processes, in the environment."""
 
 import os
 import re

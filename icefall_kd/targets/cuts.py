@@ -154,7 +154,7 @@ class Survey:
         if self.longer:
             logging.warning(
                 f"{self.longer} of {self.total} cuts are longer than their "
-                f"supervision, {self.first_longer} the first: recipe and teacher hear "
+                f"supervision, {self.first_longer} the first: recipe and teacher use "
                 "as many frames as the supervision has, from the cut's first on, and "
                 "the recipe fails where such a cut is the longest of its batch; "
                 "`lhotse cut trim-to-supervisions` mends it"
@@ -236,9 +236,9 @@ def _problem(cut: Cut, num_features: int, first: Optional[Features]) -> str:
     """Why no command can go on with a cut like this one; "" if it can."""
     if not cut.has_features:
         return (
-            "has no features, and what is stored of a teacher is what it says on "
-            "precomputed ones: compute them first; a recipe that computes them on the "
-            "fly can ask the teacher in training, --kd-teacher-exp-dir"
+            "has no features, and a teacher's targets are stored for precomputed ones: "
+            "compute them first; a recipe that computes them on the fly can run the "
+            "teacher in training, --kd-teacher-exp-dir"
         )
     if cut.num_features != num_features:
         return (

@@ -109,12 +109,12 @@ def speech_of(cut: Cut) -> Cut:
     if len(speech) != 1 or (tracks and tracks[inner.index(speech[0])].offset != 0):
         raise KDError(
             f"the cut {cut.id} is made of {len(speech)} cuts with speech, and a "
-            "caching teacher hears one at the cut's start: train without "
+            "caching teacher runs on one at the cut's start: train without "
             "concatenation, or dump the targets first"
         )
     require(
         speech[0].has_features,
-        f"the cut {speech[0].id} has no stored features, and a caching teacher hears "
-        "those: compute them first, or ask the teacher without a cache",
+        f"the cut {speech[0].id} has no stored features, and a caching teacher runs on "
+        "those: compute them first, or run the teacher without a cache",
     )
     return speech[0]

@@ -78,7 +78,7 @@ def settings_of(
 def _params_of_tokens(
     checkpoint: Dict[str, Any], path: Path, bpe_model: str
 ) -> Dict[str, Any]:
-    """The params that tell the tokens of a checkpoint which holds no settings."""
+    """The params that depend on the tokens, for a checkpoint without settings."""
     require(
         bpe_model,
         f"the checkpoint {path} holds no model settings (encoder_dim, vocab_size): "
@@ -109,7 +109,7 @@ def _params_of_tokens(
 
 
 def _number_of_tokens(checkpoint: Dict[str, Any]) -> int:
-    """How many tokens the parameters of a checkpoint are for; 0 if they don't tell."""
+    """How many tokens the parameters of a checkpoint are for; 0 if it is not known."""
     state = checkpoint.get("model")
     for name in _TOKEN_ROWS if isinstance(state, dict) else ():
         if name in state:

@@ -67,8 +67,8 @@ class TeacherSpec:
             require(
                 not all(Path(part).is_dir() for part in parts),
                 f"`exp_dir` {self.exp_dir} is a folder, and so are "
-                f"{' and '.join(parts)}: rename the first, as it can't be told whether "
-                f"one teacher or {len(parts)} are meant",
+                f"{' and '.join(parts)}: rename the first, as it is not clear "
+                f"whether one teacher or {len(parts)} are meant",
             )
             return [self.exp_dir]
         require(

@@ -55,7 +55,7 @@ def _tokens_file_of_teacher(spec: "TeacherSpec", teacher: "LoadedTeacher") -> st
 def _check_tokens(
     params: Dict[str, Any], spec: "TeacherSpec", teacher: "LoadedTeacher"
 ) -> None:
-    """Refuse a teacher of other tokens than the student's, as far as files tell."""
+    """Refuse a teacher of other tokens than the student's, as far as files show."""
     from icefall_kd.tokens import load_tokenizer, token_names
 
     files = [tokens_file(params), _tokens_file_of_teacher(spec, teacher)]

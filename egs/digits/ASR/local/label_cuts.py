@@ -6,8 +6,8 @@ Usage:
   ./local/label_cuts.py --exp-dir exp/teacher --epoch 4 \
     --bpe-model data/lang_bpe_54/bpe.model IN_CUTS OUT_CUTS
 
-A cut that the teacher can't hear, for which it hears nothing, or more tokens than its
-frames can hold, is left out; the last line says how many.
+A cut is left out that the teacher can't run on, for which it outputs no token, or more
+tokens than the cut's frames can hold; the last line has their number.
 """
 
 import torch
@@ -23,9 +23,9 @@ from icefall_kd.memory import enough_memory
 @torch.no_grad()
 def main() -> None:
     args = teacher_parser(__doc__).parse_args()
-    model, sp, cuts, heard = load_teacher(args)
+    model, sp, cuts, usable = load_teacher(args)
     labelled = []
-    for batch, x, x_lens in batches(heard, "Labelling"):
+    for batch, x, x_lens in batches(usable, "Labelling"):
         with enough_memory(*memory_words(batch)):
             out, lens = model.forward_encoder(x, x_lens)
             hyps = greedy_search(model, out, lens)

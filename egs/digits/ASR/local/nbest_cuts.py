@@ -8,7 +8,7 @@ Usage:
 
 Each list goes to the cut's custom field kd_nbest (icefall_kd.kinds.nbest); the
 transcript stays as it is. Scores are log-probabilities of the texts, over all their
-alignments in the beam. A cut that the teacher can't hear, such as
+alignments in the beam. A cut that the teacher can't run on, such as
 one too short for its encoder, gets no list.
 """
 
@@ -73,9 +73,9 @@ def nbest_search(
     am = joiner.encoder_proj(encoder_out)
     beams = [{start: 0.0} for _ in lens]
     for t in range(max(lens)):
-        heard = [i for i, n in enumerate(lens) if t < n]
-        hyps = [list(beams[i].items()) for i in heard]
-        flat = [(i, y, score) for i, b in zip(heard, hyps) for y, score in b]
+        active = [i for i, n in enumerate(lens) if t < n]
+        hyps = [list(beams[i].items()) for i in active]
+        flat = [(i, y, score) for i, b in zip(active, hyps) for y, score in b]
         index = torch.tensor([i for i, _, _ in flat])
         contexts = torch.tensor([y[-size:] for _, y, _ in flat])
         lm = joiner.decoder_proj(decoder(contexts, need_pad=False)).squeeze(1)
@@ -88,7 +88,7 @@ def nbest_search(
             [part.flatten() for part in parts], True, -math.inf
         )
         top, arcs = scores.topk(min(beam_size, scores.size(1)))
-        for i, b, values, row in zip(heard, hyps, top.tolist(), arcs.tolist()):
+        for i, b, values, row in zip(active, hyps, top.tolist(), arcs.tolist()):
             beams[i] = {}
             for value, arc in zip(values, row):
                 if value > -math.inf:
@@ -112,10 +112,10 @@ def main() -> None:
     args = get_args()
     check_range(args.num_paths, 1, "--num-paths", 1000)
     check_range(args.beam_size, args.num_paths, "--beam-size", 1000)
-    model, sp, cuts, heard = load_teacher(args)
+    model, sp, cuts, usable = load_teacher(args)
     decoded = {}
     with ModelTap(model, with_ctc=False) as hook:
-        for batch, x, x_lens in batches(heard, "Decoding"):
+        for batch, x, x_lens in batches(usable, "Decoding"):
             with enough_memory(*memory_words(batch)):
                 out = hook.encode(x, x_lens)
                 lens = out.encoder_out_lens.tolist()

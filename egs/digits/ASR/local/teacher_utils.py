@@ -41,7 +41,7 @@ def teacher_parser(doc: str) -> argparse.ArgumentParser:
 def load_teacher(
     args: argparse.Namespace,
 ) -> Tuple[torch.nn.Module, spm.SentencePieceProcessor, CutSet, CutSet]:
-    """The teacher, its BPE model, all cuts, and those of them that it can hear.
+    """The teacher, its BPE model, all cuts, and those that it can run on.
 
     Raises:
       KDError: a number of threads out of bounds, or a manifest that does not exist.
@@ -65,11 +65,11 @@ def load_teacher(
     sp = load_tokenizer(args.bpe_model, settings["vocab_size"])
     survey = Survey(str(args.in_cuts))
     num_features = int(settings["feature_dim"])
-    # Not survey.check(): these scripts say at the end how many cuts they left out.
-    heard = list(checked(survey, num_features, [check_supervision]))
+    # Not survey.check(): these scripts print at the end how many cuts they left out.
+    usable = list(checked(survey, num_features, [check_supervision]))
     survey.warn()
     cuts = CutSet.from_cuts(ManifestCuts(str(args.in_cuts))).to_eager()
-    return model, sp, cuts, CutSet.from_cuts(heard)
+    return model, sp, cuts, CutSet.from_cuts(usable)
 
 
 def batches(
@@ -84,7 +84,7 @@ def batches(
 
 
 def memory_words(batch: CutSet) -> Tuple[str, str]:
-    """What :func:`icefall_kd.memory.enough_memory` says of a batch."""
+    """The arguments of :func:`icefall_kd.memory.enough_memory` for a batch."""
     longest = max(batch, key=lambda cut: cut.duration)
     seconds = longest.duration * len(batch)
     return (
