@@ -1,4 +1,4 @@
-"""The command ``icefall-kd``; ``icefall-kd COMMAND --help`` explains each of its commands."""
+"""The command ``icefall-kd``; see ``icefall-kd COMMAND --help``."""
 
 import click
 

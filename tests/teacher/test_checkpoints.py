@@ -104,3 +104,8 @@ def test_an_icefall_that_fails_on_import_is_one_sentence(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(KDError, match=r"icefall.* \(OSError: libk2.so: no such file\)"):
         averaging_module()
+
+
+def test_neither_an_epoch_nor_an_iteration_is_refused_by_their_names(tmp_path):
+    with pytest.raises(KDError, match="epoch-0.pt .*: give `epoch` or `iteration`$"):
+        checkpoint_files(tmp_path, epoch=0, iteration=0, avg=1, averaged=False)
