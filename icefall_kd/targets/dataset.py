@@ -120,6 +120,8 @@ def collate_targets(
         teachers, or without one of ``kinds``.
     """
     pieces_of_rows = [_pieces(cut, missing) for cut in cuts]
+    # First: this refuses a damaged pointer, whose number of frames may be anything.
+    records = [piece.pointer.read() for row in pieces_of_rows for piece in row]
     lens = [max((p.end for p in pieces), default=0) for pieces in pieces_of_rows]
     # The records of the batch, numbered row by row and in the order of time. Their
     # frames are numbered too, one record's behind the other's; `index` has the number
@@ -143,19 +145,21 @@ def collate_targets(
             pieces.append(piece)
     index = torch.from_numpy(index)
     pointers = [piece.pointer for piece in pieces]
-    parts = _read_parts(pointers, index.clamp(min=0), whole, kinds) if pieces else {}
+    parts = {}
+    if pieces:
+        parts = _read_parts(pointers, records, index.clamp(min=0), whole, kinds)
     is_whole = torch.tensor([record is not None for record in whole])
     return Targets(torch.tensor(lens), index >= 0, is_whole, parts)
 
 
 def _read_parts(
     pointers: List[Pointer],
+    records: List[Dict[str, bytes]],
     index: torch.Tensor,
     whole: List[Optional[int]],
     names: Optional[Sequence[str]],
 ) -> Dict[str, Any]:
     """The values of each kind, for ``Targets.parts``."""
-    records = [p.read() for p in pointers]  # first: it refuses a wrong pointer
     frames = [p.frames for p in pointers]
     store = pointers[0].store
     fingerprint = read_fingerprint(store)
