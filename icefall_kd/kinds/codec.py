@@ -52,7 +52,7 @@ from typing import Any, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, require
 from icefall_kd.types import Distribution, SparseDistribution
 
 FORMS = "dense, top:K, adaptive:MASS:MAX or sampled:N, with @T for a temperature"
@@ -125,22 +125,22 @@ class Codec:
             text += f":{self.entries}"
         return text + (f"@{_number(self.temperature)}" if self.temperature != 1 else "")
 
-    def check_temperature(self, temperature: float, option: str = "--keep") -> None:
-        """Refuse to read a sparse store at another temperature than its own.
+    def check_temperature(self, temperature: float, title: str = "targets") -> None:
+        """Refuse to read a sparse form at another temperature than its own.
 
         Args:
           temperature: The loss's.
-          option: The option of ``icefall-kd dump`` that names the form.
+          title: What the message calls the targets.
 
         Raises:
-          KDError: the form was made for another one.
+          KDError: the form was made for another temperature.
         """
-        if self.kind != "dense" and temperature != self.temperature:
-            raise KDError(
-                f"the targets are kept as {self}, for temperature "
-                f"{self.temperature:g}, and the loss asks for {temperature:g}: give "
-                f"--kd-temperature {self.temperature:g}, or dump with {option} dense"
-            )
+        require(
+            self.kind == "dense" or temperature == self.temperature,
+            f"the {title} are kept as {self}, for temperature {self.temperature:g}, "
+            f"and the loss asks for {temperature:g}: give `temperature` "
+            f"{self.temperature:g}, or dump them in the form dense",
+        )
 
     def keep(
         self,

@@ -239,13 +239,13 @@ class HiddenKind(FrameKind):
 
     def __init__(self, form: str, vocab_size: int, blank_id: int) -> None:
         self.codecs = parse_hidden(form)
+        self.layers = [codec.layer for codec in self.codecs]
         super().__init__(form, vocab_size, blank_id)
         self._quantizers: Dict[Layer, Any] = {}
 
     def take(self, out: EncoderOut) -> List[Dict[Layer, torch.Tensor]]:
         lens = out.encoder_out_lens.tolist()
-        layers = [codec.layer for codec in self.codecs]
-        batch = {layer: hidden_rows(out, layer).cpu() for layer in layers}
+        batch = {layer: hidden_rows(out, layer).cpu() for layer in self.layers}
         return [
             {layer: rows[i, :n] for layer, rows in batch.items()}
             for i, n in enumerate(lens)

@@ -19,7 +19,7 @@ from typing import List, Optional, Union
 import numpy as np
 import torch
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import require
 from icefall_kd.kinds.base import Record, UtteranceKind, check_finite
 from icefall_kd.kinds.codec import Codec, Reader, deflate, inflate, token_type
 from icefall_kd.lattice import best_path, next_labels, passed_nodes
@@ -82,16 +82,16 @@ class LatticeCodec:
           temperature: The loss's.
 
         Raises:
-          KDError: the form was made for another one.
+          KDError: the form was made for another temperature.
         """
         if self.nodes is not None:
-            self.nodes.check_temperature(temperature, "--keep-lattice")
-        elif temperature != 1:
-            raise KDError(
-                f"the lattices are kept as {self}, for temperature 1, and the loss "
-                f"asks for {temperature:g}: give --kd-temperature 1, or dump with "
-                "--keep-lattice dense"
-            )
+            self.nodes.check_temperature(temperature, "lattices")
+        require(
+            self.nodes is not None or temperature == 1,
+            f"the lattices are kept as {self}, for temperature 1, and the loss asks "
+            f"for {temperature:g}: give `temperature` 1, or dump them in the form "
+            "dense",
+        )
 
     def encode(self, lattice: PrunedLattice, key: str = "") -> bytes:
         """Turn one utterance's lattice into bytes.

@@ -95,8 +95,7 @@ class CtcTerm(Term):
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
         """Refuse a ``store`` whose ``fingerprint`` names another temperature."""
         super().check_store(fingerprint, store)
-        codec, _ = fingerprint.codecs()
-        codec.check_temperature(self.temperature)
+        fingerprint.kinds["ctc"].codec.check_temperature(self.temperature)
 
     def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
         """Sum the divergence over the frames of ``batch`` that have targets."""

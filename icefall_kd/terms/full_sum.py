@@ -44,9 +44,8 @@ class FullSumTerm(Term):
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
         """Refuse a ``store`` whose ``fingerprint`` names a temperature other than 1."""
         super().check_store(fingerprint, store)
-        _, codec = fingerprint.codecs()
         try:
-            codec.check_temperature(1.0)
+            fingerprint.kinds["lattice"].codec.check_temperature(1.0)
         except KDError:
             raise KDError(
                 f"the store {store} keeps its lattices as {fingerprint.lattice}, and "

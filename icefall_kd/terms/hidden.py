@@ -111,7 +111,7 @@ class HiddenTerm(Term):
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
         """Refuse a ``store`` whose ``fingerprint`` lacks a layer of the teacher."""
         super().check_store(fingerprint, store)
-        stored = [codec.layer for codec in fingerprint.hidden_codecs()]
+        stored = fingerprint.kinds["hidden"].layers
         for layer in self.teacher_layers:
             require(
                 layer in stored,

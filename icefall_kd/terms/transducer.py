@@ -119,14 +119,15 @@ class TransducerTerm(Term):
         """Refuse a ``store`` whose ``fingerprint`` names another temperature, or forms
         that a mean over all tokens can't be taken of."""
         super().check_store(fingerprint, store)
-        ctc, lattice = fingerprint.codecs()
-        if self.form == TOTAL:
+        lattice = fingerprint.kinds["lattice"].codec
+        ctc = fingerprint.kinds["ctc"].codec if self.form == TOTAL else None
+        if ctc is not None:
             ctc.check_temperature(self.temperature)
         lattice.check_temperature(self.temperature)
         if self.form not in MEANS:
             return
         lattice_is_dense = lattice.nodes is not None and lattice.nodes.kind == "dense"
-        ctc_is_dense = self.form != TOTAL or ctc.kind == "dense"
+        ctc_is_dense = ctc is None or ctc.kind == "dense"
         if not (lattice_is_dense and ctc_is_dense):
             raise KDError(
                 f"the store {store} keeps its CTC targets as "

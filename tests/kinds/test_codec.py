@@ -83,7 +83,7 @@ def test_a_name_of_no_codec_is_refused(name):
 def test_a_sparse_store_serves_its_own_temperature_only(name, own):
     codec = Codec.parse(name)
     codec.check_temperature(float(own))
-    with pytest.raises(KDError, match=f"--kd-temperature {own}, or .* --keep dense"):
+    with pytest.raises(KDError, match=f"`temperature` {own}, or .* form dense"):
         codec.check_temperature(2.0)
     Codec.parse("dense").check_temperature(2.0)
 

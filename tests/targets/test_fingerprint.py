@@ -266,14 +266,14 @@ def test_each_field_that_differs_is_refused_by_name(make_fingerprint, name):
 
 
 def test_what_is_kept_is_read_off_the_fingerprint(make_fingerprint):
-    ctc, lattice = make_fingerprint().codecs()
-    assert str(ctc) == "dense" and lattice is None
+    assert make_fingerprint().forms == {"ctc": "dense"}
+    assert str(make_fingerprint().kinds["ctc"].codec) == "dense"
     made = make_fingerprint(ctc="adaptive:.99:16@2", lattice="collapsed", blank_id=3)
-    ctc, lattice = made.codecs()
+    ctc, lattice = (kind.codec for kind in made.kinds.values())
     assert (ctc.entries, ctc.temperature) == (16, 2.0)
     assert lattice.nodes is None and lattice.blank_id == 3
     with pytest.raises(KDError, match="'topp:3'"):
-        make_fingerprint(ctc="topp:3").codecs()
+        make_fingerprint(ctc="topp:3").make_kinds()
 
 
 def test_a_fitting_student_is_taken(make_fingerprint):

@@ -808,7 +808,7 @@ def test_a_lattice_is_stored_beside_the_ctc_targets(
 ):
     with opened(ctc="dense", lattice=form, s_range=3) as writer:
         writer.write(cuts[0], make_logits(cuts[0]), lattice=lattice())
-        _, codec = writer.fingerprint.codecs()
+        codec = writer.fingerprint.kinds["lattice"].codec
     (found,) = load_manifest(tmp_path / "kd.jsonl.gz")
     parts = Pointer.of(found).read()
     assert list(parts) == ["ctc", "lattice"]

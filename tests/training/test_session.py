@@ -637,7 +637,7 @@ def test_a_cache_keeps_the_form_that_was_told(
     finish(*args)
     fingerprint = Fingerprint.read(tmp_path / "cache")
     assert fingerprint.ctc == keep
-    codec, _ = fingerprint.codecs()
+    codec = fingerprint.kinds["ctc"].codec
     assert (codec.entries, codec.temperature) == (3, temperature)
     teacher = teacher_exp.models["epoch-2"].requires_grad_(False)
     with ModelTap(teacher) as hook:
@@ -761,8 +761,8 @@ def test_the_teachers_ranges_want_stored_lattices(make_model, make_params, onlin
 @pytest.mark.parametrize(
     "lattice, changes, match",
     [
-        ("collapsed", {}, "--kd-temperature 1, or .* --keep-lattice dense"),
-        ("top:3", {}, "--kd-temperature 1, or dump with --keep-lattice dense"),
+        ("collapsed", {}, "--kd-temperature 1, or .* form dense"),
+        ("top:3", {}, "--kd-temperature 1, or dump them in the form dense"),
         ("collapsed", {"kd_rnnt_form": "mean_u", "temperature": 1.0}, "means over all"),
         ("top:3@2", {"kd_rnnt_form": "mean_u"}, "as top:3@2, .* means over all"),
         ("dense", {"kd_ctc_weight": 1.0}, "keeps no CTC targets.*--keep dense"),
