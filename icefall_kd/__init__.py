@@ -24,6 +24,12 @@ _FRONT_DOOR = {
     "LogitWriter": "icefall_kd.targets.writer:TargetWriter",  # its former name
     "TargetDataset": "icefall_kd.targets.dataset",
     "KDDataset": "icefall_kd.targets.dataset:TargetDataset",  # its former name
+    "collate_targets": "icefall_kd.targets.dataset",
+    "dump_targets": "icefall_kd.targets.dump",
+    # A new kind of target
+    "FrameKind": "icefall_kd.kinds",
+    "UtteranceKind": "icefall_kd.kinds",
+    "register_kind": "icefall_kd.kinds",
     # What they exchange
     "EncoderOut": "icefall_kd.types",
     "LatticeTargets": "icefall_kd.types",

@@ -392,6 +392,3 @@ def _first_fingerprint(cuts: List[Cut]) -> Optional[Fingerprint]:
         for _, _, pointer in tracks_with_targets(cut):
             return read_fingerprint(pointer.store)
     return None
-
-
-KDDataset = TargetDataset  # its former name

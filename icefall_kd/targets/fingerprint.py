@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Union
 
 import torch
 from lhotse import Features
@@ -151,15 +151,6 @@ class Fingerprint:
             )
             kinds[name] = KINDS[name](form, self.vocab_size, self.blank_id)
         return kinds
-
-    def codecs(self) -> Tuple[Any, Any]:
-        """Return the codecs of CTC targets and of lattices, or None."""
-        stored = (self.kinds.get("ctc"), self.kinds.get("lattice"))
-        return tuple(kind and kind.codec for kind in stored)
-
-    def hidden_codecs(self) -> Tuple[Any, ...]:
-        """Return the codec of each stored hidden layer."""
-        return self.kinds["hidden"].codecs if self.hidden else ()
 
     def to_dict(self) -> Dict[str, Any]:
         """Return what the JSON file holds."""

@@ -379,6 +379,3 @@ def _without_shar(cut: Cut) -> Dict[str, Any]:
     if custom:
         values["custom"] = {k: v for k, v in custom.items() if k not in SHAR_NOTES}
     return values
-
-
-LogitWriter = TargetWriter  # its former name

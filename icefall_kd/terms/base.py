@@ -29,12 +29,6 @@ HEADS = {
     "ctc": (has_ctc, "CTC head (--use-ctc 1)"),
     "transducer": (has_transducer, "transducer (--use-transducer 1)"),
 }
-# How a message names a kind of target, and how a store comes to hold it.
-STORED_KINDS = {
-    "ctc": ("CTC targets", "--keep dense"),
-    "lattice": ("lattices", "--keep-lattice collapsed"),
-    "hidden": ("hidden layers", "--keep-hidden out:half"),
-}
 UNSTORED_KINDS = ("nbest",)  # which cuts carry themselves
 
 
@@ -195,14 +189,15 @@ class Term:
         Raises:
           KDError: the store lacks a kind of target of the term.
         """
+        from icefall_kd.kinds import KINDS
+
         for kind in self.kinds:
             if kind in UNSTORED_KINDS or kind in fingerprint.forms:
                 continue
-            content, option = STORED_KINDS.get(kind, (f"{kind} targets", "them"))
             raise KDError(
-                f"the store {store} keeps no {content}, and the term "
-                f"kd_{self.name}_loss needs them: dump with {option}, or set "
-                f"{self.parameter('weight')} to 0"
+                f"the store {store} keeps no {KINDS[kind].title}, and the term "
+                f"kd_{self.name}_loss needs them: dump with {KINDS[kind].example}, or "
+                f"set {self.parameter('weight')} to 0"
             )
 
     def prepare(self, student: EncoderOut, targets: Targets) -> None:

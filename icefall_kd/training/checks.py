@@ -58,8 +58,9 @@ def check_path(
     Raises:
       KDError: ``--kd-teacher-path-only`` and lattices that hold all nodes.
     """
-    _, lattice = fingerprint.codecs()
-    if params["kd_teacher_path_only"] and "lattice" in joint.kinds and not lattice.path:
+    if not params["kd_teacher_path_only"] or "lattice" not in joint.kinds:
+        return
+    if not fingerprint.kinds["lattice"].codec.path:
         raise KDError(
             f"--kd-teacher-path-only is true and the store {store} keeps its lattices "
             f"as {fingerprint.lattice}, all nodes of them: dump with --keep-lattice "

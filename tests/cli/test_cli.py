@@ -28,7 +28,7 @@ from icefall_kd.targets import Fingerprint
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.fingerprint import hash_state_dict
 from icefall_kd.targets.store import FIELD, Pointer
-from icefall_kd.targets.writer import LogitWriter
+from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.teacher.recipe import flags_of, model_names
 from icefall_kd.tokens import hash_tokens, load_tokenizer, token_names
@@ -323,7 +323,7 @@ def test_dump_keeps_what_it_is_told(
     invoke, dump_words, in_cuts, tmp_path, teacher, keep
 ):
     assert invoke(*dump_words("--keep", keep)).code == 0
-    codec, _ = Fingerprint.read(tmp_path / "out_kd").codecs()
+    codec = Fingerprint.read(tmp_path / "out_kd").kinds["ctc"].codec
     with ModelTap(teacher) as hook:
         for cut in load_manifest(tmp_path / "out.jsonl.gz"):
             x = torch.from_numpy(cut.load_features()).unsqueeze(0)
@@ -341,7 +341,7 @@ def test_dump_keeps_lattices(
     assert invoke(*dump_words(*words)).code == 0
     found = Fingerprint.read(tmp_path / "out_kd")
     assert (found.ctc, found.lattice, found.s_range) == ("dense", form, 4)
-    _, codec = found.codecs()
+    codec = found.kinds["lattice"].codec
     with ModelTap(teacher) as hook:
         for cut in load_manifest(tmp_path / "out.jsonl.gz"):
             x = torch.from_numpy(cut.load_features()).unsqueeze(0)
@@ -360,7 +360,7 @@ def test_dump_of_lattices_in_batches_is_as_alone(
     alone = tmp_path / "alone.jsonl.gz"
     assert invoke(*dump_words(*words, "--s-range", 99, out=alone)).code == 0
     assert invoke(*dump_words(*words, "--s-range", 99, "--max-duration", 9)).code == 0
-    _, codec = Fingerprint.read(tmp_path / "out_kd").codecs()
+    codec = Fingerprint.read(tmp_path / "out_kd").kinds["lattice"].codec
     other = targets_of(alone)
     for name, parts in targets_of(tmp_path / "out.jsonl.gz").items():
         a = codec.decode(parts["lattice"], 25)
@@ -540,7 +540,7 @@ def cut_short_after(monkeypatch):
     """Let the store refuse what comes behind so many cuts."""
 
     def begin(count):
-        left, append = [count], LogitWriter.append
+        left, append = [count], TargetWriter.append
 
         def some(self, *args):
             if not left[0]:
@@ -548,8 +548,8 @@ def cut_short_after(monkeypatch):
             left[0] -= 1
             return append(self, *args)
 
-        monkeypatch.setattr(LogitWriter, "append", some)
-        return lambda: monkeypatch.setattr(LogitWriter, "append", append)
+        monkeypatch.setattr(TargetWriter, "append", some)
+        return lambda: monkeypatch.setattr(TargetWriter, "append", append)
 
     return begin
 

@@ -58,12 +58,12 @@ def damaged(make_cut, make_store, tmp_path):
 def test_a_dump_does_not_go_on_with_it(
     damaged, kind, make_fingerprint, tmp_path, tree_of
 ):
-    from icefall_kd.targets import LogitWriter
+    from icefall_kd.targets import TargetWriter
 
     path, match = damaged(kind)
     before = tree_of(tmp_path)
     with pytest.raises(KDError, match=match) as e:
-        LogitWriter(path, tmp_path / "kd", make_fingerprint())
+        TargetWriter(path, tmp_path / "kd", make_fingerprint())
     assert len(e.value.sentence) < 500 and tree_of(tmp_path) == before
 
 

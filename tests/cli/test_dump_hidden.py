@@ -14,7 +14,7 @@ from lhotse import load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd.kinds.hidden import OUT, hash_file, load_quantizer, save_quantizer
-from icefall_kd.targets import Fingerprint, KDDataset
+from icefall_kd.targets import Fingerprint, TargetDataset
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import Pointer
 from icefall_kd.tokens import load_tokenizer
@@ -106,8 +106,7 @@ def test_lattices_are_kept_alone(
     assert invoke(*dump_words(*words, "--s-range", 4)).code == 0
     found = Fingerprint.read(tmp_path / "out_kd")
     assert (found.ctc, found.lattice, found.hidden) == ("", form, "")
-    ctc, codec = found.codecs()
-    assert ctc is None
+    codec = found.kinds["lattice"].codec
     for cut, kept in parts():
         y = sp.encode(cut.supervisions[0].text, out_type=int)
         lattice = hear(teacher, cut, y=y, s_range=4)
@@ -157,7 +156,8 @@ def test_all_parts_stand_beside_each_other(
     words = ("--keep", "top:3", "--keep-lattice", "collapsed", "--s-range", 3)
     words = (*words, "--keep-hidden", "0:half", "--bpe-model", bpe_models.a)
     assert invoke(*dump_words(*words)).code == 0
-    ctc, lattice = Fingerprint.read(tmp_path / "out_kd").codecs()
+    kinds = Fingerprint.read(tmp_path / "out_kd").kinds
+    ctc, lattice = kinds["ctc"].codec, kinds["lattice"].codec
     for cut, kept in parts():
         y = sp.encode(cut.supervisions[0].text, out_type=int)
         rows = ctc.keep(hear(teacher, cut).ctc_logits[0], cut.id)
@@ -174,7 +174,7 @@ def test_what_was_dumped_without_ctc_can_be_read_in_a_batch(
 ):
     assert invoke(*dump_words(*NONE, "--keep-hidden", "1:half,out:half")).code == 0
     cuts = load_manifest(tmp_path / "out.jsonl.gz").to_eager()
-    batch = KDDataset(K2SpeechRecognitionDataset())[cuts]
+    batch = TargetDataset(K2SpeechRecognitionDataset())[cuts]
     targets = batch["kd_targets"]
     assert targets.parts.get("ctc") is None and targets.lens.tolist() == [21, 14, 10, 7]
     for i, cut in enumerate(batch["supervisions"]["cut"]):
@@ -192,7 +192,7 @@ def test_a_teacher_without_ctc_head_is_dumped_without_ctc_targets(
     words = (*words, "--keep-lattice", "collapsed", "--keep-hidden", "1:half")
     assert "no CTC head" in refused(*dump_words(*words))
     assert invoke(*dump_words(*words, *NONE)).code == 0
-    _, codec = Fingerprint.read(tmp_path / "out_kd").codecs()
+    codec = Fingerprint.read(tmp_path / "out_kd").kinds["lattice"].codec
     for cut, kept in parts():
         y = sp.encode(cut.supervisions[0].text, out_type=int)
         nodes = hear(model, cut, ctc=False, y=y, s_range=5)

@@ -106,7 +106,7 @@ def test_lattices_are_averaged_on_the_first_teachers_nodes(
     words = (*options, "--teacher-weights", "3,1", "--keep-lattice", "dense")
     words = (*words, "--bpe-model", bpe_models.a, "--s-range", 4)
     assert invoke(*dump_words(*words)).code == 0
-    _, codec = Fingerprint.read(tmp_path / "out_kd").codecs()
+    codec = Fingerprint.read(tmp_path / "out_kd").kinds["lattice"].codec
     nodes = 0
     for cut in load_manifest(tmp_path / "out.jsonl.gz"):
         y = sp.encode(cut.supervisions[0].text, out_type=int)
@@ -224,7 +224,7 @@ def test_each_cuts_lattice_is_its_own_teachers(
     words = (*words, "--keep-lattice", "dense", "--bpe-model", bpe_models.a)
     done = invoke(*dump_words(*words, "--s-range", 3, cuts=field_cuts(TEACHER_OF)))
     assert done.code == 0
-    _, codec = Fingerprint.read(tmp_path / "out_kd").codecs()
+    codec = Fingerprint.read(tmp_path / "out_kd").kinds["lattice"].codec
     for cut in load_manifest(tmp_path / "out.jsonl.gz"):
         y = sp.encode(cut.supervisions[0].text, out_type=int)
         own = hear(models[TEACHER_OF[cut.id]], cut, y=y, s_range=3)

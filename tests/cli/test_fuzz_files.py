@@ -84,7 +84,7 @@ def test_fingerprints(make_fingerprint, tmp_path):
     others = [json.dumps(v).encode() for v in changed(json.loads(data))]
     for damaged in (*cut_short(data), *others):
         path.write_bytes(damaged)
-        refused_or_read(lambda: Fingerprint.read(tmp_path).hidden_codecs())
+        refused_or_read(lambda: Fingerprint.read(tmp_path).make_kinds())
     path.write_bytes(json.dumps({**json.loads(data), "vocab_size": "11"}).encode())
     with pytest.raises(KDError, match="is damaged or of another version"):
         Fingerprint.read(tmp_path)

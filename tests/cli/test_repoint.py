@@ -8,7 +8,7 @@ import pytest
 import torch
 from lhotse import CutSet, load_manifest
 
-from icefall_kd.targets import LogitWriter
+from icefall_kd.targets import TargetWriter
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.places import forget
 from icefall_kd.targets.store import FIELD, read_fingerprint
@@ -138,7 +138,7 @@ def test_a_run_that_was_cut_short_goes_on_where_its_store_is_now(
 ):
     cuts = [make_cut(i, n) for i, n in LENGTHS.items()]
     path = tmp_path / "out.jsonl.gz"
-    writer = LogitWriter(path, tmp_path / "out_kd", make_fingerprint())
+    writer = TargetWriter(path, tmp_path / "out_kd", make_fingerprint())
     writer.write(cuts[0], make_logits(cuts[0]))
     writer.close()
     partial = tmp_path / "out.jsonl.gz.partial"
@@ -146,7 +146,7 @@ def test_a_run_that_was_cut_short_goes_on_where_its_store_is_now(
     shutil.move(tmp_path / "out_kd", tmp_path / "new_kd")
     done = invoke("repoint", partial, "--storage-dir", tmp_path / "new_kd")
     assert done.code == 0, done
-    with LogitWriter(path, tmp_path / "new_kd", make_fingerprint()) as writer:
+    with TargetWriter(path, tmp_path / "new_kd", make_fingerprint()) as writer:
         assert len(writer) == 1
         for cut in cuts[1:]:
             writer.write(cut, make_logits(cut))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import OUT
-from icefall_kd.targets import KDDataset, look
+from icefall_kd.targets import TargetDataset, look
 from icefall_kd.targets.dataset import collate_targets, store_fingerprint
 from icefall_kd.targets.places import forget
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
@@ -237,7 +237,7 @@ def test_another_speed_of_a_shars_cut_is_refused(filled):
 
 def test_a_shar_is_trained_on_in_a_data_loader(filled, plain):
     loader = DataLoader(
-        KDDataset(K2SpeechRecognitionDataset()),
+        TargetDataset(K2SpeechRecognitionDataset()),
         sampler=SimpleCutSampler(CutSet.from_shar(in_dir=filled), max_duration=1.6),
         batch_size=None,
         num_workers=1,

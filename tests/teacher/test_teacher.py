@@ -7,7 +7,7 @@ import torch
 from lhotse import load_manifest
 from lhotse.dataset.collation import collate_features
 
-from icefall_kd import LogitWriter, ModelTap
+from icefall_kd import ModelTap, TargetWriter
 from icefall_kd.errors import KDError
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.teacher.cache import CachingTeacher
@@ -281,7 +281,7 @@ def cuts(make_cut):
 
 @pytest.fixture
 def opened(tmp_path, make_fingerprint):
-    return lambda **job: LogitWriter(
+    return lambda **job: TargetWriter(
         tmp_path / "kd.jsonl.gz", tmp_path / "kd", make_fingerprint(), **job
     )
 

@@ -5,7 +5,7 @@ import torch
 from lhotse import CutSet
 
 from icefall_kd.tap import ModelTap
-from icefall_kd.targets import LogitWriter
+from icefall_kd.targets import TargetWriter
 from icefall_kd.training.options import all_options
 
 
@@ -52,7 +52,7 @@ def with_lattices(make_model, make_cut, make_fingerprint, tmp_path):
         fingerprint = make_fingerprint(ctc="", lattice=lattice, s_range=3)
         cuts = [make_cut(name, n) for name, n in zip("abc", (61, 47, 33))]
         manifest = tmp_path / "kd.jsonl.gz"
-        with LogitWriter(manifest, tmp_path / "kd", fingerprint) as writer:
+        with TargetWriter(manifest, tmp_path / "kd", fingerprint) as writer:
             with ModelTap(make_model(seed=5)) as hook:
                 for cut, y in zip(cuts, ([3, 4, 3], [5, 6], [7])):
                     x = torch.from_numpy(cut.load_features())[None]

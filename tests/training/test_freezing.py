@@ -23,7 +23,7 @@ from zipformer.utils import MetricsTracker, get_parameter_groups_with_lrs
 
 from icefall_kd.errors import KDError
 from icefall_kd.rnnt import get_engine
-from icefall_kd.targets import KDDataset
+from icefall_kd.targets import TargetDataset
 from icefall_kd.training import session
 from icefall_kd.training.clock import EpochClock
 
@@ -124,7 +124,7 @@ def test_with_distillation_batches_are_counted_once(make_model, make_params, cut
     session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
     assert clock.cuts_per_epoch == 3
     clock.cuts_per_epoch = 9
-    batch, trains = KDDataset(K2SpeechRecognitionDataset())[cuts], []
+    batch, trains = TargetDataset(K2SpeechRecognitionDataset())[cuts], []
     for epoch in (1, 1, 1, 2, 2, 2):
         params.cur_epoch, info = epoch, MetricsTracker()
         params.batch_idx_train += 1

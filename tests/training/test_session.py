@@ -14,7 +14,7 @@ from zipformer.utils import MetricsTracker
 
 from icefall_kd.errors import KDError
 from icefall_kd.tap import ModelTap
-from icefall_kd.targets import Fingerprint, KDDataset, places
+from icefall_kd.targets import Fingerprint, TargetDataset, places
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import Pointer, read_fingerprint
 from icefall_kd.tokens import hash_tokens, load_tokenizer, token_names
@@ -44,7 +44,7 @@ def recipe_loss(model, batch):
 
 
 def kd_batch(cuts):
-    return KDDataset(K2SpeechRecognitionDataset())[cuts]
+    return TargetDataset(K2SpeechRecognitionDataset())[cuts]
 
 
 # KD off
@@ -365,7 +365,7 @@ def test_a_teacher_of_other_tokens_is_refused(
     fits = make_params(bpe_model=str(bpe_models.a))
     session.attach(fits, make_model())
     assert isinstance(
-        session.wrap_dataset(K2SpeechRecognitionDataset(), cuts), KDDataset
+        session.wrap_dataset(K2SpeechRecognitionDataset(), cuts), TargetDataset
     )
     session.attach(make_params(bpe_model=str(bpe_models.b)), make_model())
     with pytest.raises(KDError, match="tokens .* are not the teacher's") as e:
@@ -381,11 +381,11 @@ from lhotse import load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset, SimpleCutSampler
 from torch.utils.data import DataLoader
 from icefall_kd.errors import install_excepthook
-from icefall_kd.targets import KDDataset
+from icefall_kd.targets import TargetDataset
 
 install_excepthook()  # as session.attach() does
 sampler = SimpleCutSampler(load_manifest(sys.argv[1]), max_duration=100)
-dataset = KDDataset(K2SpeechRecognitionDataset())
+dataset = TargetDataset(K2SpeechRecognitionDataset())
 for batch in DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=1):
     print("a batch")
 """
@@ -830,12 +830,12 @@ def long_cuts(make_cut):
 def test_student_and_stored_teacher_hear_as_many_frames(
     make_model, make_params, long_cuts, make_fingerprint, tmp_path
 ):
-    from icefall_kd.targets import LogitWriter
+    from icefall_kd.targets import TargetWriter
     from icefall_kd.targets.heard import collate_heard
 
     manifest = tmp_path / "kd.jsonl.gz"
     with (
-        LogitWriter(manifest, tmp_path / "kd", make_fingerprint()) as writer,
+        TargetWriter(manifest, tmp_path / "kd", make_fingerprint()) as writer,
         ModelTap(make_model(seed=5)) as hook,
     ):
         for cut in long_cuts:

@@ -18,7 +18,7 @@ from icefall_kd.kinds.nbest import write_nbest
 from icefall_kd.losses.ctc import ctc_diagnostics
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.tap import ModelTap
-from icefall_kd.targets import LogitWriter
+from icefall_kd.targets import TargetWriter
 from icefall_kd.targets.transcripts import StandInTranscripts, stand_in
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.tokens import load_tokenizer
@@ -92,7 +92,7 @@ def store(make_model, make_fingerprint, bare_cuts, tmp_path, sp):
         manifest = tmp_path / "kd.jsonl.gz"
         teacher = make_model(seed=7, vocab_size=25, **WIDE)
         with (
-            LogitWriter(manifest, folder, fingerprint) as writer,
+            TargetWriter(manifest, folder, fingerprint) as writer,
             ModelTap(teacher, layers=[0, 1]) as hook,
         ):
             for cut in cuts:

@@ -8,7 +8,7 @@ from lhotse import CutSet, fix_random_seed
 from lhotse.dataset import K2SpeechRecognitionDataset, SpecAugment
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets import KDDataset, LogitWriter
+from icefall_kd.targets import TargetDataset, TargetWriter
 from icefall_kd.targets.warp import WarpRecord
 from icefall_kd.training import session
 
@@ -54,7 +54,7 @@ def test_targets_follow_it_where_asked(make_model, make_params, cuts):
     wrapped = session.wrap_dataset(bare, cuts)
     record = bare.input_transforms[1]
     assert isinstance(record, WarpRecord) and record.augment.time_warp_factor == 80
-    still = KDDataset(K2SpeechRecognitionDataset())[cuts]["kd_targets"]
+    still = TargetDataset(K2SpeechRecognitionDataset())[cuts]["kd_targets"]
     moved = False
     for _ in range(5):
         targets = wrapped[cuts]["kd_targets"]
@@ -72,16 +72,16 @@ def test_the_encoders_frames_are_those_of_the_store_or_the_student(
     """A teacher of any subsampling, and targets that a student takes at 40 ms."""
     cut, shift = make_cut("c1", 347), factor / 100
     fingerprint = make_fingerprint(subsampling_factor=factor, frame_shift=shift)
-    with LogitWriter(tmp_path / "kd.jsonl", tmp_path / "kd", fingerprint) as writer:
+    with TargetWriter(tmp_path / "kd.jsonl", tmp_path / "kd", fingerprint) as writer:
         generator = torch.Generator().manual_seed(1)
         writer.write(cut, torch.randn(340 // factor, 11, generator=generator))
     cuts = CutSet.from_file(tmp_path / "kd.jsonl").to_eager()
-    still = KDDataset(K2SpeechRecognitionDataset(), frame_shift=wanted)
+    still = TargetDataset(K2SpeechRecognitionDataset(), frame_shift=wanted)
     still = still[cuts]["kd_targets"]
     record = WarpRecord(SpecAugment(time_warp_factor=80, p=1.0))
     fix_random_seed(1)  # a warp by next to nothing moves no target
     bare = K2SpeechRecognitionDataset(input_transforms=[record])
-    moving = KDDataset(bare, frame_shift=wanted, time_warp=record)
+    moving = TargetDataset(bare, frame_shift=wanted, time_warp=record)
     targets = moving[cuts]["kd_targets"]
     expected = record.move(still, 4 if wanted else factor)
     assert torch.equal(targets.parts["ctc"], expected.parts["ctc"])
