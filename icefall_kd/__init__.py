@@ -25,7 +25,6 @@ _FRONT_DOOR = {
     "TargetDataset": "icefall_kd.targets.dataset",
     "KDDataset": "icefall_kd.targets.dataset:TargetDataset",  # its former name
     "collate_targets": "icefall_kd.targets.dataset",
-    "dump_targets": "icefall_kd.targets.dump",
     # A new kind of target
     "FrameKind": "icefall_kd.kinds",
     "UtteranceKind": "icefall_kd.kinds",

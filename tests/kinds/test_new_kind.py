@@ -10,13 +10,10 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd.errors import KDError
 from icefall_kd.kinds import KINDS, FrameKind, UtteranceKind, register_kind
-from icefall_kd.tap import ModelTap
 from icefall_kd.targets import Fingerprint, TargetDataset, TargetWriter
 from icefall_kd.targets.dataset import collate_targets, map_tokens, resample_frames
-from icefall_kd.targets.dump import dump_targets
 from icefall_kd.targets.fingerprint import FILENAME
 from icefall_kd.targets.store import read_fingerprint
-from icefall_kd.teacher import Teacher
 from icefall_kd.types import EncoderOut
 
 LENGTHS = {"c1": 61, "c2": 88, "c3": 35}  # feature frames
@@ -113,22 +110,6 @@ def cuts(opened, make_cut, tmp_path):
             }
             writer.write(make_cut(name, n), **values)
     return load_manifest(tmp_path / "kd.jsonl.gz").to_eager()
-
-
-def test_a_teachers_run_over_cuts_dumps_it(opened, make_cut, make_model, tmp_path):
-    bare = [make_cut(name, n) for name, n in LENGTHS.items()]
-    model = make_model()
-    with opened() as writer:
-        dump_targets(bare, Teacher([model], ctc=False), writer, num_workers=0)
-    targets = collate_targets(list(load_manifest(tmp_path / "kd.jsonl.gz")))
-    assert targets.lens.tolist() == list(FRAMES.values())
-    with ModelTap(model, with_ctc=False) as tap:
-        for row, cut in enumerate(bare):
-            x = torch.from_numpy(cut.load_features())[None]
-            out = tap.encode(x, torch.tensor([x.size(1)]))
-            found = targets.parts["energy"][row, : FRAMES[cut.id]]
-            expected = out.encoder_out[0].norm(dim=-1)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_kind_is_dumped_and_read(cuts):
