@@ -16,7 +16,7 @@ from icefall_kd.terms.joint import JointKDLoss
 from icefall_kd.training import checks
 from icefall_kd.training.checkpoint import KDCheckpoint
 from icefall_kd.training.clock import EpochClock
-from icefall_kd.training.online_targets import OnlineTargets
+from icefall_kd.training.online import OnlineTargets
 from icefall_kd.training.pruning import TeacherRanges
 from icefall_kd.training.stored import StoredTargets
 from icefall_kd.training.time_warp import TimeWarp
