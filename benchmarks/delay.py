@@ -63,7 +63,7 @@ def batch(n: int, t: int, v: int, device: str):
 def sparse_of(teacher: torch.Tensor, keep: str) -> SparseDistribution:
     n, t, v = teacher.shape
     codec = Codec.parse(keep)
-    stored = [codec.encode(codec.keep(rows.cpu()), v) for rows in teacher]
+    stored = [codec.encode(rows.cpu()) for rows in teacher]
     rows = codec.decode(stored, [t] * n, v)
     parts = (rows.indices, rows.log_probs, rows.log_tail)
     split = [x.view(n, t, *x.shape[1:]) for x in parts]

@@ -86,7 +86,7 @@ def ways(case: str, args: argparse.Namespace) -> Dict[str, Callable[[], None]]:
     device = torch.device(args.device)
     teacher = 3 * torch.randn(m, v, generator=generator)
     student = 3 * torch.randn(m, v, generator=generator)
-    sparse_teacher = Codec("top", args.entries, 1.0, TEMPERATURE).keep(teacher)
+    sparse_teacher = Codec("top", args.entries, 1.0, TEMPERATURE).reduce(teacher)
     sparse_teacher = sparse_teacher.to(device)
     student, teacher = student.to(device).requires_grad_(), teacher.to(device)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """
-What each representation of a teacher's targets costs, and what it loses.
+What each form of a teacher's targets costs, and what it loses.
 
 On a trained teacher and student of the digits recipe, and on the same speech with 500
 symbols in place of 54: each symbol but blank becomes several, its probability split by
@@ -107,7 +107,7 @@ def kl_and_grad(kept: Distribution, student: torch.Tensor) -> Pair:
 
 
 class Row:
-    """One representation's figures, gathered utterance by utterance."""
+    """One form's figures, gathered utterance by utterance."""
 
     def __init__(self, case: str, name: str) -> None:
         self.case, self.name = case, name
@@ -146,7 +146,7 @@ def measure_ctc(rows: Dict[str, Row], teacher, student, key: str) -> None:
             kept, size = lilcom_round_trip(teacher)
         else:
             codec = Codec.parse(text)
-            data = codec.encode(codec.keep(teacher, key), v)
+            data = codec.encode(teacher, key)
             kept, size = codec.decode([data], [len(teacher)], v), len(data)
         kl, grad = kl_and_grad(kept, student / t)
         row.add(size, kl - dense[0], (grad, dense[1]))

@@ -40,7 +40,7 @@ from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.heard import check_supervision
 from icefall_kd.targets.labels import TranscriptCheck
 from icefall_kd.targets.manifest import job_manifest
-from icefall_kd.targets.record import Encoder
+from icefall_kd.targets.record import RecordEncoder
 from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.spec import TeacherSpec, joint_name
 from icefall_kd.teacher.teacher import Teacher
@@ -238,7 +238,7 @@ def dump(
     out = Path(out_cuts)
     with ExitStack() as stack:
         stack.callback(running.close)
-        encoder = Encoder(
+        encoder = RecordEncoder(
             fingerprint,
             lambda codec: (
                 load_quantizer(quantizers[codec.layer]) if codec.codes else None

@@ -46,6 +46,6 @@ def print_stats(cuts: Iterable[Cut]) -> None:
     if bare:
         rows.insert(1, ("cuts without targets", f"{bare:,}"))
     rows += [(f"bytes a frame, {n}", f"{s / frames:.2f}") for n, s in sizes.items()]
-    rows.append(("kept as", ", ".join(fingerprint.forms.values())))
+    rows.append(("forms", ", ".join(fingerprint.forms.values())))
     rows += [(n, formats[n].format(s / frames)) for n, s in sums.items()]
     click.echo(text_table(rows))

@@ -12,7 +12,7 @@ import torch
 from icefall_kd.errors import KDError, require
 from icefall_kd.types import EncoderOut, index_rows
 
-Record = Dict[str, bytes]  # a cut's record: the bytes of each part
+Parts = Dict[str, bytes]  # of a cut's record: the bytes of each part by its name
 
 
 class TargetKind:
@@ -91,7 +91,7 @@ class TargetKind:
         """Return the number of frames T of each part of a checked value."""
         raise NotImplementedError
 
-    def encode(self, value: Any, cut_id: str) -> Record:
+    def encode(self, value: Any, cut_id: str) -> Parts:
         """Turn a checked value into the bytes of its parts.
 
         Args:
@@ -104,20 +104,20 @@ class TargetKind:
 
     def collate(
         self,
-        records: Sequence[Record],
+        records: Sequence[Parts],
         frames: Sequence[int],
         index: torch.Tensor,
-        whole: Sequence[Optional[int]],
+        record_of_row: Sequence[Optional[int]],
     ) -> Any:
         """Turn the records of a batch into the kind's values in ``Targets.parts``.
 
         Args:
           records: One or more, in the order of rows and time.
           frames: The number of frames of each record.
-          index: (N, T), int64. All frames of all records are numbered one behind the
-            other; this is the number of each frame of each row. Frames outside the mask
-            have 0.
-          whole: For each row the number of the record that it consists of; None for a
+          index: (N, T), int64. All frames of all records are numbered one after
+            another; this is the number of each frame of each row, and 0 outside the
+            mask.
+          record_of_row: The number of the record that each row consists of; None for a
             row that is a part of a cut or a mixture of cuts.
 
         Raises:
@@ -162,7 +162,7 @@ class FrameKind(TargetKind):
     :class:`TargetKind`'s part on writing.
     """
 
-    def decode(self, records: Sequence[Record], frames: Sequence[int]) -> Any:
+    def decode(self, records: Sequence[Parts], frames: Sequence[int]) -> Any:
         """Turn records into values, all frames of all records one behind the other.
 
         Args:
@@ -178,7 +178,7 @@ class FrameKind(TargetKind):
         """
         raise NotImplementedError
 
-    def collate(self, records, frames, index, whole) -> Any:
+    def collate(self, records, frames, index, record_of_row) -> Any:
         return index_rows(self.decode(records, frames), index)
 
     @staticmethod
@@ -197,7 +197,7 @@ class UtteranceKind(TargetKind):
     :class:`TargetKind`'s part on writing.
     """
 
-    def decode(self, record: Record) -> Optional[Any]:
+    def decode(self, record: Parts) -> Optional[Any]:
         """Turn a record into the utterance's value; None where it has none.
 
         Args:
@@ -208,8 +208,8 @@ class UtteranceKind(TargetKind):
         """
         raise NotImplementedError
 
-    def collate(self, records, frames, index, whole) -> List[Optional[Any]]:
-        return [None if i is None else self.decode(records[i]) for i in whole]
+    def collate(self, records, frames, index, record_of_row) -> List[Optional[Any]]:
+        return [None if i is None else self.decode(records[i]) for i in record_of_row]
 
     @staticmethod
     def index_frames(values: Any, index: Any) -> None:

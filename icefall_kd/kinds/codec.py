@@ -61,7 +61,7 @@ LEAST_LOG_PROB = 2 * math.log(1 / 255)  # what a byte of 1 stands for
 
 
 def _bad(text: str, reason: str) -> KDError:
-    return KDError(f"the representation is {text!r}, and {reason}: give {FORMS}")
+    return KDError(f"the form is {text!r}, and {reason}: give {FORMS}")
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Codec:
     """Turns the rows of a (M, V) distribution into bytes of one form, and back.
 
     Args:
-      kind: "dense", "top", "adaptive" or "sampled".
+      method: "dense", "top", "adaptive" or "sampled".
       entries: The most tokens that a row has, or how many are drawn.
       mass: "adaptive": the mass that a row's tokens reach where ``entries`` allow.
       temperature: T of the softmax(z / T) that is stored.
     """
 
-    kind: str = "dense"
+    method: str = "dense"
     entries: int = 0
     mass: float = 1.0
     temperature: float = 1.0
@@ -94,34 +94,34 @@ class Codec:
         match = re.fullmatch(r"([a-z]+)((?::[0-9.]+)*)(?:@([0-9.]+))?", text)
         if not match:
             raise _bad(text, "is of no known form")
-        kind, numbers, temperature = match.groups()
+        method, numbers, temperature = match.groups()
         try:
             values = [float(v) for v in numbers.split(":")[1:]]
             t = float(temperature or 1)
         except ValueError:
             raise _bad(text, "one of its numbers can't be read") from None
         numbers_of = {"dense": 0, "top": 1, "adaptive": 2, "sampled": 1}
-        if numbers_of.get(kind) != len(values):
+        if numbers_of.get(method) != len(values):
             raise _bad(text, "is of no known form")
         if not 0 < t < math.inf:
             raise _bad(text, "its temperature must be above 0, and finite")
-        if kind == "dense":
+        if method == "dense":
             if t != 1:
                 raise _bad(text, "dense serves every temperature without @T")
             return Codec()
         entries = values[-1]
         if not 1 <= entries <= MAX_ENTRIES or entries != int(entries):
             raise _bad(text, f"its number of entries must be 1 to {MAX_ENTRIES}")
-        mass = values[0] if kind == "adaptive" else 1.0
+        mass = values[0] if method == "adaptive" else 1.0
         if not 0 < mass <= 1:
             raise _bad(text, "its mass must be above 0 and at most 1")
-        return Codec(kind, int(entries), mass, t)
+        return Codec(method, int(entries), mass, t)
 
     def __str__(self) -> str:
-        text = self.kind
-        if self.kind == "adaptive":
+        text = self.method
+        if self.method == "adaptive":
             text += f":{_number(self.mass)}"
-        if self.kind != "dense":
+        if self.method != "dense":
             text += f":{self.entries}"
         return text + (f"@{_number(self.temperature)}" if self.temperature != 1 else "")
 
@@ -136,13 +136,13 @@ class Codec:
           KDError: the form was made for another temperature.
         """
         require(
-            self.kind == "dense" or temperature == self.temperature,
-            f"the {title} are kept as {self}, for temperature {self.temperature:g}, "
-            f"and the loss asks for {temperature:g}: give `temperature` "
+            self.method == "dense" or temperature == self.temperature,
+            f"the {title} have the form {self}, for temperature {self.temperature:g}, "
+            f"and the loss is at {temperature:g}: give `temperature` "
             f"{self.temperature:g}, or dump them in the form dense",
         )
 
-    def keep(
+    def reduce(
         self,
         logits: torch.Tensor,
         key: str = "",
@@ -159,23 +159,23 @@ class Codec:
             others' are h). "sampled" stays a draw.
         """
         log_probs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
-        if self.kind == "dense":
+        if self.method == "dense":
             return log_probs
-        if self.kind == "sampled":
+        if self.method == "sampled":
             return _sample(log_probs, self.entries, key)
         room = MAX_ENTRIES - (0 if always is None else always.size(1))
         k = min(self.entries, log_probs.size(1), room)
         top, indices = log_probs.topk(k, dim=-1)  # (M, k)
         chosen = torch.ones_like(top, dtype=torch.bool)
-        if self.kind == "adaptive":
+        if self.method == "adaptive":
             mass_before = top.exp().cumsum(-1) - top.exp()
             chosen = mass_before < self.mass
             chosen[:, 0] = True
         # What is not chosen makes the tail.
         rest = log_probs.scatter(1, indices, top.masked_fill(chosen, -torch.inf))
         if always is not None:
-            # Columns 0 to A - 1 are the tokens of `always`, each once in a row; a
-            # token of them that was chosen too is dropped behind.
+            # Columns 0 to A - 1 have the tokens of `always`, each once in a row. The
+            # same tokens are dropped from the columns after them.
             forced = log_probs.gather(1, always).clamp(min=LEAST_LOG_PROB)
             chosen &= ~(indices.unsqueeze(2) == always.unsqueeze(1)).any(2)
             repeated = (always.unsqueeze(2) == always.unsqueeze(1)).tril(-1).any(2)
@@ -188,18 +188,25 @@ class Codec:
             rest.logsumexp(-1),
         )
 
-    def encode(self, rows: Distribution, vocab_size: int) -> bytes:
-        """Turn rows into bytes; see the top of the module for their layout.
+    def encode(
+        self,
+        logits: torch.Tensor,
+        key: str = "",
+        always: Optional[torch.Tensor] = None,
+    ) -> bytes:
+        """Turn logits into bytes; see the top of the module for their layout.
 
         Args:
-          rows: M rows of :meth:`keep`.
-          vocab_size: V, the number of tokens.
+          logits: See :meth:`reduce`.
+          key: See :meth:`reduce`.
+          always: See :meth:`reduce`.
         """
+        rows = self.reduce(logits, key, always)
         if not isinstance(rows, SparseDistribution):
             return rows.to(torch.float16).numpy().tobytes()
-        values, tails = _value_bytes(rows, self.kind == "sampled", self.entries)
+        values, tails = _value_bytes(rows, self.method == "sampled", self.entries)
         mask = values > 0  # (M, K)
-        tokens = rows.indices.numpy()[mask].astype(token_type(vocab_size))
+        tokens = rows.indices.numpy()[mask].astype(token_type(logits.size(1)))
         return deflate([mask.sum(-1).astype(np.uint8), tails, tokens, values[mask]])
 
     def decode(
@@ -219,7 +226,7 @@ class Codec:
         Raises:
           ValueError: bytes that :meth:`encode` did not make.
         """
-        if self.kind == "dense":
+        if self.method == "dense":
             return _decode_dense(data, sum(rows), vocab_size)
         dtype = token_type(vocab_size)
         sections = [_sections(d, n, dtype) for d, n in zip(data, rows)]
@@ -235,7 +242,7 @@ class Codec:
         p = np.zeros(mask.shape, np.float32)
         indices[mask], p[mask] = tokens, values
         p, tail = torch.from_numpy(p), torch.from_numpy(tails.astype(np.float32))
-        if self.kind != "sampled":  # roots; draws are counts
+        if self.method != "sampled":  # roots; draws are counts
             p, tail = p.square(), tail.square()
         mass = p.sum(-1) + tail
         return SparseDistribution(

@@ -6,7 +6,7 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 
 from icefall_kd.errors import KDError, require
-from icefall_kd.kinds.base import FrameKind, Record, check_finite
+from icefall_kd.kinds.base import FrameKind, Parts, check_finite
 from icefall_kd.kinds.codec import Codec
 from icefall_kd.types import Distribution, EncoderOut, SparseDistribution, is_sparse
 
@@ -39,11 +39,10 @@ class CtcKind(FrameKind):
     def frames(self, value) -> List[int]:
         return [len(value)]
 
-    def encode(self, value, cut_id: str) -> Record:
-        distribution = self.codec.keep(_on_cpu(value), cut_id)
-        return {self.name: self.codec.encode(distribution, self.vocab_size)}
+    def encode(self, value, cut_id: str) -> Parts:
+        return {self.name: self.codec.encode(_on_cpu(value), cut_id)}
 
-    def decode(self, records: Sequence[Record], frames: Sequence[int]) -> Distribution:
+    def decode(self, records: Sequence[Parts], frames: Sequence[int]) -> Distribution:
         parts = [record[self.name] for record in records]
         return self.codec.decode(parts, frames, self.vocab_size)
 
@@ -70,7 +69,7 @@ class CtcKind(FrameKind):
         return sums.scatter_add_(-1, index, values.softmax(-1)).log()
 
     def describe(self, rows: Distribution) -> Dict[str, Tuple[float, str]]:
-        """Sum up what is told of CTC targets beside their size.
+        """Sum up the figures of CTC targets that a report has beside their size.
 
         Args:
           rows: (T, V) log-probabilities, or sparse.
@@ -90,7 +89,7 @@ class CtcKind(FrameKind):
         entropy = -float((log_probs.exp() * log_probs.clamp(min=-1e4)).sum())
         blanks = 100.0 * int((best == self.blank_id).sum())
         return {
-            "symbols kept in a frame, ctc": (stored, "{:.2f}"),
+            "tokens stored in a frame, ctc": (stored, "{:.2f}"),
             "mean tail, ctc": (tail, "{:.2e}"),
             "entropy, ctc (nats a frame)": (entropy, "{:.4f}"),
             "frames whose best is blank": (blanks, "{:.1f} %"),

@@ -29,7 +29,7 @@ import torch
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
-from icefall_kd.kinds.base import FrameKind, Record
+from icefall_kd.kinds.base import FrameKind, Parts
 from icefall_kd.types import EncoderOut
 from icefall_kd.zipformer import OUT, Layer
 
@@ -260,7 +260,7 @@ class HiddenKind(FrameKind):
     def frames(self, value: Dict[Layer, torch.Tensor]) -> List[int]:
         return [len(value[codec.layer]) for codec in self.codecs]
 
-    def encode(self, value: Dict[Layer, torch.Tensor], cut_id: str) -> Record:
+    def encode(self, value: Dict[Layer, torch.Tensor], cut_id: str) -> Parts:
         return {
             codec.part: codec.encode(
                 value[codec.layer].detach(), self._quantizer(codec)
@@ -269,7 +269,7 @@ class HiddenKind(FrameKind):
         }
 
     def decode(
-        self, records: Sequence[Record], frames: Sequence[int]
+        self, records: Sequence[Parts], frames: Sequence[int]
     ) -> Dict[Layer, torch.Tensor]:
         return {
             codec.layer: torch.cat(

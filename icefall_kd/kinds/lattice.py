@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from icefall_kd.errors import require
-from icefall_kd.kinds.base import Record, UtteranceKind, check_finite
+from icefall_kd.kinds.base import Parts, UtteranceKind, check_finite
 from icefall_kd.kinds.codec import Codec, Reader, deflate, inflate, token_type
 from icefall_kd.lattice import best_path, next_labels, passed_nodes
 from icefall_kd.types import (
@@ -44,14 +44,14 @@ class LatticeCodec:
     teacher's. Stores that were made before they did are read as they are.
 
     Args:
-      nodes: For each node's distribution; None stores {next label, blank, rest} alone
-        (collapsed, arXiv:2011.06110), log-probabilities in float16.
+      node_codec: For each node's distribution; None stores {next label, blank, rest}
+        alone (collapsed, arXiv:2011.06110), log-probabilities in float16.
       blank_id: The teacher's blank.
       path: Whether the nodes of the best alignment are stored alone, each with an
         occupancy of 1 (arXiv:2110.03334).
     """
 
-    nodes: Optional[Codec]
+    node_codec: Optional[Codec]
     blank_id: int
     path: bool = False
 
@@ -68,11 +68,11 @@ class LatticeCodec:
           KDError: another text.
         """
         path, form = text.startswith("path:"), text.removeprefix("path:")
-        nodes = None if form == "collapsed" else Codec.parse(form)
-        return LatticeCodec(nodes, blank_id, path)
+        node_codec = None if form == "collapsed" else Codec.parse(form)
+        return LatticeCodec(node_codec, blank_id, path)
 
     def __str__(self) -> str:
-        form = "collapsed" if self.nodes is None else str(self.nodes)
+        form = "collapsed" if self.node_codec is None else str(self.node_codec)
         return f"path:{form}" if self.path else form
 
     def check_temperature(self, temperature: float) -> None:
@@ -84,13 +84,12 @@ class LatticeCodec:
         Raises:
           KDError: the form was made for another temperature.
         """
-        if self.nodes is not None:
-            self.nodes.check_temperature(temperature, "lattices")
+        if self.node_codec is not None:
+            self.node_codec.check_temperature(temperature, "lattices")
         require(
-            self.nodes is not None or temperature == 1,
-            f"the lattices are kept as {self}, for temperature 1, and the loss asks "
-            f"for {temperature:g}: give `temperature` 1, or dump them in the form "
-            "dense",
+            self.node_codec is not None or temperature == 1,
+            f"the lattices have the form {self}, for temperature 1, and the loss is at "
+            f"{temperature:g}: give `temperature` 1, or dump them in the form dense",
         )
 
     def encode(self, lattice: PrunedLattice, key: str = "") -> bytes:
@@ -122,13 +121,12 @@ class LatticeCodec:
         ]
         data = deflate(head)
         next_label = next_labels(labels, ranges[mask])  # (R,)
-        if self.nodes is None:
+        if self.node_codec is None:
             return data + self._collapsed_bytes(logits[mask], next_label)
         blank = torch.full_like(next_label, self.blank_id)
         next_label = torch.where(next_label < 0, blank, next_label)
         always = torch.stack((blank, next_label), -1)
-        rows = self.nodes.keep(logits[mask], key, always)
-        return data + self.nodes.encode(rows, vocab_size)
+        return data + self.node_codec.encode(logits[mask], key, always)
 
     def _collapsed_bytes(self, logits: torch.Tensor, label: torch.Tensor) -> bytes:
         """log P(next label) and log P(blank) of nodes, (R, V), in float16."""
@@ -159,11 +157,11 @@ class LatticeCodec:
         occupancy = torch.from_numpy(steps.astype(np.float32) / 255)
         ranges = first[:, None] + torch.arange(s)
         mask = occupancy > 0
-        if self.nodes is None:
+        if self.node_codec is None:
             next_label = next_labels(labels, ranges[mask])
             nodes = self._collapsed_nodes(nodes_data, next_label)
         else:
-            nodes = self.nodes.decode([nodes_data], [int(mask.sum())], vocab_size)
+            nodes = self.node_codec.decode([nodes_data], [int(mask.sum())], vocab_size)
         return LatticeTargets(ranges, labels, occupancy, nodes)
 
     def _collapsed_nodes(self, data: bytes, label: torch.Tensor) -> Distribution:
@@ -205,12 +203,12 @@ class LatticeKind(UtteranceKind):
             return [value.frames]
         return [int(value.boundary[0, 3])]
 
-    def encode(self, value: Union[PrunedLattice, NoPath], cut_id: str) -> Record:
+    def encode(self, value: Union[PrunedLattice, NoPath], cut_id: str) -> Parts:
         if isinstance(value, NoPath):
             return {}
         return {self.name: self.codec.encode(value, cut_id)}
 
-    def decode(self, record: Record) -> Optional[LatticeTargets]:
+    def decode(self, record: Parts) -> Optional[LatticeTargets]:
         if self.name not in record:
             return None
         return self.codec.decode(record[self.name], self.vocab_size)

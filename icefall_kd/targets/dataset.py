@@ -38,14 +38,14 @@ class _Piece:
 
     begin: int  # the row's frame where they begin
     first: int  # frame of the record
-    last: int  # frame of the record behind them
+    stop: int  # the frame after the last of them
     pointer: Pointer
     is_whole: bool  # whether the row's cut begins as the cut that was dumped, unchanged
 
     @property
     def end(self) -> int:
-        """The row's frame behind them."""
-        return self.begin + self.last - self.first
+        """The row's frame after the last of them."""
+        return self.begin + self.stop - self.first
 
 
 def _frames(seconds: float, frame_shift: float) -> int:
@@ -73,9 +73,9 @@ def _piece(offset: float, cut: MonoCut, pointer: Pointer) -> _Piece:
     if change < ROUNDING:
         return _Piece(begin, 0, pointer.frames, pointer, offset == 0)
     first = _frames(cut.start - pointer.start, shift)
-    last = first + max(1, _frames(cut.duration, shift))
+    stop = first + max(1, _frames(cut.duration, shift))
     first = min(first, pointer.frames)
-    return _Piece(begin, first, min(last, pointer.frames), pointer, False)
+    return _Piece(begin, first, min(stop, pointer.frames), pointer, False)
 
 
 def _pieces(cut: Cut, missing: str) -> List[_Piece]:
@@ -91,12 +91,12 @@ def _pieces(cut: Cut, missing: str) -> List[_Piece]:
         overlap = piece.end - following.begin
         if overlap > 1:
             raise KDError(
-                f"the cut {cut.id} mixes two cuts with targets, and both speak at "
-                f"frames {following.begin} to {min(piece.end, following.end) - 1}: mix "
-                "with cuts that carry none, such as noise"
+                f"the cut {cut.id} mixes two cuts whose targets overlap at frames "
+                f"{following.begin} to {min(piece.end, following.end) - 1}: mix with "
+                "cuts that carry none, such as noise"
             )
         if overlap == 1:  # both were rounded up
-            piece.last -= 1
+            piece.stop -= 1
     return pieces
 
 
@@ -119,6 +119,22 @@ def collate_targets(
         that mixes speech with speech; a record that is damaged; stores of different
         teachers, or without one of ``kinds``.
     """
+    return read_targets(cuts, missing, kinds)[0]
+
+
+def read_targets(
+    cuts: List[Cut], missing: str = "refuse", kinds: Optional[Sequence[str]] = None
+) -> Tuple[Targets, Optional[Fingerprint]]:
+    """Read targets as :func:`collate_targets`, and the fingerprint of their stores.
+
+    Args:
+      cuts: See :func:`collate_targets`.
+      missing: See :func:`collate_targets`.
+      kinds: See :func:`collate_targets`.
+
+    Returns:
+      The targets, and the fingerprint; None where no row has targets.
+    """
     pieces_of_rows = [_pieces(cut, missing) for cut in cuts]
     # First: this refuses a damaged pointer, whose number of frames may be anything.
     records = [piece.pointer.read() for row in pieces_of_rows for piece in row]
@@ -132,39 +148,49 @@ def collate_targets(
     #   frames, two frames of noise, record 1   2 3 4 -1 -1 5 6 7
     pieces: List[_Piece] = []
     index = np.full((len(cuts), max(lens, default=0)), -1)
-    whole: List[Optional[int]] = []  # the record that a row consists of, if of one
+    record_of_row: List[Optional[int]] = []  # None unless it is one whole record
     frames_before = 0
     for row, pieces_of_row in enumerate(pieces_of_rows):
         is_whole = len(pieces_of_row) == 1 and pieces_of_row[0].is_whole
-        whole.append(len(pieces) if is_whole else None)
+        record_of_row.append(len(pieces) if is_whole else None)
         for piece in pieces_of_row:
             index[row, piece.begin : piece.end] = np.arange(
-                frames_before + piece.first, frames_before + piece.last
+                frames_before + piece.first, frames_before + piece.stop
             )
             frames_before += piece.pointer.frames
             pieces.append(piece)
     index = torch.from_numpy(index)
+    is_whole = torch.tensor([record is not None for record in record_of_row])
+    targets = Targets(torch.tensor(lens), index >= 0, is_whole)
+    if not pieces:
+        return targets, None
     pointers = [piece.pointer for piece in pieces]
-    parts = {}
-    if pieces:
-        parts = _read_parts(pointers, records, index.clamp(min=0), whole, kinds)
-    is_whole = torch.tensor([record is not None for record in whole])
-    return Targets(torch.tensor(lens), index >= 0, is_whole, parts)
+    fingerprint = _common_fingerprint(pointers)
+    targets.parts = _read_parts(
+        pointers, fingerprint, records, index.clamp(min=0), record_of_row, kinds
+    )
+    return targets, fingerprint
 
 
-def _read_parts(
-    pointers: List[Pointer],
-    records: List[Dict[str, bytes]],
-    index: torch.Tensor,
-    whole: List[Optional[int]],
-    names: Optional[Sequence[str]],
-) -> Dict[str, Any]:
-    """The values of each kind, for ``Targets.parts``."""
-    frames = [p.frames for p in pointers]
+def _common_fingerprint(pointers: List[Pointer]) -> Fingerprint:
+    """The fingerprint that the stores of all pointers must share."""
     store = pointers[0].store
     fingerprint = read_fingerprint(store)
     for other_store in {p.store for p in pointers}:
         fingerprint.check_same(read_fingerprint(other_store), store)
+    return fingerprint
+
+
+def _read_parts(
+    pointers: List[Pointer],
+    fingerprint: Fingerprint,
+    records: List[Dict[str, bytes]],
+    index: torch.Tensor,
+    record_of_row: List[Optional[int]],
+    names: Optional[Sequence[str]],
+) -> Dict[str, Any]:
+    """The values of each kind, for ``Targets.parts``."""
+    frames = [p.frames for p in pointers]
     parts = {}
     for name in fingerprint.kinds if names is None else names:
         require(
@@ -174,11 +200,11 @@ def _read_parts(
         kind = fingerprint.kinds.get(name)
         require(
             kind is not None,
-            f"the store {store} keeps no {KINDS[name].title}: dump with "
+            f"the store {pointers[0].store} keeps no {KINDS[name].title}: dump with "
             f"{KINDS[name].example}",
         )
         try:
-            parts[name] = kind.collate(records, frames, index, whole)
+            parts[name] = kind.collate(records, frames, index, record_of_row)
         except (ValueError, KeyError, RuntimeError) as e:
             raise KDError(
                 f"the targets of cuts {pointers[0].cut} to {pointers[-1].cut} can't be "
@@ -367,8 +393,7 @@ class TargetDataset(torch.utils.data.Dataset):
     def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
         batch = self.dataset[cuts]
         rows = cuts_of_rows(batch)
-        targets = collate_targets(rows, self.missing, self.kinds)
-        fingerprint = _first_fingerprint(rows)
+        targets, fingerprint = read_targets(rows, self.missing, self.kinds)
         if fingerprint is not None:  # else no row has targets
             targets = self._fit_student(targets, fingerprint)
         batch["kd_targets"] = targets
@@ -384,11 +409,3 @@ class TargetDataset(torch.utils.data.Dataset):
             factor = round(shift / fingerprint.feature_shift)
             targets = self.time_warp.move(targets, factor)
         return targets
-
-
-def _first_fingerprint(cuts: List[Cut]) -> Optional[Fingerprint]:
-    """That of the first targets that a batch's cuts carry; all of them share it."""
-    for cut in cuts:
-        for _, _, pointer in tracks_with_targets(cut):
-            return read_fingerprint(pointer.store)
-    return None

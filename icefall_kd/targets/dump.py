@@ -18,7 +18,7 @@ from icefall_kd.targets.batches import Batch, Plan, Reader, read_features
 from icefall_kd.targets.cuts import ANY_SECONDS, Seconds, gets_targets
 from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.labels import labels_of
-from icefall_kd.targets.record import Encoder, Record
+from icefall_kd.targets.record import Record, RecordEncoder
 from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.zipformer import encoder_frames
@@ -99,7 +99,7 @@ def dump_targets(
 def rehearse(
     cuts: Iterable[Cut],
     teacher: Teacher,
-    encoder: Encoder,
+    encoder: RecordEncoder,
     fingerprint: Fingerprint,
     *,
     tokenizer: Optional[Any] = None,
@@ -185,9 +185,10 @@ class _EncodingThread:
         self.pending.append(self.pool.submit(self._store, batch, values))
 
     def _store(self, batch: Batch, values: List[Dict[str, Any]]) -> None:
+        encode = self.writer.encoder.encode
         for cut, value_of_kind in zip(batch.cuts, values):
             if cut.id not in self.writer:
-                self.records[cut.id] = self.writer.encode(cut, **value_of_kind)
+                self.records[cut.id] = encode(cut, **value_of_kind)
         for cut in batch.stretch or []:
             if cut.id in self.records:
                 self.writer.append(cut, self.records.pop(cut.id))

@@ -14,7 +14,7 @@ class Record:
     """A cut's targets as bytes.
 
     Args:
-      frames: The number of frames of the teacher's encoder.
+      frames: T, the number of frames.
       parts: The bytes of each part, in their order in the store's file.
     """
 
@@ -22,7 +22,7 @@ class Record:
     parts: Dict[str, bytes]
 
 
-class Encoder:
+class RecordEncoder:
     """Makes records, and refuses values that can't be stored.
 
     Args:

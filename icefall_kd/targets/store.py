@@ -47,12 +47,33 @@ class Pointer:
     sizes: Dict[str, int]  # bytes of each part, in their order in the record
     crc32: int  # of all other fields but `store`, and of the record
     cut: str  # id
-    frames: int  # of the teacher's encoder
+    frames: int  # T
     start: float  # seconds in the recording
     duration: float  # seconds
     source: float  # seconds of the recording; 0 for none
     fingerprint: str = ""  # digest of the store's fingerprint
     record: Optional[str] = None  # in a Shar: the record itself, in base 64
+
+    @staticmethod
+    def for_record(cut: MonoCut, record: bytes, **values: Any) -> "Pointer":
+        """Return the pointer that finds a record, with its checksum.
+
+        Args:
+          cut: The cut that is dumped.
+          record: The record's bytes.
+          values: The fields ``store``, ``file``, ``offset``, ``sizes``, ``frames`` and
+            ``fingerprint``.
+        """
+        pointer = Pointer(
+            cut=cut.id,
+            start=cut.start,
+            duration=cut.duration,
+            source=source_duration(cut),
+            crc32=0,
+            **values,
+        )
+        pointer.crc32 = pointer.checksum(record)
+        return pointer
 
     @property
     def size(self) -> int:
@@ -99,7 +120,7 @@ class Pointer:
                 return b64decode(self.record)
             return _bytes_at(path, self.size, self.offset)
         except (ValueError, OverflowError, MemoryError):
-            return b""  # its checksum will tell
+            return b""  # which has another checksum
         except OSError as e:
             raise KDError(
                 f"the targets of cut {self.cut} can't be read from {path} "

@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterator, List, Set, Union
 
@@ -21,7 +20,7 @@ from icefall_kd.targets.manifest import (
     open_manifest,
     partial_of,
 )
-from icefall_kd.targets.record import Encoder, Record
+from icefall_kd.targets.record import Record, RecordEncoder
 from icefall_kd.targets.store import (
     FIELD,
     Pointer,
@@ -29,7 +28,6 @@ from icefall_kd.targets.store import (
     leave_out,
     pointer_of,
     read_fingerprint,
-    source_duration,
 )
 
 try:
@@ -91,7 +89,7 @@ class TargetWriter:
         self.num_jobs = num_jobs
         self.storage_dir = Path(storage_dir)
         self.fingerprint = fingerprint
-        self.encoder = Encoder(
+        self.encoder = RecordEncoder(
             fingerprint, lambda codec: codec.stored_quantizer(self.storage_dir)
         )
         self.bytes_written = 0
@@ -102,7 +100,7 @@ class TargetWriter:
         self._done: Set[str] = set()
         self.left_out: Set[str] = set()  # cuts of the manifest without targets
         if not overwrite:
-            self._refuse_strangers()
+            self._refuse_unknown_records()
         with self._disk_errors():
             self._open(overwrite)
 
@@ -134,8 +132,8 @@ class TargetWriter:
         self._records.seek(end)
         self._lines = open(self.partial, "ab")
 
-    def _refuse_strangers(self) -> None:
-        """Refuse records that no manifest or fingerprint here knows of."""
+    def _refuse_unknown_records(self) -> None:
+        """Refuse records without a manifest or a fingerprint beside them."""
         size = self._path.stat().st_size if self._path.exists() else 0
         if size and not (self.storage_dir / FILENAME).exists():
             raise KDError(
@@ -259,7 +257,8 @@ class TargetWriter:
 
         Args:
           cut: A MonoCut, as it will be trained on.
-          ctc: (T, V), the teacher's raw CTC logits on that cut, without padding.
+          ctc: (T, V), the teacher's CTC logits on that cut, without padding, up to a
+            constant in each frame: log-probabilities will do.
           values: The value of each further kind of target, by the kind's name. Each
             kind that the fingerprint names must be there:
 
@@ -276,24 +275,17 @@ class TargetWriter:
           KDError: not a MonoCut, a wrong shape, numbers that are not finite or beyond
             float16, a cut id that was written before, or a disk that is full.
         """
-        return self.append(cut, self.encode(cut, ctc, **values))
-
-    def encode(self, cut: MonoCut, ctc: Any = None, **values: Any) -> Record:
-        """Make and check what :meth:`write` stores, and store nothing yet.
-
-        Args:
-          cut: See :meth:`write`.
-          ctc: See :meth:`write`.
-          values: See :meth:`write`.
-        """
-        return self.encoder.encode(cut, ctc=ctc, **values)
+        return self.append(cut, self.encoder.encode(cut, ctc=ctc, **values))
 
     def append(self, cut: MonoCut, encoded: Record) -> Pointer:
         """Store a record.
 
         Args:
           cut: The cut.
-          encoded: What :meth:`encode` made of it.
+          encoded: What ``encoder.encode`` made of its targets.
+
+        Returns:
+          The pointer that the cut has in the manifest.
 
         Raises:
           KDError: not a MonoCut, or one whose id was written before, or a disk that is
@@ -306,20 +298,16 @@ class TargetWriter:
             )
         self._check_new(cut)
         record = b"".join(encoded.parts.values())
-        pointer = Pointer(
+        pointer = Pointer.for_record(
+            cut,
+            record,
             store=str(self.storage_dir),
             file=self._path.name,
             offset=self._records.tell(),
             sizes={name: len(part) for name, part in encoded.parts.items()},
-            crc32=0,
-            cut=cut.id,
             frames=encoded.frames,
-            start=cut.start,
-            duration=cut.duration,
-            source=source_duration(cut),
             fingerprint=self.fingerprint.digest,
         )
-        pointer = replace(pointer, crc32=pointer.checksum(record))
         line = _without_shar(cut)
         line["custom"] = {**(line.get("custom") or {}), FIELD: pointer.to_dict()}
         self._write(record, line)

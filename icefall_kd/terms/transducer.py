@@ -126,8 +126,9 @@ class TransducerTerm(Term):
         lattice.check_temperature(self.temperature)
         if self.form not in MEANS:
             return
-        lattice_is_dense = lattice.nodes is not None and lattice.nodes.kind == "dense"
-        ctc_is_dense = ctc is None or ctc.kind == "dense"
+        node_codec = lattice.node_codec
+        lattice_is_dense = node_codec is not None and node_codec.method == "dense"
+        ctc_is_dense = ctc is None or ctc.method == "dense"
         if not (lattice_is_dense and ctc_is_dense):
             raise KDError(
                 f"the store {store} keeps its CTC targets as "

@@ -191,7 +191,7 @@ def test_dump_takes_the_averaged_model_unless_told(
         (("--max-duration", 0), "--max-duration is 0, and must be a number above 0"),
         (("--bpe-model", "nowhere.model"), "nowhere.model can't be read"),
         (("--avg", 0), "--avg"),
-        (("--keep", "topp:3"), "representation is 'topp:3'"),
+        (("--keep", "topp:3"), "form is 'topp:3'"),
         (("--keep", "adaptive:2:9"), "mass must be above 0"),
         (("--keep-lattice", "collapsed"), "give --bpe-model"),
         (("--num-jobs", 2, "--job", 2), "give --job 0 to 1"),
@@ -328,7 +328,7 @@ def test_dump_keeps_what_it_is_told(
         for cut in load_manifest(tmp_path / "out.jsonl.gz"):
             x = torch.from_numpy(cut.load_features()).unsqueeze(0)
             logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
-            kept = codec.encode(codec.keep(logits, cut.id), 25)
+            kept = codec.encode(logits, cut.id)
             assert Pointer.of(cut).read() == {"ctc": kept}
 
 
@@ -459,7 +459,7 @@ def test_dump_prints_statistics(invoke, dump_words):
     assert done.code == 0
     rows = {li[:30].strip(): li.split()[-1] for li in done.out.splitlines()}
     assert rows["cuts"] == "4" and rows["frames"] == "52"
-    assert rows["kept as"] == "top:3"
+    assert rows["forms"] == "top:3"
     assert 3 < float(rows["bytes a frame, ctc"]) < 12
     again = invoke(*dump_words("--keep", "top:3", "--stats"))
     assert again.out == done.out

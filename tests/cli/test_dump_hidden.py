@@ -160,10 +160,10 @@ def test_all_parts_stand_beside_each_other(
     ctc, lattice = kinds["ctc"].codec, kinds["lattice"].codec
     for cut, kept in parts():
         y = sp.encode(cut.supervisions[0].text, out_type=int)
-        rows = ctc.keep(hear(teacher, cut).ctc_logits[0], cut.id)
+        logits = hear(teacher, cut).ctc_logits[0]
         nodes = hear(teacher, cut, y=y, s_range=3)
         assert kept == {
-            "ctc": ctc.encode(rows, 25),
+            "ctc": ctc.encode(logits, cut.id),
             "lattice": lattice.encode(nodes, cut.id),
             "hidden.0": rows_of(cut, 0).half().numpy().tobytes(),
         }
@@ -209,7 +209,7 @@ def test_statistics_without_ctc_targets(invoke, dump_words):
     assert rows["cuts"] == "4" and rows["frames"] == "52"
     assert rows["bytes a frame, hidden.1"] == "96.00"  # 2 vectors of 24 halves
     assert rows["bytes a frame, hidden.out"] == "48.00"
-    assert rows["kept as"] == "1:half,out:half"
+    assert rows["forms"] == "1:half,out:half"
     assert not [name for name in rows if "ctc" in name or "blank" in name]
 
 

@@ -27,8 +27,8 @@ def logits_of(rows=13, vocab_size=11, seed=0, scale=3.0):
 def there_and_back(name, logits, key="c1"):
     """What was kept, and what a reader finds of it."""
     codec = Codec.parse(name)
-    kept = codec.keep(logits, key)
-    data = codec.encode(kept, logits.size(1))
+    kept = codec.reduce(logits, key)
+    data = codec.encode(logits, key)
     return kept, codec.decode([data], [len(logits)], logits.size(1)), data
 
 
@@ -106,7 +106,7 @@ def test_dense_keeps_log_probabilities(scale):
 def test_top_keeps_the_most_probable_and_the_mass_of_the_rest(k, temperature):
     logits = logits_of()
     codec = Codec("top", k, 1.0, temperature)
-    kept = codec.keep(logits)
+    kept = codec.reduce(logits)
     p = (logits.double() / temperature).softmax(-1)
     top = p.sort(-1, descending=True)
     torch.testing.assert_close(kept.log_probs.exp().double(), top.values[:, :k])
@@ -118,7 +118,7 @@ def test_top_keeps_the_most_probable_and_the_mass_of_the_rest(k, temperature):
 @pytest.mark.parametrize("mass, most", [(0.5, 9), (0.9, 3), (0.999, 9), (1.0, 7)])
 def test_adaptive_reaches_its_mass_or_its_cap_with_no_entry_too_many(mass, most):
     logits = logits_of(rows=57, scale=2.0)
-    kept = Codec("adaptive", most, mass).keep(logits)
+    kept = Codec("adaptive", most, mass).reduce(logits)
     p = logits.double().softmax(-1)
     ordered = p.sort(-1, descending=True).values
     for row in range(57):
@@ -224,7 +224,7 @@ def test_all_symbols_give_the_dense_loss_and_gradient(temperature):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_all_symbols_before_they_are_bytes_give_the_dense_loss(temperature):
     logits, student = logits_of(seed=1), logits_of(seed=2).double()[None]
-    kept = Codec("top", 11, 1.0, temperature).keep(logits)
+    kept = Codec("top", 11, 1.0, temperature).reduce(logits)
     kept = SparseDistribution(
         kept.indices[None], kept.log_probs[None], kept.log_tail[None]
     )
@@ -272,7 +272,7 @@ def test_a_sample_is_unbiased(temperature):
     codec = Codec("sampled", 7, 1.0, temperature)
     total = torch.zeros(5, 11)
     for key in range(3000):
-        kept = codec.keep(logits, f"cut-{key}")
+        kept = codec.reduce(logits, f"cut-{key}")
         total.scatter_add_(1, kept.indices, kept.log_probs.exp())
     p = (logits / temperature).softmax(-1)
     assert (total / 3000 - p).abs().max() < 4 * 0.0035
@@ -309,7 +309,7 @@ def test_bytes_too_many_are_an_error(name):
 def bound_and_error(name, logits):
     """What the module's docstring says of each kept symbol and the tail; its error."""
     codec, v = Codec.parse(name), logits.size(1)
-    found = codec.decode([codec.encode(codec.keep(logits), v)], [len(logits)], v)
+    found = codec.decode([codec.encode(logits)], [len(logits)], v)
     kept = found.log_probs > -INF
     p = logits.double().softmax(-1).gather(1, found.indices).masked_fill(~kept, 0.0)
     p = torch.cat((p, 1 - p.sum(-1, keepdim=True)), 1).clamp(min=0.0).sqrt()
@@ -443,7 +443,7 @@ def test_nodes_are_kept_as_their_codec_keeps_them(name):
     found = codec.decode(codec.encode(given, "c1"), 11)
     logits = given.logits[0][found.occupancy > 0]
     inner = Codec.parse(name)
-    data = inner.encode(inner.keep(logits, "c1", arcs_of(given, found, 0)), 11)
+    data = inner.encode(logits, "c1", arcs_of(given, found, 0))
     expected = inner.decode([data], [len(logits)], 11)
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found.nodes, expected)
@@ -477,7 +477,7 @@ def test_a_sparse_node_keeps_next_label_and_blank_however_improbable(
         assert kept.min() > 0.9 / 255**2
     torch.testing.assert_close(mass_of(nodes), torch.ones(len(arcs)))
     kept = (nodes.log_probs > -torch.inf).sum(1)
-    assert kept.max() <= codec.nodes.entries + 2
+    assert kept.max() <= codec.node_codec.entries + 2
 
 
 def test_a_store_of_before_is_read_as_it_was_written():
@@ -490,7 +490,7 @@ def test_a_store_of_before_is_read_as_it_was_written():
     inner = Codec.parse("top:2")
     found = LatticeCodec.parse("top:2", 0).decode(data, 11)
     logits = given.logits[0][found.occupancy > 0]
-    old = head + inner.encode(inner.keep(logits), 11)
+    old = head + inner.encode(logits)
     nodes = LatticeCodec.parse("top:2", 0).decode(old, 11).nodes
     expected = logits.log_softmax(-1).topk(2).indices
     assert torch.equal(nodes.indices, expected)

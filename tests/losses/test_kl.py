@@ -19,7 +19,7 @@ def rows(seed=0, m=11, v=7, scale=3.0, dtype=torch.float64):
 
 
 def sparse_of(teacher, k, temperature):
-    kept = Codec("top", k, 1.0, temperature).keep(teacher)
+    kept = Codec("top", k, 1.0, temperature).reduce(teacher)
     log_probs = (teacher / temperature).log_softmax(-1)  # keep() is in float32
     top = log_probs.gather(1, kept.indices)
     tail = log_probs.scatter(1, kept.indices, -torch.inf).logsumexp(-1)

@@ -271,7 +271,7 @@ def test_what_is_kept_is_read_off_the_fingerprint(make_fingerprint):
     made = make_fingerprint(ctc="adaptive:.99:16@2", lattice="collapsed", blank_id=3)
     ctc, lattice = (kind.codec for kind in made.kinds.values())
     assert (ctc.entries, ctc.temperature) == (16, 2.0)
-    assert lattice.nodes is None and lattice.blank_id == 3
+    assert lattice.node_codec is None and lattice.blank_id == 3
     with pytest.raises(KDError, match="'topp:3'"):
         make_fingerprint(ctc="topp:3").make_kinds()
 

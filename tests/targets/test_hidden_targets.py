@@ -124,7 +124,7 @@ def test_each_part_is_stored_as_its_codec_makes_it(cuts, opened, make_logits, ke
         expected = {}
         if "ctc" in kinds:
             codec = kinds["ctc"].codec
-            expected["ctc"] = codec.encode(codec.keep(make_logits(cut), cut.id), 11)
+            expected["ctc"] = codec.encode(make_logits(cut), cut.id)
         if "lattice" in kinds:
             codec = kinds["lattice"].codec
             expected["lattice"] = codec.encode(lattice_of(cut.id), cut.id)
@@ -159,7 +159,7 @@ def test_rows_with_a_graph_and_of_half_precision_are_stored(cuts, opened):
     half = {layer: x.half() for layer, x in rows.items()}
     with opened() as writer:
         a = writer.write(cuts[2], hidden=graph).read()
-        assert a == writer.encode(cuts[2], hidden=half).parts
+        assert a == writer.encoder.encode(cuts[2], hidden=half).parts
 
 
 def test_a_store_that_would_keep_nothing_is_refused(opened, tmp_path):
@@ -399,7 +399,7 @@ def test_time_that_moved_is_refused_without_ctc_targets(cuts, store):
     stored = store(cuts)
     with pytest.raises(KDError, match="speed or tempo"):
         collate_targets([stored["c3"].perturb_speed(0.9)], kinds=["hidden"])
-    with pytest.raises(KDError, match="both speak at frames 7 to 13"):
+    with pytest.raises(KDError, match="targets overlap at frames 7 to 13"):
         mixed = stored["c3"].mix(stored["c2"], snr=1, offset_other_by=0.28)
         collate_targets([mixed], kinds=["hidden"])
 
@@ -710,7 +710,7 @@ def test_statistics_without_ctc_are_bytes_alone(cuts, store, capsys):
         "frames": "43",
         "bytes a frame, hidden.1": "24.00",  # 2 vectors of 6 numbers of 2 bytes
         "bytes a frame, hidden.out": "10.00",
-        "kept as": HIDDEN,
+        "forms": HIDDEN,
     }
 
 
@@ -718,7 +718,7 @@ def test_statistics_of_lattices_without_ctc(cuts, store, capsys):
     stored = store(cuts, **KEPT["lattice-hidden"])
     size = sum(Pointer.of(c).sizes["lattice"] for c in stored)
     found = printed(capsys, stored)
-    assert found["kept as"] == f"top:3, {HIDDEN}" and found["frames"] == "43"
+    assert found["forms"] == f"top:3, {HIDDEN}" and found["frames"] == "43"
     assert found["bytes a frame, lattice"] == f"{size / 43:.2f}"
     assert not [name for name in found if "ctc" in name]
 

@@ -334,7 +334,7 @@ def test_statistics_of_a_dense_store(cuts, capsys, stored_form):
     table = {k.strip(): v.strip() for k, v in table.items()}
     rows = torch.cat([stored_form(c) for c in cuts])
     assert table["cuts"] == "5" and table["frames"] == str(len(rows))
-    assert table["bytes a frame, ctc"] == "22.00" and table["kept as"] == "dense"
+    assert table["bytes a frame, ctc"] == "22.00" and table["forms"] == "dense"
     entropy = -(rows.exp() * rows).sum(-1).mean()
     assert float(table["entropy, ctc (nats a frame)"]) == pytest.approx(
         float(entropy), abs=1e-3
@@ -353,7 +353,7 @@ def test_statistics_of_a_sparse_store(make_cut, make_store, capsys, read_targets
     assert "top:3" in out and f"{tail:.2e}" in out
     size = sum(Pointer.of(c).size for c in cuts) / n
     assert 3 < size < 12 and f"{size:.2f}" in out
-    (kept,) = (li.split()[-1] for li in out.splitlines() if "symbols kept" in li)
+    (kept,) = (li.split()[-1] for li in out.splitlines() if "tokens stored" in li)
     assert kept == "3.00"
 
 

@@ -454,7 +454,7 @@ def test_a_sparse_store_of_another_temperature_is_refused(
     session.attach(make_params(), make_model())
     with pytest.raises(KDError, match=f"--kd-temperature {own}") as e:
         session.wrap_dataset(K2SpeechRecognitionDataset(), cuts)
-    assert "loss asks for 2" in str(e.value) and "\n" not in str(e.value)
+    assert "loss is at 2" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_cuts_without_targets_train_by_the_hard_loss_where_told(
@@ -666,7 +666,7 @@ def test_a_sparse_cache_of_another_temperature_is_refused(
         session.attach(
             online(kd_teacher_cache_dir=str(tmp_path / "cache"), **changes), model
         )
-    assert f"loss asks for {temperature:g}" in str(e.value)
+    assert f"loss is at {temperature:g}" in str(e.value)
     assert "\n" not in str(e.value)
     assert hooks_of(model) == [] and at_exit == []
     assert not (tmp_path / "cache").exists()
