@@ -91,8 +91,8 @@ def ctc_kd_loss(
             student_rows,
             teacher_rows,
             temperature=temperature,
-            student_rows=rows,
-            teacher_rows=rows,
+            student_index=rows,
+            teacher_index=rows,
             weights=weights,
         )
     if value.isnan():
@@ -116,7 +116,7 @@ def frame_weights(
     teacher's best token is the best of those it kept; its tail is no token.
 
     "symmetric" (arXiv:2506.01503): 1 where a valid non-blank frame is at most
-    NEIGHBOURS frames away, before or behind, else 0: a spike comes with as many blank
+    NEIGHBOURS frames away, before or after, else 0: a spike comes with as many blank
     frames on its left as on its right, save at the ends of an utterance and where two
     spikes share them.
 
@@ -318,7 +318,7 @@ def _check_rows(
         raise KDError(
             f"the sparse target has tokens {int(indices.min())} to "
             f"{int(indices.max())}, and the student's logits {v} tokens: both need "
-            "the same BPE model"
+            "the same tokenizer"
         )
     sample = index_rows(teacher_rows, few)
     mass = sample.log_probs.double().exp().sum(-1) + sample.log_tail.double().exp()

@@ -123,13 +123,13 @@ class _Pairs:
 
     teacher: Distribution  # of any number of rows
     temperature: float
-    student_rows: Optional[torch.Tensor]  # (R,), int64; None: all, in their order
-    teacher_rows: Optional[torch.Tensor]  # (R,), int64; None: all, in their order
+    student_index: Optional[torch.Tensor]  # (R,), int64; None: all, in their order
+    teacher_index: Optional[torch.Tensor]  # (R,), int64; None: all, in their order
     weights: Optional[torch.Tensor]  # (R,); None: 1
 
     def chunks(self, student: torch.Tensor, v: int) -> Iterator[slice]:
         """Slices of the pairs, for rows of ``v`` logits."""
-        r = len(student if self.student_rows is None else self.student_rows)
+        r = len(student if self.student_index is None else self.student_index)
         step = chunk_rows(student.device, v)
         for begin in range(0, r, step):
             yield slice(begin, min(r, begin + step))
@@ -149,7 +149,7 @@ class _Pairs:
           dtype: What is computed in.
           out: (C, V), memory for the gradient; None: new memory.
         """
-        rows = part if self.teacher_rows is None else self.teacher_rows[part]
+        rows = part if self.teacher_index is None else self.teacher_index[part]
         teacher = index_rows(self.teacher, rows)
         row_kl_of = _sparse_kl if is_sparse(teacher) else _dense_kl
         kl, gradient = row_kl_of(student, teacher, self.temperature, dtype, out)
@@ -169,7 +169,7 @@ def _row_kl(
     # Of float16 inputs the gradient stays in float32 until the loss's own scale is
     # known: weights, temperature and 1e-8 of a token don't share float16's range.
     grad_dtype = dtype if student.dtype == torch.float16 else student.dtype
-    all_rows = pairs.student_rows is None
+    all_rows = pairs.student_index is None
     grad = None
     if needs_grad:
         new = torch.empty_like if all_rows else torch.zeros_like
@@ -179,7 +179,7 @@ def _row_kl(
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         for part in pairs.chunks(student, student.size(1)):
-            rows = part if all_rows else pairs.student_rows[part]
+            rows = part if all_rows else pairs.student_index[part]
             x = student[rows] if all_rows else student.index_select(0, rows)
             out = grad[rows] if in_place else None
             kl, gradient = pairs.kl(part, x, dtype, out)
@@ -281,8 +281,8 @@ def row_kl(
     teacher: Distribution,
     *,
     temperature: float = 1.0,
-    student_rows: Optional[torch.Tensor] = None,
-    teacher_rows: Optional[torch.Tensor] = None,
+    student_index: Optional[torch.Tensor] = None,
+    teacher_index: Optional[torch.Tensor] = None,
     weights: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Return sum over rows r of w_r T^2 KL(softmax(z~_r / T) || softmax(z_r / T)).
@@ -296,14 +296,14 @@ def row_kl(
       student: (M, V), logits. Gradients flow here only.
       teacher: (M', V), logits or log-probabilities, or sparse.
       temperature: T, above 0.
-      student_rows: (R,), int64, the rows that count, each once; by default all.
-      teacher_rows: (R,), int64, the teacher's row for each of those; by default all.
+      student_index: (R,), int64, the rows that count, each once; by default all.
+      teacher_index: (R,), int64, the teacher's row for each of those; by default all.
       weights: (R,), w, 0 or more; by default 1.
 
     Returns:
       A scalar, in nats.
     """
-    pairs = _Pairs(teacher, float(temperature), student_rows, teacher_rows, weights)
+    pairs = _Pairs(teacher, float(temperature), student_index, teacher_index, weights)
     return _RowKL.apply(student, pairs)
 
 

@@ -254,5 +254,5 @@ def _check_nbest(nbest: NBest, n: int, size: int, blank_id: int) -> None:
                     raise KDError(
                         f"a hypothesis of utterance {row} has the token {k}, and the "
                         f"student's are 0 to {size - 1} but for the blank {blank_id}: "
-                        "encode the teacher's text by the student's BPE model"
+                        "encode the teacher's text by the student's tokenizer"
                     )

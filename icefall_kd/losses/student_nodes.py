@@ -23,7 +23,7 @@ class StudentNodes:
     Args:
       joiner: The student's, with ``encoder_proj``, ``decoder_proj``, ``output_linear``.
       encoder_out: (N, T, C), the student's, with its graph.
-      decoder_out: (N, U + 1, D), of the labels behind a leading blank.
+      decoder_out: (N, U + 1, D), of the labels after a leading blank.
       nodes: R nodes with the teacher's distributions.
       lengths: (N,), valid frames of ``encoder_out``.
 
@@ -194,5 +194,5 @@ def _check_vocabulary(teacher: Distribution, v: int) -> None:
     if size != v:
         raise KDError(
             f"the student's joiner has {v} tokens and the teacher's lattice {size}: "
-            "both need the same BPE model"
+            "both need the same tokenizer"
         )

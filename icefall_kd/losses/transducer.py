@@ -106,7 +106,7 @@ def _concatenated(parts: Sequence[Distribution]) -> Distribution:
 
 
 def collapse(nodes: Nodes, blank_id: int, temperature: float = 1.0) -> Nodes:
-    """Return nodes whose teacher knows three classes: next label, blank, and the rest.
+    """Return nodes whose teacher has three classes: next label, blank, and the rest.
 
     A label that a sparse teacher dropped stays in the rest: a coarser division, whose
     KL divergence is exact and smaller.
@@ -116,7 +116,7 @@ def collapse(nodes: Nodes, blank_id: int, temperature: float = 1.0) -> Nodes:
       blank_id: The token id of blank.
       temperature: T, of a dense teacher; a sparse one is at its own.
     """
-    has_label = nodes.label >= 0  # (R,); behind the last label there is none
+    has_label = nodes.label >= 0  # (R,); after the last label there is none
     label = nodes.label.clamp(min=0)
     pair = torch.stack((label, torch.full_like(label, blank_id)), -1)  # (R, 2)
     if is_sparse(nodes.teacher):
@@ -141,13 +141,13 @@ def collapse(nodes: Nodes, blank_id: int, temperature: float = 1.0) -> Nodes:
 
 
 def shift(nodes: Nodes, frames: int, lengths: torch.Tensor) -> Nodes:
-    """Return nodes for a student that lags behind: those of frame t, at t + frames.
+    """Return nodes for a late student: those of frame t, at t + frames.
 
     (Kurata and Saon, arXiv:2110.03334.) Nodes beyond the student's end are left out.
 
     Args:
       nodes: The teacher's.
-      frames: How far the student lags behind, 0 or more.
+      frames: How many frames late the student is, 0 or more.
       lengths: (N,), the student's valid frames.
 
     Raises:
@@ -155,8 +155,8 @@ def shift(nodes: Nodes, frames: int, lengths: torch.Tensor) -> Nodes:
     """
     require(
         frames >= 0,
-        f"the shift is {frames} frames, and a student can't know the future: give 0 or "
-        "more",
+        f"the shift is {frames} frames, and no student is earlier than its teacher: "
+        "give 0 or more",
     )
     frame = nodes.frame + frames
     is_inside = frame < lengths.to(frame.device)[nodes.row]
@@ -197,7 +197,7 @@ def nodes_kd_loss(
         ``node_weighting`` says.
 
     Nodes of the best path alone (arXiv:2110.03334) come from :func:`path_nodes`, or
-    from a store kept as ``path:...``.
+    from a store of a form ``path:...``.
 
     Args:
       student: The student at R nodes, with the teacher's distributions.
@@ -261,7 +261,7 @@ def transducer_kd_loss(
     Args:
       joiner: The student's, with ``encoder_proj``, ``decoder_proj``, ``output_linear``.
       encoder_out: (N, T, C), the student's, with its graph.
-      decoder_out: (N, U + 1, D), of the labels behind a leading blank.
+      decoder_out: (N, U + 1, D), of the labels after a leading blank.
       nodes: R nodes with the teacher's distributions, of :func:`nodes_of`,
         :func:`path_nodes` or :func:`stored_nodes`.
       lengths: (N,), valid frames of ``encoder_out``.
@@ -386,7 +386,7 @@ def _sample(
     groups = _group_by_frame(nodes)
     if weights is None:
         weights = torch.ones_like(nodes.occupancy)
-    # The nodes of one frame behind those of another; their weights add up to `mass`,
+    # The nodes of one frame after those of another; their weights add up to `mass`,
     # in which a frame has the interval from `begin` to `end`.
     order = groups.index.argsort(stable=True)  # (R,)
     mass = weights[order].double().cumsum(0)
@@ -408,7 +408,7 @@ def _check_ctc(x: torch.Tensor, owner: str, groups: _Groups, v: int) -> None:
     if x.size(-1) != v:
         raise KDError(
             f"the {owner} CTC head has {x.size(-1)} tokens and the student's joiner "
-            f"{v}: both need the same BPE model"
+            f"{v}: both need the same tokenizer"
         )
     if not len(groups.row):
         return

@@ -37,11 +37,11 @@ class WarpRecord(torch.nn.Module):
         self.augment = augment
         # Of each warped segment: its row, its first feature frame, and for each of its
         # frames the frame of the segment that it was before, a float.
-        self.moves: List[Tuple[int, int, torch.Tensor]] = []
+        self.warps: List[Tuple[int, int, torch.Tensor]] = []
         self.num_frames = 0  # of the last batch's features
 
     def forward(self, features: torch.Tensor, *args: Any, **kwargs: Any):
-        self.moves, self.num_frames = [], features.size(1)
+        self.warps, self.num_frames = [], features.size(1)
         row_size, width = features[0].numel(), features.size(2)
         warp = signal_transforms.time_warp
 
@@ -56,7 +56,7 @@ class WarpRecord(torch.nn.Module):
             np.random.set_state(state_after)
             # The segment is a view of the features: its offset tells row and frame.
             row, position = divmod(segment.storage_offset(), row_size)
-            self.moves.append((row, position // width, source))
+            self.warps.append((row, position // width, source))
             return warped
 
         signal_transforms.time_warp = recording_warp
@@ -75,13 +75,13 @@ class WarpRecord(torch.nn.Module):
           targets: Those of the rows of the last batch's features.
           factor: Feature frames in a frame; by default that of the batch's longest row.
         """
-        if not self.moves or not int(targets.lens.max()):
+        if not self.warps or not int(targets.lens.max()):
             return targets
         if factor is None:
             factor = round((self.num_frames - 7) / int(targets.lens.max()))
         center = first_center(factor)
         index = torch.arange(targets.mask.size(1)).repeat(len(targets.lens), 1)
-        for row, first, source in self.moves:
+        for row, first, source in self.warps:
             n = int(targets.lens[row])
             # Frame -> feature frame of the segment at its middle -> feature frame of
             # the row that it was before -> frame that had this in its middle.

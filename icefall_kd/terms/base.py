@@ -2,7 +2,7 @@
 
 To add a term, write one file with a subclass of :class:`Term` and register the class in
 :mod:`icefall_kd.terms`. The ``--kd-*`` options, the joint loss, the session,
-``icefall-kd doctor`` and the report ask the registered classes.
+``icefall-kd doctor`` and the report read the registered classes.
 
 The modules of terms import torch in their functions alone, so that the parser of a
 recipe and the commands can read their options without it.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from icefall_kd.targets.fingerprint import Fingerprint
-    from icefall_kd.terms.batch import Batch
+    from icefall_kd.terms.inputs import TermInputs
     from icefall_kd.types import EncoderOut, Targets
 
 # Whether a model has a head, and how a message names the head.
@@ -37,7 +37,7 @@ class Option:
     """One ``--kd-*`` option of a plugged recipe, and one line of its YAML file.
 
     Args:
-      name: The name behind ``--kd-``, such as "rnnt-form".
+      name: The name after ``--kd-``, such as "rnnt-form".
       parameter: The parameter of the class that gets the value, such as "form".
       type: int, float, str, bool, or :class:`~icefall_kd.terms.schedule.Curve` for a
         number or numbers by epoch, which stay text.
@@ -180,7 +180,7 @@ class Term:
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
         """Refuse a store that lacks what the term reads.
 
-        A subclass that asks for more than the kinds extends it.
+        A subclass that needs more than the kinds extends it.
 
         Args:
           fingerprint: The store's.
@@ -210,7 +210,7 @@ class Term:
           targets: The teacher's, on the student's device.
         """
 
-    def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+    def value(self, batch: TermInputs) -> Tuple[torch.Tensor, float]:
         """Compute the unweighted term.
 
         Args:
@@ -218,7 +218,7 @@ class Term:
 
         Returns:
           A scalar, the sum over the frames (or utterances) of the batch, and the number
-          of encoder frames that it sums over; ``zero(...)`` and 0.0 where the batch has
+          of frames that it sums over; ``zero(...)`` and 0.0 where the batch has
           no targets for this term.
         """
         raise NotImplementedError

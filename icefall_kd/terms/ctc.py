@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from icefall_kd.targets.fingerprint import Fingerprint
-    from icefall_kd.terms.batch import Batch
+    from icefall_kd.terms.inputs import TermInputs
 
 
 class CtcTerm(Term):
@@ -97,16 +97,15 @@ class CtcTerm(Term):
         super().check_store(fingerprint, store)
         fingerprint.kinds["ctc"].codec.check_temperature(self.temperature)
 
-    def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+    def value(self, batch: TermInputs) -> Tuple[torch.Tensor, float]:
         """Sum the divergence over the frames of ``batch`` that have targets."""
         from icefall_kd.losses.ctc import ctc_kd_loss
 
-        if not batch.has_ctc_targets:
+        logits = batch.ctc_logits()
+        if logits is None:
             return batch.zero(batch.student.ctc_logits), 0.0
-        logits, teacher = batch.ctc_logits()
         value = ctc_kd_loss(
-            logits,
-            teacher,
+            *logits,
             batch.lens,
             mask=batch.mask,
             temperature=self.temperature,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from icefall_kd.targets.fingerprint import Fingerprint
-    from icefall_kd.terms.batch import Batch
+    from icefall_kd.terms.inputs import TermInputs
 
 
 class FullSumTerm(Term):
@@ -54,7 +54,7 @@ class FullSumTerm(Term):
                 f"{self.parameter('weight')} to 0"
             ) from None
 
-    def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+    def value(self, batch: TermInputs) -> Tuple[torch.Tensor, float]:
         """Sum the distance over the utterances of ``batch`` that have a lattice."""
         from icefall_kd.losses.full_sum import full_sum_kd_loss
 

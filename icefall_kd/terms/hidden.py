@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from icefall_kd.targets.fingerprint import Fingerprint
-    from icefall_kd.terms.batch import Batch
+    from icefall_kd.terms.inputs import TermInputs
     from icefall_kd.terms.projectors import Pair
     from icefall_kd.types import EncoderOut, Targets
 
@@ -124,7 +124,7 @@ class HiddenTerm(Term):
         """Make the projectors between the layers of ``student`` and ``targets``."""
         self.projectors.build(student, targets.parts.get("hidden", {}))
 
-    def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+    def value(self, batch: TermInputs) -> Tuple[torch.Tensor, float]:
         """Sum the distances over the pairs of layers and the frames of ``batch``."""
         from icefall_kd.kinds.hidden import hidden_rows
 

@@ -11,8 +11,8 @@ import torch
 from icefall_kd.errors import NotFiniteError, require
 from icefall_kd.terms import TERMS
 from icefall_kd.terms.base import UNSTORED_KINDS, Term, heads_of
-from icefall_kd.terms.batch import Batch, check_frames, count_copies
 from icefall_kd.terms.finite import NonFiniteBatches, finite_number
+from icefall_kd.terms.inputs import TermInputs, check_frames, count_copies
 from icefall_kd.terms.projectors import Projectors
 from icefall_kd.terms.schedule import Curve, Schedule, Weight
 from icefall_kd.types import EncoderOut, Targets
@@ -112,10 +112,10 @@ class JointKDLoss:
         return hidden and hidden.projectors
 
     @property
-    def moves(self) -> bool:
-        """Whether a weight changes while the student trains."""
+    def is_constant(self) -> bool:
+        """Whether all weights stay the same while the student trains."""
         weights = [self.hard_weight, *(t.weight for t in self.terms.values())]
-        return self.schedule.moves or any(len(w.points) > 1 for w in weights)
+        return self.schedule.is_constant and all(len(w.points) == 1 for w in weights)
 
     def heads(self, model: torch.nn.Module) -> List[str]:
         """Return the heads of a student that the terms read: "ctc", "transducer".
@@ -180,7 +180,9 @@ class JointKDLoss:
             )
         for temperature in self._temperatures:
             text += f", temperature {temperature}"
-        return text + (f", schedule {self.schedule}" if self.schedule.moves else "")
+        if not self.schedule.is_constant:
+            text += f", schedule {self.schedule}"
+        return text
 
     def __call__(
         self,
@@ -228,7 +230,7 @@ class JointKDLoss:
             term.prepare(student, targets)
         active = [term for name, term in self.terms.items() if weights[name]]
         node_logits = any(term.needs_node_logits for term in active)
-        batch = Batch(student, targets, model, blank_id, node_logits)
+        batch = TermInputs(student, targets, model, blank_id, node_logits)
         errors: List[NotFiniteError] = []
         for name, term in self.terms.items():
             value, frames, number = loss.new_zeros(()), 0.0, 0.0
@@ -256,4 +258,4 @@ def _weighted_hard_loss(
     if weight or torch.isfinite(loss):
         return weight * loss
     # DDP waits for a gradient of each parameter that the recipe's loss was made of.
-    return Batch.zero(student.encoder_out, *(model.parameters() if model else ()))
+    return TermInputs.zero(student.encoder_out, *(model.parameters() if model else ()))

@@ -10,7 +10,7 @@ from icefall_kd.terms.schedule import Curve
 if TYPE_CHECKING:
     import torch
 
-    from icefall_kd.terms.batch import Batch
+    from icefall_kd.terms.inputs import TermInputs
 
 
 class NbestTerm(Term):
@@ -38,7 +38,7 @@ class NbestTerm(Term):
         ),
     )
 
-    def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+    def value(self, batch: TermInputs) -> Tuple[torch.Tensor, float]:
         """Sum the losses over the utterances of ``batch`` that have a list."""
         import torch
 

@@ -101,8 +101,8 @@ class Projectors:
         """
         return self.modules["-".join(map(str, pair))]
 
-    def learn_widths(self, hidden: Mapping[Layer, torch.Tensor]) -> None:
-        """Learn the teacher's widths from one batch or one record.
+    def read_widths(self, hidden: Mapping[Layer, torch.Tensor]) -> None:
+        """Read the teacher's widths off one batch or one record.
 
         Args:
           hidden: (N, T, R, C) vectors or codes of each of the teacher's layers.
@@ -134,7 +134,7 @@ class Projectors:
         if len(self.modules) == len(self.pairs):
             return
         if hidden and not self.widths:
-            self.learn_widths(hidden)
+            self.read_widths(hidden)
         if not self.widths:
             self._refuse_to_wait()
             return
@@ -158,7 +158,7 @@ class Projectors:
             raise KDError(
                 "this process's first batch has no hidden layers of the teacher for "
                 f"the pairs {self}, and another process may have some: call "
-                "learn_widths() in all of them before the first batch"
+                "read_widths() in all of them before the first batch"
             )
 
     def _module(self, layer: Layer, width: int) -> nn.Module:

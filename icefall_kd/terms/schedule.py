@@ -127,16 +127,16 @@ class Schedule:
             "or more, and fewer than the training has",
         )
         require(
-            not self.moves or math.isfinite(self.num_epochs),
+            self.is_constant or math.isfinite(self.num_epochs),
             f"`schedule` is {self.schedule} with `last_epochs` {self.last_epochs:g}, "
             "which needs the number of epochs, and the recipe has no --num-epochs: "
             "give `schedule` scratch and `last_epochs` 0",
         )
 
     @property
-    def moves(self) -> bool:
-        """Whether the share changes."""
-        return self.schedule != "scratch" or self.last_epochs > 0
+    def is_constant(self) -> bool:
+        """Whether the share is 1 in all epochs."""
+        return self.schedule == "scratch" and not self.last_epochs
 
     def __call__(self, epoch: float) -> float:
         """Return the share.
@@ -144,7 +144,7 @@ class Schedule:
         Args:
           epoch: How many epochs are done, with a fraction.
         """
-        if not self.moves:
+        if self.is_constant:
             return 1.0
         if epoch >= self.num_epochs - self.last_epochs and self.last_epochs:
             return 0.0

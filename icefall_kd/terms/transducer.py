@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from icefall_kd.targets.fingerprint import Fingerprint
-    from icefall_kd.terms.batch import Batch
+    from icefall_kd.terms.inputs import TermInputs
 
 TOTAL = "total"
 MEANS = ("mean_u", TOTAL)  # forms that average over all tokens: they need dense targets
@@ -138,7 +138,7 @@ class TransducerTerm(Term):
                 "dense"
             )
 
-    def value(self, batch: Batch) -> Tuple[torch.Tensor, float]:
+    def value(self, batch: TermInputs) -> Tuple[torch.Tensor, float]:
         """Sum the divergence over the nodes of the lattices of ``batch``."""
         from icefall_kd.losses.transducer import nodes_kd_loss, shift, total_kd_loss
 
@@ -149,11 +149,10 @@ class TransducerTerm(Term):
             nodes = shift(nodes, self.shift, batch.student.encoder_out_lens)
         student = batch.student_nodes(nodes)
         if self.form == TOTAL:
-            if not batch.has_ctc_targets:
+            ctc_logits = batch.ctc_logits()
+            if ctc_logits is None:
                 return batch.zero_of_transducer(), 0.0
-            value = total_kd_loss(
-                student, *batch.ctc_logits(), temperature=self.temperature
-            )
+            value = total_kd_loss(student, *ctc_logits, temperature=self.temperature)
         else:
             value = nodes_kd_loss(
                 student,

@@ -44,7 +44,7 @@ def check_online(params: Dict[str, Any], joint: Any, online: bool) -> None:
         codec.check_temperature(joint.terms["ctc"].temperature)
 
 
-def check_path(
+def check_best_path(
     params: Dict[str, Any], joint: Any, fingerprint: Any, store: str
 ) -> None:
     """Refuse a store of whole lattices where the option asks for the best path alone.

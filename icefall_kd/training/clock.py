@@ -38,13 +38,13 @@ class EpochClock:
 
     @property
     def num_epochs(self) -> float:
-        """The epochs of this training, or infinity where the recipe doesn't say."""
+        """The epochs of this training, or infinity where the params lack them."""
         if not self.params.get("num_epochs"):
             return math.inf
         return max(1, int(self.params["num_epochs"]) - self.first_epoch + 1)
 
     @property
-    def before_first_epoch(self) -> bool:
+    def is_memory_scan(self) -> bool:
         """Whether icefall looks for batches that fill the memory, without training."""
         started = bool(self.params.get("start_epoch"))
         return started and not self.params.get("cur_epoch")

@@ -91,7 +91,7 @@ class Distillation:
     @property
     def has_state(self) -> bool:
         """Whether anything changes while the student trains, beside its parameters."""
-        return self.joint.projectors is not None or self.joint.moves
+        return self.joint.projectors is not None or not self.joint.is_constant
 
     def close(self) -> None:
         """Take all hooks off the model and the engine."""
@@ -116,7 +116,7 @@ class Distillation:
             dataset = stored.wrap(dataset, cuts, self.time_warp.record)
         else:
             dataset.return_cuts = True
-            if self.online is None or self.joint.moves:
+            if self.online is None or not self.joint.is_constant:
                 cuts.all()
         self.clock.cuts_per_epoch = cuts.total
         self.has_untranscribed_cuts = bool(cuts.untranscribed)
@@ -127,17 +127,62 @@ class Distillation:
             text = stand_in(self.tokenizer.tokenizer, self.blank_id)
         return StandInTranscripts(dataset, text)
 
-    def take_student(self) -> EncoderOut:
-        """Return the outputs of the student's last forward pass."""
+    def joint_loss(
+        self,
+        loss: torch.Tensor,
+        info: Dict[str, float],
+        batch: Dict[str, Any],
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Return the joint loss of a training batch, or the loss of a validation batch.
+
+        Args:
+          loss: A scalar, the recipe's loss.
+          info: What the recipe logs of the batch; the terms are added, in validation
+            how blank and how peaky the CTC head is.
+          batch: The recipe's.
+          device: The student's.
+
+        Raises:
+          KDError: The batch has no targets, or those of other frames or tokens; or many
+            batches in a row have terms that are not finite.
+        """
         student = self.tap.take()
         if self.ranges is not None:
             student.ranges, student.lattice_logits = self.ranges.take()
-        return student
+        # Recipes with adapters leave the model itself in eval mode while they train it.
+        if not loss.requires_grad:
+            self.checkpoint.save()
+            self._log_ctc_head(info, student)
+            return loss
+        self.step_projectors()
+        self.checkpoint.before_batch()
+        targets = self._targets(batch, student, device)
+        epoch = self.clock.count(len(batch["supervisions"]["text"]))
+        transcribed = bool(batch.get("kd_transcribed", True))
+        loss, terms = self.joint(
+            loss,
+            student,
+            targets,
+            self.tap.model,
+            self.blank_id,
+            epoch=epoch,
+            transcribed=transcribed,
+        )
+        info.update(terms)
+        factor = int(self.params.get("subsampling_factor", 4))
+        frames = float((batch["supervisions"]["num_frames"] // factor).sum())
+        if not self.joint.is_constant:  # icefall divides by frames what it logs
+            for name, weight in self.joint.weights(epoch).items():
+                info[f"kd_{name}_weight"] = weight * frames
+        if self.has_untranscribed_cuts:
+            info["kd_hard_frames"] = frames if transcribed else 0.0
+        return loss
 
-    def learn(self) -> None:
+    def step_projectors(self) -> None:
         """Let the projectors learn from the last batch, if they have not yet."""
         self._step()
-        self._last_batch_trained = not self.clock.before_first_epoch
+        self._last_batch_trained = not self.clock.is_memory_scan
 
     def _step(self) -> None:
         projectors = self.joint.projectors
@@ -155,13 +200,8 @@ class Distillation:
             self._step()
         self.checkpoint.before_checkpoint()
 
-    def log_ctc_head(self, info: Dict[str, float], student: EncoderOut) -> None:
-        """Log how blank and how peaky the CTC head is on a validation batch.
-
-        Args:
-          info: What the recipe logs of the batch.
-          student: The student's outputs.
-        """
+    def _log_ctc_head(self, info: Dict[str, float], student: EncoderOut) -> None:
+        """Log how blank and how peaky the CTC head is on a validation batch."""
         if student.ctc_logits is None:
             return
         diagnostics = ctc_diagnostics(
@@ -169,58 +209,10 @@ class Distillation:
         )
         info.update({f"kd_{name}": value for name, value in diagnostics.items()})
 
-    def add_terms(
-        self,
-        loss: torch.Tensor,
-        info: Dict[str, float],
-        student: EncoderOut,
-        targets: Targets,
-        batch: Dict[str, Any],
-        epoch: float,
-    ) -> torch.Tensor:
-        """Return the joint loss of a training batch.
-
-        Args:
-          loss: A scalar, the recipe's loss.
-          info: What the recipe logs of the batch; the terms are added.
-          student: The student's outputs.
-          targets: The teacher's.
-          batch: The recipe's.
-          epoch: How many epochs are done, with the fraction of the present one.
-        """
-        transcribed = bool(batch.get("kd_transcribed", True))
-        loss, terms = self.joint(
-            loss,
-            student,
-            targets,
-            self.tap.model,
-            self.blank_id,
-            epoch=epoch,
-            transcribed=transcribed,
-        )
-        info.update(terms)
-        factor = int(self.params.get("subsampling_factor", 4))
-        frames = float((batch["supervisions"]["num_frames"] // factor).sum())
-        if self.joint.moves:  # icefall divides by frames what it logs
-            for name, weight in self.joint.weights(epoch).items():
-                info[f"kd_{name}_weight"] = weight * frames
-        if self.has_untranscribed_cuts:
-            info["kd_hard_frames"] = frames if transcribed else 0.0
-        return loss
-
-    def targets(
+    def _targets(
         self, batch: Dict[str, Any], student: EncoderOut, device: torch.device
     ) -> Targets:
-        """Return the targets of a training batch.
-
-        Args:
-          batch: The recipe's.
-          student: The student's outputs.
-          device: The student's.
-
-        Raises:
-          KDError: The batch has none.
-        """
+        """Return the targets of a training batch: stored, computed or none."""
         if self.online is not None:
             targets = self.online.targets(batch, student, device)
         elif self.joint.teacher_kinds:

@@ -122,7 +122,7 @@ def _check_lattice(
         raise KDError(
             f"row {row} of a batch has {t} frames and {u} labels, and its teacher's "
             f"lattice {frames} and {labels}: run `icefall-kd dump` on the cuts that "
-            "are trained on, with the student's BPE model"
+            "are trained on, with the student's tokenizer"
         )
     if min(lattice_width, u + 1) > width:
         raise KDError(

@@ -7,7 +7,7 @@ In ``train.py``::
     kd.add_arguments(parser)                              # in get_parser()
     kd.attach(params, model)                              # in run(), after DDP
     kd.begin(batch)                                       # compute_loss()'s first line
-    loss = kd.joint_loss(loss, info, model, batch)        # and behind its loss
+    loss = kd.joint_loss(loss, info, model, batch)        # and after its loss
 
 and in its data module, once the training dataset exists::
 
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def attach(params: Dict[str, Any], model: torch.nn.Module) -> None:
     """Begin a session, in place of a former one.
 
-    The recipe calls it in ``run()``, when the model has its last form: behind DDP, and
+    The recipe calls it in ``run()``, when the model has its last form: after DDP, and
     before its optimizer is built.
 
     Args:
@@ -226,23 +226,12 @@ def joint_loss(
     """
     if _current is None:
         return loss
-    clock, checkpoint = _current.clock, _current.checkpoint
-    distillation = _current.distillation
-    student = distillation.take_student() if distillation is not None else None
-    # Recipes with adapters leave the model itself in eval mode while they train it.
-    if not loss.requires_grad:
-        checkpoint.save()
-        if distillation is not None:
-            distillation.log_ctc_head(info, student)
-        return loss
-    if distillation is not None:
-        distillation.learn()
-    checkpoint.before_batch()
-    num_cuts = len(batch["supervisions"]["text"])
-    if distillation is None:
-        clock.count(num_cuts)
-        return loss
-    device = next(model.parameters()).device
-    targets = distillation.targets(batch, student, device)
-    epoch = clock.count(num_cuts)
-    return distillation.add_terms(loss, info, student, targets, batch, epoch)
+    if _current.distillation is not None:
+        device = next(model.parameters()).device
+        return _current.distillation.joint_loss(loss, info, batch, device)
+    if loss.requires_grad:
+        _current.checkpoint.before_batch()
+        _current.clock.count(len(batch["supervisions"]["text"]))
+    else:
+        _current.checkpoint.save()
+    return loss

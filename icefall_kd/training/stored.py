@@ -52,9 +52,9 @@ class StoredTargets:
         missing = self.params["kd_missing"]
         fingerprint, store = store_fingerprint(cuts, missing)
         self.joint.check_store(fingerprint, store)
-        checks.check_path(self.params, self.joint, fingerprint, store)
+        checks.check_best_path(self.params, self.joint, fingerprint, store)
         if self.joint.projectors is not None:
-            self.joint.projectors.learn_widths(_layers_of_one(cuts.cuts))
+            self.joint.projectors.read_widths(_layers_of_one(cuts.cuts))
         symbols = self._token_map(fingerprint, store)
         frame_shift = self._frame_shift(fingerprint, store)
         return TargetDataset(

@@ -212,8 +212,8 @@ def test_the_defaults_are_the_plain_row_kl_bit_for_bit(k):
             s.flatten(0, 1),
             ctc._flatten(teacher, s.device),
             temperature=1.0,
-            student_rows=rows,
-            teacher_rows=rows,
+            student_index=rows,
+            teacher_index=rows,
         )
 
     expected = loss_and_grad(plain, student)

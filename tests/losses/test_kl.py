@@ -118,8 +118,8 @@ def test_the_size_of_a_chunk_does_not_matter(monkeypatch, k, chosen):
                 student,
                 teacher,
                 temperature=2.0,
-                student_rows=which,
-                teacher_rows=which,
+                student_index=which,
+                teacher_index=which,
                 weights=weights,
             ),
             student,
@@ -140,8 +140,8 @@ def test_rows_that_are_not_chosen_have_no_gradient_and_are_not_read():
         student,
         teacher,
         temperature=2.0,
-        student_rows=torch.tensor([9, 2]),
-        teacher_rows=torch.tensor([1, 4]),
+        student_index=torch.tensor([9, 2]),
+        teacher_index=torch.tensor([1, 4]),
     )
     value.backward()
     torch.testing.assert_close(value, expected)
@@ -199,8 +199,8 @@ def test_a_half_gradient_is_finite_where_the_scaled_loss_lets_it_be(
                 x,
                 said,
                 temperature=temperature,
-                student_rows=which,
-                teacher_rows=which,
+                student_index=which,
+                teacher_index=which,
                 weights=some,
             )
         (1e-3 * value).backward()
@@ -247,7 +247,7 @@ def test_no_rows_give_0_with_zero_gradient():
     student.requires_grad_()
     none = torch.zeros(0, dtype=torch.int64)
     value = row_kl(
-        student, teacher, temperature=1.0, student_rows=none, teacher_rows=none
+        student, teacher, temperature=1.0, student_index=none, teacher_index=none
     )
     value.backward()
     assert value == 0 and student.grad.eq(0).all()

@@ -49,7 +49,7 @@ def test_targets_stand_where_the_features_went():
     x, segments, targets = numbered(lens)
     record = WarpRecord(warping(frames_mask_size=1))
     warped = record(x, segments)
-    assert len(record.moves) == 3
+    assert len(record.warps) == 3
     found = record.move(targets)
     moved = 0.0
     for row, n in enumerate(found.lens.tolist()):
@@ -103,7 +103,7 @@ def test_parts_of_a_row_move_apart():
     x, segments, targets = numbered([301], [[0, 20, 121], [0, 141, 133]])
     record = WarpRecord(warping(frames_mask_size=1))
     warped = record(x, segments)
-    assert sorted(first for _, first, _ in record.moves) == [20, 141]
+    assert sorted(first for _, first, _ in record.warps) == [20, 141]
     says = record.move(targets).parts["ctc"][0, :, 0]
     n = int(targets.lens[0])
     source = heard(warped, 0, n)

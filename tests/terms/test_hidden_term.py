@@ -9,8 +9,8 @@ from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import hidden_rows
 from icefall_kd.losses.hidden import hidden_kd_loss
 from icefall_kd.terms import HiddenTerm
-from icefall_kd.terms.batch import Batch
 from icefall_kd.terms.hidden import parse_layers
+from icefall_kd.terms.inputs import TermInputs
 from icefall_kd.types import EncoderOut, Targets
 
 
@@ -41,7 +41,7 @@ def hidden_term(layers="out", distance="mse", lr=1e-3):
 
 def value(term, said, heard):
     term.prepare(said, heard)
-    return term.value(Batch(said, heard))[0]
+    return term.value(TermInputs(said, heard))[0]
 
 
 def test_the_term_is_the_sum_over_pairs():
@@ -178,7 +178,7 @@ def test_an_overflow_is_not_learned_from():
 def test_a_batch_without_layers_has_a_zero_term_with_its_graph():
     said, heard = student(), teacher({"out": 8})
     term = hidden_term("out")
-    term.projectors.learn_widths(heard.parts["hidden"])
+    term.projectors.read_widths(heard.parts["hidden"])
     loss = value(term, said, Targets(heard.lens))
     loss.backward()
     assert loss == 0 and said.encoder_out.grad.abs().max() == 0

@@ -212,11 +212,11 @@ def test_other_frames_are_refused():
     assert "icefall-kd dump" in str(e.value)
 
 
-def test_other_symbols_are_refused():
+def test_other_tokens_are_refused():
     student, targets = pair(v_teacher=9)
-    with pytest.raises(KDError, match="BPE model") as e:
+    with pytest.raises(KDError, match="tokenizer") as e:
         joint_of()(hard(), student, targets)
-    assert "4 symbols" in str(e.value) and "have 9" in str(e.value)
+    assert "4 tokens" in str(e.value) and "have 9" in str(e.value)
 
 
 # The transducer's term

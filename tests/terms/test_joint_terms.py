@@ -17,7 +17,7 @@ from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import shift, total_kd_loss, transducer_kd_loss
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.terms import CtcTerm, FullSumTerm, HiddenTerm, NbestTerm, TransducerTerm
-from icefall_kd.terms.batch import Batch
+from icefall_kd.terms.inputs import TermInputs
 from icefall_kd.terms.schedule import Schedule
 from icefall_kd.types import Targets
 
@@ -115,7 +115,7 @@ def by_hand(name, given, student):
     if name == "hidden":
         term = HiddenTerm(layers="out,0:1")
         term.prepare(student, targets)
-        return term.value(Batch(student, targets))[0]
+        return term.value(TermInputs(student, targets))[0]
     return nbest_ctc_loss(student.ctc_logits, LISTS, lens) + nbest_transducer_loss(
         model, student.encoder_out, LISTS, lens
     )
@@ -222,7 +222,7 @@ def test_curves_move_each_weight_by_itself(given):
     values = {n: info[f"kd_{n}_loss"] for n in TERMS}
     expected = 0.75 * HARD + sum(weights[n] * v for n, v in values.items())
     assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert joint.moves and not joint_of(*TERMS).moves
+    assert not joint.is_constant and joint_of(*TERMS).is_constant
 
 
 def test_batches_without_transcripts_leave_the_hard_loss_out(given):

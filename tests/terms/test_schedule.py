@@ -45,7 +45,7 @@ def test_what_is_no_weight_is_refused_with_its_name(value):
 
 def test_from_scratch_distils_from_the_first_batch():
     schedule = Schedule()
-    assert not schedule.moves and {schedule(x) for x in (0, 3, 1e6)} == {1.0}
+    assert schedule.is_constant and {schedule(x) for x in (0, 3, 1e6)} == {1.0}
 
 
 def test_a_warm_up_has_hard_labels_alone_and_then_rises():
@@ -62,7 +62,7 @@ def test_fine_tuning_rises_at_once():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_last_epochs_go_without_distillation(name):
     schedule = Schedule(name, 10, last_epochs=2)
-    assert schedule.moves
+    assert not schedule.is_constant
     assert [schedule(x) for x in (5, 7.99, 8, 9.5)] == [1, 1, 0, 0]
 
 

@@ -113,7 +113,7 @@ def learn(given, targets, weights, rows=ALL, epoch=0.0, parallel=False):
     model = calm(build(given))
     hidden = HiddenTerm(weights.get("hidden", 0.0), LAYERS)
     projectors = hidden.projectors
-    projectors.learn_widths(given.targets.parts["hidden"])
+    projectors.read_widths(given.targets.parts["hidden"])
     terms = [
         CtcTerm(weights.get("ctc", 0.0), temperature=2.0),
         TransducerTerm(weights.get("rnnt", 0.0), temperature=2.0),
@@ -305,5 +305,5 @@ def test_a_process_whose_projectors_have_no_widths_is_refused(
     """The others would wait for its gradients for ever."""
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     hidden = HiddenTerm(layers=LAYERS)
-    with pytest.raises(KDError, match="learn_widths"):
+    with pytest.raises(KDError, match="read_widths"):
         hidden.prepare(None, nothing())

@@ -1,4 +1,4 @@
-"""One batch as the terms see it: the student's outputs beside the targets."""
+"""What a term is computed from: a batch's outputs of the student and its targets."""
 
 from functools import cached_property
 from typing import Optional, Tuple
@@ -11,7 +11,7 @@ from icefall_kd.losses.transducer import stored_nodes
 from icefall_kd.types import Distribution, EncoderOut, Nodes, Targets, index_rows
 
 
-class Batch:
+class TermInputs:
     """One batch of N rows with a student's outputs and its teacher's targets.
 
     Args:
@@ -47,24 +47,21 @@ class Batch:
         self.mask = targets.mask[:, :t] & valid
         self.lens = lens.clamp(max=t)
 
-    @property
-    def has_ctc_targets(self) -> bool:
-        """Whether a frame of the batch has CTC targets."""
-        ctc = self.targets.parts.get("ctc")
-        return ctc is not None and bool(self.targets.mask.any())
-
-    def ctc_logits(self) -> Tuple[torch.Tensor, Distribution]:
-        """Return the CTC outputs of student and teacher, each (N, T, V).
+    def ctc_logits(self) -> Optional[Tuple[torch.Tensor, Distribution]]:
+        """Return the CTC outputs of student and teacher, each (N, T, V); None where no
+        frame of the batch has CTC targets.
 
         Raises:
           KDError: the two have different vocabularies.
         """
-        logits, teacher = self.student.ctc_logits, self.targets.parts["ctc"]
+        logits, teacher = self.student.ctc_logits, self.targets.parts.get("ctc")
+        if teacher is None or not self.mask.any():
+            return None
         if isinstance(teacher, torch.Tensor) and teacher.size(-1) != logits.size(-1):
             raise KDError(
-                f"the student's CTC head has {logits.size(-1)} symbols and the "
-                f"teacher's targets have {teacher.size(-1)}: both need the same BPE "
-                "model"
+                f"the student's CTC head has {logits.size(-1)} tokens and the "
+                f"teacher's targets have {teacher.size(-1)}: both need the same "
+                "tokenizer"
             )
         frames = slice(self.mask.size(1))
         return logits[:, frames], index_rows(teacher, (slice(None), frames))
@@ -175,7 +172,7 @@ def check_labels(labels: torch.Tensor, nodes: Nodes) -> None:
     """Refuse a lattice of another transcript than the student's.
 
     Args:
-      labels: (N, U + 1), the student's labels behind a leading blank.
+      labels: (N, U + 1), the student's labels after a leading blank.
       nodes: R nodes of the teacher's lattices.
 
     Raises:
@@ -191,7 +188,7 @@ def check_labels(labels: torch.Tensor, nodes: Nodes) -> None:
         raise KDError(
             f"label {int(position[i])} of row {int(row[i])} of the batch is "
             f"{int(label[i])} for the student and {int(nodes.label[labelled[i]])} in "
-            "the teacher's lattice: the transcripts or their BPE model changed after "
+            "the teacher's lattice: the transcripts or their tokenizer changed after "
             "the targets were made; run `icefall-kd dump` on the cuts that are trained "
             "on"
         )
