@@ -1,6 +1,6 @@
 """Knowledge distillation for icefall's Zipformer recipes.
 
-The front door. The names below are imported when they are first used, so
+The public names below are imported when they are first used, so
 ``import icefall_kd`` loads neither torch nor k2.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Each public name: its module, and its name there where it is another one.
-_FRONT_DOOR = {
+_PUBLIC_NAMES = {
     # Running a model
     "ModelTap": "icefall_kd.tap",
     "TeacherHook": "icefall_kd.tap:ModelTap",  # its former name
@@ -51,13 +51,13 @@ _FRONT_DOOR = {
     "hidden_kd_loss": "icefall_kd.losses.hidden",
 }
 
-__all__ = ["__version__", *_FRONT_DOOR]
+__all__ = ["__version__", *_PUBLIC_NAMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FRONT_DOOR:
+    if name not in _PUBLIC_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = _FRONT_DOOR[name].partition(":")
+    module, _, attribute = _PUBLIC_NAMES[name].partition(":")
     return getattr(import_module(module), attribute or name)
 
 

@@ -52,7 +52,7 @@ def next_labels(
     row: Union[int, torch.Tensor] = 0,
     lens: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Return the label that follows each label position u; -1 behind the last label.
+    """Return the label that follows each label position u; -1 after the last label.
 
     Args:
       labels: (N, U), int64; or (U,), those of one utterance.
@@ -95,7 +95,7 @@ def pad_labels(
 def decode_labels(
     decoder: nn.Module, labels: torch.Tensor, blank_id: int
 ) -> torch.Tensor:
-    """Return the decoder's output behind a blank and behind each label, (N, U + 1, D).
+    """Return the decoder's output after a blank and after each label, (N, U + 1, D).
 
     Args:
       decoder: The transducer's decoder (prediction network).
@@ -207,7 +207,7 @@ def node_occupancy(
     n, t, s, _ = logits.shape
     u = labels.size(1)
     px_pruned, py_pruned = _arcs(logits, ranges, labels, blank_id)
-    # Without this a path could still emit labels behind its last blank.
+    # Without this a path could still emit labels after its last blank.
     frames = torch.arange(t, device=logits.device).unsqueeze(0)
     padding = (frames >= boundary[:, 3:]).unsqueeze(-1)  # (N, T, 1)
     px_pruned = px_pruned.masked_fill(padding, -torch.inf)

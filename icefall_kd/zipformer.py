@@ -1,8 +1,8 @@
 """Facts about the models of icefall's Zipformer recipes: frames, layers and heads.
 
-A model has an ``encoder`` (behind an ``encoder_embed``, but for the older Zipformer,
-whose encoder takes features itself), and as heads a ``ctc_output``, a transducer or
-both. This module loads no torch.
+A model has an ``encoder_embed``, an ``encoder`` and as heads a ``ctc_output``, a
+transducer or both. The older Zipformer has no ``encoder_embed``: its encoder takes
+features itself. This module loads no torch.
 """
 
 from typing import TYPE_CHECKING, Union

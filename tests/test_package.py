@@ -41,7 +41,7 @@ def test_the_first_use_of_a_name_imports_it(run_python):
         ("TeacherSpec", "icefall_kd.teacher.spec"),
     ],
 )
-def test_front_door(name, module):
+def test_a_public_name_is_in_its_module(name, module):
     found = getattr(icefall_kd, name)
     assert (found.__name__, found.__module__) == (name, module)
     assert name in dir(icefall_kd) and name in icefall_kd.__all__

@@ -132,7 +132,7 @@ def _divergences(
     with torch.autocast(student.device.type, enabled=False):
         for begin in range(0, len(rows), step):
             part = rows[begin : begin + step]  # (C,)
-            # The student's rows reach as far behind the chunk as the delay does.
+            # The student's rows reach as far beyond the chunk as the delay does.
             x = student.index_select(0, rows[begin : begin + step + delay]).to(dtype)
             if temperature != 1:
                 x *= 1 / temperature
@@ -220,7 +220,7 @@ def _search(
     frame = torch.arange(len(stretch), device=device) - first_row[stretch]
     frame, stretch = frame.cpu(), stretch.cpu()
     # (frames, delays, stretches), so that a step of the search reads contiguously.
-    # Behind the end of a short stretch the path goes on along j = 0 without cost.
+    # After the end of a short stretch the path goes on along j = 0 without cost.
     shape = (int(lengths.max()), costs.size(1), len(lengths))
     table = torch.full(shape, torch.inf, dtype=torch.float64)
     table[:, 0] = 0.0

@@ -34,7 +34,7 @@ def hidden_kd_loss(
     losses. Computed in float32, in float64 for float64 inputs, also inside autocast.
 
     Args:
-      student: (N, T, R, C), rows of :func:`icefall_kd.kinds.hidden.hidden_rows`, behind
+      student: (N, T, R, C), rows of :func:`icefall_kd.kinds.hidden.hidden_rows`, after
         a projector where the widths differ. Gradients flow here only.
       teacher: (N, T, R, C). Frames from ``lengths`` on are never read.
       lengths: (N,), valid frames, 0 to T.

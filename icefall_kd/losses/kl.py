@@ -1,9 +1,10 @@
 """KL divergence of rows, with its gradient formed in the forward pass, in chunks.
 
-All losses of frames and nodes come down to this: rows of student logits, a teacher's
-distribution for each, and a weight. No second copy of the logits is made: beside the
-gradient there are chunks that fit a cache. Where the logits are the output of a linear
-layer, :func:`linear_kl` never holds all of them.
+Losses of frames and nodes come down to this, but for the CTC loss with a delay, which
+is in :mod:`icefall_kd.losses.late`: rows of student logits, a teacher's distribution
+for each, and a weight. No second copy of the logits is made: beside the gradient there
+are chunks that fit a cache. Where the logits are the output of a linear layer,
+:func:`linear_kl` never holds all of them.
 """
 
 from dataclasses import dataclass
@@ -166,8 +167,8 @@ def _row_kl(
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """T^2 sum of w KL, and its gradient towards ``student``, (M, V)."""
     dtype = compute_dtype(student.dtype)
-    # Of float16 inputs the gradient stays in float32 until the loss's own scale is
-    # known: weights, temperature and 1e-8 of a token don't share float16's range.
+    # The gradient of float16 inputs stays in float32 until backward() scales it: times
+    # the weights and the temperature, a probability of 1e-8 is 0 in float16.
     grad_dtype = dtype if student.dtype == torch.float16 else student.dtype
     all_rows = pairs.student_index is None
     grad = None

@@ -37,12 +37,14 @@ class Plan:
 
     def hashes(self) -> Dict[str, str]:
         """Return the SHA-256 of each plugged or copied file, without the lines."""
-        plugged = {name: hash_bare(data, name) for name, data in self.before.items()}
+        plugged = {
+            name: hash_unplugged(data, name) for name, data in self.before.items()
+        }
         copied = {name: sha256(data) for name, data in self.copied.items()}
         return {**plugged, **copied}
 
 
-def hash_bare(data: bytes, path: object) -> str:
+def hash_unplugged(data: bytes, path: object) -> str:
     """Return the SHA-256 of a file without the lines that plug it.
 
     Args:

@@ -3,15 +3,20 @@
 The places are looked up in the syntax tree:
 
 ================== =====================================================================
-import             behind the last import before the first function or class
-kd.add_arguments   before the ``return`` of ``get_parser()``
-kd.attach          before the optimizer and behind DDP, in the function that calls
-                   ``train_dataloaders()``
-kd.begin           at the head of ``compute_loss()``, before it reads the batch
-kd.joint_loss      in ``compute_loss()``, behind the last value of the loss and of its
-                   ``MetricsTracker``, before the loss is logged
-kd.wrap_dataset    in ``train_dataloaders()``, behind the last assignment of the dataset
-                   and before the sampler
+import             after the last import before the first function or class
+kd.add_arguments   before the ``return`` of ``get_parser()``, when the parser has all of
+                   the recipe's own options
+kd.attach          after DDP and before the optimizer, in the function that calls
+                   ``train_dataloaders()``: the checkpoint is loaded by then and the
+                   model has its last form, and no data loader exists yet
+kd.begin           at the head of ``compute_loss()``, before it reads the batch:
+                   teacher-guided pruning begins before the model is called
+kd.joint_loss      in ``compute_loss()``, after the last value of the loss and of its
+                   ``MetricsTracker``, before the loss is logged: so the joint loss is
+                   what is logged and returned
+kd.wrap_dataset    in ``train_dataloaders()``, after the last assignment of the dataset
+                   and before the sampler: the session reads the cuts that are sampled,
+                   and the data loader gets the wrapped dataset
 ================== =====================================================================
 
 The lines use the recipe's own variable names. A file of another shape is refused with
@@ -112,20 +117,20 @@ def _attach_place(file: RecipeFile) -> Place:
     model = file.only_name(
         wrapped[0] if wrapped else run, "NAME = DDP(...)", map(assigned, wrapped)
     )
-    behind_ddp = file.index(body, wrapped[-1]) + 1
+    after_ddp = file.index(body, wrapped[-1]) + 1
     optimizers = [
         statement
-        for statement in body[behind_ddp:]
+        for statement in body[after_ddp:]
         if "optim" in assigned(statement) and called(statement.value)
     ]
     if not optimizers:
-        raise file.refusal(wrapped[-1], "no optimizer is built behind DDP")
+        raise file.refusal(wrapped[-1], "no optimizer is built after DDP")
     optimizer = body.index(optimizers[0])
     for statement in body[optimizer:]:
         for node in (statement, *scope(statement)):
             names = [getattr(n, "id", "") for n in ast.walk(node)]
             if called(node) == "deepcopy" and model in names:
-                raise file.refusal(node, "the model is copied behind the optimizer")
+                raise file.refusal(node, "the model is copied after the optimizer")
     return file.after(body, optimizer - 1, f"kd.attach({params}, {model})")
 
 
@@ -235,7 +240,7 @@ def _dataset_place(file: RecipeFile, class_name: str) -> Place:
         raise file.refusal(samplers[0], f"{dataset} is not built before its sampler")
     late = [s for s in body[first:] if binds(s, dataset, cuts)]
     if late:
-        raise file.refusal(late[0], f"{dataset} or {cuts} changes behind the sampler")
+        raise file.refusal(late[0], f"{dataset} or {cuts} changes after the sampler")
     last_value = max(i for i in range(first) if binds(body[i], dataset, cuts))
     code = f"{dataset} = kd.wrap_dataset({dataset}, {cuts})"
     return file.after(body, last_value, code)
@@ -279,7 +284,7 @@ def _without_layout(data: bytes, path: object) -> Tuple[List[str], List[str]]:
 
 
 def _plugging_lines(data: bytes, path: object) -> Dict[Tuple[int, str], int]:
-    """The line of each statement that plugs a file, by its line in the bare file."""
+    """The line of each statement that plugs a file, by its line without them."""
     statements = sorted(marks(parse(data, path))[0], key=lambda n: n.lineno)
     above, lines = 0, {}
     for node in statements:
@@ -291,11 +296,11 @@ def _plugging_lines(data: bytes, path: object) -> Dict[Tuple[int, str], int]:
 def _plugged(
     data: bytes, path: object, find_places: Callable[[RecipeFile], List[Place]]
 ) -> bytes:
-    bare = unplug(data, path)
-    file = RecipeFile(bare, path)
+    unplugged = unplug(data, path)
+    file = RecipeFile(unplugged, path)
     places = find_places(file)
     new = file.insert(places)
-    if bare != data:
+    if unplugged != data:
         if _without_layout(data, path) == _without_layout(new, path):
             return data
         expected = _plugging_lines(new, path)
@@ -309,7 +314,7 @@ def _plugged(
         )
     try:
         comes_out = len(marks(parse(new, path))[0]) == len(places)
-        comes_out = comes_out and unplug(new, path) == bare
+        comes_out = comes_out and unplug(new, path) == unplugged
     except KDError:
         comes_out = False
     if not comes_out:

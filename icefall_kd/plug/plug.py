@@ -20,7 +20,7 @@ from icefall_kd.errors import KDError
 from icefall_kd.files import replacing, temporary_name
 from icefall_kd.plug.copies import (
     Plan,
-    hash_bare,
+    hash_unplugged,
     make_plan,
     recipe_folder,
     sha256,
@@ -216,7 +216,7 @@ def examine(folder: object, recipe_dir: object = None) -> Report:
             continue
         data = path.read_bytes()
         is_plugged = name in record["plugged"]
-        if (hash_bare(data, path) if is_plugged else sha256(data)) != expected:
+        if (hash_unplugged(data, path) if is_plugged else sha256(data)) != expected:
             edited.append(name)
         if is_plugged and _has_our_lines(data, path):
             marked.append(name)
@@ -303,7 +303,7 @@ def undo(folder: object, recipe_dir: object = None) -> List[str]:
         )
     if recipe_dir is not None:
         _check_origin(folder, record, recipe_dir)
-    bare = {}
+    unplugged = {}
     for name in record["plugged"]:
         path = folder / name
         if path.is_file():
@@ -314,10 +314,10 @@ def undo(folder: object, recipe_dir: object = None) -> List[str]:
                         f"{path} has become a link to {path.resolve()}, which would be "
                         "changed: make it a file of its own"
                     )
-                bare[name] = unplug(data, path)
+                unplugged[name] = unplug(data, path)
     with ExitStack() as stack:  # none takes its place before all are written
-        for name, data in bare.items():
+        for name, data in unplugged.items():
             temporary = stack.enter_context(replacing(folder / name))
             temporary.write_bytes(data)
             temporary.chmod((folder / name).stat().st_mode & 0o777)
-    return sorted(bare)
+    return sorted(unplugged)

@@ -175,7 +175,7 @@ class RecipeFile:
         return Place(statement.lineno - 1, self._indent(statement), code)
 
     def after(self, body: List[ast.stmt], index: int, code: str) -> Place:
-        """Return the place of a new line behind a statement that is not the last one.
+        """Return the place of a new line after a statement that is not the last one.
 
         Args:
           body: The statements of a block.
@@ -262,23 +262,23 @@ def unplug(data: bytes, path: object) -> bytes:
     remedy = "take the lines of icefall_kd out by hand"
     if inner_use is not None:
         raise file.refusal(
-            inner_use, "icefall_kd stands within another statement", remedy
+            inner_use, "icefall_kd is used within another statement", remedy
         )
     dropped: Set[int] = set()
     for statement in statements:
-        behind = file.lines[statement.end_lineno - 1][statement.end_col_offset :]
-        behind = behind.strip()
+        after = file.lines[statement.end_lineno - 1][statement.end_col_offset :]
+        after = after.strip()
         before = file.lines[statement.lineno - 1][: statement.col_offset].strip()
-        if before or (behind and not behind.startswith(b"#")):
+        if before or (after and not after.startswith(b"#")):
             raise file.refusal(
                 statement, "icefall_kd shares its line with another statement", remedy
             )
         dropped |= set(range(statement.lineno - 1, statement.end_lineno))
-    bare = b"".join(line for i, line in enumerate(file.lines) if i not in dropped)
+    unplugged = b"".join(line for i, line in enumerate(file.lines) if i not in dropped)
     try:
-        parse(bare, path)
+        parse(unplugged, path)
     except KDError:
         raise file.refusal(
             statements[-1], "without icefall_kd's lines no program is left", remedy
         ) from None
-    return bare
+    return unplugged

@@ -152,7 +152,7 @@ def _html_table(table: Table) -> str:
         parts = []
         for i, cell in enumerate(cells):
             name = ' class="l"' if i < table.left else ""
-            # A path may break behind its slashes.
+            # A path may break after its slashes.
             text = escape(cell).replace("/", "/<wbr>")
             parts.append(f"<{tag}{name}>{text}</{tag}>")
         return f"<tr>{''.join(parts)}</tr>\n"

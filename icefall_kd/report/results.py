@@ -17,7 +17,7 @@ from icefall_kd.report.logs import (
 
 _SUMMARY = re.compile(r"(wer|cer)-summary[-_](.+)\.txt")
 _ERRS = re.compile(r"errs-(.+)\.txt")
-# A set's name and the suffix behind it may contain hyphens; this begins the suffix.
+# A set's name and the suffix after it may contain hyphens; this begins the suffix.
 _SUFFIX = re.compile(r"^(.+?)[-_]((?:epoch|iter)-\d+[-_]avg-\d+.*)$")
 _NUMBER = re.compile(r"(epoch|iter)-(\d+)[-_]avg-(\d+)[-_]*")
 _LOG = re.compile(rf"log-decode-(.+)-({DATE})(?:-\d+)?")
@@ -209,7 +209,7 @@ def _read_summary(path: Path) -> List[Tuple[str, float]]:
     require(
         rates,
         f"{path} holds no error rate, and a line `settings<TAB>rate` is looked for "
-        "behind its heading: decode again, or remove it",
+        "after its heading: decode again, or remove it",
     )
     return rates
 

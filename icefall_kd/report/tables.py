@@ -206,7 +206,7 @@ def _targets_table(report: Comparison) -> Table:
         cells.append(", ".join(f"{k} {n:,}" for k, n in sizes.sizes.items()) or NONE)
         cells.append(f"{sizes.bytes / 1e6 / hours:.2f}" if hours else NONE)
         rows.append([manifest, *cells])
-    names = ("manifest", "kept", "cuts", "hours", "bytes", "parts", "mb_hour")
+    names = ("manifest", "form", "cuts", "hours", "bytes", "parts", "mb_hour")
     return Table([report.words[n] for n in names], rows, left=2)
 
 

@@ -57,7 +57,7 @@ _WORDS = {
     "bytes": ("bytes", "字节"),
     "parts": ("of which", "其中"),
     "mb_hour": ("MB (10^6 bytes) an hour", "每小时语音的 MB（10^6 字节）"),
-    "kept": ("kept as", "存储形式"),
+    "form": ("form", "存储形式"),
     "losses": ("Losses", "损失"),
     "losses_table": (
         "Where training ended, training loss / validation loss:",

@@ -184,15 +184,14 @@ def build_student(
       masked, that is, set to zero before the matrix that reads them.
     - With fewer layers it gives the same as the teacher where the layers left out are
       bypassed.
-    - With a narrower residual stream (``encoder_dim``), which leaves convolutions and
-      nonlinear attention fewer hidden units too, it gives the same as the teacher where
-      those units are masked; the channels that a stack leaves out are set to zero in
-      its input and after all modules of its layers; and each BiasNorm, that of the
-      front end too, takes its mean square over the kept channels alone (over all of
-      them it would be another). That holds of all stacks' outputs. The encoder's output
-      takes each channel from the last stack that has it: it is the same in the channels
-      where that is the same stack in both, and so are the heads if all channels are
-      such.
+    - With a narrower residual stream (``encoder_dim``), convolutions and nonlinear
+      attention have fewer hidden units too. All stacks' outputs are those of a teacher
+      that is changed in three ways: these units are masked; the channels that a stack
+      leaves out are zero in its input and after each module of its layers; and each
+      BiasNorm, also the front end's, takes its mean square over the kept channels. The
+      encoder's output takes each channel from the last stack that has it. It is the
+      same where this stack is the same in both models. If that is so in all channels,
+      the heads' outputs are the same too.
 
     ``selection.norm_shifts``, which a choice by importance has, scales each BiasNorm
     once more.

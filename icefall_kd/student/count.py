@@ -13,7 +13,7 @@ from icefall_kd.student.presets import per_stack, to_ints
 from icefall_kd.zipformer import encoder_frames, stack_frames
 
 FRAMES_PER_SECOND = 100  # of features
-# Channels of Conv2dSubsampling, and hidden channels of the ConvNeXt behind it.
+# Channels of Conv2dSubsampling, and hidden channels of the ConvNeXt after it.
 _CHANNELS = (1, 8, 32, 128)
 _HIDDEN = 3 * _CHANNELS[-1]
 _CONVNEXT_KERNEL = 7 * 7

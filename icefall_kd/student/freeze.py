@@ -28,9 +28,7 @@ class _Waiting:
 
     parameter: nn.Parameter
     copy: nn.Parameter  # what the model computes with
-    places: List[
-        Tuple[nn.Module, str]
-    ]  # the modules that it belongs to, its name in each
+    places: List[Tuple[nn.Module, str]]  # modules that have it, its name in each
 
 
 @dataclass

@@ -142,7 +142,7 @@ def preset(name: str) -> Dict[str, Any]:
     if base not in PRESETS:
         raise KDError(
             f"there is no preset {name!r}: choose of {', '.join(PRESETS)}, or one of "
-            f"them with {STREAMING} behind it"
+            f"them with {STREAMING} after it"
         )
     settings = dict(PRESETS[base])
     return settings if base == name else streaming(settings)

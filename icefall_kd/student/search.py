@@ -98,7 +98,7 @@ def _to_settings(point: Point) -> Dict[str, Any]:
 
 
 def _bounded(point: Point, bound: Point) -> Point:
-    """``point``, no setting above that of ``bound``, fixed ones equal to it."""
+    """The smaller setting of both, by name; fixed settings are those of ``bound``."""
     return {**bound, **{n: tuple(map(min, point[n], bound[n])) for n in _SMALLEST}}
 
 

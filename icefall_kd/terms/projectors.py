@@ -37,8 +37,8 @@ class _FromScale(torch.autograd.Function):
     """The identity, whose backward pass replaces the gradient by 1 and stores it.
 
     So neither the weight of a term nor the scale of fp16 training reaches a projector,
-    whatever they are in each of several backward passes that add up. :class:`_ToScale`
-    multiplies the gradient behind the projector by what was stored in ``scale``.
+    even if several backward passes with different scales add up. :class:`_ToScale`
+    multiplies the gradient towards the projector's input by the stored one.
     """
 
     @staticmethod
@@ -179,7 +179,7 @@ class Projectors:
         mask: torch.Tensor,
         distance: str = "mse",
     ) -> torch.Tensor:
-        """Compute the distance of one pair of layers, behind its module.
+        """Compute the distance of one pair of layers, after its module.
 
         Args:
           pair: One of the pairs.
@@ -238,7 +238,7 @@ class Projectors:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the gradients of a backward pass that was of no training batch."""
+        """Drop the gradients, as the last batch was none of the training."""
         for p in self.modules.parameters():
             p.grad = None
 

@@ -54,7 +54,7 @@ class KDCheckpoint:
             state = {}
         self.state = state
         self.snapshots: Dict[int, Dict[str, Any]] = dict(state.get("at", {}))
-        # What a checkpoint behind the last batch would need; it may not exist.
+        # For a checkpoint that the recipe may have written after the last batch.
         self.newest: Optional[Dict[str, Any]] = state.get("newest")
         if self.newest and self.newest["batch"] not in self.snapshots:
             snapshot = {**self.newest, "ended": not within_epoch}
@@ -113,7 +113,7 @@ class KDCheckpoint:
         """Take a snapshot if the recipe may have written a checkpoint since the last
         batch; call it before each training batch.
 
-        The recipe writes one behind an epoch's last batch, and behind every
+        The recipe writes one after an epoch's last batch, and after every
         ``save_every_n``-th.
         """
         if not (self.is_written and self.params.get("cur_epoch")):

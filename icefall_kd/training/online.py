@@ -69,7 +69,7 @@ def _check_tokens(
     require(
         student_tokens == teacher_tokens,
         f"the student's tokens are those of {files[0]} and the teacher in "
-        f"{teacher.folder} was trained with {files[1]}, whose symbols or their order "
+        f"{teacher.folder} was trained with {files[1]}, whose tokens or their order "
         "differ: train the student with the teacher's --bpe-model, or store the "
         "targets with `icefall-kd dump`, which are reordered where they are read",
     )

@@ -69,7 +69,7 @@ SESSION_OPTIONS = (
         "freeze",
         str,
         "",
-        "Submodules of the student that don't train, with spaces. A number behind a "
+        "Submodules of the student that don't train, with spaces. A number after a "
         "colon is how many epochs of this training they stay frozen: 'encoder_embed "
         "encoder.0:1.5 decoder:2', where encoder.0 is the first stack. It also works "
         "without distillation.",

@@ -55,14 +55,14 @@ class StoredTargets:
         checks.check_best_path(self.params, self.joint, fingerprint, store)
         if self.joint.projectors is not None:
             self.joint.projectors.read_widths(_layers_of_one(cuts.cuts))
-        symbols = self._token_map(fingerprint, store)
+        token_ids = self._token_map(fingerprint, store)
         frame_shift = self._frame_shift(fingerprint, store)
         return TargetDataset(
             dataset,
             missing,
             self.joint.teacher_kinds,
             frame_shift,
-            symbols,
+            token_ids,
             time_warp=time_warp,
             manifest_dir=folder,
         )
@@ -73,19 +73,19 @@ class StoredTargets:
         """The student's id of each of the teacher's tokens; None for the same ids."""
         names = self.tokenizer.names()
         tokens = names and hash_tokens(names)
-        symbols = None
+        token_ids = None
         if tokens and fingerprint.tokens and tokens != fingerprint.tokens:
-            symbols = token_map(store, names, fingerprint.tokens)
-        if symbols is None:
+            token_ids = token_map(store, names, fingerprint.tokens)
+        if token_ids is None:
             blank_id = self.params.get("blank_id", 0)
             fingerprint.check_student(self.params["vocab_size"], blank_id, tokens)
             return None
-        checks.check_lattices_stay(self.joint, "the orders of symbols", store)
+        checks.check_lattices_stay(self.joint, "the orders of tokens", store)
         logging.warning(
-            f"The teacher's symbols in {store} stand in another order than the "
+            f"The teacher's tokens in {store} have another order than the "
             "student's: targets are reordered"
         )
-        return symbols
+        return token_ids
 
     def _frame_shift(self, fingerprint: Fingerprint, store: str) -> Optional[float]:
         """Seconds between the student's frames; None where the teacher's are alike."""

@@ -76,8 +76,8 @@ class TimeWarp:
         require(
             warps,
             f"the training dataset ({type(dataset).__name__}) has no SpecAugment among "
-            "its input_transforms, and --spec-aug-time-warp-factor says that it warps "
-            "time: add --spec-aug-time-warp-factor 0",
+            "its input_transforms, and by --spec-aug-time-warp-factor it warps time: "
+            "add --spec-aug-time-warp-factor 0",
         )
         for i in warps:
             if self.choice == "off":
@@ -93,7 +93,7 @@ def _check_follow(joint: Any, in_model: bool, cached: bool) -> None:
     if in_model:
         reason = "with --use-cr-ctc 1 the model itself warps, unseen"
     elif cached:
-        reason = "--kd-teacher-cache-dir reads its targets behind the data loader"
+        reason = "--kd-teacher-cache-dir reads its targets after the data loader"
     elif "lattice" in joint.kinds:
         reason = "lattices can't be moved as CTC targets can"
     if reason:

@@ -148,7 +148,7 @@ def test_the_lines_use_the_names_of_the_recipe():
     ]
 
 
-def test_attach_stands_behind_what_lies_between_ddp_and_the_optimizer():
+def test_attach_stands_after_what_lies_between_ddp_and_the_optimizer():
     text = train_of(
         (
             "    optimizer = Sc",
@@ -243,7 +243,7 @@ def layouts():
         "no last newline": TRAIN.rstrip("\n"),
         "form feeds": TRAIN.replace("\n\n\ndef", "\n\f\n\ndef"),
         "trailing blanks": TRAIN.replace(":\n", ":  \n"),
-        "a comment behind every line": TRAIN.replace(")\n", ")  # oh\n"),
+        "a comment after every line": TRAIN.replace(")\n", ")  # oh\n"),
         "odd quotes": TRAIN.replace('"', "'").replace("'''", '"""'),
         "escapes": TRAIN.replace("A recipe", r"A \d recipe"),
         "no blank lines": TRAIN.replace("\n\n", "\n").replace("\n\n", "\n"),
@@ -355,7 +355,7 @@ STRANGE = {
         ),
         ("    optimizer = Sc", "    _ = Sc"),
     ],
-    "a copy behind the optimizer": [
+    "a copy after the optimizer": [
         ("    toy = ", "    model_avg = copy.deepcopy(model)\n    toy = ")
     ],
     "params from elsewhere": [("params = get_params()", "params = args_to_params()")],
@@ -384,7 +384,7 @@ STRANGE = {
             "    info = MetricsTracker(); info[",
         )
     ],
-    "a return behind a semicolon": [
+    "a return after a semicolon": [
         ("\n\n    return parser", "\n    parser = parser; return parser")
     ],
     "a line that goes on": [
@@ -414,7 +414,7 @@ def test_a_recipe_with_a_name_kd_is_told_to_rename_it():
 
 
 @pytest.mark.parametrize(
-    "name", ["statements on one line", "a return behind a semicolon"]
+    "name", ["statements on one line", "a return after a semicolon"]
 )
 def test_statements_that_share_a_line_are_told_to_be_broken(name):
     text = train_of(*STRANGE[name])
@@ -447,7 +447,7 @@ STRANGE_DATA = {
         ("Sampler(cuts_train, shuffle", "Sampler(cuts_train.filter(keep), shuffle"),
         ("SimpleCutSampler(cuts_train)", "SimpleCutSampler(c=1)"),
     ],
-    "a dataset behind the sampler": [
+    "a dataset after the sampler": [
         (
             "        train_dl = DataLoader(",
             "        train = Dataset()\n        train_dl = DataLoader(",
@@ -458,7 +458,7 @@ STRANGE_DATA = {
         ("        train = Dataset(cut_transforms=transforms)\n", ""),
         ("            train = Dataset(cut", "            print(cut"),
     ],
-    "only a dataset behind the sampler": [
+    "only a dataset after the sampler": [
         ("        train = Dataset(cut_transforms=transforms)\n", ""),
         (
             "        if self.args.on_the_fly_feats:\n            train = Dataset("

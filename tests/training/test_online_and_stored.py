@@ -258,7 +258,7 @@ def test_an_online_teacher_of_other_symbols_is_refused(
     if theirs != "b":
         session.attach(given, student)
         return
-    words = "tokens are those of .* symbols or their order differ: .* --bpe-model"
+    words = "tokens are those of .* tokens or their order differ: .* --bpe-model"
     with pytest.raises(KDError, match=words) as e:
         session.attach(given, student)
     assert "\n" not in str(e.value)
@@ -283,5 +283,5 @@ def test_a_relative_path_in_a_checkpoint_is_of_the_teachers_recipe(
     if place == "of the student":
         session.attach(given, student)
         return
-    with pytest.raises(KDError, match=f"trained with {root / relative}, whose symbols"):
+    with pytest.raises(KDError, match=f"trained with {root / relative}, whose tokens"):
         session.attach(given, student)

@@ -879,7 +879,7 @@ def test_lattices_of_symbols_in_another_order_are_refused(
     write_token_names(tmp_path / "kd", other)
     model = calm(make_model(vocab_size=25))
     session.attach(params(ctc=1.0, kd_rnnt_weight=1.0), model)
-    with pytest.raises(KDError, match="orders of symbols .*lattices") as e:
+    with pytest.raises(KDError, match="orders of tokens .*lattices") as e:
         wrap(cuts)
     one_sentence(e)
     session.attach(params(ctc=1.0), model)
