@@ -28,11 +28,11 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 from lhotse.features.io import LilcomChunkyWriter
 from tqdm.auto import tqdm
 
-from icefall_kd.targets.batches import Plan, Reader, batches
+from icefall_kd.targets.batches import DumpPlan, FeatureReader, batches
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.dump import dump_targets
 from icefall_kd.targets.fingerprint import Fingerprint
-from icefall_kd.targets.labels import labels_of
+from icefall_kd.targets.transcript_checks import labels_of
 from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.teacher.teacher import Teacher
@@ -142,13 +142,13 @@ def main() -> None:
             teacher.close()
 
         def compute(teacher: Teacher, fingerprint: Fingerprint) -> None:
-            plan = Plan(cuts, args.max_duration)
+            plan = DumpPlan(cuts, args.max_duration)
             loader = torch.utils.data.DataLoader(
-                Reader(), sampler=plan, batch_size=None
+                FeatureReader(), sampler=plan, batch_size=None
             )
             for batch, x, x_lens in loader:
                 y = labels_of(batch.cuts, sp) if fingerprint.lattice else None
-                out = teacher.output(x, x_lens, batch.cuts, y)
+                out = teacher.outputs_to_store(x, x_lens, batch.cuts, y)
                 for kind in fingerprint.kinds.values():
                     kind.take(out)
 

@@ -1,4 +1,4 @@
-"""The records that cross rooms.
+"""The records that pass between folders.
 
 N utterances (the rows of a batch), T frames of the encoder's output, U labels, S label
 positions that a pruned lattice has at a frame, V tokens.

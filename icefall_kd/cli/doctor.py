@@ -82,7 +82,7 @@ def _load_teacher(spec: "TeacherSpec") -> Tuple["LoadedTeacher", Optional[Any]]:
     settings = teacher.settings
     size = sum(p.numel() for p in teacher.model.parameters())
     heads = _heads(teacher.model)
-    text = f"{size:,} parameters, {heads}, {settings['vocab_size']} symbols"
+    text = f"{size:,} parameters, {heads}, {settings['vocab_size']} tokens"
     _row("teacher", text + (", causal" if settings.get("causal") else ""))
     tokenizer = spec.tokenizer(settings)
     if tokenizer is not None:
@@ -197,7 +197,7 @@ def _check_loss(kd: str, fingerprint: Any, store: str, left_out: int) -> None:
 
 
 def _student(folder: str, recipe: str, settings: Dict[str, Any]) -> None:
-    """Refuse a student of other symbols, or flags that its checkpoint contradicts."""
+    """Refuse a student of other tokens, or flags that its checkpoint contradicts."""
     from icefall_kd.teacher.checkpoints import load_checkpoint
     from icefall_kd.teacher.loader import settings_of
     from icefall_kd.teacher.recipe import import_train
@@ -319,7 +319,7 @@ def _check_cuts(
 ) -> None:
     """Refuse cuts that the teacher can't run on, and targets that don't fit it."""
     from icefall_kd.targets.cuts import survey
-    from icefall_kd.targets.heard import check_supervision
+    from icefall_kd.targets.model_input import check_supervision
     from icefall_kd.targets.store import tracks_with_targets
 
     with_targets: List[str] = []

@@ -37,10 +37,10 @@ from icefall_kd.lattice import check_s_range
 from icefall_kd.targets.cuts import ANY_SECONDS, ManifestCuts, Seconds, survey
 from icefall_kd.targets.dump import dump_targets, rehearse
 from icefall_kd.targets.fingerprint import Fingerprint
-from icefall_kd.targets.heard import check_supervision
-from icefall_kd.targets.labels import TranscriptCheck
 from icefall_kd.targets.manifest import job_manifest
+from icefall_kd.targets.model_input import check_supervision
 from icefall_kd.targets.record import RecordEncoder
+from icefall_kd.targets.transcript_checks import TranscriptCheck
 from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.spec import TeacherSpec, joint_name
 from icefall_kd.teacher.teacher import Teacher

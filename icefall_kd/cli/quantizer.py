@@ -32,7 +32,7 @@ from icefall_kd.kinds.hidden import (
 from icefall_kd.memory import enough_memory
 from icefall_kd.targets.batches import read_features
 from icefall_kd.targets.cuts import ManifestCuts, survey
-from icefall_kd.targets.heard import why_unheard
+from icefall_kd.targets.model_input import why_unusable
 from icefall_kd.teacher.spec import TeacherSpec
 from icefall_kd.teacher.teacher import Teacher
 
@@ -146,12 +146,12 @@ def _vectors(
 ) -> Iterator[torch.Tensor]:
     """A layer's vectors, (M, C), cut by cut."""
     for cut in cuts:
-        if why_unheard(cut):
+        if why_unusable(cut):
             continue
         work = f"the teacher's pass over the cut {cut.id} of {cut.duration:g} s"
         with enough_memory(work, "leave it out, or free memory"):
             x, x_lens = read_features([cut])
-            (out,) = teacher.encode(x.to(device), x_lens.to(device))
+            (out,) = teacher.run(x.to(device), x_lens.to(device))
             rows = hidden_rows(out, layer)[0].flatten(0, 1)
         yield rows
 

@@ -12,19 +12,19 @@ from icefall_kd.types import index_rows
 
 
 def print_stats(cuts: Iterable[Cut]) -> None:
-    """Print bytes a frame, entropy, share of blanks, kept symbols and mean tail.
+    """Print bytes a frame, entropy, share of blanks, stored tokens and mean tail.
 
     Args:
       cuts: The cuts of a dump.
     """
-    frames = cut_count = bare = 0
+    frames = cut_count = without_targets = 0
     sizes: Dict[str, float] = {}  # bytes by part
     sums: Dict[str, float] = {}  # over frames
     formats: Dict[str, str] = {}
     fingerprint = None
     for cut in cuts:
         tracks = tracks_with_targets(cut)
-        bare += not tracks
+        without_targets += not tracks
         for _, inner, pointer in tracks:
             fingerprint = read_fingerprint(pointer.store)
             kind = fingerprint.kinds.get("ctc")
@@ -43,8 +43,8 @@ def print_stats(cuts: Iterable[Cut]) -> None:
         click.echo("no cut has targets")
         return
     rows = [("cuts", f"{cut_count:,}"), ("frames", f"{frames:,}")]
-    if bare:
-        rows.insert(1, ("cuts without targets", f"{bare:,}"))
+    if without_targets:
+        rows.insert(1, ("cuts without targets", f"{without_targets:,}"))
     rows += [(f"bytes a frame, {n}", f"{s / frames:.2f}") for n, s in sizes.items()]
     rows.append(("forms", ", ".join(fingerprint.forms.values())))
     rows += [(n, formats[n].format(s / frames)) for n, s in sums.items()]

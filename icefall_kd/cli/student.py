@@ -34,8 +34,8 @@ from icefall_kd.student.search import nearest, parse_goal
 from icefall_kd.student.selection import Selection, select_first
 from icefall_kd.targets.batches import read_features
 from icefall_kd.targets.cuts import Survey, checked
-from icefall_kd.targets.heard import check_supervision, why_unheard
-from icefall_kd.targets.labels import labels_of, why_long
+from icefall_kd.targets.model_input import check_supervision, why_unusable
+from icefall_kd.targets.transcript_checks import labels_of, why_long
 from icefall_kd.teacher.recipe import (
     flags_of,
     import_train,
@@ -195,7 +195,7 @@ def read_batches(
         return labels_of(cuts, tokenizer, use, "label it first")
 
     def why_not(cut: Cut) -> str:
-        reason = why_unheard(cut)
+        reason = why_unusable(cut)
         if reason:
             return reason
         check_supervision(cut)

@@ -9,11 +9,11 @@ from lhotse.cut import Cut
 from icefall_kd.errors import KDError
 from icefall_kd.memory import enough_memory
 from icefall_kd.targets.cuts import ANY_SECONDS, Seconds, gets_targets
-from icefall_kd.targets.heard import collate_heard
+from icefall_kd.targets.model_input import collate_input
 
-# Seconds of a stretch of the manifest, which one job does from end to end and an
-# interruption does again. No option changes it: jobs that go on under another
-# --max-duration still share the stretches as they did.
+# Seconds of a stretch of the manifest. One job does a whole stretch; a job that was cut
+# short does its last stretch again. No option changes this number, so that jobs which
+# continue with another --max-duration still have the same stretches.
 STRETCH = 1000.0
 
 
@@ -54,7 +54,7 @@ def batches(stretch: List[Cut], max_duration: float) -> Iterator[List[Cut]]:
 
 
 @dataclass
-class Batch:
+class DumpBatch:
     """Cuts that the teacher runs on at once."""
 
     cuts: List[Cut]  # none where the stretch has no cut that gets targets
@@ -69,7 +69,7 @@ class Batch:
         )
 
 
-class Plan:
+class DumpPlan:
     """The batches of one job, in their order.
 
     They are the same whatever was done before and whichever job does them, so each
@@ -97,18 +97,18 @@ class Plan:
         self.job, self.num_jobs = job, num_jobs
         self.cut_seconds = cut_seconds
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[DumpBatch]:
         for i, stretch in enumerate(stretches(self.cuts, STRETCH)):
             if i % self.num_jobs != self.job or all(c.id in self.done for c in stretch):
                 continue
             cuts = [cut for cut in stretch if gets_targets(cut, self.cut_seconds)]
             parts = list(batches(cuts, self.max_duration)) or [[]]
             for part in parts[:-1]:
-                yield Batch(part, None)
-            yield Batch(parts[-1], stretch)
+                yield DumpBatch(part, None)
+            yield DumpBatch(parts[-1], stretch)
 
 
-class Reader(torch.utils.data.Dataset):
+class FeatureReader(torch.utils.data.Dataset):
     """Reads the features of a batch, in a process of its own perhaps.
 
     Args:
@@ -118,7 +118,7 @@ class Reader(torch.utils.data.Dataset):
     def __init__(self, remedy: str = "free memory") -> None:
         self.remedy = remedy
 
-    def __getitem__(self, batch: Batch) -> Tuple:
+    def __getitem__(self, batch: DumpBatch) -> Tuple:
         """The batch, its features (N, T, F) and its lengths (N,); None for no cuts."""
         if not batch.cuts:
             return batch, None, None
@@ -127,7 +127,7 @@ class Reader(torch.utils.data.Dataset):
 
 
 def read_features(cuts: List[Cut]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The features of ``cuts`` as a model gets them; see :func:`collate_heard`.
+    """The features of ``cuts`` as a model gets them; see :func:`collate_input`.
 
     Args:
       cuts: Cuts with stored features.
@@ -136,7 +136,7 @@ def read_features(cuts: List[Cut]) -> Tuple[torch.Tensor, torch.Tensor]:
       KDError: features that can't be read.
     """
     try:
-        return collate_heard(cuts)
+        return collate_input(cuts)
     except MemoryError:
         raise
     except Exception:  # the storage behind lhotse raises what it likes

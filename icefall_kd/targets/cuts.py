@@ -12,7 +12,7 @@ from lhotse.cut import Cut
 from tqdm.auto import tqdm
 
 from icefall_kd.errors import KDError, require
-from icefall_kd.targets.heard import heard_frames, why_unheard
+from icefall_kd.targets.model_input import input_frames, why_unusable
 from icefall_kd.targets.places import look_beside
 
 UNUSABLE_AT_MOST = 1 / 20  # of the cuts
@@ -97,7 +97,7 @@ class Survey:
 
     path: str
     cut_seconds: Seconds = ANY_SECONDS
-    why_not: Callable[[Cut], str] = why_unheard
+    why_not: Callable[[Cut], str] = why_unusable
     total: int = 0  # cuts
     features: Optional[Features] = None  # of the first cut that gets targets
     outside: int = 0  # shorter or longer than ``cut_seconds``
@@ -119,7 +119,7 @@ class Survey:
             self.first_unusable = self.first_unusable or first
             return False
         self.features = self.features or cut.features
-        if heard_frames(cut) < cut.num_frames - 1:  # not by rounding
+        if input_frames(cut) < cut.num_frames - 1:  # not by rounding
             self.longer += 1
             self.first_longer = self.first_longer or cut.id
         return True
@@ -178,7 +178,7 @@ def gets_targets(cut: Cut, cut_seconds: Seconds) -> bool:
       cut: Any cut.
       cut_seconds: The durations of the shortest and of the longest cut.
     """
-    return is_within(cut, cut_seconds) and not why_unheard(cut)
+    return is_within(cut, cut_seconds) and not why_unusable(cut)
 
 
 def _check_types(cut: Cut) -> None:

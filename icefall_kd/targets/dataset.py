@@ -13,7 +13,7 @@ from lhotse.utils import compute_num_frames
 from icefall_kd.errors import KDError, require
 from icefall_kd.kinds import KINDS, TargetKind
 from icefall_kd.targets.fingerprint import Fingerprint
-from icefall_kd.targets.look import FirstLook
+from icefall_kd.targets.first_look import FirstLook
 from icefall_kd.targets.places import look_beside
 from icefall_kd.targets.store import (
     FIELD,
@@ -282,7 +282,8 @@ def store_fingerprint(
     """Return the fingerprint of the stores that hold the targets of ``cuts``.
 
     Args:
-      cuts: The training cuts, or a :class:`~icefall_kd.targets.look.FirstLook` at them.
+      cuts: The training cuts, or a
+        :class:`~icefall_kd.targets.first_look.FirstLook` at them.
       missing: Whether to "refuse" cuts without targets, or to train "hard" on them.
 
     Returns:
@@ -292,17 +293,22 @@ def store_fingerprint(
       KDError: if any cut has no targets (with ``missing="hard"``: if none has), or if
         the stores are of different teachers.
     """
-    bare, left_out, total, first_bare, stores = 0, 0, 0, "", set()
+    without_targets, left_out, total, first_cut, stores = 0, 0, 0, "", set()
     for cut in cuts if isinstance(cuts, FirstLook) else FirstLook(cuts):
         total += 1
         stores_of_cut = {pointer.store for _, _, pointer in tracks_with_targets(cut)}
         stores.update(stores_of_cut)
         if not stores_of_cut:
-            bare += 1
+            without_targets += 1
             left_out += is_left_out(cut)
-            first_bare = first_bare or cut.id
-    if bare and (missing == "refuse" or bare == total):
-        _refuse_bare(bare, total, first_bare, missing == "refuse" and bare == left_out)
+            first_cut = first_cut or cut.id
+    if without_targets and (missing == "refuse" or without_targets == total):
+        _refuse_cuts_without_targets(
+            without_targets,
+            total,
+            first_cut,
+            missing == "refuse" and without_targets == left_out,
+        )
     require(stores, "there are no training cuts: check --manifest-dir")
     fingerprints = {path: Fingerprint.read(Path(path)) for path in sorted(stores)}
     first_store, first_fingerprint = next(iter(fingerprints.items()))
@@ -311,9 +317,14 @@ def store_fingerprint(
     return first_fingerprint, first_store
 
 
-def _refuse_bare(bare: int, total: int, cut_id: str, all_left_out: bool) -> None:
+def _refuse_cuts_without_targets(
+    without_targets: int, total: int, cut_id: str, all_left_out: bool
+) -> None:
     """Refuse training cuts of which some have no targets, ``cut_id`` the first."""
-    words = f"{bare} of {total} training cuts have no targets ({FIELD}), {cut_id} "
+    words = (
+        f"{without_targets} of {total} training cuts have no targets ({FIELD}), "
+        f"{cut_id} "
+    )
     if all_left_out:
         raise KDError(
             f"{words}the first, as `icefall-kd dump` left them out: let such cuts "

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from icefall_kd.errors import KDError
 from icefall_kd.memory import Heap, enough_memory
-from icefall_kd.targets.batches import Batch, Plan, Reader, read_features
+from icefall_kd.targets.batches import DumpBatch, DumpPlan, FeatureReader, read_features
 from icefall_kd.targets.cuts import ANY_SECONDS, Seconds, gets_targets
 from icefall_kd.targets.fingerprint import Fingerprint
-from icefall_kd.targets.labels import labels_of
 from icefall_kd.targets.record import Record, RecordEncoder
+from icefall_kd.targets.transcript_checks import labels_of
 from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.zipformer import encoder_frames
@@ -69,9 +69,9 @@ def dump_targets(
     _check_left_out(cuts, cut_seconds, writer)
     job, num_jobs = writer.job, writer.num_jobs
     compute = partial(_compute, teacher, writer.fingerprint, tokenizer, device)
-    plan = Plan(cuts, max_duration, job, num_jobs, cut_seconds, done=writer)
+    plan = DumpPlan(cuts, max_duration, job, num_jobs, cut_seconds, done=writer)
     loader = torch.utils.data.DataLoader(
-        Reader(remedy), sampler=plan, batch_size=None, num_workers=num_workers
+        FeatureReader(remedy), sampler=plan, batch_size=None, num_workers=num_workers
     )
     heap = Heap(WARM_UP)
     frames, start = 0, time.perf_counter()
@@ -147,7 +147,7 @@ def _compute(
     """The value of each cut, by kind, of the kinds that the fingerprint names."""
     y = labels_of(cuts, tokenizer) if fingerprint.lattice else None
     x, x_lens = x.to(device), x_lens.to(device)
-    out = teacher.output(x, x_lens, cuts, y, fingerprint.s_range)
+    out = teacher.outputs_to_store(x, x_lens, cuts, y, fingerprint.s_range)
     kinds = {name: kind.take(out) for name, kind in fingerprint.kinds.items()}
     return [{name: rows[i] for name, rows in kinds.items()} for i in range(len(cuts))]
 
@@ -179,12 +179,12 @@ class _EncodingThread:
         self.pool = ThreadPoolExecutor(1)
         self.pending: Deque[Future] = deque()
 
-    def put(self, batch: Batch, values: List[Dict[str, Any]]) -> None:
+    def put(self, batch: DumpBatch, values: List[Dict[str, Any]]) -> None:
         while len(self.pending) > 2:
             self.pending.popleft().result()
         self.pending.append(self.pool.submit(self._store, batch, values))
 
-    def _store(self, batch: Batch, values: List[Dict[str, Any]]) -> None:
+    def _store(self, batch: DumpBatch, values: List[Dict[str, Any]]) -> None:
         encode = self.writer.encoder.encode
         for cut, value_of_kind in zip(batch.cuts, values):
             if cut.id not in self.writer:

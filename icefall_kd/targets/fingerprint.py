@@ -1,4 +1,4 @@
-"""What a target store was made of: who may read it, and who may add to it."""
+"""What a target store was made of, which decides what may be added or read together."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ from lhotse import Features
 from icefall_kd.errors import KDError, require
 from icefall_kd.files import replacing
 from icefall_kd.kinds import KINDS, TargetKind
-from icefall_kd.targets.typed import typed
+from icefall_kd.targets.json_records import typed
 
 FILENAME = "fingerprint.json"
 # Settings that change what a causal teacher computes, and not its parameters.
 STREAMING = ("chunk_size", "left_context_frames")
 MOVED = (
-    "if the store was moved, say where it lies now with `icefall-kd repoint CUTS "
+    "if the store was moved, give its new folder with `icefall-kd repoint CUTS "
     "--storage-dir FOLDER`"
 )
 
@@ -146,7 +146,7 @@ class Fingerprint:
             require(
                 name in KINDS,
                 f"the fingerprint names the kind of target {name!r}, and this "
-                f"icefall_kd knows {', '.join(KINDS)}: register its class with "
+                f"icefall_kd has {', '.join(KINDS)}: register its class with "
                 "icefall_kd.kinds.register_kind() before",
             )
             kinds[name] = KINDS[name](form, self.vocab_size, self.blank_id)
@@ -237,7 +237,7 @@ class Fingerprint:
         """
         if vocab_size != self.vocab_size:
             raise KDError(
-                f"the student's BPE model has {vocab_size} symbols and the teacher's "
+                f"the student's tokenizer has {vocab_size} tokens and the teacher's "
                 f"{self.vocab_size}: train the student with the teacher's --bpe-model"
             )
         if blank_id != self.blank_id:

@@ -18,8 +18,8 @@ from lhotse.cut import Cut, MonoCut
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets.fingerprint import MOVED, Fingerprint
+from icefall_kd.targets.json_records import typed
 from icefall_kd.targets.places import place_of
-from icefall_kd.targets.typed import typed
 
 FIELD = "kd_targets"
 # Seconds. Resampling moves a recording's end by less; no change of speed does.

@@ -8,8 +8,8 @@ from lhotse.cut import Cut, MonoCut, MultiCut
 
 from icefall_kd.errors import KDError, require
 from icefall_kd.targets.dataset import collate_targets
-from icefall_kd.targets.heard import collate_heard, why_unheard
 from icefall_kd.targets.manifest import read_pointers
+from icefall_kd.targets.model_input import collate_input, why_unusable
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.teacher import Teacher
@@ -61,7 +61,7 @@ class CachingTeacher:
         return collate_targets([self._with_pointer(c) for c in sources], self.missing)
 
     def _is_usable(self, cut: Cut) -> bool:
-        reason = why_unheard(cut)
+        reason = why_unusable(cut)
         require(
             not reason or self.missing != "refuse",
             f"the cut {cut.id} {reason}: leave it out, or let such cuts have the hard "
@@ -76,7 +76,7 @@ class CachingTeacher:
             self.pointers.update(pointers)
 
     def _store(self, cuts: List[MonoCut], device: torch.device) -> None:
-        x, x_lens = collate_heard(cuts)
+        x, x_lens = collate_input(cuts)
         targets = self.teacher.targets(x.to(device), x_lens.to(device), cuts)
         for cut, log_probs, n in zip(cuts, targets.parts["ctc"], targets.lens.tolist()):
             self.pointers[cut.id] = self.writer.write(cut, log_probs[:n])

@@ -128,7 +128,7 @@ class Teacher:
                 f"teacher needs {MIN_FRAMES}: leave it out, or let such cuts have the "
                 "hard loss alone with --kd-missing hard"
             )
-        outs = self.encode(x, x_lens)
+        outs = self.run(x, x_lens)
         lens = outs[0].encoder_out_lens
         targets = Targets(lens * long_enough, whole=long_enough)
         if self.with_ctc:
@@ -141,7 +141,7 @@ class Teacher:
             targets.parts["nodes"] = self._nodes(outs, y, s_range, cuts, path_only)
         return targets
 
-    def output(
+    def outputs_to_store(
         self,
         x: torch.Tensor,
         x_lens: torch.Tensor,
@@ -149,7 +149,7 @@ class Teacher:
         y: Optional[Sequence[Sequence[int]]] = None,
         s_range: int = 5,
     ) -> EncoderOut:
-        """The outputs of a batch, of which kinds of targets take what they store.
+        """Compute the outputs of a batch, of which each kind takes what it stores.
 
         Args:
           x: (N, T, F), features.
@@ -162,15 +162,15 @@ class Teacher:
           The outputs of the first model, with the CTC logits and the ``lattices`` of
           all of them.
         """
-        outs = self.encode(x, x_lens)
+        outs = self.run(x, x_lens)
         logits = self.ctc_logits(outs, cuts) if self.with_ctc else None
         lattices = None
         if y is not None:
             lattices = self._lattice_of_each(outs, y, s_range, cuts)
         return replace(outs[0], ctc_logits=logits, lattices=lattices)
 
-    def encode(self, x: torch.Tensor, x_lens: torch.Tensor) -> List[EncoderOut]:
-        """Each model's forward pass.
+    def run(self, x: torch.Tensor, x_lens: torch.Tensor) -> List[EncoderOut]:
+        """Run each model; return the outputs of each.
 
         Args:
           x: (N, T, F), features.
@@ -201,8 +201,8 @@ class Teacher:
     ) -> PrunedLattice:
         """The pruned lattice of a batch, averaged over the models.
 
-        Each row's nodes are where the first model with a weight there prunes to, so
-        that all models' log-probabilities are of the same nodes.
+        The first model that has a weight for a row prunes that row's lattice, and all
+        models compute their log-probabilities at the nodes that are left.
 
         Args:
           outs: The forward pass of each model.
@@ -316,8 +316,8 @@ def _averaged(logits: List[torch.Tensor], weights: torch.Tensor) -> torch.Tensor
     sizes = [x.size(-1) for x in logits]
     require(
         len(set(sizes)) == 1,
-        f"the teachers have {sizes} tokens: teachers of one student need the same BPE "
-        "model",
+        f"the teachers have {sizes} tokens: teachers of one student need the same "
+        "tokens",
     )
     total = None
     for x, w in zip(logits, weights):

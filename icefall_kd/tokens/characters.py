@@ -31,15 +31,15 @@ class Characters:
         except (OSError, ValueError) as e:
             raise KDError(
                 f"{path} can't be read ({type(e).__name__}): give --lang-dir the "
-                "folder that the recipe trains with, whose tokens.txt has a symbol "
-                "and its number on each line"
+                "folder that the recipe trains with, whose tokens.txt has a token "
+                "and its id on each line"
             ) from None
         # The tokens of decoding graphs, #0 and on, are no outputs of a model.
         tokens = {i: x for i, x in tokens.items() if not re.fullmatch(r"#\d+", x)}
         self.names = [tokens.get(i, "") for i in range(len(tokens))]
         if "" in self.names:
             raise KDError(
-                f"{path} has {len(tokens)} symbols and lacks {self.names.index('')}: "
+                f"{path} has {len(tokens)} tokens and lacks {self.names.index('')}: "
                 "give --lang-dir the folder that the recipe trains with"
             )
         self.path = path

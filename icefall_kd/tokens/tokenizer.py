@@ -52,7 +52,7 @@ def _of_size(tokenizer: Any, path: Union[str, Path], vocab_size: Optional[int]) 
     """Refuse a tokenizer whose size is not the teacher's."""
     if vocab_size is not None and tokenizer.get_piece_size() != vocab_size:
         raise KDError(
-            f"{path} has {tokenizer.get_piece_size()} symbols and the teacher "
+            f"{path} has {tokenizer.get_piece_size()} tokens and the teacher "
             f"{vocab_size}: give the teacher's bpe.model or lang folder"
         )
     return tokenizer
@@ -94,8 +94,8 @@ def _read_token_names(store: Union[str, Path], tokens: str) -> Optional[List[str
     names = path.read_bytes().decode("utf8", "replace").split("\n")[:-1]
     if tokens and hash_tokens(names) != tokens:
         raise KDError(
-            f"{path} is damaged: its symbols have the hash {hash_tokens(names)[:8]}, "
-            f"and {tokens[:8]} was written: copy the teacher's symbols there "
+            f"{path} is damaged: its tokens have the hash {hash_tokens(names)[:8]}, "
+            f"and {tokens[:8]} was written: copy the teacher's tokens there "
             "again, one a line, or make the targets again with `icefall-kd dump "
             "--overwrite`"
         )
@@ -129,8 +129,8 @@ def token_map(
     for model, names in lacking.items():
         if names:
             raise KDError(
-                f"the teacher has {len(teacher)} symbols and the student "
-                f"{len(student)} symbols, and the {model} lacks {names[0]!r}: train "
+                f"the teacher has {len(teacher)} tokens and the student "
+                f"{len(student)} tokens, and the {model} lacks {names[0]!r}: train "
                 "the student with the teacher's --bpe-model, or map them yourself "
                 "with TargetDataset(token_ids=...)"
             )

@@ -10,8 +10,8 @@ from icefall_kd.kinds.nbest import read_nbest
 from icefall_kd.losses.ctc import ctc_diagnostics
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets.dataset import cuts_of_rows
-from icefall_kd.targets.look import FirstLook
-from icefall_kd.targets.transcripts import StandInTranscripts, stand_in
+from icefall_kd.targets.first_look import FirstLook
+from icefall_kd.targets.stand_in import StandInTranscripts, stand_in
 from icefall_kd.terms.joint import JointKDLoss
 from icefall_kd.training import checks
 from icefall_kd.training.checkpoint import KDCheckpoint

@@ -177,7 +177,7 @@ def wrap_dataset(
     """
     if _current is None:
         return dataset
-    from icefall_kd.targets.look import FirstLook
+    from icefall_kd.targets.first_look import FirstLook
 
     # All processes look at all cuts at once; the first one shows the progress.
     first_look = FirstLook(cuts, silent=rank_and_world_size()[0] != 0)

@@ -399,7 +399,7 @@ def test_tokens_that_know_nothing_of_the_transcripts_are_refused(
     done = invoke(*dump_words(*words, cuts=path))
     assert done.code == code and out.exists() == (code == 0)
     if code:
-        assert f"know nothing of {unknown} of the 3 transcripts" in done.err[-1]
+        assert f"cover nothing of {unknown} of the 3 transcripts" in done.err[-1]
 
 
 @pytest.mark.parametrize("keep", ["dense", "none"])
@@ -833,7 +833,7 @@ def test_student_refuses_a_setting_that_makes_no_model(refused, student_words, s
 
 def test_student_refuses_another_vocabulary(refused, student_words, bpe_models):
     error = refused(*student_words("--bpe-model", bpe_models.larger))
-    assert "has 26 symbols" in error and "teacher 25" in error
+    assert "has 26 tokens" in error and "teacher 25" in error
 
 
 def test_student_takes_the_teachers_bpe_model(invoke, student_words, bpe_models):

@@ -92,7 +92,7 @@ def refused(refused, monkeypatch):
 
     def run(*words):
         with monkeypatch.context() as m:
-            m.setattr(Teacher, "output", ask)
+            m.setattr(Teacher, "outputs_to_store", ask)
             return refused(*words)
 
     return run

@@ -43,7 +43,7 @@ def test_all_that_fits_is_said(doctor, in_cuts, student_dir):
     done = doctor("--cuts", in_cuts, "--student-dir", student_dir)
     assert done.code == 0 and done.err == []
     found = rows(done)
-    assert "CTC and transducer, 25 symbols" in found["teacher"]
+    assert "CTC and transducer, 25 tokens" in found["teacher"]
     assert "25 in" in found["tokens"]
     assert f"4 in {in_cuts}, 80 features" in found["cuts"] or "4 in" in found["cuts"]
     assert "its flags fit it" in found["student"] and "targets" not in found
@@ -93,7 +93,7 @@ def test_targets_of_other_tokens_are_refused(doctor, dumped, teacher_words, bpe_
 def test_tokens_of_another_size_are_refused(doctor, teacher_words, tmp_path):
     (tmp_path / "tokens.txt").write_text("<blk> 0\n<unk> 1\n")
     said = refusal(doctor(words=[*teacher_words, "--lang-dir", tmp_path]))
-    assert "has 2 symbols and the teacher 25" in said
+    assert "has 2 tokens and the teacher 25" in said
 
 
 def test_cuts_that_the_teacher_can_not_hear_are_refused(doctor, make_cut, tmp_path):

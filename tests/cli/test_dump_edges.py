@@ -452,7 +452,7 @@ def full_after(monkeypatch):
     """Let the teacher's memory run out behind so many calls."""
 
     def begin(count, error):
-        left, call = [count], Teacher.output
+        left, call = [count], Teacher.outputs_to_store
 
         def some(self, *args):
             if not left[0]:
@@ -460,8 +460,8 @@ def full_after(monkeypatch):
             left[0] -= 1
             return call(self, *args)
 
-        monkeypatch.setattr(Teacher, "output", some)
-        return lambda: monkeypatch.setattr(Teacher, "output", call)
+        monkeypatch.setattr(Teacher, "outputs_to_store", some)
+        return lambda: monkeypatch.setattr(Teacher, "outputs_to_store", call)
 
     return begin
 
@@ -530,7 +530,7 @@ def test_a_quantizers_teacher_names_the_cut_that_memory_is_too_small_for(
     def full(*args):
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(Teacher, "encode", full)
+    monkeypatch.setattr(Teacher, "run", full)
     words = ["quantizer", in_cuts, tmp_path / "q.pt", *teacher_words, "--layer", 1]
     done = invoke(*words)
     assert done.code == 1 and not (tmp_path / "q.pt").exists()

@@ -373,7 +373,7 @@ def test_a_bpe_model_of_another_size_is_refused(work, tmp_path):
     words = ["--manifest-dir", work / "data/kd", "--exp-dir", tmp_path / "exp"]
     words += ["--kd-ctc-weight", "1"]
     done = train_py(RECIPE / "zipformer/train.py", tmp_path / "data", *words)
-    refused(done, "26 symbols", "54", "--bpe-model")
+    refused(done, "26 tokens", "54", "--bpe-model")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from icefall_kd.kinds import KINDS, FrameKind, register_kind
 from icefall_kd.targets import TargetWriter, batches
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.dump import dump_targets
-from icefall_kd.targets.heard import collate_heard
+from icefall_kd.targets.model_input import collate_input
 from icefall_kd.teacher.teacher import Teacher
 
 LENGTHS = {"c1": 61, "c2": 33, "c3": 90, "c4": 47, "c5": 12}
@@ -49,7 +49,7 @@ def test_each_cut_gets_what_the_teacher_computes_on_it_in_the_manifests_order(
     teacher = Teacher([model])
     for cut in manifest:
         stored = collate_targets([cut]).parts["ctc"][0]
-        expected = teacher.targets(*collate_heard([cut])).parts["ctc"][0]
+        expected = teacher.targets(*collate_input([cut])).parts["ctc"][0]
         torch.testing.assert_close(stored, expected, atol=2e-2, rtol=0)
 
 
@@ -110,6 +110,6 @@ def test_a_new_kind_of_target_is_dumped_and_read(cuts, dumped, monkeypatch):
     teacher = Teacher([model])
     for cut in manifest:
         targets = collate_targets([cut], kinds=["energy"])
-        (out,) = teacher.encode(*collate_heard([cut]))
+        (out,) = teacher.run(*collate_input([cut]))
         expected = out.encoder_out.square().mean(-1)
         torch.testing.assert_close(targets.parts["energy"], expected)

@@ -109,7 +109,7 @@ def test_a_bpe_model_that_is_none_is_refused(tmp_path, content):
 
 def test_a_bpe_model_of_another_size_is_refused(bpe_models):
     load_tokenizer(bpe_models.a, 25)
-    with pytest.raises(KDError, match="has 26 symbols and the teacher 25"):
+    with pytest.raises(KDError, match="has 26 tokens and the teacher 25"):
         load_tokenizer(bpe_models.larger, 25)
 
 
@@ -286,7 +286,7 @@ def test_a_fitting_student_is_taken(make_fingerprint):
 @pytest.mark.parametrize(
     "student, both",
     [
-        ((12, 0, "c" * 64), ("12 symbols", "teacher's 11")),
+        ((12, 0, "c" * 64), ("12 tokens", "teacher's 11")),
         ((11, 2, "c" * 64), ("blank id is 2", "teacher's 0")),
         ((11, 0, "d" * 64), ("d" * 8, "c" * 8)),
     ],

@@ -106,7 +106,7 @@ def on_nodes(model, features, ranges):
 
 
 def say_lattice(teacher, features, cuts=None, s_range=2):
-    return teacher.lattice(teacher.encode(*features), Y, s_range, cuts)
+    return teacher.lattice(teacher.run(*features), Y, s_range, cuts)
 
 
 def test_a_lattice_of_one_teacher_is_its_hooks(make_model, features):
@@ -179,7 +179,7 @@ def test_lattices_of_different_vocabularies_are_refused(make_model, features):
 
 def test_hidden_layers_are_those_of_one_teacher(make_model, features):
     model = make_model(seed=1)
-    (out,) = Teacher([model], layers=[1, "out"]).encode(*features)
+    (out,) = Teacher([model], layers=[1, "out"]).run(*features)
     with ModelTap(model, [1]) as hook:
         expected = hook.encode(*features)
     assert set(out.hidden) == {1}

@@ -3,7 +3,7 @@
 import pytest
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets.transcripts import stand_in
+from icefall_kd.targets.stand_in import stand_in
 from icefall_kd.tokens import load_tokenizer, token_names
 from icefall_kd.tokens.characters import Characters
 
@@ -96,5 +96,5 @@ def test_symbols_without_an_unknown_one_can_be_told_but_not_made_of_texts(lang_d
 
 
 def test_another_number_of_symbols_is_refused(lang_dir):
-    with pytest.raises(KDError, match="has 6 symbols and the teacher 7"):
+    with pytest.raises(KDError, match="has 6 tokens and the teacher 7"):
         load_tokenizer(lang_dir(), 7)

@@ -437,7 +437,7 @@ def test_the_dataset_tells_how_many_cuts_an_epoch_has(attached, make_cut, make_s
 
 def test_a_shar_does_not_tell(attached, make_cut, make_store, monkeypatch):
     """Of which the first cuts are read alone."""
-    monkeypatch.setattr("icefall_kd.targets.look.SAMPLE", 3)
+    monkeypatch.setattr("icefall_kd.targets.first_look.SAMPLE", 3)
     (stored,) = make_store([make_cut("a", 33)])
     cuts = [stored.with_id(name) for name in "abcde"]
     for cut in cuts:
@@ -449,7 +449,7 @@ def test_a_shar_does_not_tell(attached, make_cut, make_store, monkeypatch):
 
 def test_cuts_without_end_do_not_tell(attached, make_cut, make_store, monkeypatch):
     """Of which the first are read alone, where the recipe repeats each corpus."""
-    monkeypatch.setattr("icefall_kd.targets.look.SAMPLE", 9)
+    monkeypatch.setattr("icefall_kd.targets.first_look.SAMPLE", 9)
     a, b = (make_store([make_cut(i, 33)], name=i) for i in "ab")
     found = attached()
     cuts = CutSet.mux(a.repeat(), b.repeat())

@@ -340,7 +340,7 @@ def test_cuts_without_targets_are_refused(make_model, make_params, make_cut, cut
 @pytest.mark.parametrize(
     "store, both",
     [
-        ({"vocab_size": 9}, ("11 symbols", "teacher's 9")),
+        ({"vocab_size": 9}, ("11 tokens", "teacher's 9")),
         ({"blank_id": 4}, ("blank id is 0", "teacher's 4")),
     ],
     ids=["vocabulary", "blank"],
@@ -831,7 +831,7 @@ def test_student_and_stored_teacher_hear_as_many_frames(
     make_model, make_params, long_cuts, make_fingerprint, tmp_path
 ):
     from icefall_kd.targets import TargetWriter
-    from icefall_kd.targets.heard import collate_heard
+    from icefall_kd.targets.model_input import collate_input
 
     manifest = tmp_path / "kd.jsonl.gz"
     with (
@@ -839,7 +839,7 @@ def test_student_and_stored_teacher_hear_as_many_frames(
         ModelTap(make_model(seed=5)) as hook,
     ):
         for cut in long_cuts:
-            writer.write(cut, hook.encode(*collate_heard([cut])).ctc_logits[0])
+            writer.write(cut, hook.encode(*collate_input([cut])).ctc_logits[0])
     cuts = load_manifest(manifest).to_eager()
     model = make_model().train()
     session.attach(make_params(), model)

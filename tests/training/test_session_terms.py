@@ -19,7 +19,7 @@ from icefall_kd.losses.ctc import ctc_diagnostics
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import TargetWriter
-from icefall_kd.targets.transcripts import StandInTranscripts, stand_in
+from icefall_kd.targets.stand_in import StandInTranscripts, stand_in
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.tokens import load_tokenizer
 from icefall_kd.training import session

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from icefall_kd.errors import KDError
 from icefall_kd.files import MANIFEST, check_new_file
 from icefall_kd.targets.cuts import ManifestCuts, Survey, checked
-from icefall_kd.targets.heard import check_supervision, collate_heard
+from icefall_kd.targets.model_input import check_supervision, collate_input
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens import load_tokenizer
 
@@ -78,7 +78,7 @@ def batches(
     """Batches of ``cuts``, their features and the frames of each, behind a bar."""
     bar = tqdm(total=len(cuts), desc=description, unit=" cuts")
     for batch in SimpleCutSampler(cuts, max_duration=200.0, shuffle=False):
-        yield batch, *collate_heard(list(batch))
+        yield batch, *collate_input(list(batch))
         bar.update(len(batch))
     bar.close()
 

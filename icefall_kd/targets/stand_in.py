@@ -8,10 +8,10 @@ from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets.heard import check_supervision
+from icefall_kd.targets.model_input import check_supervision
 
 
-def is_bare(cut: Cut) -> bool:
+def has_no_text(cut: Cut) -> bool:
     """Return whether a cut has no transcript.
 
     Args:
@@ -38,7 +38,7 @@ def stand_in(bpe: Any, blank_id: int) -> str:
             texts.append((len(labels), i, text))
     if not texts:
         raise KDError(
-            f"the BPE model's {bpe.get_piece_size()} symbols make no transcript to "
+            f"the tokenizer's {bpe.get_piece_size()} tokens make no transcript to "
             "stand in where cuts have none: train on transcribed cuts, or label them "
             "first"
         )
@@ -64,7 +64,7 @@ class StandInTranscripts(torch.utils.data.Dataset):
         ids: Dict[bool, str] = {}
         for cut in cuts:
             check_supervision(cut)
-            ids.setdefault(is_bare(cut), cut.id)
+            ids.setdefault(has_no_text(cut), cut.id)
         if len(ids) == 2:
             raise KDError(
                 f"the cuts {ids[True]}, without a transcript, and {ids[False]}, with "
@@ -72,19 +72,19 @@ class StandInTranscripts(torch.utils.data.Dataset):
                 "batch: label the former, or sample them apart, as lhotse's "
                 "RoundRobinSampler does"
             )
-        bare = True in ids
-        if bare and not self.text:
+        without_text = True in ids
+        if without_text and not self.text:
             raise KDError(
-                f"the cut {ids[True]} has no transcript, and it takes a BPE model to "
+                f"the cut {ids[True]} has no transcript, and it takes a tokenizer to "
                 "make one that stands in: give --bpe-model, or leave the cut out"
             )
-        if bare:  # lhotse collates no None
+        if without_text:  # lhotse collates no None
             cuts = CutSet.from_cuts(
                 cut.map_supervisions(lambda s: fastcopy(s, text="")) for cut in cuts
             )
         batch = self.dataset[cuts]
-        batch["kd_transcribed"] = not bare
-        if bare:
+        batch["kd_transcribed"] = not without_text
+        if without_text:
             supervisions = batch["supervisions"]
             supervisions["text"] = [self.text] * len(supervisions["text"])
         return batch

@@ -7,11 +7,11 @@ from lhotse.cut import MixedCut
 from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets.heard import (
+from icefall_kd.targets.model_input import (
     check_supervision,
-    collate_heard,
-    heard_frames,
-    why_unheard,
+    collate_input,
+    input_frames,
+    why_unusable,
 )
 
 
@@ -51,12 +51,12 @@ def test_as_many_frames_as_the_dataset_says(make, start, duration, frames):
         for cut, n in zip(supervisions["cut"], supervisions["num_frames"].tolist())
     }
     assert given == {"a": frames, "b": 100}
-    assert {cut.id: heard_frames(cut) for cut in cuts} == given
+    assert {cut.id: input_frames(cut) for cut in cuts} == given
 
 
 def test_a_batch_ends_with_the_last_frame_that_is_heard(make):
     cuts = [make("a", 93, 0.0, 0.61), make("b", 47)]
-    x, x_lens = collate_heard(cuts)
+    x, x_lens = collate_input(cuts)
     assert x.shape == (2, 61, 20) and x_lens.tolist() == [61, 47]
     for row, cut, n in zip(x, cuts, (61, 47)):
         assert torch.equal(row[:n], torch.from_numpy(cut.load_features()[:n]))
@@ -64,19 +64,19 @@ def test_a_batch_ends_with_the_last_frame_that_is_heard(make):
 
 def test_without_one_supervision_all_frames_are_heard(make):
     cut = make("a", 93, 0.0, 0.61)
-    assert heard_frames(cut.drop_supervisions()) == 93
+    assert input_frames(cut.drop_supervisions()) == 93
     cut.supervisions = 2 * cut.supervisions
-    assert heard_frames(cut) == 93
+    assert input_frames(cut) == 93
 
 
 def test_why_a_cut_is_not_heard(make, multi_cut):
-    assert why_unheard(make("a", 9)) == ""
-    assert why_unheard(make("a", 8)) == "has 8 feature frames and the teacher needs 9"
+    assert why_unusable(make("a", 9)) == ""
+    assert why_unusable(make("a", 8)) == "has 8 feature frames and the teacher needs 9"
     short = make("a", 93, 0.0, 0.05)
-    assert why_unheard(short) == "has 5 feature frames and the teacher needs 9"
-    assert "is a MultiCut and must be a MonoCut" in why_unheard(multi_cut("m", 61))
+    assert why_unusable(short) == "has 5 feature frames and the teacher needs 9"
+    assert "is a MultiCut and must be a MonoCut" in why_unusable(multi_cut("m", 61))
     mixed = make("a", 61).pad(duration=2.0)
-    assert isinstance(mixed, MixedCut) and "is a MixedCut" in why_unheard(mixed)
+    assert isinstance(mixed, MixedCut) and "is a MixedCut" in why_unusable(mixed)
 
 
 def test_a_cut_has_one_supervision(make):

@@ -6,7 +6,7 @@ from typing import Any, List
 from lhotse.cut import Cut
 
 from icefall_kd.errors import require
-from icefall_kd.targets.heard import heard_frames
+from icefall_kd.targets.model_input import input_frames
 from icefall_kd.zipformer import encoder_frames
 
 SPACE = "\u2581"  # sentencepiece's
@@ -48,7 +48,7 @@ def fits(cut: Cut, labels: List[int]) -> bool:
       cut: The cut, for its frames.
       labels: Those of its transcript.
     """
-    return len(labels) <= encoder_frames(heard_frames(cut))
+    return len(labels) <= encoder_frames(input_frames(cut))
 
 
 def why_long(cut: Cut, labels: List[int], use: str) -> str:
@@ -62,8 +62,8 @@ def why_long(cut: Cut, labels: List[int], use: str) -> str:
     if fits(cut, labels):
         return ""
     return (
-        f"has {len(labels)} labels and the teacher gives "
-        f"{encoder_frames(heard_frames(cut))} frames, and {use} needs as many frames"
+        f"has {len(labels)} labels and the teacher outputs "
+        f"{encoder_frames(input_frames(cut))} frames, and {use} needs as many frames"
     )
 
 
@@ -100,7 +100,7 @@ class TranscriptCheck:
         """
         require(
             2 * self.unknown <= total,
-            f"the tokens know nothing of {self.unknown} of the {total} transcripts in "
+            f"the tokens cover nothing of {self.unknown} of the {total} transcripts in "
             f"{path}: give the tokens that the recipe trains with, which byte-level "
             "BPE can't be here, or dump without --keep-lattice",
         )

@@ -14,7 +14,7 @@ from icefall_kd.zipformer import MIN_FRAMES
 SLACK = 2e-3  # seconds, as in lhotse's validate_for_asr
 
 
-def heard_frames(cut: Cut) -> int:
+def input_frames(cut: Cut) -> int:
     """Return how many feature frames of a cut are a recipe's input.
 
     A batch of lhotse's ``K2SpeechRecognitionDataset`` has the features of the whole
@@ -34,7 +34,7 @@ def heard_frames(cut: Cut) -> int:
     return max(0, frames)
 
 
-def collate_heard(cuts: Sequence[Cut]) -> Tuple[torch.Tensor, torch.Tensor]:
+def collate_input(cuts: Sequence[Cut]) -> Tuple[torch.Tensor, torch.Tensor]:
     """Read and pad stored features.
 
     Args:
@@ -44,11 +44,11 @@ def collate_heard(cuts: Sequence[Cut]) -> Tuple[torch.Tensor, torch.Tensor]:
       (N, T, F) features, and (N,), the number of feature frames of each cut.
     """
     x, x_lens = collate_features(CutSet.from_cuts(cuts))
-    lens = torch.tensor([heard_frames(cut) for cut in cuts], dtype=x_lens.dtype)
+    lens = torch.tensor([input_frames(cut) for cut in cuts], dtype=x_lens.dtype)
     return x[:, : int(lens.max())], lens
 
 
-def why_unheard(cut: Cut) -> str:
+def why_unusable(cut: Cut) -> str:
     """Return why a cut can't be a teacher's input, as the rest of a sentence.
 
     Such a cut goes without targets; one that no recipe could train on is refused, see
@@ -65,7 +65,7 @@ def why_unheard(cut: Cut) -> str:
             f"is a {type(cut).__name__} and must be a MonoCut: dump the teacher before "
             "mixing, padding or appending"
         )
-    frames = heard_frames(cut)
+    frames = input_frames(cut)
     if frames < MIN_FRAMES:
         return f"has {frames} feature frames and the teacher needs {MIN_FRAMES}"
     return ""

@@ -10,8 +10,8 @@ from lhotse.lazy import (
 )
 from tqdm.auto import tqdm
 
-from icefall_kd.targets.heard import check_supervision
-from icefall_kd.targets.transcripts import is_bare
+from icefall_kd.targets.model_input import check_supervision
+from icefall_kd.targets.stand_in import has_no_text
 
 SAMPLE = 1000  # cuts
 # The attributes of Lhotse's lazy sets that hold what they are made of.
@@ -74,7 +74,7 @@ class FirstLook:
                     return
                 total += 1
                 check_supervision(cut)
-                untranscribed += is_bare(cut)
+                untranscribed += has_no_text(cut)
                 bar.update()
                 yield cut
         self.total, self.untranscribed = total, untranscribed

@@ -6,9 +6,9 @@ import pytest
 from lhotse import CutSet
 
 from icefall_kd.errors import KDError
-from icefall_kd.targets import look
+from icefall_kd.targets import first_look
 from icefall_kd.targets.dataset import store_fingerprint
-from icefall_kd.targets.look import FirstLook, is_endless
+from icefall_kd.targets.first_look import FirstLook, is_endless
 from icefall_kd.targets.store import FIELD
 
 
@@ -21,7 +21,7 @@ def lazy(make_cut, make_store, tmp_path):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(look, "SAMPLE", 7)
+    monkeypatch.setattr(first_look, "SAMPLE", 7)
 
 
 def is_long(cut):
@@ -79,7 +79,7 @@ def test_of_cuts_without_end_the_first_are_looked_at(lazy, few, make):
 
 @pytest.mark.parametrize("make", ENDING.values(), ids=ENDING)
 def test_all_other_cuts_are_counted(lazy, monkeypatch, make):
-    monkeypatch.setattr(look, "SAMPLE", 1)
+    monkeypatch.setattr(first_look, "SAMPLE", 1)
     cuts = make(lazy)
     assert not is_endless(cuts)
     assert FirstLook(cuts).all() == 3
@@ -111,7 +111,7 @@ def test_a_shar_among_other_cuts_ends_the_look(lazy, few):
 
 
 def test_the_line_is_one_processs(lazy, capsys, monkeypatch):
-    monkeypatch.setattr(look, "tqdm", soon(look.tqdm))
+    monkeypatch.setattr(first_look, "tqdm", soon(first_look.tqdm))
     FirstLook(lazy).all()
     assert "Looking at the training cuts: 3 cuts" in capsys.readouterr().err
     FirstLook(lazy, silent=True).all()
