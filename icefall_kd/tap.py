@@ -282,7 +282,7 @@ class ModelTap:
             )
         if "encoder_out" not in self._outputs:
             raise KDError(
-                "ModelTap has seen no forward pass of its model since the last "
+                "ModelTap's model has made no forward pass since the last "
                 "take(): run the model first, or call encode()"
             )
         out = EncoderOut(**self._outputs)

@@ -575,7 +575,7 @@ def test_a_forward_pass_that_fails_is_refused_and_forgotten(make_model, features
         handle.remove()
         with pytest.raises(KDError, match="failed before its end.*run the model again"):
             hook.take()
-        with pytest.raises(KDError, match="has seen no forward pass"):
+        with pytest.raises(KDError, match="has made no forward pass"):
             hook.take()
         forward(model, *features)
         assert hook.take().decoder_out is not None
@@ -589,7 +589,7 @@ def test_an_encode_that_fails_leaves_nothing(make_model, features, at):
         with pytest.raises(ZeroDivisionError):
             hook.encode(*features)
         handle.remove()
-        with pytest.raises(KDError, match="has seen no forward pass"):
+        with pytest.raises(KDError, match="has made no forward pass"):
             hook.take()
 
 

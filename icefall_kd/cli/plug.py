@@ -102,7 +102,7 @@ def plug(
     actions = {"--diff": as_diff, "--check": check, "--undo": undo_it}
     chosen = [name for name, is_on in actions.items() if is_on]
     if len(chosen) > 1:
-        raise KDError(f"{' and '.join(chosen)} can't be asked for at once: give one")
+        raise KDError(f"{' and '.join(chosen)} can't be given at once: give one")
     if leave_out and (check or undo_it):
         raise KDError(f"--leave-out has no meaning with {chosen[0]}: leave it out")
     folder, original = (new_dir, recipe_dir) if new_dir else (recipe_dir, "")

@@ -449,5 +449,5 @@ def _build(
             temporary.write_text(words + "\n", "utf8")
     _save_start(path, model, student_params)
     click.echo(text)
-    click.echo(f"\nThe student stands in {path}. Train it with\n")
+    click.echo(f"\nThe student is in {path}. Train it with\n")
     click.echo(f"  --exp-dir {shlex.quote(student_dir)} --start-epoch 2 {line}")

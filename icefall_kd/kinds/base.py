@@ -2,7 +2,7 @@
 
 To add a kind, write one file with a subclass of :class:`FrameKind` or
 :class:`UtteranceKind` and add the class to :mod:`icefall_kd.kinds`. The writer, the
-dataset, the fingerprint and the reports then know it by its name.
+dataset, the fingerprint and the reports then find it by its name.
 """
 
 from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence
@@ -83,7 +83,7 @@ class TargetKind:
         """
         require(
             value is not None,
-            f"the cut {cut_id} comes without {title}, and the store keeps that as "
+            f"the cut {cut_id} comes without {title}, and the store holds that as "
             f"{form}: give it to write()",
         )
 

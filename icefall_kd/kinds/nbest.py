@@ -1,4 +1,4 @@
-"""A teacher's n-best list on a cut: text, which outlives a BPE model.
+"""A teacher's n-best list on a cut: text, which fits students of any tokens.
 
 A plain dictionary in the cut's custom fields, so that the manifest loads with Lhotse
 alone::
@@ -65,14 +65,14 @@ def read_nbest(cut: Cut) -> List[Tuple[str, float]]:
     """
     tracks = getattr(cut, "tracks", None)
     inner = [track.cut for track in tracks] if tracks else [cut]
-    spoken = [c for c in inner if c.supervisions or FIELD in (c.custom or {})]
-    if len(spoken) != 1:
+    with_speech = [c for c in inner if c.supervisions or FIELD in (c.custom or {})]
+    if len(with_speech) != 1:
         return []
-    value = (spoken[0].custom or {}).get(FIELD)
+    value = (with_speech[0].custom or {}).get(FIELD)
     if value is None:
         return []
-    hypotheses = _hypotheses(spoken[0], value)
-    return hypotheses if _whole(spoken[0], value) else []
+    hypotheses = _hypotheses(with_speech[0], value)
+    return hypotheses if _whole(with_speech[0], value) else []
 
 
 def _whole(cut: MonoCut, value: Any) -> bool:

@@ -233,7 +233,7 @@ def checked(
 
 
 def _problem(cut: Cut, num_features: int, first: Optional[Features]) -> str:
-    """Why no command can go on with a cut like this one; "" if it can."""
+    """Return why no command can use a cut; "" if it can be used."""
     if not cut.has_features:
         return (
             "has no features, and a teacher's targets are stored for precomputed ones: "

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import OUT
-from icefall_kd.targets import TargetDataset, look
+from icefall_kd.targets import TargetDataset, first_look
 from icefall_kd.targets.dataset import collate_targets, store_fingerprint
 from icefall_kd.targets.places import forget
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
@@ -391,7 +391,7 @@ def test_targets_of_two_dumps_are_not_put_into_one_shar(
 
 
 def test_the_first_cuts_of_a_shar_stand_for_all(filled, monkeypatch):
-    monkeypatch.setattr(look, "SAMPLE", 2)
+    monkeypatch.setattr(first_look, "SAMPLE", 2)
     cuts = iter(CutSet.from_shar(in_dir=filled))
     assert store_fingerprint(cuts)[0].vocab_size == 25
     assert [c.id for c in cuts] == ["c4", "ç5"]  # the third was looked at
@@ -401,7 +401,7 @@ def test_the_first_cuts_of_a_shar_stand_for_all(filled, monkeypatch):
 
 
 def test_all_cuts_of_a_plain_manifest_are_looked_at(plain, monkeypatch):
-    monkeypatch.setattr(look, "SAMPLE", 2)
+    monkeypatch.setattr(first_look, "SAMPLE", 2)
     cuts = [*list(plain)[:4], plain["ç5"].drop_custom(FIELD)]
     with pytest.raises(KDError, match="1 of 5 training cuts have no targets.*ç5"):
         store_fingerprint(cuts)

@@ -229,10 +229,10 @@ def test_no_frames_are_refused(cuts, opened):
 @pytest.mark.parametrize(
     "lacking, words",
     [
-        ("ctc", "without CTC logits, and the store keeps that as dense"),
-        ("lattice", "without a lattice, and the store keeps that as collapsed"),
-        (1, "without layer 1, and the store keeps that as 1:half"),
-        (OUT, "without layer out, and the store keeps that as out:half"),
+        ("ctc", "without CTC logits, and the store holds that as dense"),
+        ("lattice", "without a lattice, and the store holds that as collapsed"),
+        (1, "without layer 1, and the store holds that as 1:half"),
+        (OUT, "without layer out, and the store holds that as out:half"),
         ("hidden", "without layer 1, and"),
     ],
 )
