@@ -20,9 +20,7 @@ from typing import Dict, List
 import torch
 from tqdm.auto import tqdm
 
-from icefall_kd.kinds.codec import Codec
-from icefall_kd.losses import ctc_kd_loss
-from icefall_kd.types import SparseDistribution
+from icefall_kd import Codec, SparseDistribution, ctc_kd_loss
 
 # Utterances, frames of 40 ms, symbols.
 CASES = {

@@ -28,15 +28,17 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 from lhotse.features.io import LilcomChunkyWriter
 from tqdm.auto import tqdm
 
+from icefall_kd import (
+    Fingerprint,
+    TargetWriter,
+    Teacher,
+    collate_targets,
+    dump_targets,
+    load_model,
+    load_tokenizer,
+)
 from icefall_kd.targets.batches import DumpPlan, FeatureReader, batches
-from icefall_kd.targets.dataset import collate_targets
-from icefall_kd.targets.dump import dump_targets
-from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.transcript_checks import labels_of
-from icefall_kd.targets.writer import TargetWriter
-from icefall_kd.teacher.loader import load_recipe_model
-from icefall_kd.teacher.teacher import Teacher
-from icefall_kd.tokens import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,7 +111,7 @@ def main() -> None:
     args.json = args.json and args.json.resolve()
     os.chdir(args.work_dir)  # what a recipe's paths are relative to
     exp, data = Path("exp"), Path("data")
-    model, settings = load_recipe_model(
+    model, settings = load_model(
         args.recipe, exp / "teacher", args.teacher_epoch, 0, 1, True
     )
     cuts = CutSet.from_file(data / "fbank/digits_cuts_train.jsonl.gz")

@@ -28,9 +28,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from icefall_kd.kinds.codec import Codec
+from icefall_kd import Codec, SparseDistribution
 from icefall_kd.losses.kl import linear_kl, row_kl
-from icefall_kd.types import SparseDistribution
 
 CASES = {
     "(16000, 500)": (16000, 500),

@@ -64,8 +64,7 @@ def answer(args: argparse.Namespace) -> None:
     import torch
 
     sys.path.insert(0, str(RECIPE.parents[3]))
-    from icefall_kd.rnnt import get_engine
-    from icefall_kd.teacher.recipe import import_train
+    from icefall_kd import get_engine, import_train
 
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(0)

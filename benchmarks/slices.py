@@ -21,15 +21,19 @@ from typing import Any, Dict, List
 import torch
 from tqdm.auto import tqdm
 
+from icefall_kd import (
+    build_student,
+    count_parameters,
+    import_train,
+    load_model,
+    load_tokenizer,
+    one_sentence,
+    score_heads,
+    select_important,
+)
 from icefall_kd.cli.student import read_batches
-from icefall_kd.errors import one_sentence
-from icefall_kd.student.build import build_student, check_slices
-from icefall_kd.student.count import count_parameters
-from icefall_kd.student.importance import select_important
-from icefall_kd.student.scores import score_heads
+from icefall_kd.student.build import check_slices
 from icefall_kd.student.search import nearest
-from icefall_kd.teacher.loader import import_train, load_recipe_model
-from icefall_kd.tokens import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICES = {
@@ -61,7 +65,7 @@ def get_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
     train = import_train(args.recipe)
-    teacher, settings = load_recipe_model(args.recipe, args.exp_dir, args.epoch)
+    teacher, settings = load_model(args.recipe, args.exp_dir, args.epoch)
     sp = load_tokenizer(args.bpe_model, settings["vocab_size"])
     params = train.get_params()
     params.update(settings)

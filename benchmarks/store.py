@@ -27,12 +27,16 @@ from lhotse import CutSet
 from lhotse.dataset.collation import collate_features
 from tqdm.auto import tqdm
 
-from icefall_kd.kinds.codec import Codec
+from icefall_kd import (
+    Codec,
+    Distribution,
+    ModelTap,
+    PrunedLattice,
+    SparseDistribution,
+    load_model,
+    load_tokenizer,
+)
 from icefall_kd.kinds.lattice import LatticeCodec
-from icefall_kd.tap import ModelTap
-from icefall_kd.teacher.loader import load_recipe_model
-from icefall_kd.tokens import load_tokenizer
-from icefall_kd.types import Distribution, PrunedLattice, SparseDistribution
 
 ROOT = Path(__file__).resolve().parents[1]
 CTC = "dense top:4 top:8 adaptive:0.99:16 adaptive:0.998:16 adaptive:0.999:16"
@@ -228,10 +232,10 @@ def main() -> None:
     args.json = args.json and args.json.resolve()
     os.chdir(args.work_dir)  # what a recipe's paths are relative to
     exp, data = Path("exp"), Path("data")
-    teacher, settings = load_recipe_model(
+    teacher, settings = load_model(
         args.recipe, exp / "teacher", args.teacher_epoch, 0, 1, True
     )
-    student, _ = load_recipe_model(
+    student, _ = load_model(
         args.recipe, exp / "student", args.student_epoch, 0, 1, True
     )
     v, blank = settings["vocab_size"], settings["blank_id"]

@@ -95,9 +95,9 @@ def _forget_recipes(path):
 @pytest.fixture(autouse=True)
 def as_found():
     """Undo what a session or the import of a recipe leaves in the process."""
-    hook, path = sys.excepthook, list(sys.path)
+    excepthook, path = sys.excepthook, list(sys.path)
     yield
-    sys.excepthook = hook
+    sys.excepthook = excepthook
     _forget_recipes(path)
     session = sys.modules.get("icefall_kd.training.session")
     if session is not None:
@@ -299,7 +299,9 @@ def bpe_models(tmp_path_factory):
 
 def frames_of(num_frames):
     """Encoder frames of so many feature frames."""
-    return ((num_frames - 7) // 2 + 1) // 2
+    from icefall_kd import encoder_frames
+
+    return encoder_frames(num_frames)
 
 
 @pytest.fixture(scope="session")

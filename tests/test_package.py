@@ -1,12 +1,17 @@
-"""The package is cheap to have around."""
+"""The package is cheap to import, and its public names are enough."""
 
+import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import icefall_kd
 
+ROOT = Path(icefall_kd.__file__).parents[1]
+DEEPER = "icefall_kd."
+USERS = sorted([*ROOT.glob("egs/**/*.py"), *ROOT.glob("benchmarks/*.py")])
 HEAVY = {"torch", "k2", "fast_rnnt", "lhotse", "numpy"}
 LIST = "import sys; print(' '.join(sorted({m.partition('.')[0] for m in sys.modules})))"
 
@@ -28,9 +33,16 @@ def test_the_first_use_of_a_name_imports_it(run_python):
     assert not loaded & {"k2", "fast_rnnt", "lhotse"}
 
 
+@pytest.mark.parametrize("name", icefall_kd.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(icefall_kd, name) is not None
+    assert name in dir(icefall_kd)
+
+
 @pytest.mark.parametrize(
     "name, module",
     [
+        ("KDError", "icefall_kd.errors"),
         ("ModelTap", "icefall_kd.tap"),
         ("TargetWriter", "icefall_kd.targets.writer"),
         ("JointKDLoss", "icefall_kd.terms.joint"),
@@ -41,13 +53,40 @@ def test_the_first_use_of_a_name_imports_it(run_python):
         ("TeacherSpec", "icefall_kd.teacher.spec"),
     ],
 )
-def test_a_public_name_is_in_its_module(name, module):
-    found = getattr(icefall_kd, name)
-    assert (found.__name__, found.__module__) == (name, module)
-    assert name in dir(icefall_kd) and name in icefall_kd.__all__
+def test_a_public_name_is_that_of_its_module(name, module):
+    value = getattr(icefall_kd, name)
+    assert (value.__name__, value.__module__) == (name, module)
+    assert name in icefall_kd.__all__
 
 
-def test_the_former_name_of_the_tap_opens_the_same_door():
+def deeper_imports(path):
+    """What a file imports from the package's modules, as (module, name)."""
+    for node in ast.walk(ast.parse(path.read_text("utf8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(DEEPER):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", USERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipes_and_benchmarks_import_public_names_from_the_package(path):
+    public = {id(getattr(icefall_kd, name)) for name in icefall_kd.__all__}
+    deeper = [
+        f"{module}.{name}"
+        for module, name in deeper_imports(path)
+        if id(getattr(import_module(module), name, None) or path) in public
+    ]
+    assert deeper == []
+
+
+def test_an_import_from_a_module_is_seen(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from icefall_kd.errors import KDError as Error, require\n")
+    assert list(deeper_imports(script)) == [
+        ("icefall_kd.errors", "KDError"),
+        ("icefall_kd.errors", "require"),
+    ]
+
+
+def test_the_former_name_of_the_tap_is_the_same_class():
     assert icefall_kd.TeacherHook is icefall_kd.ModelTap
 
 
@@ -57,6 +96,6 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_version_is_that_of_setup():
-    setup = Path(icefall_kd.__file__).parents[1] / "setup.py"
+    setup = ROOT / "setup.py"
     version = re.search(r'version="([^"]+)"', setup.read_text("utf8")).group(1)
     assert icefall_kd.__version__ == version

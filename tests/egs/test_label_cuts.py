@@ -23,7 +23,7 @@ def run(make_model, bpe_models, tmp_path, capsys, monkeypatch):
     model = make_model(seed=3).eval()
     monkeypatch.setattr(
         teacher_utils,
-        "load_recipe_model",
+        "load_model",
         lambda *_, **__: (model, {"feature_dim": 20, "vocab_size": 12}),
     )
 

@@ -113,7 +113,7 @@ def run(teacher, bpe_models, tmp_path, capsys):
         threads = torch.get_num_threads()
         model = mock.patch.object(
             teacher_utils,
-            "load_recipe_model",
+            "load_model",
             lambda *_, **__: (teacher, {"feature_dim": 20, "vocab_size": 12}),
         )
         try:

@@ -16,7 +16,7 @@ from typing import Dict, List
 from results_table import HEADS, closed, read
 from script_utils import check_range, run_script, words_of
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 
 METHODS = {"ctc_wer": "ctc-greedy-search", "transducer_wer": "greedy_search"}
 

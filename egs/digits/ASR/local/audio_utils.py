@@ -11,7 +11,7 @@ from typing import Sequence, Tuple
 
 import numpy as np
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 
 SAMPLING_RATE = 8000
 SNR_RANGE = (0.0, 15.0)  # dB, over the whole utterance

@@ -32,7 +32,7 @@ from script_utils import (
 )
 from tqdm.auto import tqdm
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 
 Cut = Dict[str, Any]  # a cut as it stands in a manifest
 Mapper = Callable[[Callable[[Cut], Cut], List[Cut]], Iterable[Cut]]

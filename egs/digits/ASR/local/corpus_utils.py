@@ -17,7 +17,7 @@ from script_utils import (
 )
 from tqdm.auto import tqdm
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 
 WORDS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
 NUM_DIGITS = (2, 6)  # fewest and most digits in an utterance

@@ -15,7 +15,7 @@ from typing import Dict, List, Optional, Tuple
 from results_table import HEADS
 from script_utils import read_rows, run_script, words_of
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 
 LOSSES = {"none": "without KD", "mix": "with KD"}
 STARTS = {

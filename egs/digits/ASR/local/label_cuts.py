@@ -16,7 +16,7 @@ from script_utils import run_script, staged_dir
 from teacher_utils import batches, load_teacher, memory_words, teacher_parser
 from zipformer.decode.search import greedy_search
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 from icefall_kd.memory import enough_memory
 
 

@@ -20,11 +20,8 @@ from script_utils import MOST_THREADS, check_range, run_script
 from teacher_utils import RECIPE
 from tqdm.auto import tqdm
 
+from icefall_kd import KDError, load_model, load_tokenizer, one_sentence, score_heads
 from icefall_kd.cli.student import read_batches
-from icefall_kd.errors import KDError, one_sentence
-from icefall_kd.student.scores import score_heads
-from icefall_kd.teacher.loader import load_recipe_model
-from icefall_kd.tokens import load_tokenizer
 
 
 def get_args() -> argparse.Namespace:
@@ -66,7 +63,7 @@ def main() -> None:
     bar = tqdm(points(args.exp_dir, args.last_step), desc=args.exp_dir.name)
     with one_sentence():
         for step, epoch, iteration in bar:
-            model, settings = load_recipe_model(
+            model, settings = load_model(
                 RECIPE, args.exp_dir, epoch, iteration, use_averaged_model=False
             )
             if not batches:

@@ -26,10 +26,8 @@ from script_utils import check_range, run_script, staged_dir
 from tqdm import tqdm
 from zipformer.decode.search import greedy_search
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError, load_checkpoint, load_model
 from icefall_kd.targets.cuts import ManifestCuts
-from icefall_kd.teacher.checkpoints import load_checkpoint
-from icefall_kd.teacher.loader import load_recipe_model
 
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 HEADS = {"ctc_wer": "ctc-greedy-search", "transducer_wer": "greedy_search"}
@@ -113,7 +111,7 @@ def main() -> None:
                 "exp/teacher:4"
             )
         exp_dir = Path(exp_dir)
-        model, _ = load_recipe_model(
+        model, _ = load_model(
             RECIPE, exp_dir, int(epoch), avg=args.avg, use_averaged_model=True
         )
         last = load_checkpoint(exp_dir / f"epoch-{epoch}.pt")

@@ -22,9 +22,8 @@ from lhotse import CutSet
 from script_utils import check_range, run_script, staged_dir
 from teacher_utils import batches, load_teacher, memory_words, teacher_parser
 
-from icefall_kd.kinds.nbest import write_nbest
+from icefall_kd import ModelTap, write_nbest
 from icefall_kd.memory import enough_memory
-from icefall_kd.tap import ModelTap
 
 
 def get_args() -> argparse.Namespace:

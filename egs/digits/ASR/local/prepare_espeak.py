@@ -37,7 +37,7 @@ from corpus_utils import (
 )
 from script_utils import run_script
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 
 ACCENTS = (
     "en en-029 en-gb-scotland en-gb-x-gbclan en-gb-x-gbcwmd en-gb-x-rp en-us "

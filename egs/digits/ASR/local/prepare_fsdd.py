@@ -38,7 +38,7 @@ from corpus_utils import (
 from script_utils import run_script
 from tqdm.auto import tqdm
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 
 NUM_DEV_INDEXES = 5  # recordings 0 to 4 of a training speaker are for dev
 NAME = re.compile(r"([0-9])_([A-Za-z0-9-]+)_([0-9]+)\.wav")

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Tuple
 
 from script_utils import read_rows, run_script, words_of
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 
 EXPERIMENTS = {
     "": "students that start from the teacher's layers",

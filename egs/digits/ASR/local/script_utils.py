@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence
 
-from icefall_kd.errors import KDError, disk_errors, require
+from icefall_kd import KDError
+from icefall_kd.errors import disk_errors, require
 
 MOST = 10**6  # the upper bound of options that count something
 MOST_THREADS = 1024

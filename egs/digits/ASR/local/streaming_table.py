@@ -28,10 +28,7 @@ from script_utils import run_script
 from teacher_utils import RECIPE
 from tqdm import tqdm
 
-from icefall_kd.errors import KDError
-from icefall_kd.student.greedy import transducer_greedy
-from icefall_kd.tap import ModelTap
-from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd import KDError, ModelTap, load_model, transducer_greedy
 
 FRAME_MS = 40
 GAP = "*"
@@ -72,7 +69,7 @@ def recognise(
         return json.loads(path.read_text("utf8"))
     if not (exp_dir / f"epoch-{epoch}.pt").is_file():
         raise KDError(f"{exp_dir} has no epoch-{epoch}.pt, let run_streaming.sh finish")
-    model, settings = load_recipe_model(RECIPE, exp_dir, epoch, use_averaged_model=True)
+    model, settings = load_model(RECIPE, exp_dir, epoch, use_averaged_model=True)
     sp = spm.SentencePieceProcessor()
     sp.load(str(bpe_model))
     cuts = CutSet.from_file(manifest).to_eager()

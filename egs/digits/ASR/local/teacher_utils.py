@@ -12,12 +12,10 @@ from lhotse.dataset.sampling import SimpleCutSampler
 from script_utils import MOST_THREADS, check_range
 from tqdm import tqdm
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError, load_model, load_tokenizer
 from icefall_kd.files import MANIFEST, check_new_file
 from icefall_kd.targets.cuts import ManifestCuts, Survey, checked
 from icefall_kd.targets.model_input import check_supervision, collate_input
-from icefall_kd.teacher.loader import load_recipe_model
-from icefall_kd.tokens import load_tokenizer
 
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 
@@ -59,7 +57,7 @@ def load_teacher(
     check_range(args.avg, 1, "--avg")
     check_range(args.num_threads, 0, "--num-threads", MOST_THREADS)
     torch.set_num_threads(args.num_threads or os.cpu_count() or 1)
-    model, settings = load_recipe_model(
+    model, settings = load_model(
         RECIPE, args.exp_dir, args.epoch, avg=args.avg, use_averaged_model=True
     )
     sp = load_tokenizer(args.bpe_model, settings["vocab_size"])

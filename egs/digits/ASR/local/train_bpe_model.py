@@ -18,7 +18,7 @@ from typing import List
 
 from script_utils import check_range, read_manifest, run_script, staged_dir
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 
 
 def get_args() -> argparse.Namespace:

@@ -27,7 +27,7 @@ from typing import Any, Optional, Set
 from audio_utils import SAMPLING_RATE
 from script_utils import read_manifest, run_script, str2bool
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError, encoder_frames
 
 SPARE_FRAMES = 2
 
@@ -72,11 +72,6 @@ def load_bpe_model(path: Path) -> Any:
     return sp
 
 
-def num_subsampled_frames(num_frames: int) -> int:
-    """Frames after the convolutions and the encoder's last halving, 4 to 1."""
-    return ((num_frames - 7) // 2 + 1) // 2
-
-
 def check_supervision(cut: Any, allow_untranscribed: bool) -> None:
     if len(cut.supervisions) != 1:
         raise KDError(
@@ -111,7 +106,7 @@ def check_tokens(cut: Any, sp: Any) -> None:
             f"cut {cut.id} has the text {text!r}, for which the BPE model has no "
             "tokens but <unk>, train the model on these transcripts"
         )
-    num_frames = num_subsampled_frames(cut.num_frames)
+    num_frames = encoder_frames(cut.num_frames)
     if num_frames < len(tokens) + SPARE_FRAMES:
         raise KDError(
             f"cut {cut.id} has {num_frames} frames after subsampling where its "

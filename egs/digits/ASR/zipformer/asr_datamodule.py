@@ -15,7 +15,7 @@ from lhotse.dataset import (
 from torch.utils.data import DataLoader
 from zipformer.utils import str2bool
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError
 from icefall_kd.training import session as kd
 
 

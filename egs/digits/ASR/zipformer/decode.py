@@ -25,8 +25,7 @@ from train import load_bpe_model
 from zipformer.decode.search import ctc_greedy_search, greedy_search
 from zipformer.utils import AttributeDict, setup_logger, store_transcripts, str2bool
 
-from icefall_kd.errors import KDError, one_sentence
-from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd import KDError, load_model, one_sentence
 
 METHODS = ("ctc-greedy-search", "greedy_search")
 # (cut id, reference words, recognised words)
@@ -156,7 +155,7 @@ def main():
 
     sp = load_bpe_model(params.bpe_model)
     params.blank_id = sp.piece_to_id("<blk>")
-    model, settings = load_recipe_model(
+    model, settings = load_model(
         Path(__file__).parent,
         params.exp_dir,
         params.epoch,

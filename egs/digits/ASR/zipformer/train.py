@@ -50,9 +50,8 @@ from zipformer.utils import (
 from zipformer.utils import save_checkpoint as save_checkpoint_impl
 from zipformer.utils import setup_dist, setup_logger, str2bool, update_averaged_model
 
-from icefall_kd.errors import KDError
+from icefall_kd import KDError, get_engine
 from icefall_kd.files import replacing
-from icefall_kd.rnnt import get_engine
 from icefall_kd.training import session as kd
 
 
