@@ -71,7 +71,7 @@ class Side:
         self.params.sos_id = self.params.eos_id = self.sp.piece_to_id("<sos/eos>")
         self.params.vocab_size = self.sp.get_piece_size()
         self.params.enable_spec_aug = False  # as on both sides
-        self.params.batch_idx_train = 10**4  # behind the warm-up
+        self.params.batch_idx_train = 10**4  # after the warm-up
         torch.manual_seed(0)
         self.train = train
         self.model = train.get_model(self.params).train()

@@ -92,7 +92,7 @@ def training_rows() -> Iterator[Row]:
 
 
 def script_rows(text: str) -> Iterator[Row]:
-    """The options of a shell script, with the comments behind them."""
+    """The options of a shell script, with the comments after them."""
     head = re.search(r"^# Options$(.*?)^help_message=", text, re.M | re.S)[1]
     head = re.sub(r"\n +# ", " ", head)  # a comment's second line
     for line in head.splitlines():

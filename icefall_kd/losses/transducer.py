@@ -194,7 +194,7 @@ def nodes_kd_loss(
         and m_t the mean of the logits over the frame's nodes, all weighing the same.
         The mean is over the label positions that the teacher's path takes with a
         probability above 1/510; others are no nodes. Each frame counts once, whatever
-        ``node_weighting`` says.
+        ``node_weighting`` is.
 
     Nodes of the best path alone (arXiv:2110.03334) come from :func:`path_nodes`, or
     from a store of a form ``path:...``.

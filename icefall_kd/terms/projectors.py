@@ -2,7 +2,7 @@
 
 A projector (a linear map to the teacher's width) or a predictor of MVQ codes trains
 beside the student. It lies outside the student's modules, so that it is in no
-checkpoint of the student and DistributedDataParallel doesn't see it:
+checkpoint of the student and not among the parameters of DistributedDataParallel:
 :meth:`Projectors.step` averages its gradients over the processes and updates it with an
 Adam of its own.
 """

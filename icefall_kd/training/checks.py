@@ -47,7 +47,7 @@ def check_online(params: Dict[str, Any], joint: Any, online: bool) -> None:
 def check_best_path(
     params: Dict[str, Any], joint: Any, fingerprint: Any, store: str
 ) -> None:
-    """Refuse a store of whole lattices where the option asks for the best path alone.
+    """Refuse a store of whole lattices where the option is for the best path alone.
 
     Args:
       params: The recipe's params.

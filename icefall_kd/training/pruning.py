@@ -2,7 +2,7 @@
 
 The source is Interspeech 2025, zhang25n. The recipe's model calls its transducer engine
 by the engine's own name, ``k2.get_rnnt_prune_ranges(...)``, for the label positions of
-each frame. No hook of a module sees this call, and the model is not edited: so the
+each frame. Hooks of modules don't get this call, and the model is not edited: so the
 function in the engine's module is replaced, from ``kd.begin(batch)`` until its first
 call.
 """

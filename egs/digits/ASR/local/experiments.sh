@@ -1,4 +1,4 @@
-# What run_ablation.sh, run_slices.sh and run_streaming.sh share, behind
+# What run_ablation.sh, run_slices.sh and run_streaming.sh share, after
 # shared/stoppable.sh; they set work_dir and num_jobs.
 
 # targets SEED: the targets of the training cuts, in three sets.

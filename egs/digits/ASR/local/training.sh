@@ -1,4 +1,4 @@
-# To be sourced, behind shared/stoppable.sh.
+# To be sourced, after shared/stoppable.sh.
 
 # train FOLDER FIRST LAST FLAGS: those of the epochs FIRST to LAST that are not done.
 train() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# To be sourced, behind parse_options.sh. What a script can't use it refuses before it
+# To be sourced, after parse_options.sh. What a script can't use it refuses before it
 # removes or writes anything. To bash a number with a zero in front is octal, and one of
 # many digits overflows.
 
