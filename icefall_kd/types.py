@@ -70,7 +70,7 @@ def index_rows(rows: Any, index: Any) -> Any:
 
 
 def tile(value: Any, copies: int, rows: int) -> Any:
-    """Repeat a value of a batch, one copy of the batch behind the other.
+    """Repeat a value of a batch, one copy of the batch after another.
 
     Args:
       value: Tensors whose first dimension is the batch's, lists with an entry for each
@@ -156,7 +156,7 @@ class Nodes:
     row: torch.Tensor  # (R,), int64, the node's utterance
     frame: torch.Tensor  # (R,), int64, t
     position: torch.Tensor  # (R,), int64, u: labels emitted before
-    label: torch.Tensor  # (R,), int64, the next label; -1 behind the last
+    label: torch.Tensor  # (R,), int64, the next label; -1 after the last
     occupancy: torch.Tensor  # (R,)
     teacher: Distribution  # (R, V) log-probabilities, or sparse
 
@@ -171,7 +171,7 @@ class Nodes:
         """Return the nodes of a batch that is repeated.
 
         Args:
-          copies: How many times the batch occurs, one copy behind the other.
+          copies: How many times the batch occurs, one copy after another.
           rows: N, how many rows the batch has.
         """
         tiled = map_tensors(lambda x: torch.cat([x] * copies), self)
@@ -224,7 +224,7 @@ class Targets:
         """Return the targets of a batch that is repeated.
 
         Args:
-          copies: How many times the batch occurs, one copy behind the other.
+          copies: How many times the batch occurs, one copy after another.
         """
         if copies == 1:
             return self

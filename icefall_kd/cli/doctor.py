@@ -118,7 +118,7 @@ def _is_among(teacher: str, teachers: str) -> bool:
     Args:
       teacher: Its name, which has commas where a causal teacher has several chunks.
       teachers: The fingerprint's: one name, or several with commas, with a weight
-        behind each (``name*2``) or the field that chooses among them at the end.
+        after each (``name*2``) or the field that chooses among them at the end.
     """
     return bool(re.search(rf"(^|,){re.escape(teacher)}($|[,*]| by )", teachers))
 
@@ -297,7 +297,7 @@ def doctor(
         check_new_file(write_flags, "--write-flags")
     require(
         cuts or not kd,
-        "--kd is looked at beside targets: give --cuts that carry them",
+        "--kd is checked against targets: give --cuts that carry them",
     )
     _installed()
     if not has_teacher:

@@ -81,7 +81,7 @@ from icefall_kd.tokens import hash_tokens, token_names, write_token_names
     metavar="FORM",
     help="The form in which CTC targets are stored: dense, top:K, "
     "adaptive:MASS:MAX, sampled:N, or none. Sparse forms are for one temperature: 1, "
-    "or that behind @, such as top:8@2.",
+    "or that after @, such as top:8@2.",
 )
 @click.option(
     "--keep-lattice",

@@ -118,7 +118,7 @@ def plug(
         return
     if not new_dir:
         raise KDError(
-            f"the new folder is missing: give it behind {recipe_dir}, such as "
+            f"the new folder is missing: give it after {recipe_dir}, such as "
             f"{default_dir}"
         )
     plan = plug_recipe(recipe_dir, new_dir, leave_out)

@@ -163,7 +163,7 @@ class FrameKind(TargetKind):
     """
 
     def decode(self, records: Sequence[Parts], frames: Sequence[int]) -> Any:
-        """Turn records into values, all frames of all records one behind the other.
+        """Turn records into values, all frames of all records one after another.
 
         Args:
           records: One or more.

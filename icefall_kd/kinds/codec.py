@@ -14,7 +14,7 @@ K + 1 classes, an exact divergence and a lower bound of the dense one; without i
 top-k KL is biased and can be negative (arXiv:2503.16870). ``sampled`` gives an unbiased
 estimate of the gradient.
 
-``@T`` behind the form, as in ``adaptive:.999:32@2``, stores softmax(z / T) in place of
+``@T`` after the form, as in ``adaptive:.999:32@2``, stores softmax(z / T) in place of
 softmax(z). A sparse target can't be brought to another temperature: what its tail
 would be there is not known. So a sparse store is made for one temperature, and read
 at that one only; ``dense`` serves all.
@@ -220,7 +220,7 @@ class Codec:
           vocab_size: V, the number of tokens.
 
         Returns:
-          All rows, one encoding's behind the other's: log-probabilities, of a sum of 1
+          All rows, one encoding's after another's: log-probabilities, of a sum of 1
           in each row.
 
         Raises:
@@ -260,9 +260,9 @@ def _decode_dense(data: Sequence[bytes], rows: int, vocab_size: int) -> torch.Te
 
 def _sections(data: bytes, rows: int, dtype: np.dtype) -> Tuple[np.ndarray, ...]:
     """The counts, tails, tokens and values of one sparse encoding."""
-    inflated, behind = inflate(data)
-    if behind:
-        raise ValueError(f"{len(behind)} bytes too many")
+    inflated, rest = inflate(data)
+    if rest:
+        raise ValueError(f"{len(rest)} bytes too many")
     entries, remainder = divmod(len(inflated) - 2 * rows, dtype.itemsize + 1)
     if remainder or entries < 0:
         raise ValueError(f"{len(inflated)} bytes for {rows} rows")
@@ -294,7 +294,7 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 def deflate(arrays: Sequence[np.ndarray]) -> bytes:
-    """Deflate the bytes of arrays together, one behind the other.
+    """Deflate the bytes of arrays together, one after another.
 
     Args:
       arrays: Of any shapes and types.
@@ -303,7 +303,7 @@ def deflate(arrays: Sequence[np.ndarray]) -> bytes:
 
 
 def inflate(data: bytes) -> Tuple[bytes, bytes]:
-    """Return what was deflated, and the bytes behind it.
+    """Return what was deflated, and the bytes after it.
 
     Args:
       data: Begins with what :func:`deflate` returned.
@@ -322,7 +322,7 @@ def inflate(data: bytes) -> Tuple[bytes, bytes]:
 
 
 class Reader:
-    """Takes arrays off bytes, one behind the other.
+    """Takes arrays off bytes, one after another.
 
     Args:
       data: The bytes.

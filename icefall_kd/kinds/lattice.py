@@ -8,7 +8,7 @@ where the vocabulary has more than 65536)::
                     | T, U, S    | ranges[:, 0]| labels      | occupancy * 255  |
                     | 3 x uint32 | T x uint16  | U x token   | T * S x uint8    |
                     +------------+-------------+-------------+------------------+
-    behind it       | the R nodes' distributions, in the order of frames and positions:
+    after it        | the R nodes' distributions, in the order of frames and positions:
                     | collapsed: R x (log P(next label), log P(blank)), float16
                     | else: as icefall_kd.kinds.codec encodes R rows
 """
@@ -173,7 +173,7 @@ class LatticeCodec:
         pair = torch.from_numpy(pair)
         rest = (1 - pair.exp().sum(-1)).clamp(min=1e-6).log()
         mass = torch.cat((pair, rest[:, None]), 1).logsumexp(-1)
-        label = label.clamp(min=0)  # behind the last label: of probability 0
+        label = label.clamp(min=0)  # after the last label: of probability 0
         blank = torch.full_like(label, self.blank_id)
         indices = torch.stack((label, blank), -1)
         return SparseDistribution(indices, pair - mass[:, None], rest - mass)

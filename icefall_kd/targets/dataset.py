@@ -140,7 +140,7 @@ def read_targets(
     records = [piece.pointer.read() for row in pieces_of_rows for piece in row]
     lens = [max((p.end for p in pieces), default=0) for pieces in pieces_of_rows]
     # The records of the batch, numbered row by row and in the order of time. Their
-    # frames are numbered too, one record's behind the other's; `index` has the number
+    # frames are numbered too, one record's after another's; `index` has the number
     # of the frame that each frame of each row takes, -1 for one without targets:
     #
     #   record 0 of 5 frames, record 1 of 3     0 1 2 3 4 | 5 6 7
