@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from icefall_kd import ctc_kd_loss
@@ -348,6 +348,7 @@ def test_a_bytes_error_is_within_its_bound(seed, v, scale, name):
 )
 def test_rows_that_round_to_one_side_are_within_the_bound(k, share, side):
     step = int(255 * (share / k) ** 0.5)
+    assume(k * ((step + 0.52) / 255) ** 2 < 1)  # the others have a mass left
     bound, error = bound_and_error(f"top:{k}", half_steps(k, step, side))
     assert (error <= bound + 1e-6).all()
 
