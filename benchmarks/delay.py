@@ -93,9 +93,9 @@ def main() -> None:
             bar = tqdm(range(args.repeats + 1), desc=f"{name}, {kind}", leave=False)
             for repeat in bar:
                 for delay in DELAYS:
-                    took = seconds(student, targets, lengths, delay)
+                    elapsed = seconds(student, targets, lengths, delay)
                     if repeat:  # the first warms up
-                        times[delay].append(took)
+                        times[delay].append(elapsed)
             medians = {d: median(x) for d, x in times.items()}
             ratios = [medians[d] / medians[0] for d in DELAYS[1:]]
             figures.append(

@@ -159,7 +159,7 @@ def main() -> None:
         print("| kept | forward, s | forward and writing, s | ratio |")
         rows = ["|---|---|---|---|"]
         for keep, lattice in forms:
-            found = timed(
+            medians = timed(
                 {
                     "forward": partial(forward, keep, lattice, False),
                     "writing": partial(forward, keep, lattice, True),
@@ -167,10 +167,10 @@ def main() -> None:
                 args.repeats,
             )
             name = f"{keep} {lattice}".strip()
-            ratio = found["writing"] / found["forward"]
-            figures[f"write {name}"] = {**found, "ratio": ratio}
+            ratio = medians["writing"] / medians["forward"]
+            figures[f"write {name}"] = {**medians, "ratio": ratio}
             rows.append(
-                f"| {name} | {found['forward']:.2f} | {found['writing']:.2f} | "
+                f"| {name} | {medians['forward']:.2f} | {medians['writing']:.2f} | "
                 f"{ratio:.3f} |"
             )
         print("\n".join(rows))
@@ -183,19 +183,19 @@ def main() -> None:
         for keep, lattice in forms[:2]:
             stored = CutSet.from_file(f"{folder}/{keep}{lattice}.jsonl.gz").to_eager()
             lilcom = stored.copy_feats(LilcomChunkyWriter(f"{folder}/lilcom"))
-            for kind, these in (("numpy_files", stored), ("lilcom_chunky", lilcom)):
-                lists = list(batches(list(these), args.max_duration))
+            for kind, manifest in (("numpy_files", stored), ("lilcom_chunky", lilcom)):
+                lists = list(batches(list(manifest), args.max_duration))
                 parts = [CutSet.from_cuts(cuts) for cuts in lists]
-                found = timed(
+                medians = timed(
                     {
                         "features": partial(each, dataset.__getitem__, parts),
                         "targets": partial(each, collate_targets, lists),
                     },
                     args.repeats,
                 )
-                ratio = found["targets"] / found["features"]
-                figures[f"read {keep}, {kind}"] = {**found, "ratio": ratio}
-                ms = {k: 1e3 * v / len(stored) for k, v in found.items()}
+                ratio = medians["targets"] / medians["features"]
+                figures[f"read {keep}, {kind}"] = {**medians, "ratio": ratio}
+                ms = {k: 1e3 * v / len(stored) for k, v in medians.items()}
                 print(
                     f"| {keep} | {kind} | {ms['features']:.3f} | {ms['targets']:.3f} | "
                     f"{ratio:.2f} |"

@@ -170,10 +170,10 @@ def fused_ways(
         liger = liger_loss(layer)
     except ImportError:
         return runs
-    ours = float(linear_kl(x[:99], layer, teacher[:99], temperature=TEMPERATURE))
-    theirs = float(liger(x[:99], teacher[:99]))
-    if abs(theirs / ours - 1) > 0.01:
-        print(f"Liger's divergence is {theirs} where ours is {ours}: left out")
+    our_kl = float(linear_kl(x[:99], layer, teacher[:99], temperature=TEMPERATURE))
+    liger_kl = float(liger(x[:99], teacher[:99]))
+    if abs(liger_kl / our_kl - 1) > 0.01:
+        print(f"Liger's divergence is {liger_kl} where ours is {our_kl}: left out")
         return runs
     return {**runs, "Liger, fused layers": run(lambda: liger(x, teacher))}
 

@@ -69,29 +69,29 @@ def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
     sp = load_tokenizer(args.bpe_model, settings["vocab_size"])
     params = train.get_params()
     params.update(settings)
-    heard = read_batches(args.cuts, args.num_cuts, settings, sp)
+    batches = read_batches(args.cuts, args.num_cuts, settings, sp)
     test = read_batches(args.test_cuts, args.num_cuts, settings, sp)
     size = count_parameters(params)["all"]
     goals = [round(size * float(share)) for share in args.shares.split(",")]
     rows = []
 
     def note(name: str, model, number: int) -> None:
-        found = dataclasses.asdict(score_heads(model, test, sp, settings["blank_id"]))
-        rows.append({"kept": name, "parameters": number, **found})
+        scores = dataclasses.asdict(score_heads(model, test, sp, settings["blank_id"]))
+        rows.append({"kept": name, "parameters": number, **scores})
 
     note("teacher", teacher, size)
     with tqdm(desc="Students", total=len(goals) * len(CHOICES)) as bar:
         for goal in goals:
             changes = nearest(goal, params, params)
             new = check_slices(teacher, params, changes)
-            for name, which in CHOICES.items():
-                kept = select_important(teacher, params, new, heard, **which)
+            for name, parts in CHOICES.items():
+                chosen = select_important(teacher, params, new, batches, **parts)
                 student, _ = build_student(
-                    teacher, params, changes, train.get_model, selection=kept
+                    teacher, params, changes, train.get_model, selection=chosen
                 )
                 number = sum(p.numel() for p in student.parameters())
                 note(name, student.eval(), number)
-                rows[-1].update(layers=kept.layers, settings=changes)
+                rows[-1].update(layers=chosen.layers, settings=changes)
                 bar.update()
     return rows
 

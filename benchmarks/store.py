@@ -70,18 +70,18 @@ class Split:
 
     def __init__(self, v: int, blank_id: int, seed: int, size: int = 500) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        others = [i for i in range(v) if i != blank_id]
+        non_blank = [i for i in range(v) if i != blank_id]
         self.origin = torch.tensor(
-            [blank_id] + [others[i % len(others)] for i in range(size - 1)]
+            [blank_id] + [non_blank[i % len(non_blank)] for i in range(size - 1)]
         )
         self.first = {int(o): i for i, o in reversed(list(enumerate(self.origin)))}
 
     def __call__(self, teacher: torch.Tensor, student: torch.Tensor) -> Pair:
         shape = (*teacher.shape[:-1], len(self.origin))
         common = torch.randn(shape, generator=self.generator)
-        own = torch.randn(shape, generator=self.generator)
+        difference = torch.randn(shape, generator=self.generator)
         a = 2.0 * common
-        b = 1.6 * common + 1.2 * own
+        b = 1.6 * common + 1.2 * difference
         a[..., 0] = b[..., 0] = 0
         return teacher[..., self.origin] + a, student[..., self.origin] + b
 
@@ -91,23 +91,23 @@ class Split:
         )
 
 
-def kl_and_grad(kept: Distribution, student: torch.Tensor) -> Pair:
+def kl_and_grad(stored: Distribution, student: torch.Tensor) -> Pair:
     """KL of each row, and its gradient towards the student's logits, in float64."""
     log_q = student.double().log_softmax(-1)
     floor = -1e30
-    if not isinstance(kept, SparseDistribution):
-        log_p = kept.double().log_softmax(-1)
+    if not isinstance(stored, SparseDistribution):
+        log_p = stored.double().log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1), log_q.exp() - log_p.exp()
-    log_p, log_tail = kept.log_probs.double(), kept.log_tail.double()
+    log_p, log_tail = stored.log_probs.double(), stored.log_tail.double()
     inside = torch.zeros_like(log_q)
-    inside.scatter_add_(1, kept.indices, (log_p > -torch.inf).double())
+    inside.scatter_add_(1, stored.indices, (log_p > -torch.inf).double())
     log_q_tail = log_q.masked_fill(inside > 0, -torch.inf).logsumexp(-1)
     p, p_tail = log_p.exp(), log_tail.exp()
-    kl = (p * (log_p.clamp(min=floor) - log_q.gather(1, kept.indices))).sum(-1)
+    kl = (p * (log_p.clamp(min=floor) - log_q.gather(1, stored.indices))).sum(-1)
     kl += p_tail * (log_tail.clamp(min=floor) - log_q_tail.clamp(min=floor))
     ratio = torch.where(p_tail > 0, (log_tail - log_q_tail).exp(), p_tail)
     grad = log_q.exp() * torch.where(inside > 0, inside / inside, 1 - ratio[:, None])
-    return kl, grad.scatter_add(1, kept.indices, -p)
+    return kl, grad.scatter_add(1, stored.indices, -p)
 
 
 class Row:
@@ -147,12 +147,12 @@ def measure_ctc(rows: Dict[str, Row], teacher, student, key: str) -> None:
         t = float(text.partition("@")[2] or 1)
         dense = kl_and_grad(teacher / t, student / t)
         if text == "lilcom":
-            kept, size = lilcom_round_trip(teacher)
+            decoded, size = lilcom_round_trip(teacher)
         else:
             codec = Codec.parse(text)
             data = codec.encode(teacher, key)
-            kept, size = codec.decode([data], [len(teacher)], v), len(data)
-        kl, grad = kl_and_grad(kept, student / t)
+            decoded, size = codec.decode([data], [len(teacher)], v), len(data)
+        kl, grad = kl_and_grad(decoded, student / t)
         row.add(size, kl - dense[0], (grad, dense[1]))
 
 
@@ -187,9 +187,9 @@ def measure_lattice(rows: Dict[str, Row], teacher: PrunedLattice, student) -> No
             continue
         codec = LatticeCodec.parse(text, 0)
         data = codec.encode(teacher)
-        kept = codec.decode(data, v)
-        mask = kept.occupancy > 0
-        kl, grad = kl_and_grad(kept.nodes, student[:t][mask])
+        decoded = codec.decode(data, v)
+        mask = decoded.occupancy > 0
+        kl, grad = kl_and_grad(decoded.nodes, student[:t][mask])
         kl, grad = weigh(kl, grad, mask.nonzero(as_tuple=True))
         row.add(len(data), kl - dense_kl, (grad, dense_grad))
 
@@ -219,9 +219,9 @@ def measure_mvq(outs: List[torch.Tensor], head: Callable, cases, rows, iters) ->
             codes = quantizer.encode(out)
             decoded = head(quantizer.decode(codes.to(torch.uint8).long()))
         for row, (teacher, student, added) in zip(rows, pairs):
-            kept = decoded if added is None else decoded[:, added[0]] + added[1]
+            logits = decoded if added is None else decoded[:, added[0]] + added[1]
             dense = kl_and_grad(teacher, student)
-            kl, grad = kl_and_grad(kept, student)
+            kl, grad = kl_and_grad(logits, student)
             row.add(codes.numel(), kl - dense[0], (grad, dense[1]))
 
 
@@ -257,17 +257,19 @@ def main() -> None:
         name = f"lattice, s_range {args.s_range}, V = {size}"
         rows[name] = {t: Row(name, t) for t in ["every node, dense", *LATTICE.split()]}
     outs, cases = [], []
-    with ModelTap(teacher) as t_hook, ModelTap(student) as s_hook:
+    with ModelTap(teacher) as teacher_tap, ModelTap(student) as student_tap:
         for cut in tqdm(list(cuts), desc="Utterances", unit=" cuts"):
             x, x_lens = collate_features(CutSet.from_cuts([cut]))
-            a, b = t_hook.encode(x, x_lens), s_hook.encode(x, x_lens)
+            a, b = teacher_tap.encode(x, x_lens), student_tap.encode(x, x_lens)
             y = [sp.encode(cut.supervisions[0].text, out_type=int)]
-            lattice = t_hook.lattice(a, y, args.s_range)
-            own = s_hook.lattice(b, y, args.s_range, ranges=lattice.ranges)
+            lattice = teacher_tap.lattice(a, y, args.s_range)
+            student_lattice = student_tap.lattice(
+                b, y, args.s_range, ranges=lattice.ranges
+            )
             pair = (a.ctc_logits[0], b.ctc_logits[0])
             outs.append(a.encoder_out[0])
             cases.append([(*pair, None)])
-            nodes = (lattice.logits, own.logits)
+            nodes = (lattice.logits, student_lattice.logits)
             symbols = lattice.labels
             for size in (v, 500):
                 if size == 500:

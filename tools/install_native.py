@@ -316,11 +316,11 @@ def install_build_requirements(env: dict[str, str], log: Path) -> None:
             errors="replace",
         )
         minimum = re.search(r">=(\d+)\.(\d+)", requirement)
-        found = re.match(r"(\d+)\.(\d+)", done.stdout)
-        if found is None:
+        version = re.match(r"(\d+)\.(\d+)", done.stdout)
+        if version is None:
             missing.append(requirement)
         elif minimum is not None:
-            if tuple(map(int, found.groups())) < tuple(map(int, minimum.groups())):
+            if tuple(map(int, version.groups())) < tuple(map(int, minimum.groups())):
                 missing.append(requirement)
     if missing:
         print(f"==> installing {', '.join(missing)} (about 5 s)", flush=True)

@@ -150,9 +150,9 @@ def is_done(cuts: List[Cut], output: Path, extractor: str, num_mel_bins: int) ->
     features = [cut.pop("features", {}) for cut in old]
     name = {"kaldifeat": "kaldifeat-fbank", "lhotse": "kaldi-fbank"}[extractor]
     wanted = f"{num_mel_bins} bins by {name}"
-    there = f"{features[0].get('num_features')} bins by {features[0].get('type')}"
-    if there != wanted:
-        difference = f"{there} where {wanted} are asked for"
+    present = f"{features[0].get('num_features')} bins by {features[0].get('type')}"
+    if present != wanted:
+        difference = f"{present} where {wanted} are asked for"
     elif len(old) != len(cuts):
         difference = f"{len(old)} cuts where there are now {len(cuts)}"
     elif old != cuts:

@@ -43,8 +43,8 @@ def get_args() -> argparse.Namespace:
 def points(exp_dir: Path, last: int) -> List[Tuple[int, int, int]]:
     """Steps, and --epoch or --iter, of what there is."""
     names = [p.name for p in exp_dir.iterdir()] if exp_dir.is_dir() else []
-    found = [re.fullmatch(r"checkpoint-([0-9]+)\.pt", name) for name in names]
-    steps = [int(match[1]) for match in found if match]
+    matches = [re.fullmatch(r"checkpoint-([0-9]+)\.pt", name) for name in names]
+    steps = [int(match[1]) for match in matches if match]
     if not steps or not (exp_dir / "epoch-1.pt").is_file():
         raise KDError(
             f"{exp_dir} holds no epoch-1.pt and checkpoint-*.pt, give the folder of a "
@@ -69,9 +69,9 @@ def main() -> None:
             if not batches:
                 sp = load_tokenizer(args.bpe_model, settings["vocab_size"])
                 batches = read_batches(args.cuts, args.num_cuts, settings, sp)
-            found = score_heads(model, batches, sp, settings.get("blank_id", 0))
-            curve.append({"step": step, **dataclasses.asdict(found)})
-            bar.set_postfix_str(f"step {step}: {found.ctc_wer:.2f} %")
+            scores = score_heads(model, batches, sp, settings.get("blank_id", 0))
+            curve.append({"step": step, **dataclasses.asdict(scores)})
+            bar.set_postfix_str(f"step {step}: {scores.ctc_wer:.2f} %")
     args.json.write_text(json.dumps(curve, indent=1) + "\n", "utf8")
 
 

@@ -78,9 +78,9 @@ def measure_rtf(models: List[torch.nn.Module], cuts: CutSet) -> List[float]:
     for model in models:
         one_round(model, features[:2])
     for _ in tqdm(range(ROUNDS), desc="RTF on one core", unit=" rounds"):
-        for model, kept in zip(models, times):
-            kept.append(one_round(model, features))
-    return [median(kept) / seconds for kept in times]
+        for model, durations in zip(models, times):
+            durations.append(one_round(model, features))
+    return [median(durations) / seconds for durations in times]
 
 
 def markdown(rows: List[Dict[str, Any]]) -> str:

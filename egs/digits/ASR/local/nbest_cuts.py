@@ -113,10 +113,10 @@ def main() -> None:
     check_range(args.beam_size, args.num_paths, "--beam-size", 1000)
     model, sp, cuts, usable = load_teacher(args)
     decoded = {}
-    with ModelTap(model, with_ctc=False) as hook:
+    with ModelTap(model, with_ctc=False) as tap:
         for batch, x, x_lens in batches(usable, "Decoding"):
             with enough_memory(*memory_words(batch)):
-                out = hook.encode(x, x_lens)
+                out = tap.encode(x, x_lens)
                 lens = out.encoder_out_lens.tolist()
                 hyps = nbest_search(model, out.encoder_out, lens, args.beam_size)
             for cut, paths in zip(batch, hyps):

@@ -82,7 +82,7 @@ def find_recordings(corpus_dir: Path) -> Dict[str, Dict[Tuple[int, int], Path]]:
         )
     if (corpus_dir / "recordings").is_dir():
         corpus_dir = corpus_dir / "recordings"
-    found: Dict[str, Dict[Tuple[int, int], Path]] = {}
+    recordings: Dict[str, Dict[Tuple[int, int], Path]] = {}
     for path in sorted(corpus_dir.glob("*.wav")):
         match = NAME.fullmatch(path.name)
         if match is None:
@@ -91,13 +91,13 @@ def find_recordings(corpus_dir: Path) -> Dict[str, Dict[Tuple[int, int], Path]]:
                 "7_theo_12.wav, rename or remove it"
             )
         digit, speaker, index = match.groups()
-        found.setdefault(speaker, {})[int(digit), int(index)] = path
-    if not found:
+        recordings.setdefault(speaker, {})[int(digit), int(index)] = path
+    if not recordings:
         raise KDError(
             f"--corpus-dir {corpus_dir} holds 0 wav files, give the folder that holds "
             "{digit}_{speaker}_{index}.wav"
         )
-    return found
+    return recordings
 
 
 def choose_speakers(
@@ -165,12 +165,12 @@ def main() -> None:
             f"--untranscribed-speakers is {args.untranscribed_speakers!r}, give both "
             "or neither"
         )
-    found = find_recordings(args.corpus_dir)
+    recordings = find_recordings(args.corpus_dir)
     train, untranscribed = choose_speakers(
-        sorted(found), args.test_speaker, args.untranscribed_speakers
+        sorted(recordings), args.test_speaker, args.untranscribed_speakers
     )
     loaded = {
-        name: load_speaker(found[name])
+        name: load_speaker(recordings[name])
         for name in tqdm(
             train + untranscribed + [args.test_speaker],
             desc="read speakers",

@@ -75,9 +75,9 @@ def recognise(
     cuts = CutSet.from_file(manifest).to_eager()
     utterances: Dict[str, Utterance] = {}
     bar = tqdm(total=len(cuts), desc=f"Decoding with {exp_dir.name}", unit=" cuts")
-    with ModelTap(model) as hook, bar:
+    with ModelTap(model) as tap, bar:
         for batch in SimpleCutSampler(cuts, max_duration=200.0, shuffle=False):
-            out = hook.encode(*collate_features(batch))
+            out = tap.encode(*collate_features(batch))
             hyps = transducer_greedy(model, out.encoder_out, out.encoder_out_lens)
             lens = out.encoder_out_lens.tolist()
             for cut, logits, n, hyp in zip(batch, out.ctc_logits, lens, hyps):
@@ -138,12 +138,12 @@ def delays(teacher: Dict[str, Utterance], student: Dict[str, Utterance]) -> List
     """In ms, of all tokens that both have."""
     late = []
     for cut_id, ours in student.items():
-        theirs = teacher[cut_id]["tokens"]
+        teacher_tokens = teacher[cut_id]["tokens"]
         i = j = 0
-        symbols = [[str(s) for s, _ in x] for x in (theirs, ours["tokens"])]
+        symbols = [[str(s) for s, _ in x] for x in (teacher_tokens, ours["tokens"])]
         for a, b in kaldialign.align(*symbols, GAP):
             if a == b:
-                late.append(FRAME_MS * (ours["tokens"][j][1] - theirs[i][1]))
+                late.append(FRAME_MS * (ours["tokens"][j][1] - teacher_tokens[i][1]))
             i, j = i + (a != GAP), j + (b != GAP)
     return late
 
@@ -158,9 +158,9 @@ def cell(runs: List[Dict[str, Utterance]], head: str) -> str:
 
 def against(runs: List[Dict[str, Utterance]], base: List[Dict[str, Utterance]]) -> str:
     """The difference of both mean WERs of the CTC head, with its interval."""
-    ours, theirs = ([errors(run, "ctc") for run in x] for x in (runs, base))
-    difference = mean_wer(ours) - mean_wer(theirs)
-    return f"{difference:+.2f} ± {interval(ours, theirs):.1f}"
+    counts, base_counts = ([errors(run, "ctc") for run in x] for x in (runs, base))
+    difference = mean_wer(counts) - mean_wer(base_counts)
+    return f"{difference:+.2f} ± {interval(counts, base_counts):.1f}"
 
 
 def main() -> None:
@@ -185,15 +185,15 @@ def main() -> None:
             for seed in args.seeds.split()
         ]
         runs[variant] = [recognise(x, args.student_epoch, *common) for x in folders]
-    for variant, found in runs.items():
-        late = [delays(teacher, run) for run in found]
+    for variant, variant_runs in runs.items():
+        late = [delays(teacher, run) for run in variant_runs]
         means = [mean(x) for x in late]
         each = ", ".join(f"{x:.0f}" for x in means)
         compared = variant != BASE and BASE in runs
         print(
-            f"| {variant} | {cell(found, 'ctc')} | "
-            f"{against(found, runs[BASE]) if compared else ''} | "
-            f"{cell(found, 'transducer')} | **{mean(means):.0f}** ({each}) | "
+            f"| {variant} | {cell(variant_runs, 'ctc')} | "
+            f"{against(variant_runs, runs[BASE]) if compared else ''} | "
+            f"{cell(variant_runs, 'transducer')} | **{mean(means):.0f}** ({each}) | "
             f"{mean(median(x) for x in late):.0f} |"
         )
 

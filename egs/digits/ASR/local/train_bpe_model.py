@@ -84,12 +84,12 @@ def train(texts: List[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as e:
-        found = re.search(r"required_chars\. -?\d+ vs (\d+)|value <= (\d+)", str(e))
-        if found is None:
+        limits = re.search(r"required_chars\. -?\d+ vs (\d+)|value <= (\d+)", str(e))
+        if limits is None:
             raise KDError(
                 f"sentencepiece refused --vocab-size {vocab_size} ({e})"
             ) from e
-        smallest, largest = found.groups()
+        smallest, largest = limits.groups()
         raise KDError(
             f"--vocab-size is {vocab_size} but the transcripts give "
             + (f"at least {smallest}" if smallest else f"at most {largest}")
