@@ -46,7 +46,10 @@ def get_args() -> argparse.Namespace:
 
 
 def batch(n: int, t: int, v: int, device: str):
-    """A peaky teacher, a student one frame behind it, and lengths of two kinds."""
+    """Return logits of a student and a teacher, (n, t, v), and lengths, on ``device``.
+
+    The teacher is peaky, and the student one frame late.
+    """
     g = torch.Generator().manual_seed(0)
     teacher = torch.randn(n, t, v, generator=g)
     teacher[..., 0] += 6
@@ -59,6 +62,7 @@ def batch(n: int, t: int, v: int, device: str):
 
 
 def sparse_of(teacher: torch.Tensor, keep: str) -> SparseDistribution:
+    """Return a ``teacher``'s logits, (N, T, V), as targets of the form ``keep``."""
     n, t, v = teacher.shape
     codec = Codec.parse(keep)
     stored = [codec.encode(rows.cpu()) for rows in teacher]
@@ -69,6 +73,14 @@ def sparse_of(teacher: torch.Tensor, keep: str) -> SparseDistribution:
 
 
 def seconds(student, teacher, lengths, delay: int) -> float:
+    """Return the seconds of the loss and its gradient.
+
+    Args:
+      student: Logits (N, T, V).
+      teacher: Logits of the same shape, or what a store has of them.
+      lengths: Valid frames (N,).
+      delay: Frames by which the student may be late.
+    """
     synchronize = torch.cuda.synchronize if student.is_cuda else lambda: None
     synchronize()
     begun = time.perf_counter()

@@ -61,7 +61,7 @@ def get_args() -> argparse.Namespace:
 
 
 def timed(functions: Dict[str, Callable[[], None]], repeats: int) -> Dict[str, float]:
-    """Median seconds of each, measured in turn."""
+    """Return median seconds of each of ``functions``, run ``repeats`` times in turn."""
     seconds: Dict[str, List[float]] = {name: [] for name in functions}
     with tqdm(total=repeats * len(functions), desc="Runs") as bar:
         for _ in range(repeats):
@@ -74,7 +74,10 @@ def timed(functions: Dict[str, Callable[[], None]], repeats: int) -> Dict[str, f
 
 
 def memory(args: argparse.Namespace, cuts: CutSet, folder: Path) -> Dict[str, float]:
-    """Peak memory in MB of a dump of ``cuts``, and of ten copies of them."""
+    """Return the peak memory in MB of a dump of ``cuts``, and of ten copies of them.
+
+    ``args`` are the script's, and ``folder`` is where the dumps go.
+    """
     peaks = {}
     for n in (1, 10):
         manifest = folder / f"{n}.jsonl.gz"
@@ -100,6 +103,7 @@ def memory(args: argparse.Namespace, cuts: CutSet, folder: Path) -> Dict[str, fl
 
 
 def each(function: Callable, items: List) -> None:
+    """Call ``function`` with each of ``items``."""
     for item in items:
         function(item)
 

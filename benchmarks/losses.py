@@ -56,6 +56,7 @@ def get_args() -> argparse.Namespace:
 
 
 def naive(student, teacher):
+    """Return the KL of ``student`` and ``teacher`` logits as recipes compute it."""
     t = TEMPERATURE
     p, log_q = (teacher / t).softmax(-1), (student / t).log_softmax(-1)
     return F.kl_div(log_q, p, reduction="sum") * t**2
@@ -224,7 +225,7 @@ def memory_in_a_process(case: str, way: str, args: argparse.Namespace) -> int:
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second of a plain copy, read and written."""
+    """Return the bytes a second of a plain copy on ``device``, read and written."""
     a = torch.zeros(2**28, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     taken = median(seconds(lambda: b.copy_(a), device) for _ in range(9))

@@ -60,7 +60,7 @@ def get_args() -> argparse.Namespace:
 
 
 def answer(args: argparse.Namespace) -> None:
-    """A step for each line of stdin; say its seconds."""
+    """Do a step for each line of stdin, as ``args`` have it, and print its seconds."""
     import torch
 
     sys.path.insert(0, str(RECIPE.parents[3]))

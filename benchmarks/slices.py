@@ -64,6 +64,7 @@ def get_args() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """Return a row of scores for each student; ``args`` are the script's."""
     train = import_train(args.recipe)
     teacher, settings = load_model(args.recipe, args.exp_dir, args.epoch)
     sp = load_tokenizer(args.bpe_model, settings["vocab_size"])

@@ -84,11 +84,12 @@ class Side:
         self.dataset: Any = K2SpeechRecognitionDataset(return_cuts=True)
 
     def open(self, cuts) -> None:
+        """Let the dataset give the targets of ``cuts``."""
         session.resume(self.session)
         self.dataset = session.wrap_dataset(self.dataset, cuts)
 
     def step(self, cuts) -> Dict[str, float]:
-        """Seconds of each part."""
+        """Train on a batch of ``cuts``; return the seconds of each part."""
         session.resume(self.session)
         times = [time.perf_counter()]
         batch = self.dataset[cuts]

@@ -86,13 +86,17 @@ class Split:
         return teacher[..., self.origin] + a, student[..., self.origin] + b
 
     def labels(self, symbols: torch.Tensor) -> torch.Tensor:
+        """Return the token ids of ``symbols`` after the split."""
         return torch.tensor([self.first[int(s)] for s in symbols.flatten()]).view_as(
             symbols
         )
 
 
 def kl_and_grad(stored: Distribution, student: torch.Tensor) -> Pair:
-    """KL of each row, and its gradient towards the student's logits, in float64."""
+    """Return the KL of each row from ``stored`` to ``student``, and its gradient.
+
+    The gradient is that towards the student's logits; both are in float64.
+    """
     log_q = student.double().log_softmax(-1)
     floor = -1e30
     if not isinstance(stored, SparseDistribution):
@@ -121,6 +125,13 @@ class Row:
         self.norm = 0.0
 
     def add(self, size: int, error: torch.Tensor, grad: Pair) -> None:
+        """Add an utterance.
+
+        Args:
+          size: Its bytes.
+          error: Of the KL, by frame (T,).
+          grad: The gradient by what is stored, and that by all logits.
+        """
         self.bytes += size
         self.frames += len(error)
         self.errors.append(error)
@@ -128,6 +139,7 @@ class Row:
         self.norm += float(grad[1].norm(dim=-1).sum())
 
     def figures(self, dense: float) -> Dict[str, Any]:
+        """Return the row's cells; ``dense`` is the bytes a frame of dense targets."""
         error = torch.cat(self.errors).abs()
         per_frame = self.bytes / self.frames
         return {
@@ -142,6 +154,14 @@ class Row:
 
 
 def measure_ctc(rows: Dict[str, Row], teacher, student, key: str) -> None:
+    """Add an utterance to each of ``rows``.
+
+    Args:
+      rows: By form.
+      teacher: Logits (T, V).
+      student: Logits (T, V).
+      key: The cut's id, which a sampled form draws by.
+    """
     v = teacher.size(1)
     for text, row in rows.items():
         t = float(text.partition("@")[2] or 1)
@@ -157,6 +177,7 @@ def measure_ctc(rows: Dict[str, Row], teacher, student, key: str) -> None:
 
 
 def lilcom_round_trip(logits: torch.Tensor) -> Tuple[torch.Tensor, int]:
+    """Return what lilcom makes of ``logits``, and the number of bytes."""
     import lilcom
 
     data = lilcom.compress(logits.log_softmax(-1).numpy(), tick_power=-5)
@@ -302,6 +323,7 @@ def main() -> None:
 
 
 def report(rows: Dict[str, Dict[str, Row]], args: argparse.Namespace) -> None:
+    """Print ``rows`` as tables; write them where ``args`` name a file."""
     figures = []
     for name, group in rows.items():
         first = next(iter(group.values()))

@@ -150,6 +150,7 @@ class Torch:
 
 
 def last_line(text: str) -> str:
+    """Return the last line of ``text`` that is not blank."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1].rstrip(".") if lines else "no output"
 

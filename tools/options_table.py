@@ -47,10 +47,12 @@ def cell(text: str) -> str:
 
 
 def code(text: str) -> str:
+    """Return ``text`` as code in a table's cell."""
     return f"`{cell(text)}`" if text.strip() else ""
 
 
 def table(rows: List[Row]) -> str:
+    """Return ``rows`` as a table."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
     lines += [f"| {code(a)} | {code(b)} | {cell(c)} |" for a, b, c in rows]
     return "\n".join(lines)

@@ -22,6 +22,7 @@ SPEED_RANGE = (0.9, 1.1)  # of training utterances; pitch and formants go with i
 
 
 def read_wav(path: Path) -> np.ndarray:
+    """Return the samples of the wav file ``path``, 16-bit mono at 8 kHz."""
     try:
         with wave.open(str(path), "rb") as f:
             rate, width, channels = f.getframerate(), f.getsampwidth(), f.getnchannels()
@@ -40,6 +41,7 @@ def read_wav(path: Path) -> np.ndarray:
 
 
 def write_wav(path: Path, samples: np.ndarray) -> None:
+    """Write ``samples`` to the wav file ``path``; those out of range are clipped."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as f:
         f.setframerate(SAMPLING_RATE)
@@ -51,24 +53,32 @@ def write_wav(path: Path, samples: np.ndarray) -> None:
 
 
 def power(samples: np.ndarray) -> float:
+    """Return the mean square of ``samples``."""
     return float(np.mean(samples**2))
 
 
 def level(samples: np.ndarray, window: int = SAMPLING_RATE // 10) -> float:
-    """Root mean square of the loudest 0.1 s, which silence around does not change."""
+    """Return the root mean square of the loudest ``window`` of ``samples``.
+
+    By default the window is 0.1 s, so that silence around speech does not change it.
+    """
     window = min(window, samples.size)
     energy = np.concatenate([[0.0], np.cumsum(samples**2)])
     return float(np.sqrt(max(np.max(energy[window:] - energy[:-window]), 0) / window))
 
 
 def silence(seconds: float) -> np.ndarray:
+    """Return ``seconds`` of zeros."""
     return np.zeros(int(round(seconds * SAMPLING_RATE)))
 
 
 def join_digits(
     recordings: Sequence[np.ndarray], rng: np.random.Generator
 ) -> np.ndarray:
-    """Join recordings with pauses; each is brought to one level, give or take 3 dB."""
+    """Join ``recordings`` with pauses; each is brought to one level, give or take 3 dB.
+
+    ``rng`` draws the pauses and levels.
+    """
     parts = []
     for i, samples in enumerate(recordings):
         if i > 0:
@@ -80,6 +90,7 @@ def join_digits(
 
 @lru_cache
 def get_resampler(old_rate: int, new_rate: int):
+    """Return a transform from ``old_rate`` to ``new_rate``, both in Hz."""
     import torch
     import torchaudio
 
@@ -89,19 +100,21 @@ def get_resampler(old_rate: int, new_rate: int):
 
 
 def resample(samples: np.ndarray, old_rate: int, new_rate: int) -> np.ndarray:
+    """Return ``samples`` of ``old_rate`` at ``new_rate``, both in Hz."""
     import torch
 
     return get_resampler(old_rate, new_rate)(torch.from_numpy(samples)).numpy()
 
 
 def change_speed(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Play at a random speed: few speakers then stand for more."""
+    """Play ``samples`` at a speed that ``rng`` draws, to stand for more speakers."""
     low, high = np.log(SPEED_RANGE)
     percent = int(round(100 * np.exp(rng.uniform(low, high))))
     return resample(samples, percent, 100)
 
 
 def add_margins(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Put silence before and after ``samples``, each of a length that ``rng`` draws."""
     before, after = rng.uniform(*MARGIN_RANGE, size=2)
     return np.concatenate([silence(before), samples, silence(after)])
 
@@ -127,7 +140,7 @@ def coloured_noise(num_samples: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def add_noise(speech: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray, float]:
-    """Returns speech + noise, and the signal-to-noise ratio in dB."""
+    """Return ``speech`` with noise that ``rng`` draws, and the ratio of both in dB."""
     snr = rng.uniform(*SNR_RANGE)
     noise = coloured_noise(speech.size, rng)
     return speech + noise * np.sqrt(power(speech) / 10 ** (snr / 10)), snr
@@ -136,7 +149,11 @@ def add_noise(speech: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray,
 def finish_utterance(
     speech: np.ndarray, rng: np.random.Generator
 ) -> Tuple[np.ndarray, float]:
-    """Margins, noise and a peak of -1 to -10 dB; returns samples and SNR in dB."""
+    """Give ``speech`` margins, noise and a peak of -1 to -10 dB, all drawn by ``rng``.
+
+    Returns:
+      The samples, and the signal-to-noise ratio in dB.
+    """
     samples, snr = add_noise(add_margins(speech, rng), rng)
     peak_db = rng.uniform(-10, -1)
     return samples * 10 ** (peak_db / 20) / np.max(np.abs(samples)), snr

@@ -79,7 +79,7 @@ def get_args() -> argparse.Namespace:
 
 
 def choose_extractor(extractor: str) -> str:
-    """Returns kaldifeat or lhotse."""
+    """Return ``extractor``; in place of "auto" kaldifeat if installed, else lhotse."""
     if extractor == "lhotse":
         return extractor
     try:
@@ -95,6 +95,7 @@ def choose_extractor(extractor: str) -> str:
 
 
 def make_extractor(extractor: str, num_mel_bins: int):
+    """Return the package ``extractor``'s extractor of ``num_mel_bins`` features."""
     # Both have dither 0, snip_edges False and filters from 20 Hz to 3600 Hz.
     if extractor == "kaldifeat":
         from lhotse import KaldifeatFbank, KaldifeatFbankConfig
@@ -121,6 +122,7 @@ def make_extractor(extractor: str, num_mel_bins: int):
 
 
 def check_cuts(cuts: List[Cut], manifest: Path) -> None:
+    """Refuse ``cuts`` of ``manifest`` without audio of the recipe's sampling rate."""
     for cut in cuts:
         recording = cut.get("recording")
         if recording is None:
@@ -143,7 +145,11 @@ def check_cuts(cuts: List[Cut], manifest: Path) -> None:
 
 
 def is_done(cuts: List[Cut], output: Path, extractor: str, num_mel_bins: int) -> bool:
-    """Whether `output` holds the features of just these cuts; if of others, refuse."""
+    """Return whether ``output`` holds the features of just these ``cuts``.
+
+    It is refused if it holds those of other cuts, or others than ``num_mel_bins`` by
+    ``extractor``.
+    """
     if not output.exists():
         return False
     old = read_manifest(output)
@@ -169,6 +175,7 @@ _extractor = None  # one for each process
 
 
 def init_process(extractor: str, num_mel_bins: int) -> None:
+    """Make the process's own ``extractor`` of ``num_mel_bins`` features."""
     import torch
 
     global _extractor
@@ -214,7 +221,10 @@ def compute_features(cut: Cut, scratch: str, final: str) -> Cut:
 
 @contextmanager
 def open_mapper(num_jobs: int, extractor: str, num_mel_bins: int) -> Iterator[Mapper]:
-    """Gives a lazy, ordered map over `num_jobs` processes."""
+    """Yield a lazy, ordered map over ``num_jobs`` processes.
+
+    Each has an ``extractor`` of ``num_mel_bins`` features.
+    """
     if num_jobs == 1:
         init_process(extractor, num_mel_bins)
         yield map
@@ -226,6 +236,7 @@ def open_mapper(num_jobs: int, extractor: str, num_mel_bins: int) -> Iterator[Ma
 
 
 def compute_split(mapper: Mapper, cuts: List[Cut], split: str, output: Path) -> None:
+    """Write ``cuts`` of a ``split`` to ``output`` with features made by ``mapper``."""
     output_dir = output.parent
     feats_dir = output_dir / f"feats_{split}"
     with staged_dir(output_dir) as scratch:

@@ -37,6 +37,7 @@ Makers = Dict[str, Tuple[int, Callable[[int], Utterance]]]
 
 
 def add_corpus_args(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a corpus to ``parser``."""
     parser.add_argument("--seed", type=int, default=0, help="Seed of all randomness")
     for option, split, default in [
         ("--num-train", "train", 1600),
@@ -62,6 +63,7 @@ def add_corpus_args(parser: argparse.ArgumentParser) -> None:
 
 
 def check_corpus_args(args: argparse.Namespace) -> None:
+    """Refuse ``args`` that are out of bounds."""
     check_range(args.seed, 0, "--seed", 2**32 - 1)
     check_range(args.num_train, 1, "--num-train")
     check_range(args.num_untranscribed, 0, "--num-untranscribed")
@@ -70,24 +72,31 @@ def check_corpus_args(args: argparse.Namespace) -> None:
 
 
 def utterance_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """One utterance's randomness: independent of how many others there are."""
+    """Return the randomness of the utterance ``index`` of a ``split``.
+
+    For one ``seed`` it does not depend on how many utterances there are.
+    """
     return np.random.default_rng([seed, SPLITS.index(split), index])
 
 
 def draw_digits(rng: np.random.Generator) -> Sequence[int]:
+    """Return digits that ``rng`` draws, as many as it draws."""
     num_digits = rng.integers(NUM_DIGITS[0], NUM_DIGITS[1] + 1)
     return rng.integers(0, 10, size=num_digits).tolist()
 
 
 def digits_to_text(digits: Sequence[int]) -> str:
+    """Return the words of ``digits``."""
     return " ".join(WORDS[d] for d in digits)
 
 
 def manifest_path(output_dir: Path, split: str) -> Path:
+    """Return the path of the manifest of ``split`` in ``output_dir``."""
     return output_dir / f"digits_cuts_{split}.jsonl.gz"
 
 
 def make_cut(cut_id: str, utterance: Utterance, path: Path) -> Dict[str, Any]:
+    """Return the cut ``cut_id`` of an ``utterance`` with its audio in ``path``."""
     from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
     num_samples = utterance.samples.size
@@ -121,7 +130,7 @@ def make_cut(cut_id: str, utterance: Utterance, path: Path) -> Dict[str, Any]:
 
 
 def check_replaceable(audio_dir: Path, manifest: Path) -> None:
-    """Refuse to replace audio that another folder's manifest points to."""
+    """Refuse to replace ``audio_dir`` unless the present ``manifest`` points to it."""
     if not audio_dir.exists():
         return
     if manifest.exists():

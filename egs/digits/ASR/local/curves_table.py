@@ -59,7 +59,7 @@ def read(args: argparse.Namespace) -> Curves:
 
 
 def steps_to(curve: Curve, head: str, wer: float) -> Optional[int]:
-    """The first step from which on the WER was ever so low."""
+    """Return the first step where the ``head`` of ``curve`` has at most ``wer``."""
     return next((int(p["step"]) for p in curve if p[head] <= wer), None)
 
 

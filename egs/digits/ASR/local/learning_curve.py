@@ -41,7 +41,10 @@ def get_args() -> argparse.Namespace:
 
 
 def points(exp_dir: Path, last: int) -> List[Tuple[int, int, int]]:
-    """Steps, and --epoch or --iter, of what there is."""
+    """Return the step, ``--epoch`` and ``--iter`` of each checkpoint in ``exp_dir``.
+
+    Those after the step ``last`` are left out.
+    """
     names = [p.name for p in exp_dir.iterdir()] if exp_dir.is_dir() else []
     matches = [re.fullmatch(r"checkpoint-([0-9]+)\.pt", name) for name in names]
     steps = [int(match[1]) for match in matches if match]

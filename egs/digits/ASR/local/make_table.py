@@ -50,6 +50,7 @@ def get_args() -> argparse.Namespace:
 
 
 def read_wer(exp_dir: Path, method: str, epoch: int, avg: int) -> float:
+    """Return the WER in ``exp_dir`` by ``method``, of ``epoch`` and ``avg``."""
     name = f"errs-test-epoch-{epoch}-avg-{avg}-use-averaged-model.txt"
     path = exp_dir / method / name
     if not path.is_file():
@@ -62,6 +63,7 @@ def read_wer(exp_dir: Path, method: str, epoch: int, avg: int) -> float:
 
 @torch.no_grad()
 def one_round(model: torch.nn.Module, features: List[torch.Tensor]) -> float:
+    """Return the seconds that ``model`` takes from ``features`` to words."""
     begin = time.perf_counter()
     for x in features:
         lens = torch.tensor([x.size(1)])
@@ -71,6 +73,7 @@ def one_round(model: torch.nn.Module, features: List[torch.Tensor]) -> float:
 
 
 def measure_rtf(models: List[torch.nn.Module], cuts: CutSet) -> List[float]:
+    """Return the real-time factor of each of ``models`` on ``cuts``."""
     torch.set_num_threads(1)
     features = [torch.from_numpy(c.load_features()).unsqueeze(0) for c in cuts]
     seconds = sum(c.duration for c in cuts)
@@ -84,6 +87,7 @@ def measure_rtf(models: List[torch.nn.Module], cuts: CutSet) -> List[float]:
 
 
 def markdown(rows: List[Dict[str, Any]]) -> str:
+    """Return ``rows`` as a table."""
     lines = [
         "| model | parameters | steps | WER % CTC | WER % transducer | RTF, one core |",
         "|---|---|---|---|---|---|",

@@ -38,7 +38,10 @@ def get_args() -> argparse.Namespace:
 
 
 def add(scores: Dict, key, score: float) -> None:
-    """log(exp(a) + exp(b)) of the scores of one key."""
+    """Make ``scores[key]`` the logarithm of the sum of exp(it) and exp(``score``).
+
+    ``scores`` and ``key`` are a dictionary and any key of it, there already or not.
+    """
     old = scores.get(key)
     if old is not None:
         low, high = sorted((old, score))
@@ -47,6 +50,7 @@ def add(scores: Dict, key, score: float) -> None:
 
 
 def best_first(scores: Dict) -> List[Tuple]:
+    """Return the items of ``scores``, the highest score first."""
     return sorted(scores.items(), key=lambda item: -item[1])
 
 
@@ -100,7 +104,10 @@ def nbest_search(
 def texts_of(
     sp: spm.SentencePieceProcessor, hyps: List[Tuple[List[int], float]], num_paths: int
 ) -> List[Tuple[str, float]]:
-    """The best texts; token sequences of one text add up."""
+    """Return the ``num_paths`` best texts of ``hyps``, which ``sp`` decodes.
+
+    The scores of token sequences that give one text add up.
+    """
     texts: Dict[str, float] = {}
     for tokens, score in hyps:
         add(texts, sp.decode(tokens).strip(), score)

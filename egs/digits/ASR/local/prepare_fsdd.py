@@ -74,7 +74,7 @@ def get_args() -> argparse.Namespace:
 
 
 def find_recordings(corpus_dir: Path) -> Dict[str, Dict[Tuple[int, int], Path]]:
-    """Returns the paths by speaker and by (digit, index)."""
+    """Return the paths of ``corpus_dir``'s wav files by speaker and (digit, index)."""
     if not corpus_dir.is_dir():
         raise KDError(
             f"--corpus-dir {corpus_dir} is not a folder, give the one that holds "
@@ -130,6 +130,7 @@ def choose_speakers(
 
 
 def load_speaker(paths: Dict[Tuple[int, int], Path]) -> Speaker:
+    """Return the samples of each of ``paths``."""
     speaker = {}
     for key, path in paths.items():
         speaker[key] = read_wav(path)

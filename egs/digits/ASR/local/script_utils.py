@@ -33,7 +33,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def str2bool(value: str) -> bool:
-    """The type of a switch, as in icefall's scripts."""
+    """Return the truth of ``value``; the type of a switch, as in icefall's scripts."""
     if value.lower() in ("true", "yes", "t", "y", "1"):
         return True
     if value.lower() in ("false", "no", "f", "n", "0"):
@@ -84,7 +84,7 @@ def replace_dir(source: Path, target: Path) -> None:
 
 
 def read_rows(path: Path, keys: Sequence[str]) -> List[Dict[str, Any]]:
-    """Read a JSON list of dictionaries that have all ``keys``."""
+    """Read a JSON list of dictionaries from ``path``, each with all ``keys``."""
     try:
         rows = json.loads(path.read_text("utf8"))
     except ValueError as e:
@@ -99,7 +99,7 @@ def read_rows(path: Path, keys: Sequence[str]) -> List[Dict[str, Any]]:
 
 
 def words_of(text: str, option: str) -> List[str]:
-    """The words of an option's value, one or more."""
+    """Return the words of ``text``, the value of ``option``; there must be one."""
     words = text.split()
     if not words:
         raise KDError(f"{option} is {text!r} and names nothing, give a name or more")
@@ -107,7 +107,10 @@ def words_of(text: str, option: str) -> List[str]:
 
 
 def write_manifest(path: Path, items: Iterable[Dict[str, Any]]) -> None:
-    """Write .jsonl.gz without a time stamp, so that equal items give equal bytes."""
+    """Write ``items`` to ``path`` as .jsonl.gz.
+
+    There is no time stamp in it, so that equal items give equal bytes.
+    """
     with open(path, "wb") as raw:
         with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as f:
             for item in items:
@@ -115,7 +118,7 @@ def write_manifest(path: Path, items: Iterable[Dict[str, Any]]) -> None:
 
 
 def read_manifest(path: Path) -> List[Dict[str, Any]]:
-    """Read the cuts of .jsonl.gz or .jsonl as dicts."""
+    """Read the cuts of ``path``, a .jsonl.gz or .jsonl, as dictionaries."""
     if not path.is_file():
         raise KDError(
             f"the manifest {path} does not exist, run the stage that makes it or name "

@@ -53,7 +53,10 @@ def get_args() -> argparse.Namespace:
 
 
 def emissions(ctc_logits: torch.Tensor, blank_id: int) -> List[Tuple[int, int]]:
-    """The tokens of one utterance, (T, V), and the frame where each begins."""
+    """Return the tokens of ``ctc_logits``, (T, V), with the frame where each begins.
+
+    ``blank_id`` is no token.
+    """
     symbols, counts = ctc_logits.argmax(-1).unique_consecutive(return_counts=True)
     frames = (counts.cumsum(0) - counts).tolist()
     return [(s, t) for s, t in zip(symbols.tolist(), frames) if s != blank_id]
@@ -63,7 +66,16 @@ def emissions(ctc_logits: torch.Tensor, blank_id: int) -> List[Tuple[int, int]]:
 def recognise(
     exp_dir: Path, epoch: int, bpe_model: Path, manifest: Path
 ) -> Dict[str, Utterance]:
-    """Greedy search with both heads of a model; kept in its folder."""
+    """Return the results of greedy search with both heads of a model.
+
+    They are stored in the model's folder, and read from there the next time.
+
+    Args:
+      exp_dir: The model's experiment folder.
+      epoch: Its checkpoint.
+      bpe_model: The path of its tokenizer.
+      manifest: The path of the cuts.
+    """
     path = exp_dir / "streaming.json"
     if path.is_file():
         return json.loads(path.read_text("utf8"))
@@ -96,7 +108,7 @@ def recognise(
 
 
 def errors(utterances: Dict[str, Utterance], head: str) -> np.ndarray:
-    """Errors and reference words of each utterance, (2, N)."""
+    """Return a ``head``'s errors and the words of each of ``utterances``, (2, N)."""
     counts = [
         (
             kaldialign.edit_distance(u["reference"], u[head])["total"],
@@ -108,7 +120,10 @@ def errors(utterances: Dict[str, Utterance], head: str) -> np.ndarray:
 
 
 def mean_wer(counts: List[np.ndarray], chosen: Optional[np.ndarray] = None) -> float:
-    """The mean WER, %, of some seeds' :func:`errors`; None: of all utterances."""
+    """Return the mean WER, %, of several seeds' :func:`errors`, ``counts``.
+
+    ``chosen`` are the indexes of utterances; None stands for all.
+    """
     sums = [(x if chosen is None else x[:, chosen]).sum(1) for x in counts]
     return 100 * mean(wrong / words for wrong, words in sums)
 
@@ -135,7 +150,7 @@ def interval(
 
 
 def delays(teacher: Dict[str, Utterance], student: Dict[str, Utterance]) -> List[float]:
-    """In ms, of all tokens that both have."""
+    """Return the delay in ms of each token that ``student`` and ``teacher`` share."""
     late = []
     for cut_id, ours in student.items():
         teacher_tokens = teacher[cut_id]["tokens"]
@@ -149,7 +164,7 @@ def delays(teacher: Dict[str, Utterance], student: Dict[str, Utterance]) -> List
 
 
 def cell(runs: List[Dict[str, Utterance]], head: str) -> str:
-    """The mean WER of some seeds, its interval, and each seed's."""
+    """Return the mean WER of a ``head`` over ``runs``, its interval, and each run's."""
     counts = [errors(run, head) for run in runs]
     wers = [mean_wer([one]) for one in counts]
     each = f" ({', '.join(f'{w:.2f}' for w in wers)})" if len(wers) > 1 else ""
@@ -157,7 +172,7 @@ def cell(runs: List[Dict[str, Utterance]], head: str) -> str:
 
 
 def against(runs: List[Dict[str, Utterance]], base: List[Dict[str, Utterance]]) -> str:
-    """The difference of both mean WERs of the CTC head, with its interval."""
+    """Return how far the mean CTC WER of ``runs`` is from that of ``base``."""
     counts, base_counts = ([errors(run, "ctc") for run in x] for x in (runs, base))
     difference = mean_wer(counts) - mean_wer(base_counts)
     return f"{difference:+.2f} ± {interval(counts, base_counts):.1f}"

@@ -21,7 +21,7 @@ RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
 
 
 def teacher_parser(doc: str) -> argparse.ArgumentParser:
-    """The options of a script with this docstring."""
+    """Return a parser with the options of a script that has the docstring ``doc``."""
     parser = argparse.ArgumentParser(
         description=doc.strip().split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -73,7 +73,10 @@ def load_teacher(
 def batches(
     cuts: CutSet, description: str
 ) -> Iterator[Tuple[CutSet, torch.Tensor, torch.Tensor]]:
-    """Batches of ``cuts``, their features and the frames of each, behind a bar."""
+    """Yield batches of ``cuts``, their features and the frames of each.
+
+    ``description`` is that of the progress bar.
+    """
     bar = tqdm(total=len(cuts), desc=description, unit=" cuts")
     for batch in SimpleCutSampler(cuts, max_duration=200.0, shuffle=False):
         yield batch, *collate_input(list(batch))

@@ -48,6 +48,7 @@ def get_args() -> argparse.Namespace:
 
 
 def read_transcripts(manifest: Path) -> List[str]:
+    """Return the transcripts of the cuts of ``manifest``."""
     texts = [
         supervision["text"]
         for cut in read_manifest(manifest)
@@ -62,7 +63,7 @@ def read_transcripts(manifest: Path) -> List[str]:
 
 
 def train(texts: List[str], vocab_size: int) -> bytes:
-    """Returns the model as sentencepiece stores it."""
+    """Train on ``texts``; return a model of ``vocab_size`` tokens as bytes."""
     import sentencepiece as spm
 
     user_defined_symbols = ["<blk>", "<sos/eos>"]

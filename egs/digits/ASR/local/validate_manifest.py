@@ -54,6 +54,7 @@ def get_args() -> argparse.Namespace:
 
 
 def load_bpe_model(path: Path) -> Any:
+    """Return the sentencepiece model of ``path``."""
     import sentencepiece as spm
 
     if not path.is_file():
@@ -73,6 +74,10 @@ def load_bpe_model(path: Path) -> Any:
 
 
 def check_supervision(cut: Any, allow_untranscribed: bool) -> None:
+    """Refuse a ``cut`` without one supervision, or without text.
+
+    ``allow_untranscribed`` accepts one without text.
+    """
     if len(cut.supervisions) != 1:
         raise KDError(
             f"cut {cut.id} has {len(cut.supervisions)} supervisions where 1 is needed, "
@@ -86,6 +91,7 @@ def check_supervision(cut: Any, allow_untranscribed: bool) -> None:
 
 
 def check_features(cut: Any) -> None:
+    """Refuse a ``cut`` without features, or not of the recipe's sampling rate."""
     if not cut.has_features:
         raise KDError(
             f"cut {cut.id} has no features where they are needed, run "
@@ -99,6 +105,7 @@ def check_features(cut: Any) -> None:
 
 
 def check_tokens(cut: Any, sp: Any) -> None:
+    """Refuse a ``cut`` with more tokens of ``sp`` than its frames can hold."""
     text = cut.supervisions[0].text
     tokens = sp.encode(text)
     if sp.unk_id() in tokens:

@@ -35,6 +35,7 @@ class DigitsAsrDataModule:
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser):
+        """Add the options of the data to ``parser``."""
         group = parser.add_argument_group(
             title="ASR data related options",
             description="Effective batch sizes, sampling and augmentation.",
@@ -104,6 +105,7 @@ class DigitsAsrDataModule:
     def train_dataloaders(
         self, cuts_train: CutSet, sampler_state_dict: Optional[Dict[str, Any]] = None
     ) -> DataLoader:
+        """Return batches of ``cuts_train``, from where ``sampler_state_dict`` was."""
         input_transforms = []
         if self.args.enable_spec_aug:
             logging.info("Enable SpecAugment")
@@ -142,9 +144,11 @@ class DigitsAsrDataModule:
         )
 
     def valid_dataloaders(self, cuts_valid: CutSet) -> DataLoader:
+        """Return batches of ``cuts_valid``."""
         return self.test_dataloaders(cuts_valid)
 
     def test_dataloaders(self, cuts: CutSet) -> DataLoader:
+        """Return batches of ``cuts``."""
         sampler = DynamicBucketingSampler(
             cuts, max_duration=self.args.max_duration, shuffle=False, num_buckets=2
         )
@@ -156,6 +160,7 @@ class DigitsAsrDataModule:
         )
 
     def cuts(self, name: str) -> CutSet:
+        """Return the cut set ``name`` of the manifest folder."""
         path = self.args.manifest_dir / f"digits_cuts_{name}.jsonl.gz"
         if not path.is_file():
             raise KDError(

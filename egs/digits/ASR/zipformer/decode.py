@@ -63,7 +63,10 @@ def get_parser() -> argparse.ArgumentParser:
 def decode_one_batch(
     params: AttributeDict, model: torch.nn.Module, sp, batch: dict
 ) -> List[List[str]]:
-    """Recognise the utterances of a batch; words of each."""
+    """Return the words that ``model`` recognises in each utterance of ``batch``.
+
+    ``params`` has the method, and ``sp`` decodes tokens.
+    """
     device = next(model.parameters()).device
     feature = batch["inputs"].to(device)
     feature_lens = batch["supervisions"]["num_frames"].to(device)
@@ -80,6 +83,10 @@ def decode_one_batch(
 def decode_dataset(
     dl: torch.utils.data.DataLoader, params: AttributeDict, model: torch.nn.Module, sp
 ) -> List[Result]:
+    """Return the reference and the recognised words of each cut that ``dl`` gives.
+
+    ``params``, ``model`` and ``sp`` are those of :func:`decode_one_batch`.
+    """
     results = []
     for batch in tqdm(dl, desc=f"Decoding {params.test_set}", unit=" batches"):
         hyps = decode_one_batch(params, model, sp, batch)
@@ -91,7 +98,10 @@ def decode_dataset(
 
 
 def write_error_stats(f: TextIO, test_set: str, results: List[Result]) -> float:
-    """Write counts of errors, the aligned utterances and the confusions; return WER."""
+    """Write counts of errors, the aligned utterances and the confusions to ``f``.
+
+    ``test_set`` names the cuts of ``results``. Returns the WER in percent.
+    """
     gap = "*"
     confusions: Dict[Tuple[str, str], int] = defaultdict(int)
     details = []
@@ -127,6 +137,7 @@ def write_error_stats(f: TextIO, test_set: str, results: List[Result]) -> float:
 
 
 def save_results(params: AttributeDict, results: List[Result]) -> None:
+    """Write the files of ``results`` to the folder that ``params`` name."""
     name = f"{params.test_set}-{params.suffix}.txt"
     results = sorted(results)
     store_transcripts(params.res_dir / f"recogs-{name}", results)
