@@ -178,7 +178,10 @@ def as_if_alone(model: nn.Module, lens: torch.Tensor) -> Iterator[None]:
 
 
 class ModelTap:
-    """Reads encoder output and raw CTC logits off a recipe's Zipformer model.
+    """Collects what the parts of a recipe's Zipformer model output.
+
+    These are the encoder output, the raw CTC logits, and where they are asked for the
+    outputs of stacks and of the transducer's decoder.
 
     It puts forward hooks on ``encoder`` and on the linear layer of ``ctc_output``, so
     the logits are those before LogSoftmax. The older Zipformer of icefall's

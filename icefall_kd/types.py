@@ -188,7 +188,8 @@ class Nodes:
 class Targets:
     """A teacher's targets for one batch, row by row as the batch's features.
 
-    ``parts`` maps a kind of target (:mod:`icefall_kd.kinds`) to its values:
+    ``parts`` maps a kind of target (:mod:`icefall_kd.kinds`) to its values; "nodes" and
+    "nbest" come with a batch and are in no store:
 
     ==========  ======================================================================
     "ctc"       (N, T, V) log-probabilities, or a :class:`SparseDistribution`

@@ -8,7 +8,8 @@ kd.add_arguments   before the ``return`` of ``get_parser()``, when the parser ha
                    the recipe's own options
 kd.attach          after DDP and before the optimizer, in the function that calls
                    ``train_dataloaders()``: the checkpoint is loaded by then and the
-                   model has its last form, and no data loader exists yet
+                   model has its last form, and no data loader exists yet; the
+                   optimizer only marks the place, which is the same in all recipes
 kd.begin           at the head of ``compute_loss()``, before it reads the batch:
                    teacher-guided pruning begins before the model is called
 kd.joint_loss      in ``compute_loss()``, after the last value of the loss and of its

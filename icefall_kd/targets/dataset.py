@@ -29,6 +29,10 @@ from icefall_kd.targets.warp import WarpRecord
 from icefall_kd.types import Targets
 
 MISSING = ("refuse", "hard")
+ONE_TEACHER = (
+    "store the targets of all cuts that are read together with one teacher and in one "
+    "form, with `icefall-kd dump`"
+)
 ROUNDING = 1e-6  # seconds; above the rounding errors of sums of times
 
 
@@ -177,7 +181,8 @@ def _common_fingerprint(pointers: List[Pointer]) -> Fingerprint:
     store = pointers[0].store
     fingerprint = read_fingerprint(store)
     for other_store in {p.store for p in pointers}:
-        fingerprint.check_same(read_fingerprint(other_store), store)
+        other = read_fingerprint(other_store)
+        fingerprint.check_same(other, store, other_store, ONE_TEACHER)
     return fingerprint
 
 
@@ -313,7 +318,7 @@ def store_fingerprint(
     fingerprints = {path: Fingerprint.read(Path(path)) for path in sorted(stores)}
     first_store, first_fingerprint = next(iter(fingerprints.items()))
     for path, fingerprint in fingerprints.items():
-        fingerprint.check_same(first_fingerprint, path)
+        fingerprint.check_same(first_fingerprint, path, first_store, ONE_TEACHER)
     return first_fingerprint, first_store
 
 
@@ -333,7 +338,7 @@ def _refuse_cuts_without_targets(
         )
     raise KDError(
         f"{words}the first: {REMEDY}, let such cuts have the hard loss alone with "
-        "--kd-missing hard, or switch distillation off with --kd-ctc-weight 0"
+        "--kd-missing hard, or switch distillation off with all --kd weights at 0"
     )
 
 

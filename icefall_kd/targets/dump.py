@@ -148,8 +148,8 @@ def _compute(
     y = labels_of(cuts, tokenizer) if fingerprint.lattice else None
     x, x_lens = x.to(device), x_lens.to(device)
     out = teacher.outputs_to_store(x, x_lens, cuts, y, fingerprint.s_range)
-    kinds = {name: kind.take(out) for name, kind in fingerprint.kinds.items()}
-    return [{name: rows[i] for name, rows in kinds.items()} for i in range(len(cuts))]
+    values = {name: kind.take(out) for name, kind in fingerprint.kinds.items()}
+    return [{name: rows[i] for name, rows in values.items()} for i in range(len(cuts))]
 
 
 def _check_left_out(

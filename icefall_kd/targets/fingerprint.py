@@ -158,7 +158,7 @@ class Fingerprint:
 
     @cached_property
     def digest(self) -> str:
-        """The start of the SHA-256 of all fields; every record carries it."""
+        """The start of the SHA-256 of all fields; every pointer holds it."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -204,12 +204,20 @@ class Fingerprint:
         with replacing(folder / FILENAME, shared=True) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf8")
 
-    def check_same(self, other: "Fingerprint", folder: Union[str, Path]) -> None:
+    def check_same(
+        self,
+        other: "Fingerprint",
+        folder: Union[str, Path],
+        owner: str = "this teacher",
+        remedy: str = "give another folder, or --overwrite",
+    ) -> None:
         """Refuse another fingerprint than this one.
 
         Args:
           other: What targets are to be added, or are read together.
           folder: This one's store, for messages.
+          owner: What ``other`` belongs to, for messages.
+          remedy: What helps where they differ.
 
         Raises:
           KDError: a field that differs.
@@ -218,8 +226,8 @@ class Fingerprint:
             old, new = getattr(self, name), getattr(other, name)
             require(
                 old == new,
-                f"the target store {folder} was made with {name} {old!r} and this "
-                f"teacher has {new!r}: give another folder, or --overwrite",
+                f"the target store {folder} was made with {name} {old!r} and "
+                f"{owner} has {new!r}: {remedy}",
             )
 
     def check_student(

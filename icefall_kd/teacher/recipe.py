@@ -43,6 +43,8 @@ def import_train(recipe_dir: Union[str, Path]) -> ModuleType:
     try:
         with _threads_unchanged():
             train = importlib.import_module("train")
+    except KDError:  # the copy of a former version of icefall_kd
+        raise
     except (Exception, SystemExit) as e:  # whatever the recipe's code raises
         line = getattr(e, "lineno", None)
         raise KDError(

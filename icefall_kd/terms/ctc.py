@@ -101,11 +101,11 @@ class CtcTerm(Term):
         """Sum the divergence over the frames of ``batch`` that have targets."""
         from icefall_kd.losses.ctc import ctc_kd_loss
 
-        logits = batch.ctc_logits()
-        if logits is None:
+        student_and_teacher = batch.ctc_logits()
+        if student_and_teacher is None:
             return batch.zero(batch.student.ctc_logits), 0.0
         value = ctc_kd_loss(
-            *logits,
+            *student_and_teacher,
             batch.lens,
             mask=batch.mask,
             temperature=self.temperature,
