@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     install_excepthook()
     raise KDError(
         "this recipe has the lines of a former version of icefall_kd, which import "
-        f"{__name__}.{name}: run `icefall-kd plug --undo FOLDER` on the recipe's "
+        f"{__name__}: run `icefall-kd plug --undo FOLDER` on the recipe's "
         "folder, then `icefall-kd plug ORIGINAL FOLDER` again"
     )

@@ -69,6 +69,17 @@ class Commands(click.Group):
 class Command(click.Command):
     """A command whose refusals name its options in place of parameters."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for param in self.params:
+            if param.default == "":  # a help shows no empty text as a default
+                param.show_default = False
+
+    @property
+    def flags(self) -> Dict[str, str]:
+        """The option or argument of each parameter."""
+        return {param.name: _name_of(param) for param in self.params}
+
     def parse_args(self, ctx: click.Context, args: List[str]) -> List[str]:
         for word in args:
             option = word.partition("=")[0]
@@ -80,7 +91,7 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with naming_flags({param.name: _name_of(param) for param in self.params}):
+        with naming_flags(self.flags):
             return super().invoke(ctx)
 
 

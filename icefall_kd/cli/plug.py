@@ -5,7 +5,7 @@ from typing import List, Sequence
 import click
 
 from icefall_kd.cli.options import Place, Text, command
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, with_flags
 from icefall_kd.plug.copies import Plan, diff, make_plan
 from icefall_kd.plug.plug import FOREIGN, PLUGGED, STALE, Report, examine
 from icefall_kd.plug.plug import plug as plug_recipe
@@ -39,8 +39,9 @@ def _show_edited(report: Report) -> None:
 def _check(folder: str, recipe_dir: str) -> None:
     report = examine(folder, recipe_dir or None)
     click.echo(f"{folder}: {report.state}")
+    flags = click.get_current_context().command.flags
     for reason in report.reasons:
-        click.echo(f"  {reason}")
+        click.echo(f"  {with_flags(reason, flags)}")
     _show_edited(report)
     raise SystemExit(_STATUS[report.state])
 

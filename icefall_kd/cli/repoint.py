@@ -21,7 +21,7 @@ from icefall_kd.targets.places import (
     copy_small_files,
     has_fingerprint,
 )
-from icefall_kd.targets.store import FIELD, Pointer, pointer_of
+from icefall_kd.targets.store import FIELD, Pointer, parse_pointer
 
 # What the lines of a damaged shard raise.
 DAMAGED = (
@@ -104,7 +104,7 @@ def _rewrite(path: Path, stores: _Stores) -> int:
                     continue
                 pointers = list(_stored_in(cut))
                 for stored in pointers:
-                    stored["store"] = stores.place(pointer_of(stored, cut["id"]))
+                    stored["store"] = stores.place(parse_pointer(stored, cut["id"]))
                 if pointers:
                     line = json.dumps(cut, ensure_ascii=False).encode() + b"\n"
                 n += bool(pointers)
@@ -135,7 +135,7 @@ def _fill_shar(folder: Path, folders: Sequence[str]) -> str:
             f"{shards[0]} is damaged ({type(e).__name__}): make it again with "
             "`icefall-kd shar`"
         ) from None
-    pointer = pointer_of(first[FIELD], str(first.get("cut_id")))
+    pointer = parse_pointer(first[FIELD], str(first.get("cut_id")))
     copy = folder / SHAR_STORE
     near = [str(copy), pointer.store, *beside(pointer.store, [str(folder.parent)])]
     for place in folders or near:

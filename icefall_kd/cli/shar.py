@@ -42,7 +42,7 @@ class _Values:
         """The value of ``cut``; None if it was left out."""
         if is_left_out(cut):
             return None
-        pointer = Pointer.of(cut)
+        pointer = Pointer.of_cut(cut)
         require(
             pointer is not None,
             f"the cut {cut.id} has no targets ({FIELD}): give the manifest that "

@@ -162,7 +162,7 @@ class _Pairs:
         return kl.sum(dtype=torch.float64), gradient.mul_(self.temperature)
 
 
-def _row_kl(
+def _kl_and_gradient(
     student: torch.Tensor, pairs: _Pairs, needs_grad: bool
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """T^2 sum of w KL, and its gradient towards ``student``, (M, V)."""
@@ -195,7 +195,7 @@ class _RowKL(torch.autograd.Function):
     def forward(ctx, student: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
         ctx.save_for_backward(student)
         ctx.pairs = pairs
-        value, ctx.grad = _row_kl(student, pairs, ctx.needs_input_grad[0])
+        value, ctx.grad = _kl_and_gradient(student, pairs, ctx.needs_input_grad[0])
         return value
 
     @staticmethod
@@ -204,7 +204,7 @@ class _RowKL(torch.autograd.Function):
         # The first call hands out the gradient itself; another makes it again.
         grad, ctx.grad = ctx.grad, None
         if grad is None:
-            _, grad = _row_kl(student, ctx.pairs, True)
+            _, grad = _kl_and_gradient(student, ctx.pairs, True)
         return grad.mul_(g).to(student.dtype), None
 
 

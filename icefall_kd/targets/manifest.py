@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Dict, Iterable, Iterator, Optional, Tuple, Uni
 
 from icefall_kd.errors import KDError
 from icefall_kd.files import replacing
-from icefall_kd.targets.store import FIELD, Pointer, is_left_out, pointer_of
+from icefall_kd.targets.store import FIELD, Pointer, is_left_out, parse_pointer
 
 
 def open_manifest(path: Path, mode: str) -> BinaryIO:
@@ -125,7 +125,7 @@ def read_pointers(partial: Path, offset: int) -> Tuple[Dict[str, Pointer], int]:
             cut = cut_of(line, partial)
             if cut and not is_left_out(cut):
                 value = (cut.get("custom") or {}).get(FIELD)
-                pointers[cut["id"]] = pointer_of(value, cut["id"])
+                pointers[cut["id"]] = parse_pointer(value, cut["id"])
     return pointers, offset
 
 

@@ -81,7 +81,7 @@ class Pointer:
         return sum(self.sizes.values())
 
     @staticmethod
-    def of(cut: MonoCut) -> Optional["Pointer"]:
+    def of_cut(cut: MonoCut) -> Optional["Pointer"]:
         """Return the pointer that ``cut`` carries, or None.
 
         Args:
@@ -94,7 +94,7 @@ class Pointer:
         value = (cut.custom or {}).get(FIELD)
         if value is None:
             return None
-        pointer = pointer_of(value, cut.id)
+        pointer = parse_pointer(value, cut.id)
         shard = cut.custom.get("shard_origin") if pointer.record else None
         pointer.store = place_of(pointer.store, pointer.fingerprint, str(shard or ""))
         return pointer
@@ -149,7 +149,7 @@ class Pointer:
         return parts
 
 
-def pointer_of(value: Any, cut_id: str) -> Pointer:
+def parse_pointer(value: Any, cut_id: str) -> Pointer:
     """Return the pointer of a manifest's value of ``kd_targets``.
 
     Args:
@@ -294,7 +294,7 @@ def tracks_with_targets(cut: Cut) -> Tuple[Tuple[float, MonoCut, Pointer], ...]:
     for track in getattr(cut, "tracks", None) or [None]:
         inner = cut if track is None else track.cut
         if isinstance(inner, MonoCut):
-            pointer = Pointer.of(inner)
+            pointer = Pointer.of_cut(inner)
             if pointer is not None:
                 tracks.append((0.0 if track is None else track.offset, inner, pointer))
     return tuple(tracks)

@@ -26,7 +26,7 @@ from icefall_kd.targets.store import (
     Pointer,
     is_left_out,
     leave_out,
-    pointer_of,
+    parse_pointer,
     read_fingerprint,
 )
 
@@ -200,7 +200,7 @@ class TargetWriter:
                         out.write(line.rstrip(b"\n") + b"\n")
                     continue
                 value = (cut.get("custom") or {}).get(FIELD)
-                pointer = None if value is None else pointer_of(value, cut["id"])
+                pointer = None if value is None else parse_pointer(value, cut["id"])
                 folder = pointer and pointer.store
                 if pointer is None or not is_same_folder(folder, self.storage_dir):
                     raise KDError(

@@ -17,7 +17,7 @@ from icefall_kd.training.tokenizer import StudentTokenizer
 
 
 class StoredTargets:
-    """Reads the targets that ``icefall-kd dump`` stored.
+    """Fits the targets that ``icefall-kd dump`` stored to the student and the terms.
 
     Args:
       params: The recipe's params.

@@ -105,7 +105,7 @@ def test_dump_end_to_end(
 
 def targets_of(out):
     """All parts of each cut's record, by id."""
-    return {c.id: Pointer.of(c).read() for c in load_manifest(out)}
+    return {c.id: Pointer.of_cut(c).read() for c in load_manifest(out)}
 
 
 def test_dump_in_batches_gives_each_cut_its_own_targets(
@@ -329,7 +329,7 @@ def test_dump_keeps_what_it_is_told(
             x = torch.from_numpy(cut.load_features()).unsqueeze(0)
             logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
             kept = codec.encode(logits, cut.id)
-            assert Pointer.of(cut).read() == {"ctc": kept}
+            assert Pointer.of_cut(cut).read() == {"ctc": kept}
 
 
 @pytest.mark.parametrize("form", ["collapsed", "top:4"])
@@ -347,7 +347,7 @@ def test_dump_keeps_lattices(
             x = torch.from_numpy(cut.load_features()).unsqueeze(0)
             y = [sp.encode(cut.supervisions[0].text, out_type=int)]
             out = hook.encode(x, torch.tensor([x.size(1)]))
-            part = Pointer.of(cut).read()["lattice"]
+            part = Pointer.of_cut(cut).read()["lattice"]
             assert part == codec.encode(hook.lattice(out, y, 4), cut.id)
             assert codec.decode(part, 25).labels.tolist() == y[0]
 
@@ -504,7 +504,7 @@ def test_dump_with_several_jobs_equals_one_bit_for_bit(
     plain = load_manifest(one).to_eager()
     assert [c.id for c in found] == [c.id for c in plain]
     # Four stretches: the fifth job has nothing to do.
-    assert len({Pointer.of(c).file for c in found}) == min(num_jobs, 4)
+    assert len({Pointer.of_cut(c).file for c in found}) == min(num_jobs, 4)
     for a, b in zip(found, plain, strict=True):
         assert torch.equal(read_targets(a), read_targets(b))
 
@@ -564,7 +564,7 @@ def test_jobs_go_on_with_other_batches_and_share_the_cuts_as_before(
         words = (*jobs, "--job", job, "--max-duration", 1.5)
         assert invoke(*dump_words(*words, cuts=many, out=whole)).code == 0
     expected = load_manifest(whole).to_eager()
-    assert len({Pointer.of(c).file for c in expected}) == 3
+    assert len({Pointer.of_cut(c).file for c in expected}) == 3
     for job, counts in enumerate([(1, 2, 1), (0, 3), (4,)]):
         words = (*jobs, "--job", job)
         for count, max_duration in zip(counts, (1.5, 0.01, 7)):
@@ -583,7 +583,7 @@ def test_jobs_go_on_with_other_batches_and_share_the_cuts_as_before(
     assert [c.id for c in found] == [c.id for c in load_manifest(many)]
     for cut in found:
         other = expected[cut.id]
-        assert Pointer.of(cut).file == Pointer.of(other).file
+        assert Pointer.of_cut(cut).file == Pointer.of_cut(other).file
         a, b = read_targets(cut), read_targets(other)
         torch.testing.assert_close(a, b, rtol=2**-9, atol=1e-3)
 
@@ -615,7 +615,7 @@ def check_processes(many, tmp_path, one_process, bpe_models):
         out = tmp_path / "out.jsonl.gz"
         assert list(targets_of(out)) == [c.id for c in load_manifest(many)]
         assert targets_of(out) == one_process[1]
-        names = {Pointer.of(c).file for c in load_manifest(out)}
+        names = {Pointer.of_cut(c).file for c in load_manifest(out)}
         assert names == {"targets.0-of-2.bin", "targets.1-of-2.bin"}
         symbols = (tmp_path / "out_kd/tokens.txt").read_text("utf8").splitlines()
         assert symbols == token_names(load_tokenizer(bpe_models.a))

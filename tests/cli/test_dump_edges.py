@@ -168,7 +168,7 @@ def test_a_manifest_that_could_not_be_read_again_is_refused(
 def test_a_manifest_is_read_back_with_its_targets(invoke, dump_words, tmp_path, name):
     assert invoke(*dump_words(out=tmp_path / name)).code == 0
     found = list(load_manifest(tmp_path / name))
-    assert len(found) == 4 and all(Pointer.of(cut) for cut in found)
+    assert len(found) == 4 and all(Pointer.of_cut(cut) for cut in found)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,8 @@ def test_one_cut_of_twenty_goes_without_targets(
     good = [c for c in given if c is not cut]
     words = dump_words(cuts=cuts_file(good, "good.jsonl"), out=alone)
     assert invoke(*words).code == 0
-    records = [Pointer.of(c).read() for c in found if c.id != "bad"]
-    assert records == [Pointer.of(c).read() for c in load_manifest(alone)]
+    records = [Pointer.of_cut(c).read() for c in found if c.id != "bad"]
+    assert records == [Pointer.of_cut(c).read() for c in load_manifest(alone)]
     assert store_fingerprint(found, missing="hard")[0].teacher
     with pytest.raises(KDError, match="1 of 20 .* bad the first, as .*dump.* left .*"):
         store_fingerprint(found)
@@ -351,7 +351,7 @@ def test_cuts_that_the_recipe_leaves_out(
     assert "3 of 6 cuts are not 0.33 to 0.37 s long" in caplog.text
     assert re.search(r"cuts without targets +3\n", done.out)
     found = list(load_manifest(out))
-    assert [c.id for c in found if Pointer.of(c)] == ["g1", "g2", "g3"]
+    assert [c.id for c in found if Pointer.of_cut(c)] == ["g1", "g2", "g3"]
     assert ids(found) == ids(given)
     # The same again changes nothing; other bounds are not mixed with these.
     assert invoke(*dump_words(*words, cuts=path)).code == 0
@@ -359,7 +359,7 @@ def test_cuts_that_the_recipe_leaves_out(
     assert done.code == 1 and "the cut g0 of 0.31 s was left without" in done.err[-1]
     assert ids(load_manifest(out)) == ids(given)
     assert invoke(*dump_words("--overwrite", cuts=path)).code == 0
-    assert all(Pointer.of(c) for c in load_manifest(out))
+    assert all(Pointer.of_cut(c) for c in load_manifest(out))
 
 
 @pytest.mark.parametrize("text", ["1", "20:1", "a:b", "nan:2", "-1:2", "1:2:3", ":"])
@@ -490,8 +490,8 @@ def test_a_dump_goes_on_where_memory_ran_out(
     assert len(partial) == 2
     mend()
     assert invoke(*dump_words("--max-duration", 0.005)).code == 0
-    found = [Pointer.of(c).read() for c in load_manifest(tmp_path / "out.jsonl.gz")]
-    assert found == [Pointer.of(c).read() for c in load_manifest(whole)]
+    found = [Pointer.of_cut(c).read() for c in load_manifest(tmp_path / "out.jsonl.gz")]
+    assert found == [Pointer.of_cut(c).read() for c in load_manifest(whole)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

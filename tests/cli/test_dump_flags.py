@@ -64,7 +64,7 @@ def bare_words(dump_words, bare_exp, bpe_models):
 def records(path):
     """The parts of each cut's record, and the fingerprint they were made under."""
     cuts = list(load_manifest(path))
-    pointers = {c.id: Pointer.of(c) for c in cuts}
+    pointers = {c.id: Pointer.of_cut(c) for c in cuts}
     assert len(pointers) == 4
     digests = {p.fingerprint for p in pointers.values()}
     return {i: p.read() for i, p in pointers.items()}, digests

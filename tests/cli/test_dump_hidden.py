@@ -54,7 +54,7 @@ def parts(tmp_path):
 
     def read(name="out"):
         cuts = load_manifest(tmp_path / f"{name}.jsonl.gz")
-        return [(cut, Pointer.of(cut).read()) for cut in cuts]
+        return [(cut, Pointer.of_cut(cut).read()) for cut in cuts]
 
     return read
 
@@ -349,7 +349,7 @@ def test_codes_of_several_jobs_are_those_of_one(
         jobs = ("--num-jobs", 2, "--job", job)
         assert invoke(*dump_words(*words, *jobs)).code == 0
     found = parts()
-    assert len({Pointer.of(cut).file for cut, _ in found}) == 2
+    assert len({Pointer.of_cut(cut).file for cut, _ in found}) == 2
     for (cut, kept), (plain, expected) in zip(found, parts("one"), strict=True):
         assert cut.id == plain.id and kept == expected
         assert set(kept) == {"ctc", "hidden.1", "hidden.0"}

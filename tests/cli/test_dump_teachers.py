@@ -115,7 +115,7 @@ def test_lattices_are_averaged_on_the_first_teachers_nodes(
         assert full.ranges.size(2) == len(y) + 1 > 4
         index = first.ranges[..., None].expand_as(first.logits)
         logits = mixed([first.logits, full.logits.gather(2, index)], [3, 1])
-        parts = Pointer.of(cut).read()
+        parts = Pointer.of_cut(cut).read()
         assert list(parts) == ["ctc", "lattice"]
         found = codec.decode(parts["lattice"], 25)
         assert torch.equal(found.ranges, first.ranges[0])
@@ -228,7 +228,7 @@ def test_each_cuts_lattice_is_its_own_teachers(
     for cut in load_manifest(tmp_path / "out.jsonl.gz"):
         y = sp.encode(cut.supervisions[0].text, out_type=int)
         own = hear(models[TEACHER_OF[cut.id]], cut, y=y, s_range=3)
-        found = codec.decode(Pointer.of(cut).read()["lattice"], 25)
+        found = codec.decode(Pointer.of_cut(cut).read()["lattice"], 25)
         assert torch.equal(found.ranges, own.ranges[0])
         assert (found.occupancy - own.occupancy[0]).abs().max() <= 0.51 / 255
         expected = own.logits[0][found.occupancy > 0].double().log_softmax(-1)

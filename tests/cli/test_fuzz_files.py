@@ -105,7 +105,7 @@ def test_a_pointer_of_another_type_is_refused_by_the_cuts_name(make_cut, value):
     cut = make_cut("c1", 47)
     cut.custom = {FIELD: value}
     with pytest.raises(KDError, match=f"the field {FIELD} of cut c1 is damaged"):
-        Pointer.of(cut)
+        Pointer.of_cut(cut)
 
 
 def test_symbols(tmp_path):

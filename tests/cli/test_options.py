@@ -116,6 +116,15 @@ def test_every_option_has_a_help_that_is_a_sentence():
                 assert param.help.rstrip("'\"").endswith("."), (name, param.name)
 
 
+def test_no_help_shows_an_empty_text_as_a_default():
+    for name in MODULES:
+        command = cli.get_command(None, name)
+        with click.Context(command, info_name=name, show_default=True) as context:
+            text = " ".join(command.get_help(context).split())
+        assert 'default: ""' not in text, name
+        assert "[default: 200.0]" in text or name != "dump"  # others are shown
+
+
 # torchrun
 
 

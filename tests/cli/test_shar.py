@@ -488,7 +488,7 @@ def test_a_refusal_leaves_the_targets_that_were_there(
 
 def _records(folder):
     for cut in read(folder).values():
-        yield b"".join(Pointer.of(cut).read().values())
+        yield b"".join(Pointer.of_cut(cut).read().values())
 
 
 def test_cuts_without_targets_are_refused(left_alone, in_cuts, folder):
@@ -499,7 +499,7 @@ def test_cuts_without_targets_are_refused(left_alone, in_cuts, folder):
 def test_damaged_records_are_refused(left_alone, dumped, folder, tmp_path):
     path = tmp_path / "out_kd" / "targets.bin"
     data = bytearray(path.read_bytes())
-    data[Pointer.of(list(load_manifest(dumped))[3]).offset] ^= 1
+    data[Pointer.of_cut(list(load_manifest(dumped))[3]).offset] ^= 1
     path.write_bytes(data)
     error = left_alone(dumped, folder)
     assert "targets of cut c4 in " in error and "damaged" in error

@@ -644,7 +644,7 @@ def test_a_dataset_passes_its_policy_on(cuts, make_cut):
 def test_the_rest_of_a_damaged_store_is_read(cuts, tmp_path, stored):
     path = tmp_path / "kd" / "targets.bin"
     data = bytearray(path.read_bytes())
-    pointer = Pointer.of(cuts["c3"])
+    pointer = Pointer.of_cut(cuts["c3"])
     data[pointer.offset : pointer.offset + pointer.size] = b"\0" * pointer.size
     path.write_bytes(data)
     targets = collate_targets([cuts["c1"], cuts["c2"]])

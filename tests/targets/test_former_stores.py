@@ -118,7 +118,7 @@ def test_a_former_store_is_read(former, tmp_path):
     fingerprint = Fingerprint.read("kd")
     assert list(targets.parts) == list(fingerprint.forms)
     assert targets.lens.tolist() == [3, 2] and targets.whole.all()
-    assert all(Pointer.of(cut).fingerprint == fingerprint.digest for cut in cuts)
+    assert all(Pointer.of_cut(cut).fingerprint == fingerprint.digest for cut in cuts)
     first, second = targets.parts["lattice"]
     assert first.labels.tolist() == [3] and (second is None) == (name == "dense")
     ctc = targets.parts["ctc"]

@@ -138,7 +138,7 @@ def test_each_part_is_stored_as_its_codec_makes_it(cuts, opened, make_logits, ke
 @kept()
 def test_a_cuts_frames_and_time_are_those_of_its_parts(cuts, store, kept):
     for cut in store(cuts, **kept):
-        pointer = Pointer.of(cut)
+        pointer = Pointer.of_cut(cut)
         assert pointer.frames == FRAMES[cut.id] and pointer.cut == cut.id
         targets = collate_targets([cut])
         assert targets.lens.tolist() == [FRAMES[cut.id]]
@@ -416,7 +416,7 @@ def test_lattices_are_read_with_and_without_other_parts(cuts, store, noise, kept
             collate_targets(given, kinds=["hidden"])
     assert targets.whole.tolist() == [True, False, True]
     assert targets.parts["lattice"][1] is None  # its labels are unknown
-    codec = read_fingerprint(Pointer.of(part).store).kinds["lattice"].codec
+    codec = read_fingerprint(Pointer.of_cut(part).store).kinds["lattice"].codec
     for found, name in (
         (targets.parts["lattice"][0], "c1"),
         (targets.parts["lattice"][2], "c3"),
@@ -554,7 +554,7 @@ def test_a_changed_byte_of_a_layer_is_found(cuts, store, tmp_path):
     stored = store(cuts)
     path = tmp_path / "kd" / "targets.bin"
     data = bytearray(path.read_bytes())
-    pointer = Pointer.of(stored["c3"])
+    pointer = Pointer.of_cut(stored["c3"])
     data[pointer.offset + pointer.sizes["hidden.1"] + 3] ^= 1  # in hidden.out
     path.write_bytes(data)
     with pytest.raises(KDError, match="targets of cut c3 in .* damaged"):
@@ -716,7 +716,7 @@ def test_statistics_without_ctc_are_bytes_alone(cuts, store, capsys):
 
 def test_statistics_of_lattices_without_ctc(cuts, store, capsys):
     stored = store(cuts, **KEPT["lattice-hidden"])
-    size = sum(Pointer.of(c).sizes["lattice"] for c in stored)
+    size = sum(Pointer.of_cut(c).sizes["lattice"] for c in stored)
     found = printed(capsys, stored)
     assert found["forms"] == f"top:3, {HIDDEN}" and found["frames"] == "43"
     assert found["bytes a frame, lattice"] == f"{size / 43:.2f}"

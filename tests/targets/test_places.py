@@ -114,7 +114,7 @@ def test_the_store_stays_where_its_cuts_say_while_it_is_there(made, tmp_path):
     shutil.copytree(path.parent, copy)
     look_beside(copy)
     (cut, *_) = load_manifest(copy / path.name)
-    assert Pointer.of(cut).store == str(path.parent / "cuts_kd")
+    assert Pointer.of_cut(cut).store == str(path.parent / "cuts_kd")
 
 
 def test_a_path_of_windows_is_found_by_its_last_name(made, expected, tmp_path):

@@ -45,7 +45,7 @@ def test_records_lie_side_by_side(cuts, records):
     """So that every byte of the file belongs to one cut."""
     at = 0
     for cut in cuts:
-        pointer = Pointer.of(cut)
+        pointer = Pointer.of_cut(cut)
         assert pointer.offset == at
         at += pointer.size
     assert records.stat().st_size == at
@@ -92,7 +92,7 @@ def test_a_truncated_store_is_found(cuts, records, left):
     data = data[:left]
     records.write_bytes(data)
     for cut in cuts:
-        pointer = Pointer.of(cut)
+        pointer = Pointer.of_cut(cut)
         if pointer.offset + pointer.size <= len(data):
             collate_targets([cut])
             continue
@@ -238,7 +238,7 @@ def test_a_pointer_is_plain_json(cuts):
     for cut in cuts:
         value = cut.custom[FIELD]
         assert json.loads(json.dumps(value)) == value
-        assert Pointer.of(cut).to_dict() == value
+        assert Pointer.of_cut(cut).to_dict() == value
 
 
 # Fingerprints
@@ -351,7 +351,7 @@ def test_statistics_of_a_sparse_store(make_cut, make_store, capsys, read_targets
     n = sum(len(f.indices) for f in found)
     tail = sum(float(f.log_tail.exp().sum()) for f in found) / n
     assert "top:3" in out and f"{tail:.2e}" in out
-    size = sum(Pointer.of(c).size for c in cuts) / n
+    size = sum(Pointer.of_cut(c).size for c in cuts) / n
     assert 3 < size < 12 and f"{size:.2f}" in out
     (kept,) = (li.split()[-1] for li in out.splitlines() if "tokens stored" in li)
     assert kept == "3.00"

@@ -136,7 +136,7 @@ def test_the_record_belongs_to_the_cut(make_cut, opened, make_logits, tmp_path):
     with opened() as writer:
         write_all(writer, cuts, make_logits)
     *_, found = load_manifest(tmp_path / "kd.jsonl.gz")
-    pointer = Pointer.of(found)
+    pointer = Pointer.of_cut(found)
     assert (pointer.cut, pointer.start, pointer.duration) == ("late", 7.25, 0.33)
     assert (pointer.source, pointer.frames) == (7.58, 7)
     assert (pointer.offset, pointer.sizes) == (14 * 11 * 2, {"ctc": 7 * 11 * 2})
@@ -810,7 +810,7 @@ def test_a_lattice_is_stored_beside_the_ctc_targets(
         writer.write(cuts[0], make_logits(cuts[0]), lattice=lattice())
         codec = writer.fingerprint.kinds["lattice"].codec
     (found,) = load_manifest(tmp_path / "kd.jsonl.gz")
-    parts = Pointer.of(found).read()
+    parts = Pointer.of_cut(found).read()
     assert list(parts) == ["ctc", "lattice"]
     assert parts["lattice"] == codec.encode(lattice(), "c1")
     assert codec.decode(parts["lattice"], 11).ranges.shape == (14, 3)

@@ -645,7 +645,7 @@ def test_a_cache_keeps_the_form_that_was_told(
             x = torch.from_numpy(cut.load_features())[None]
             logits = hook.encode(x, torch.tensor([x.size(1)])).ctc_logits[0]
             rows = (logits / temperature).log_softmax(-1)
-            data, frames = Pointer.of(cut).read()["ctc"], Pointer.of(cut).frames
+            data, frames = Pointer.of_cut(cut).read()["ctc"], Pointer.of_cut(cut).frames
             found = codec.decode([data], [frames], 25)
             assert found.indices.shape == (len(rows), 3)
             expected = rows.gather(1, found.indices)
