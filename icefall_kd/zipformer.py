@@ -5,7 +5,7 @@ transducer or both. The older Zipformer has no ``encoder_embed``: its encoder ta
 features itself. This module loads no torch.
 """
 
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Mapping, Union
 
 from icefall_kd.errors import KDError, require
 
@@ -35,6 +35,15 @@ def encoder_frames(num_frames: int) -> int:
       num_frames: Feature frames (100 Hz), a number or a tensor of numbers.
     """
     return (stack_frames(num_frames) + 1) // 2
+
+
+def subsampling_factor(params: Mapping[str, Any]) -> int:
+    """Return how many feature frames make a frame by a recipe's params.
+
+    Args:
+      params: The recipe's params; 4 without ``subsampling_factor``.
+    """
+    return int(params.get("subsampling_factor", 4))
 
 
 def has_ctc(model: "nn.Module") -> bool:

@@ -426,14 +426,14 @@ def _build(
     fresh = (*_COUNTERS, *(k for k in settings if k.startswith("kd_")))
     params.update({k: v for k, v in settings.items() if k not in fresh})
     new = _changes(params, preset, params_goal or speed, changes)
-    kept = None
+    selection = None
     if init == "teacher":
         sliced = check_slices(loaded.model, params, new)
-        kept = _select(loaded.model, params, sliced, batches, layers, channels)
+        selection = _select(loaded.model, params, sliced, batches, layers, channels)
     _check_random(params, new, defaults)
     torch.manual_seed(seed)
     model, student_params = build_student(
-        loaded.model, params, new, model_maker(train), init, kept
+        loaded.model, params, new, model_maker(train), init, selection
     )
     student_params["average_period"] = settings.get("average_period", 200)
     scores = []
@@ -441,7 +441,9 @@ def _build(
         blank_id = int(settings.get("blank_id", 0))
         scores = _score_each((loaded.model, model), batches, tokenizer, blank_id)
     count = sum(len(x) for x, _, _ in batches)
-    text = account(loaded.model, model, params, student_params, kept, scores, count)
+    text = account(
+        loaded.model, model, params, student_params, selection, scores, count
+    )
     line = flags_of(student_params, defaults)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, words in ((FLAGS, line), (ACCOUNT, text)):

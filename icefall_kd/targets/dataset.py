@@ -180,7 +180,7 @@ def _common_fingerprint(pointers: List[Pointer]) -> Fingerprint:
     """The fingerprint that the stores of all pointers must share."""
     store = pointers[0].store
     fingerprint = read_fingerprint(store)
-    for other_store in {p.store for p in pointers}:
+    for other_store in {p.store for p in pointers} - {store}:
         other = read_fingerprint(other_store)
         fingerprint.check_same(other, store, other_store, ONE_TEACHER)
     return fingerprint

@@ -14,6 +14,7 @@ from icefall_kd.errors import KDError, require
 from icefall_kd.files import replacing
 from icefall_kd.kinds import KINDS, TargetKind
 from icefall_kd.targets.json_records import typed
+from icefall_kd.zipformer import subsampling_factor
 
 FILENAME = "fingerprint.json"
 # Settings that change what a causal teacher computes, and not its parameters.
@@ -99,7 +100,7 @@ class Fingerprint:
         Raises:
           KDError: a form that is none.
         """
-        factor = int(settings.get("subsampling_factor", 4))
+        factor = subsampling_factor(settings)
         fingerprint = Fingerprint(
             teacher=teacher,
             tokens=tokens or "",

@@ -92,8 +92,8 @@ class WarpRecord(torch.nn.Module):
             frame = frame.clamp(0, max(0, n - 1))
             index[row, :n] = torch.where(inside, frame, index[row, :n])
         rows_and_frames = (torch.arange(len(index)).unsqueeze(1), index)
-        parts = dict(targets.parts)
+        parts = {}
         for name, values in targets.parts.items():
-            moved = KINDS[name].index_frames(values, rows_and_frames)
-            parts[name] = values if moved is None else moved
+            warped = KINDS[name].index_frames(values, rows_and_frames)
+            parts[name] = values if warped is None else warped
         return replace(targets, mask=targets.mask[rows_and_frames], parts=parts)

@@ -22,6 +22,7 @@ from icefall_kd.training.stored import StoredTargets
 from icefall_kd.training.time_warp import TimeWarp
 from icefall_kd.training.tokenizer import StudentTokenizer
 from icefall_kd.types import EncoderOut, Targets
+from icefall_kd.zipformer import subsampling_factor
 
 
 class Distillation:
@@ -170,7 +171,7 @@ class Distillation:
             transcribed=transcribed,
         )
         info.update(terms)
-        factor = int(self.params.get("subsampling_factor", 4))
+        factor = subsampling_factor(self.params)
         frames = float((batch["supervisions"]["num_frames"] // factor).sum())
         if not self.joint.is_constant:  # icefall divides by frames what it logs
             for name, weight in self.joint.weights(epoch).items():

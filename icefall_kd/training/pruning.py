@@ -66,8 +66,9 @@ class TeacherRanges:
         """
         require(
             self._begun,
-            "--kd-stored-ranges is 1, and compute_loss() does not call kd.begin(batch)"
-            " before it reads the batch: plug the recipe again with `icefall-kd plug`",
+            "--kd-stored-ranges is true, and compute_loss() does not call "
+            "kd.begin(batch) before it reads the batch: plug the recipe again with "
+            "`icefall-kd plug`",
         )
         ranges_and_logits = self._ranges, self._logits
         self.close()

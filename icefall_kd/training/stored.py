@@ -14,6 +14,7 @@ from icefall_kd.targets.warp import WarpRecord
 from icefall_kd.tokens import hash_tokens, token_map
 from icefall_kd.training import checks
 from icefall_kd.training.tokenizer import StudentTokenizer
+from icefall_kd.zipformer import subsampling_factor
 
 
 class StoredTargets:
@@ -89,7 +90,7 @@ class StoredTargets:
 
     def _frame_shift(self, fingerprint: Fingerprint, store: str) -> Optional[float]:
         """Seconds between the student's frames; None where the teacher's are alike."""
-        factor = int(self.params.get("subsampling_factor", 4))
+        factor = subsampling_factor(self.params)
         shift = factor * fingerprint.feature_shift
         if abs(shift - fingerprint.frame_shift) <= 1e-6:
             return None
