@@ -30,16 +30,17 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+from zipformer.bin import train as zipformer_train
 from zipformer.bin.train import (
     add_model_arguments,
     get_adjusted_batch_count,
-    get_model,
     load_checkpoint_if_available,
     set_batch_count,
 )
 from zipformer.modules import model as zipformer_model
 from zipformer.modules.optim import Eden, ScaledAdam
-from zipformer.modules.scaling import Whiten
+from zipformer.modules.scaling import ScheduledFloat, Whiten
+from zipformer.modules.subsampling import Conv2dSubsampling
 from zipformer.utils import (
     AttributeDict,
     MetricsTracker,
@@ -96,6 +97,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--use-fp16", type=str2bool, default=False, help="Train in half precision.")
     add("--num-threads", type=int, default=0, help="CPU threads; 0: all cores.")
     add_model_arguments(parser)
+    add(
+        "--embed-channels",
+        type=str,
+        default="8,32,128",
+        help="Channels of encoder_embed's convolutions; icefall's are 8,32,128.",
+    )
     # A teacher of 1.3 M parameters.
     parser.set_defaults(
         feature_dim=40,
@@ -139,6 +146,28 @@ def get_params() -> AttributeDict:
             },
         }
     )
+
+
+def get_model(params: AttributeDict) -> nn.Module:
+    """Return the package's model, with the front end that ``params`` describe."""
+    model = zipformer_train.get_model(params)
+    # A checkpoint of a former version has no such setting.
+    embed_channels = params.get("embed_channels", "8,32,128")
+    numbers = embed_channels.split(",")
+    if len(numbers) != 3 or not all(n.isdecimal() and int(n) for n in numbers):
+        raise KDError(
+            f"--embed-channels is {embed_channels!r}, and must be three numbers "
+            "above 0, such as 8,32,128"
+        )
+    channels = [int(n) for n in numbers]
+    if channels != [8, 32, 128]:
+        model.encoder_embed = Conv2dSubsampling(
+            params.feature_dim,
+            int(params.encoder_dim.split(",")[0]),
+            *channels,
+            dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1)),
+        )
+    return model
 
 
 def create_grad_scaler(**options: Any) -> "torch.cuda.amp.GradScaler":
