@@ -118,7 +118,7 @@ def main() -> None:
     model, settings = load_model(
         args.recipe, exp / "teacher", args.teacher_epoch, 0, 1, True
     )
-    cuts = CutSet.from_file(data / "fbank/digits_cuts_train.jsonl.gz")
+    cuts = CutSet.from_file(data / "fbank/cuts_train.jsonl.gz")
     cuts = cuts.subset(first=args.num_cuts).to_eager()
     sp = load_tokenizer(settings["bpe_model"])
     figures = {}

@@ -8,8 +8,8 @@ Usage:
 
   benchmarks/slices.py --exp-dir egs/digits/ASR/exp/teacher --epoch 10 \
     --bpe-model egs/digits/ASR/data/lang_bpe_54/bpe.model \
-    --cuts egs/digits/ASR/data/fbank/digits_cuts_train.jsonl.gz \
-    --test-cuts egs/digits/ASR/data/fbank/digits_cuts_test.jsonl.gz
+    --cuts egs/digits/ASR/data/fbank/cuts_train.jsonl.gz \
+    --test-cuts egs/digits/ASR/data/fbank/cuts_test.jsonl.gz
 """
 
 import argparse

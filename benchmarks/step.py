@@ -58,7 +58,7 @@ class Side:
 
     def __init__(self, train, args: argparse.Namespace, flags: List[str]) -> None:
         parser = train.get_parser()
-        train.DigitsAsrDataModule.add_arguments(parser)
+        train.AsrDataModule.add_arguments(parser)
         flags = [
             *(args.student_dir / "student_flags").read_text("utf8").split(),
             *flags,
@@ -113,7 +113,7 @@ def main() -> None:
     train.zipformer_model.k2 = get_engine()
     from lhotse import CutSet
 
-    cuts = CutSet.from_file(args.kd_dir / "digits_cuts_train.jsonl.gz").to_eager()
+    cuts = CutSet.from_file(args.kd_dir / "cuts_train.jsonl.gz").to_eager()
     # attach() closes the session before it, so the one without KD comes first.
     sides = {OFF: Side(train, args, []), ON: Side(train, args, args.flags.split())}
     sides[ON].open(cuts)

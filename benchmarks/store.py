@@ -262,7 +262,7 @@ def main() -> None:
     v, blank = settings["vocab_size"], settings["blank_id"]
     split = Split(v, blank, args.seed)
     sp = load_tokenizer(settings["bpe_model"])
-    cuts = CutSet.from_file(data / "fbank/digits_cuts_train.jsonl.gz")
+    cuts = CutSet.from_file(data / "fbank/cuts_train.jsonl.gz")
     cuts = cuts.subset(first=args.num_cuts)
     extra = []
     try:

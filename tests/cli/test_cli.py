@@ -758,7 +758,7 @@ def test_student_end_to_end(
 
     # The flags give the recipe's parser the same model, and training starts from it.
     parser = recipe.get_parser()
-    recipe.DigitsAsrDataModule.add_arguments(parser)
+    recipe.AsrDataModule.add_arguments(parser)
     words = (folder / "student_flags").read_text().split()
     args = parser.parse_args([*words, "--exp-dir", str(folder), "--start-epoch", "2"])
     params = recipe.get_params()

@@ -188,8 +188,8 @@ main()
 
 def commands(base: Path) -> List[Scenario]:
     bpe = base / "data/lang_bpe_54/bpe.model"
-    fbank = base / "data/fbank/digits_cuts_train.jsonl.gz"
-    stored = base / "data/kd/digits_cuts_train.jsonl.gz"
+    fbank = base / "data/fbank/cuts_train.jsonl.gz"
+    stored = base / "data/kd/cuts_train.jsonl.gz"
     teacher = ["--recipe", DIGITS / "zipformer", "--exp-dir", base / "exp/teacher"]
     teacher += ["--epoch", 3, "--avg", 1, "--bpe-model", bpe]
     kept = ["--keep-lattice", "dense", "--keep-hidden", "out:half"]

@@ -331,7 +331,7 @@ def test_options_out_of_range_are_refused_in_one_sentence(work, tmp_path, words,
 def changed_manifests(work, tmp_path, change):
     """A copy of data/kd whose first training cut was changed."""
     shutil.copytree(work / "data/kd", tmp_path / "kd")
-    path = tmp_path / "kd/digits_cuts_train.jsonl.gz"
+    path = tmp_path / "kd/cuts_train.jsonl.gz"
     with gzip.open(path, "rt") as f:
         cuts = [json.loads(line) for line in f]
     change(cuts[0])
@@ -365,7 +365,7 @@ def test_a_bpe_model_of_another_size_is_refused(work, tmp_path):
     done = subprocess.run(
         [sys.executable, str(RECIPE / "local/train_bpe_model.py"), "--vocab-size", "26"]
         + ["--lang-dir", str(tmp_path / "data/lang_bpe_54")]
-        + ["--manifest", str(work / "data/manifests/digits_cuts_train.jsonl.gz")],
+        + ["--manifest", str(work / "data/manifests/cuts_train.jsonl.gz")],
         capture_output=True,
         text=True,
     )

@@ -111,7 +111,7 @@ def write_cuts(path, cuts):
 
 
 def manifest(folder, split):
-    return Path(folder) / f"digits_cuts_{split}.jsonl.gz"
+    return Path(folder) / f"cuts_{split}.jsonl.gz"
 
 
 def all_bytes(folder):
@@ -264,7 +264,7 @@ def test_noise_is_of_many_colours_with_hum_in_some():
 def test_digits_of_unlike_level_come_out_alike():
     rng = np.random.default_rng(0)
     tone = np.sin(np.arange(2000) / 3)
-    joined = audio_utils.join_digits([tone, 0.001 * tone], rng)
+    joined = audio_utils.join_words([tone, 0.001 * tone], rng)
     first, last = audio_utils.level(joined[:2000]), audio_utils.level(joined[-2000:])
     assert 0 < abs(20 * np.log10(first / last)) <= 6
     assert 0 <= joined.size - 4000 <= 0.25 * 8000

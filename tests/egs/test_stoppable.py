@@ -135,7 +135,7 @@ exec {SCRIPT_OF_KD} --asr-dir {place} --train-manifests train.jsonl.gz --python 
 
 
 def test_run_streaming_waits_for_another_run_in_its_folder(start, tmp_path):
-    targets = tmp_path / "seed-1" / "data" / "kd" / "digits_cuts_train.jsonl.gz"
+    targets = tmp_path / "seed-1" / "data" / "kd" / "cuts_train.jsonl.gz"
     targets.parent.mkdir(parents=True)
     targets.touch()
     (tmp_path / "streaming").mkdir()

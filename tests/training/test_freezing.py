@@ -243,7 +243,7 @@ def train_recipe(make_cut, make_settings, bpe_models, tmp_path, monkeypatch):
         def valid_dataloaders(self, cuts):
             return [K2SpeechRecognitionDataset(return_cuts=True)[cuts]]
 
-    monkeypatch.setattr(train, "DigitsAsrDataModule", Data)
+    monkeypatch.setattr(train, "AsrDataModule", Data)
     monkeypatch.setattr(train, "setup_logger", lambda path: None)
     exp = tmp_path / "exp"
     exp.mkdir()

@@ -146,7 +146,7 @@ def test_options_do_not_collide_with_zipformers_parser(parse, monkeypatch):
 def test_options_do_not_collide_with_the_digits_recipes(recipe, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     parser = recipe.get_parser()
-    recipe.DigitsAsrDataModule.add_arguments(parser)
+    recipe.AsrDataModule.add_arguments(parser)
     args = vars(parser.parse_args(["--kd-ctc-weight", "0.8"]))
     found = {k: v for k, v in args.items() if k.startswith("kd_")}
     assert found == {**DEFAULTS, "kd_ctc_weight": 0.8}

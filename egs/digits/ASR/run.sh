@@ -1,34 +1,41 @@
 #!/usr/bin/env bash
 # The digits recipe, from nothing to a table of WERs. See README.md.
+# A recipe of another corpus sets recipe_dir, its own folder, and sources this script.
 set -eou pipefail
 caller=$PWD
 script=$(realpath "${BASH_SOURCE[0]}")
-cd "$(dirname "$script")"
+cd "${recipe_dir:-$(dirname "$script")}"
 
 # Options
 stage=0             # first stage
 stop_stage=9        # last stage
 redo=false          # true: do the chosen stages again
 
-corpus=espeak       # espeak (speech is synthesized) or fsdd (needs --corpus-dir)
-corpus_dir=         # fsdd: folder of the dataset's recordings
+corpus=espeak       # espeak (speech is synthesized), fsdd or commands
+corpus_dir=         # fsdd: folder of the recordings; commands: the corpus's clone
 test_speaker=theo   # fsdd: held out for test
-untranscribed_speakers=  # fsdd: speakers without transcripts, separated by commas
-teacher_work_dir=   # fsdd: use the teacher and tokens of this work folder
+untranscribed_speakers=  # speakers without transcripts, separated by commas
+teacher_work_dir=   # use the teacher and tokens of this work folder
 num_train=1600      # number of training utterances
 num_untranscribed=800  # number of utterances of untranscribed speakers
 num_dev=96          # number of validation utterances
 num_test=300        # number of test utterances
 vocab_size=54       # number of BPE tokens
-seed=42             # of the corpus, the trainings and the student's parameters
+seed=42             # of the trainings and the student's parameters
+corpus_seed=        # of the corpus; empty: --seed
 
-teacher_epochs=10   # epochs of the teacher
+teacher_epochs=10   # epochs of the teacher, at most with --patience
 student_epochs=3    # epochs of both students, with long_factor 1
 long_factor=1       # 3: also train and decode both students three times as long
+patience=0          # above 0: train to the end, until the dev WER has not improved for so many epochs
+avg=1               # how many epochs are averaged
+teacher_set=        # settings of the teacher that differ from train.py's, such as "encoder-dim=64,128,128"
+train_flags=        # more options of train.py, for all trainings, such as "--max-duration 30"
 student_set="encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 num-encoder-layers=1,1,1 feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64"  # settings that differ from the teacher's: 0.3 M parameters instead of 1.3 M
 student_init=teacher  # start from the teacher's slices, or: random
 kd_config=conf/kd.yaml  # weights of the losses
 kd_flags=           # override kd_config, such as "--kd-temperature 2"
+dump_flags="--keep-lattice dense --keep-hidden out:half"  # of icefall-kd dump
 
 work_dir=.          # data/ and exp/ go here
 venv=../../../.venv  # environment that stage 0 makes, if there is none
@@ -40,10 +47,17 @@ Stages: 0 environment, 1 data, 2 features, 3 tokens, 4 teacher, 5 targets,
   and one that was stopped continues."
 renamed="teacher_dir:teacher_work_dir student:student_set"
 
+if [ -f conf/corpus.sh ]; then
+  . conf/corpus.sh
+  help_message+="
+Defaults of this recipe's own:
+$(sed '/^#/d; s/^/  /' conf/corpus.sh)"
+fi
 . shared/parse_options.sh
 . shared/check_options.sh
-check_numbers 0 stage stop_stage seed num_untranscribed num_threads
-check_numbers 1 num_train num_dev num_test vocab_size student_epochs long_factor
+corpus_seed=${corpus_seed:-$seed}
+check_numbers 0 stage stop_stage seed corpus_seed num_untranscribed num_threads patience
+check_numbers 1 num_train num_dev num_test vocab_size student_epochs long_factor avg
 check_numbers 2 teacher_epochs  # for averaging
 check_switch redo
 . shared/threads.sh
@@ -67,14 +81,24 @@ if [ -n "$corpus_dir" ] && [ -d "$caller/$corpus_dir" ]; then
 fi
 # Compiling at every start costs more than it saves in runs this short.
 export TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
+rate=8000
 case $corpus in
   espeak) ;;
   fsdd) [ -n "$corpus_dir" ] || [ "$stage" -gt 1 ] \
     || fail "--corpus fsdd needs --corpus-dir, the folder of the dataset's recordings" ;;
-  *) fail "the corpus is '$corpus', and must be espeak or fsdd" ;;
+  commands)
+    rate=16000
+    [ -x local/prepare_commands.py ] \
+      || fail "--corpus commands is for egs/commands/ASR/run.sh: start that"
+    [ -n "$corpus_dir" ] || [ "$stage" -gt 1 ] \
+      || fail "--corpus commands needs --corpus-dir, your clone of the corpus" ;;
+  *) fail "the corpus is '$corpus', and must be espeak, fsdd or commands" ;;
 esac
-[ "$corpus" = fsdd ] || [ -z "$untranscribed_speakers$teacher_work_dir" ] \
-  || fail "--untranscribed-speakers and --teacher-work-dir are for --corpus fsdd"
+[ "$corpus" != espeak ] || [ -z "$untranscribed_speakers$teacher_work_dir" ] \
+  || fail "--untranscribed-speakers and --teacher-work-dir are not for --corpus espeak"
+[ "$patience" -eq 0 ] || [ "$long_factor" -eq 1 ] \
+  || fail "--patience $patience ends a training by itself: leave out --long-factor" \
+    "$long_factor"
 
 mkdir -p "$work_dir/data" "$work_dir/exp"
 data=$work_dir/data
@@ -84,16 +108,17 @@ teacher=$exp/teacher
 if [ -n "$teacher_work_dir" ]; then
   lang=$teacher_work_dir/data/lang_bpe_$vocab_size
   teacher=$teacher_work_dir/exp/teacher
-  [ -f "$teacher/epoch-$teacher_epochs.pt" ] \
+  [ -f "$teacher/best-epoch" ] || [ -f "$teacher/epoch-$teacher_epochs.pt" ] \
     || fail "$teacher has no epoch-$teacher_epochs.pt: run its stages up to 4 first"
 fi
 
 # Results of other settings in the same folder would be taken for these.
-settings="corpus=$corpus test_speaker=$test_speaker seed=$seed \
+settings="corpus=$corpus corpus_seed=$corpus_seed test_speaker=$test_speaker seed=$seed \
 untranscribed_speakers=$untranscribed_speakers num_train=$num_train num_dev=$num_dev \
 num_test=$num_test vocab_size=$vocab_size teacher_epochs=$teacher_epochs \
 teacher_dir=$teacher_work_dir student=$student_set student_init=$student_init \
-student_epochs=$student_epochs long_factor=$long_factor \
+student_epochs=$student_epochs long_factor=$long_factor patience=$patience avg=$avg \
+teacher_set=$teacher_set train_flags=$train_flags dump_flags=$dump_flags \
 kd=$(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags"
 # write FILE TEXT: whole or not at all.
 write() { echo "$2" > "$1.tmp" && mv "$1.tmp" "$1"; }
@@ -160,7 +185,7 @@ if [ "$stage" -le 0 ]; then icefall-kd doctor; fi
 
 if todo 1 "data ($corpus)"; then  # 1 minute, 100 MB
   rm -rf "$data/manifests" "$data/audio"
-  common=(--seed "$seed" --num-train "$num_train" --num-dev "$num_dev"
+  common=(--seed "$corpus_seed" --num-train "$num_train" --num-dev "$num_dev"
     --num-test "$num_test" --output-dir "$data/manifests" --audio-dir "$data/audio")
   if [ "$corpus" = espeak ]; then
     run ./local/prepare_espeak.py "${common[@]}"
@@ -169,54 +194,64 @@ if todo 1 "data ($corpus)"; then  # 1 minute, 100 MB
       common+=(--untranscribed-speakers "$untranscribed_speakers"
         --num-untranscribed "$num_untranscribed")
     fi
-    run ./local/prepare_fsdd.py --corpus-dir "$corpus_dir" \
-      --test-speaker "$test_speaker" "${common[@]}"
+    if [ "$corpus" = fsdd ]; then common+=(--test-speaker "$test_speaker"); fi
+    run "./local/prepare_$corpus.py" --corpus-dir "$corpus_dir" "${common[@]}"
   fi
   finish 1
 fi
 
 if todo 2 "features" "$data/fbank"; then  # 1 minute, 60 MB
   run ./local/compute_fbank.py --manifest-dir "$data/manifests" \
-    --output-dir "$data/fbank"
+    --sampling-rate "$rate" --output-dir "$data/fbank"
   finish 2
 fi
 
 if todo 3 "tokens"; then
   if [ -z "$teacher_work_dir" ]; then
     run ./local/train_bpe_model.py --lang-dir "$lang" --vocab-size "$vocab_size" \
-      --manifest "$data/manifests/digits_cuts_train.jsonl.gz"
+      --manifest "$data/manifests/cuts_train.jsonl.gz"
   fi
   finish 3
 fi
 bpe=$lang/bpe.model
 
+read -r -a train_words <<< "$train_flags"
+training=(--bpe-model "$bpe" --seed "$seed" --sample-rate "$rate"
+  --patience "$patience" --avg "$avg" "${train_words[@]}")
+
 if todo 4 "teacher" "$exp/teacher"; then  # 8 minutes, 60 MB
   if [ -z "$teacher_work_dir" ]; then
+    settings_of_teacher=()
+    for setting in $teacher_set; do
+      settings_of_teacher+=("--${setting%%=*}" "${setting#*=}")
+    done
     train "$teacher" 1 "$teacher_epochs" --manifest-dir "$data/fbank" \
-      --bpe-model "$bpe" --seed "$seed" --num-threads "$num_threads"
+      "${training[@]}" "${settings_of_teacher[@]}" --num-threads "$num_threads"
   fi
   finish 4
 fi
-teacher_flags=(--recipe ./zipformer --exp-dir "$teacher" --epoch "$teacher_epochs"
-  --avg 1)
+teacher_epoch=$(last_epoch "$teacher" "$teacher_epochs")
+teacher_flags=(--recipe ./zipformer --exp-dir "$teacher" --epoch "$teacher_epoch"
+  --avg "$(averaged "$teacher_epoch")")
 
 kd_sets=train
 if [ -n "$untranscribed_speakers" ]; then kd_sets=train,train-labelled; fi
 
-labelled=$data/fbank/digits_cuts_train-labelled.jsonl.gz
+labelled=$data/fbank/cuts_train-labelled.jsonl.gz
 if todo 5 "targets" "$data/kd" "$labelled"; then  # 1 minute, 25 MB
   mkdir -p "$data/kd"
   if [ -n "$untranscribed_speakers" ] && [ ! -f "$labelled" ]; then
-    run ./local/label_cuts.py --exp-dir "$teacher" --epoch "$teacher_epochs" \
+    run ./local/label_cuts.py --exp-dir "$teacher" --epoch "$teacher_epoch" \
       --bpe-model "$bpe" --num-threads "$num_threads" \
-      "$data/fbank/digits_cuts_train-untranscribed.jsonl.gz" "$labelled"
+      "$data/fbank/cuts_train-untranscribed.jsonl.gz" "$labelled"
   fi
+  read -r -a dump_words <<< "$dump_flags"
   for set in ${kd_sets//,/ }; do
     run icefall-kd dump "${teacher_flags[@]}" --bpe-model "$bpe" \
-      --num-threads "$num_threads" --keep-lattice dense --keep-hidden out:half \
-      "$data/fbank/digits_cuts_$set.jsonl.gz" "$data/kd/digits_cuts_$set.jsonl.gz"
+      --num-threads "$num_threads" "${dump_words[@]}" \
+      "$data/fbank/cuts_$set.jsonl.gz" "$data/kd/cuts_$set.jsonl.gz"
   done
-  cp "$data/fbank/digits_cuts_dev.jsonl.gz" "$data/kd/"
+  cp "$data/fbank/cuts_dev.jsonl.gz" "$data/kd/"
   finish 5
 fi
 
@@ -242,7 +277,7 @@ while read -r f; do trained+=("$f"); done < <(find "$exp/student" "$exp/student-
   -mindepth 1 -maxdepth 1 ! -name epoch-1.pt ! -name "student_*" 2>/dev/null)
 if todo 7 "training, without and with KD" "${trained[@]}"; then  # 3 minutes
   read -r -a flags < "$exp/student/student_flags"
-  common=(--bpe-model "$bpe" --seed "$seed" "${flags[@]}")
+  common=("${training[@]}" "${flags[@]}")
   read -r -a more <<< "$kd_flags"
   # Side by side: a small model trains no faster on two cores than on one.
   if [ "$num_threads" -eq 0 ]; then num_threads=$((($(nproc) + 1) / 2)); fi
@@ -261,10 +296,11 @@ if todo 7 "training, without and with KD" "${trained[@]}"; then  # 3 minutes
 fi
 
 # model:epoch of all that is decoded; the last of each model is in summary.json
-models=("$teacher:$teacher_epochs")
+models=("$teacher:$teacher_epoch")
 for f in $(printf '%s\n' 1 "$long_factor" | sort -un); do
-  models+=("$exp/student:$((1 + student_epochs * f * hard_mult))"
-    "$exp/student-kd:$((1 + student_epochs * f))")
+  hard_epoch=$(last_epoch "$exp/student" $((1 + student_epochs * f * hard_mult)))
+  kd_epoch=$(last_epoch "$exp/student-kd" $((1 + student_epochs * f)))
+  models+=("$exp/student:$hard_epoch" "$exp/student-kd:$kd_epoch")
 done
 
 if todo 8 "decoding"; then  # 1 minute
@@ -272,7 +308,8 @@ if todo 8 "decoding"; then  # 1 minute
     for method in ctc-greedy-search greedy_search; do
       mark=$exp/.8.$(tr : - <<< "${m##*/}").$method
       if [ -f "$mark" ]; then continue; fi
-      run ./zipformer/decode.py --exp-dir "${m%:*}" --epoch "${m##*:}" --avg 1 \
+      run ./zipformer/decode.py --exp-dir "${m%:*}" --epoch "${m##*:}" \
+        --avg "$(averaged "${m##*:}")" \
         --manifest-dir "$data/fbank" --bpe-model "$bpe" \
         --decoding-method "$method" --num-threads "$num_threads"
       touch "$mark"
@@ -282,8 +319,8 @@ if todo 8 "decoding"; then  # 1 minute
 fi
 
 if todo 9 "table"; then  # 1 minute
-  run ./local/make_table.py --seed "$seed" --bpe-model "$bpe" --output "$exp/summary.json" \
-    --manifest "$data/fbank/digits_cuts_test.jsonl.gz" "${models[@]}"
+  run ./local/make_table.py --seed "$seed" --avg "$avg" --bpe-model "$bpe" --output "$exp/summary.json" \
+    --manifest "$data/fbank/cuts_test.jsonl.gz" "${models[@]}"
   finish 9
 fi
 rm -f "$exp/.redo"
@@ -296,7 +333,7 @@ cat <<END
 
 Done in $(((SECONDS - begun) / 60)) min $(((SECONDS - begun) % 60)) s. Everything lies in $(cd "$work_dir" && pwd):
   exp/summary.json, summary.md     the table
-  exp/student-kd/epoch-$last.pt        the distilled student, an ordinary checkpoint
+  exp/student-kd/epoch-$kd_epoch.pt        the distilled student, an ordinary checkpoint
   exp/*/log, exp/*/tensorboard     losses; tensorboard --logdir $exp
   exp/*/greedy_search, exp/*/ctc-greedy-search   WERs and aligned utterances
   data/kd                          the cuts with the teacher's targets

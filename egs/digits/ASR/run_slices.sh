@@ -51,7 +51,7 @@ one() {
     [ "$2" = first ] || settings+=(--layers important --channels important)
     run icefall-kd student --recipe ./zipformer --exp-dir "$base/exp/teacher" --epoch 10 \
       --bpe-model "$bpe" --student-dir "$exp" --seed "$seed" "${settings[@]}" \
-      --cuts "$fbank/digits_cuts_train.jsonl.gz"
+      --cuts "$fbank/cuts_train.jsonl.gz"
   fi
   read -r -a student < "$exp/student_flags"
   flags=()
@@ -61,7 +61,7 @@ one() {
     --manifest-dir "$work_dir/ablation/seed-$seed/kd" "${student[@]}" \
     "${flags[@]}"
   run ./local/learning_curve.py --exp-dir "$exp" --bpe-model "$bpe" \
-    --cuts "$fbank/digits_cuts_test.jsonl.gz" --json "$exp/curve.json"
+    --cuts "$fbank/cuts_test.jsonl.gz" --json "$exp/curve.json"
   touch "$exp/done"
 }
 

@@ -36,7 +36,7 @@ export OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
 . local/experiments.sh
 
 base=$work_dir/seed-1
-[ -f "$base/data/kd/digits_cuts_train.jsonl.gz" ] || {
+[ -f "$base/data/kd/cuts_train.jsonl.gz" ] || {
   echo "run_streaming.sh: error: $base has no targets: let run_fsdd.sh finish seed 1" >&2
   exit 1
 }

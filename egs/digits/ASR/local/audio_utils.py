@@ -1,6 +1,6 @@
-"""Audio of the digits recipe: 16-bit mono wav at 8 kHz, coloured noise, levels.
+"""Audio of the digits and commands recipes: 16-bit mono wav, coloured noise, levels.
 
-Samples are float64 in [-1, 1) of shape (num_samples,).
+Samples are float64 in [-1, 1) of shape (num_samples,). A ``rate`` is in Hz.
 """
 
 import io
@@ -13,7 +13,7 @@ import numpy as np
 
 from icefall_kd import KDError
 
-SAMPLING_RATE = 8000
+SAMPLING_RATE = 8000  # of the digits; the commands have 16000
 SNR_RANGE = (0.0, 15.0)  # dB, over the whole utterance
 MARGIN_RANGE = (0.1, 0.2)  # seconds of silence at either end
 MAX_PAUSE = 0.25  # seconds between two digits
@@ -21,30 +21,35 @@ GAIN_RANGE = (-3.0, 3.0)  # dB, of one digit against the others
 SPEED_RANGE = (0.9, 1.1)  # of training utterances; pitch and formants go with it
 
 
-def read_wav(path: Path) -> np.ndarray:
-    """Return the samples of the wav file ``path``, 16-bit mono at 8 kHz."""
+def read_wav(path: Path, rate: int = SAMPLING_RATE) -> np.ndarray:
+    """Return the samples of the wav file ``path``, 16-bit mono at ``rate``."""
     try:
         with wave.open(str(path), "rb") as f:
-            rate, width, channels = f.getframerate(), f.getsampwidth(), f.getnchannels()
-            data = f.readframes(f.getnframes())
+            form = f.getframerate(), f.getsampwidth(), f.getnchannels()
+            num_samples = f.getnframes()
+            data = f.readframes(num_samples)
     except (wave.Error, EOFError) as e:
         raise KDError(f"{path} is not a wav file ({e}), replace or remove it") from e
-    if (rate, width, channels) != (SAMPLING_RATE, 2, 1):
+    if form != (rate, 2, 1):
         raise KDError(
-            f"{path} has {rate} Hz, {8 * width} bits and {channels} channel(s) where "
-            f"{SAMPLING_RATE} Hz, 16 bits and 1 channel are needed, convert or remove "
-            "it"
+            f"{path} has {form[0]} Hz, {8 * form[1]} bits and {form[2]} channel(s) "
+            f"where {rate} Hz, 16 bits and 1 channel are needed, convert or remove it"
         )
     if len(data) < 2:
         raise KDError(f"{path} holds 0 samples, replace or remove it")
+    if len(data) < 2 * num_samples:
+        raise KDError(
+            f"{path} is cut short: it holds {len(data) // 2} samples and its header "
+            f"names {num_samples}, copy it again"
+        )
     return np.frombuffer(data, dtype="<i2").astype(np.float64) / 32768
 
 
-def write_wav(path: Path, samples: np.ndarray) -> None:
-    """Write ``samples`` to the wav file ``path``; those out of range are clipped."""
+def write_wav(path: Path, samples: np.ndarray, rate: int = SAMPLING_RATE) -> None:
+    """Write ``samples`` at ``rate`` to ``path``; those out of range are clipped."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as f:
-        f.setframerate(SAMPLING_RATE)
+        f.setframerate(rate)
         f.setsampwidth(2)
         f.setnchannels(1)
         pcm = np.clip(np.round(samples * 32768), -32768, 32767).astype("<i2")
@@ -57,34 +62,51 @@ def power(samples: np.ndarray) -> float:
     return float(np.mean(samples**2))
 
 
-def level(samples: np.ndarray, window: int = SAMPLING_RATE // 10) -> float:
-    """Return the root mean square of the loudest ``window`` of ``samples``.
+def level(samples: np.ndarray, rate: int = SAMPLING_RATE) -> float:
+    """Return the root mean square of the loudest 0.1 s of ``samples`` at ``rate``.
 
-    By default the window is 0.1 s, so that silence around speech does not change it.
+    So silence around speech does not change it.
     """
-    window = min(window, samples.size)
+    window = min(rate // 10, samples.size)
     energy = np.concatenate([[0.0], np.cumsum(samples**2)])
     return float(np.sqrt(max(np.max(energy[window:] - energy[:-window]), 0) / window))
 
 
-def silence(seconds: float) -> np.ndarray:
-    """Return ``seconds`` of zeros."""
-    return np.zeros(int(round(seconds * SAMPLING_RATE)))
+def silence(seconds: float, rate: int = SAMPLING_RATE) -> np.ndarray:
+    """Return ``seconds`` of zeros at ``rate``."""
+    return np.zeros(int(round(seconds * rate)))
 
 
-def join_digits(
-    recordings: Sequence[np.ndarray], rng: np.random.Generator
+def trim(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Cut off what is before and after the speech in ``samples`` at ``rate``.
+
+    Speech begins and ends where a window of 20 ms is within 35 dB of the loudest one,
+    and twice as loud as the quietest tenth. 40 ms are kept at either side.
+    """
+    hop, margin = rate // 100, rate // 25
+    windows = np.lib.stride_tricks.sliding_window_view(samples, 2 * hop)[::hop]
+    loudness = np.sqrt(np.mean(windows**2, axis=1))
+    least = max(loudness.max() * 10 ** (-35 / 20), 2 * np.percentile(loudness, 10))
+    loud = np.flatnonzero(loudness >= min(least, loudness.max()))
+    begin = max(loud[0] * hop - margin, 0)
+    return samples[begin : (loud[-1] + 2) * hop + margin]
+
+
+def join_words(
+    recordings: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    rate: int = SAMPLING_RATE,
 ) -> np.ndarray:
     """Join ``recordings`` with pauses; each is brought to one level, give or take 3 dB.
 
-    ``rng`` draws the pauses and levels.
+    ``rng`` draws the pauses and levels. All are at ``rate``.
     """
     parts = []
     for i, samples in enumerate(recordings):
         if i > 0:
-            parts.append(silence(rng.uniform(0, MAX_PAUSE)))
+            parts.append(silence(rng.uniform(0, MAX_PAUSE), rate))
         gain_db = rng.uniform(*GAIN_RANGE)
-        parts.append(samples * 10 ** (gain_db / 20) / level(samples))
+        parts.append(samples * 10 ** (gain_db / 20) / level(samples, rate))
     return np.concatenate(parts)
 
 
@@ -113,22 +135,26 @@ def change_speed(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return resample(samples, percent, 100)
 
 
-def add_margins(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def add_margins(
+    samples: np.ndarray, rng: np.random.Generator, rate: int = SAMPLING_RATE
+) -> np.ndarray:
     """Put silence before and after ``samples``, each of a length that ``rng`` draws."""
     before, after = rng.uniform(*MARGIN_RANGE, size=2)
-    return np.concatenate([silence(before), samples, silence(after)])
+    return np.concatenate([silence(before, rate), samples, silence(after, rate)])
 
 
-def coloured_noise(num_samples: int, rng: np.random.Generator) -> np.ndarray:
+def coloured_noise(
+    num_samples: int, rng: np.random.Generator, rate: int = SAMPLING_RATE
+) -> np.ndarray:
     """Noise of power 1: amplitude f^-a, a uniform from 0 (white) to 1 (brown), with
     mains hum in every other one."""
     num_fft = 1 << (num_samples - 1).bit_length()
-    frequency = np.fft.rfftfreq(num_fft, 1 / SAMPLING_RATE)
+    frequency = np.fft.rfftfreq(num_fft, 1 / rate)
     tilt = np.maximum(frequency, 50.0) ** -rng.uniform(0, 1)
     noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(num_fft)) * tilt, num_fft)
     noise = noise[:num_samples] / np.sqrt(power(noise[:num_samples]))
     if rng.random() < 0.5:
-        time = np.arange(num_samples) / SAMPLING_RATE
+        time = np.arange(num_samples) / rate
         mains = rng.uniform(49, 61)
         hum = sum(
             np.sin(2 * np.pi * (k * mains * time + rng.random())) / k
@@ -139,21 +165,23 @@ def coloured_noise(num_samples: int, rng: np.random.Generator) -> np.ndarray:
     return noise
 
 
-def add_noise(speech: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray, float]:
+def add_noise(
+    speech: np.ndarray, rng: np.random.Generator, rate: int = SAMPLING_RATE
+) -> Tuple[np.ndarray, float]:
     """Return ``speech`` with noise that ``rng`` draws, and the ratio of both in dB."""
     snr = rng.uniform(*SNR_RANGE)
-    noise = coloured_noise(speech.size, rng)
+    noise = coloured_noise(speech.size, rng, rate)
     return speech + noise * np.sqrt(power(speech) / 10 ** (snr / 10)), snr
 
 
 def finish_utterance(
-    speech: np.ndarray, rng: np.random.Generator
+    speech: np.ndarray, rng: np.random.Generator, rate: int = SAMPLING_RATE
 ) -> Tuple[np.ndarray, float]:
     """Give ``speech`` margins, noise and a peak of -1 to -10 dB, all drawn by ``rng``.
 
     Returns:
       The samples, and the signal-to-noise ratio in dB.
     """
-    samples, snr = add_noise(add_margins(speech, rng), rng)
+    samples, snr = add_noise(add_margins(speech, rng, rate), rng, rate)
     peak_db = rng.uniform(-10, -1)
     return samples * 10 ** (peak_db / 20) / np.max(np.abs(samples)), snr

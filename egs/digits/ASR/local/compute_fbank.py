@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """
-Compute log Mel filter banks of all cuts of the digits recipe.
+Compute log Mel filter banks of all cuts of the digits and commands recipes.
 
 Usage:
   ./local/compute_fbank.py --manifest-dir data/manifests --output-dir data/fbank
 
-For each digits_cuts_{split}.jsonl.gz in --manifest-dir it writes, in --output-dir,
+For each cuts_{split}.jsonl.gz in --manifest-dir it writes, in --output-dir,
 the arrays under feats_{split} and then a manifest of the same name. A split that
 is there already is skipped if it was made from the same cuts in the same way.
 """
@@ -47,7 +47,7 @@ def get_args() -> argparse.Namespace:
         "--manifest-dir",
         type=Path,
         default=Path("data/manifests"),
-        help="The folder with digits_cuts_*.jsonl.gz",
+        help="The folder with cuts_*.jsonl.gz",
     )
     parser.add_argument(
         "--output-dir",
@@ -58,6 +58,9 @@ def get_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--num-mel-bins", type=int, default=40, help="Number of Mel filters"
+    )
+    parser.add_argument(
+        "--sampling-rate", type=int, default=SAMPLING_RATE, help="Hz of the audio"
     )
     parser.add_argument(
         "--extractor",
@@ -94,9 +97,13 @@ def choose_extractor(extractor: str) -> str:
     return "kaldifeat"
 
 
-def make_extractor(extractor: str, num_mel_bins: int):
-    """Return the package ``extractor``'s extractor of ``num_mel_bins`` features."""
-    # Both have dither 0, snip_edges False and filters from 20 Hz to 3600 Hz.
+def make_extractor(extractor: str, num_mel_bins: int, rate: int):
+    """Return the package ``extractor``'s extractor of ``num_mel_bins`` features.
+
+    The audio has ``rate`` Hz.
+    """
+    # Both have dither 0, snip_edges False and filters from 20 Hz to 400 Hz below half
+    # of the sampling rate.
     if extractor == "kaldifeat":
         from lhotse import KaldifeatFbank, KaldifeatFbankConfig
         from lhotse.features.kaldifeat import KaldifeatFrameOptions, KaldifeatMelOptions
@@ -104,7 +111,7 @@ def make_extractor(extractor: str, num_mel_bins: int):
         return KaldifeatFbank(
             KaldifeatFbankConfig(
                 frame_opts=KaldifeatFrameOptions(
-                    sampling_rate=SAMPLING_RATE, dither=0.0, snip_edges=False
+                    sampling_rate=rate, dither=0.0, snip_edges=False
                 ),
                 mel_opts=KaldifeatMelOptions(num_bins=num_mel_bins),
             )
@@ -113,7 +120,7 @@ def make_extractor(extractor: str, num_mel_bins: int):
 
     return Fbank(
         FbankConfig(
-            sampling_rate=SAMPLING_RATE,
+            sampling_rate=rate,
             num_mel_bins=num_mel_bins,
             dither=0.0,
             snip_edges=False,
@@ -121,8 +128,8 @@ def make_extractor(extractor: str, num_mel_bins: int):
     )
 
 
-def check_cuts(cuts: List[Cut], manifest: Path) -> None:
-    """Refuse ``cuts`` of ``manifest`` without audio of the recipe's sampling rate."""
+def check_cuts(cuts: List[Cut], manifest: Path, rate: int) -> None:
+    """Refuse ``cuts`` of ``manifest`` without audio of ``rate`` Hz."""
     for cut in cuts:
         recording = cut.get("recording")
         if recording is None:
@@ -130,10 +137,10 @@ def check_cuts(cuts: List[Cut], manifest: Path) -> None:
                 f"cut {cut['id']} in {manifest} has no recording, make the manifest "
                 "again"
             )
-        if recording["sampling_rate"] != SAMPLING_RATE:
+        if recording["sampling_rate"] != rate:
             raise KDError(
                 f"cut {cut['id']} in {manifest} has {recording['sampling_rate']} Hz "
-                f"where {SAMPLING_RATE} Hz are needed, make the manifest again"
+                f"where {rate} Hz are needed, make the manifest again"
             )
         source = recording["sources"][0]
         if source["type"] == "file" and not Path(source["source"]).is_file():
@@ -174,13 +181,13 @@ def is_done(cuts: List[Cut], output: Path, extractor: str, num_mel_bins: int) ->
 _extractor = None  # one for each process
 
 
-def init_process(extractor: str, num_mel_bins: int) -> None:
-    """Make the process's own ``extractor`` of ``num_mel_bins`` features."""
+def init_process(extractor: str, num_mel_bins: int, rate: int) -> None:
+    """Make the process's own ``extractor``, as :func:`make_extractor` does."""
     import torch
 
     global _extractor
     torch.set_num_threads(1)
-    _extractor = make_extractor(extractor, num_mel_bins)
+    _extractor = make_extractor(extractor, num_mel_bins, rate)
 
 
 def compute_features(cut: Cut, scratch: str, final: str) -> Cut:
@@ -196,7 +203,7 @@ def compute_features(cut: Cut, scratch: str, final: str) -> Cut:
         raise KDError(
             f"the audio of cut {cut['id']} cannot be read ({e}), make the corpus again"
         ) from e
-    array = np.asarray(_extractor.extract(samples, SAMPLING_RATE))
+    array = np.asarray(_extractor.extract(samples, item.sampling_rate))
     # Mean normalisation: speakers and microphones differ most in the mean.
     array -= array.mean(axis=0)
     with NumpyFilesWriter(scratch) as writer:
@@ -207,7 +214,7 @@ def compute_features(cut: Cut, scratch: str, final: str) -> Cut:
         num_frames=array.shape[0],
         num_features=array.shape[1],
         frame_shift=_extractor.frame_shift,
-        sampling_rate=SAMPLING_RATE,
+        sampling_rate=item.sampling_rate,
         start=item.start,
         duration=item.duration,
         storage_type=writer.name,
@@ -220,18 +227,20 @@ def compute_features(cut: Cut, scratch: str, final: str) -> Cut:
 
 
 @contextmanager
-def open_mapper(num_jobs: int, extractor: str, num_mel_bins: int) -> Iterator[Mapper]:
+def open_mapper(
+    num_jobs: int, extractor: str, num_mel_bins: int, rate: int
+) -> Iterator[Mapper]:
     """Yield a lazy, ordered map over ``num_jobs`` processes.
 
-    Each has an ``extractor`` of ``num_mel_bins`` features.
+    Each has an ``extractor`` of ``num_mel_bins`` features of audio at ``rate``.
     """
     if num_jobs == 1:
-        init_process(extractor, num_mel_bins)
+        init_process(extractor, num_mel_bins, rate)
         yield map
         return
     # spawn: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(num_jobs, init_process, (extractor, num_mel_bins)) as pool:
+    with context.Pool(num_jobs, init_process, (extractor, num_mel_bins, rate)) as pool:
         yield partial(pool.imap, chunksize=16)
 
 
@@ -256,13 +265,14 @@ def compute_split(mapper: Mapper, cuts: List[Cut], split: str, output: Path) -> 
 def main() -> None:
     args = get_args()
     check_range(args.num_mel_bins, 1, "--num-mel-bins", 1000)
+    check_range(args.sampling_rate, 1000, "--sampling-rate")
     args.extractor = choose_extractor(args.extractor)
-    prefix, suffix = "digits_cuts_", ".jsonl.gz"
+    prefix, suffix = "cuts_", ".jsonl.gz"
     manifests = sorted(args.manifest_dir.glob(f"{prefix}*{suffix}"))
     if not manifests:
         raise KDError(
-            f"--manifest-dir {args.manifest_dir} holds 0 files digits_cuts_*.jsonl.gz, "
-            "run local/prepare_fsdd.py or local/prepare_espeak.py first"
+            f"--manifest-dir {args.manifest_dir} holds 0 files cuts_*.jsonl.gz, "
+            "run the stage that prepares the corpus first"
         )
     if args.manifest_dir.resolve() == args.output_dir.resolve():
         raise KDError(
@@ -279,11 +289,12 @@ def main() -> None:
         ):
             logging.info(f"{output} exists - skipping")
             continue
-        check_cuts(cuts, manifest)
+        check_cuts(cuts, manifest, args.sampling_rate)
         todo.append((cuts, split, output))
     if not todo:
         return
-    with open_mapper(args.num_jobs, args.extractor, args.num_mel_bins) as mapper:
+    how = args.extractor, args.num_mel_bins, args.sampling_rate
+    with open_mapper(args.num_jobs, *how) as mapper:
         for cuts, split, output in todo:
             compute_split(mapper, cuts, split, output)
             logging.info(f"{split}: {len(cuts)} cuts in {output}, {args.extractor}")

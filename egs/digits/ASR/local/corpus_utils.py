@@ -1,4 +1,4 @@
-"""Write a corpus of digit strings: wav files and ordinary Lhotse manifests."""
+"""Write a corpus of words in a row: wav files and ordinary Lhotse manifests."""
 
 import argparse
 import logging
@@ -36,14 +36,19 @@ class Utterance:
 Makers = Dict[str, Tuple[int, Callable[[int], Utterance]]]
 
 
-def add_corpus_args(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a corpus to ``parser``."""
+def add_corpus_args(
+    parser: argparse.ArgumentParser,
+    num_train: int = 1600,
+    num_dev: int = 96,
+    num_test: int = 300,
+) -> None:
+    """Add the options of a corpus to ``parser``, with the default numbers given."""
     parser.add_argument("--seed", type=int, default=0, help="Seed of all randomness")
     for option, split, default in [
-        ("--num-train", "train", 1600),
+        ("--num-train", "train", num_train),
         ("--num-untranscribed", "train-untranscribed", 0),
-        ("--num-dev", "dev", 96),
-        ("--num-test", "test", 300),
+        ("--num-dev", "dev", num_dev),
+        ("--num-test", "test", num_test),
     ]:
         parser.add_argument(
             option, type=int, default=default, help=f"Number of utterances in {split}"
@@ -92,19 +97,28 @@ def digits_to_text(digits: Sequence[int]) -> str:
 
 def manifest_path(output_dir: Path, split: str) -> Path:
     """Return the path of the manifest of ``split`` in ``output_dir``."""
-    return output_dir / f"digits_cuts_{split}.jsonl.gz"
+    return output_dir / f"cuts_{split}.jsonl.gz"
 
 
-def make_cut(cut_id: str, utterance: Utterance, path: Path) -> Dict[str, Any]:
-    """Return the cut ``cut_id`` of an ``utterance`` with its audio in ``path``."""
+def make_cut(
+    cut_id: str,
+    utterance: Utterance,
+    path: Path,
+    rate: int = SAMPLING_RATE,
+    language: str = "English",
+) -> Dict[str, Any]:
+    """Return the cut ``cut_id`` of an ``utterance`` with its audio in ``path``.
+
+    The audio has ``rate`` Hz; the speech is of ``language``.
+    """
     from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
     num_samples = utterance.samples.size
-    duration = num_samples / SAMPLING_RATE
+    duration = num_samples / rate
     recording = Recording(
         id=cut_id,
         sources=[AudioSource(type="file", channels=[0], source=str(path))],
-        sampling_rate=SAMPLING_RATE,
+        sampling_rate=rate,
         num_samples=num_samples,
         duration=duration,
     )
@@ -115,7 +129,7 @@ def make_cut(cut_id: str, utterance: Utterance, path: Path) -> Dict[str, Any]:
         duration=duration,
         channel=0,
         text=utterance.text,
-        language="English",
+        language=language,
         speaker=utterance.speaker,
         custom=utterance.custom,
     )
@@ -144,8 +158,17 @@ def check_replaceable(audio_dir: Path, manifest: Path) -> None:
     )
 
 
-def write_corpus(name: str, makers: Makers, output_dir: Path, audio_dir: Path) -> None:
+def write_corpus(
+    name: str,
+    makers: Makers,
+    output_dir: Path,
+    audio_dir: Path,
+    rate: int = SAMPLING_RATE,
+    language: str = "English",
+) -> None:
     """Write `audio_dir/{name}-{split}/*.wav` and the manifests of all splits.
+
+    The audio has ``rate`` Hz; the speech is of ``language``.
 
     All is made in scratch folders first. What an earlier run left is replaced, a
     split that is no longer wanted included.
@@ -162,9 +185,9 @@ def write_corpus(name: str, makers: Makers, output_dir: Path, audio_dir: Path) -
             for i in tqdm(range(num_utterances), desc=f"{name} {split}"):
                 utterance = make(i)
                 cut_id = f"{name}-{utterance.speaker}-{split}-{i:06d}"
-                write_wav(audio / split_dir / f"{cut_id}.wav", utterance.samples)
+                write_wav(audio / split_dir / f"{cut_id}.wav", utterance.samples, rate)
                 path = audio_dir / split_dir / f"{cut_id}.wav"
-                cuts.append(make_cut(cut_id, utterance, path))
+                cuts.append(make_cut(cut_id, utterance, path, rate, language))
             write_manifest(manifest_path(manifests, split), cuts)
 
         for split in SPLITS:

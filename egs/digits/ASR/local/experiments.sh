@@ -4,7 +4,7 @@
 # targets SEED: the targets of the training cuts, in three sets.
 targets() {
   local base=$work_dir/seed-$1 out=$work_dir/ablation/seed-$1
-  local cuts=digits_cuts_train.jsonl.gz fbank=$work_dir/seed-$1-random/data/fbank
+  local cuts=cuts_train.jsonl.gz fbank=$work_dir/seed-$1-random/data/fbank
   local teacher=(--exp-dir "$base/exp/teacher" --epoch 10 --avg 1
     --bpe-model "$base/data/lang_bpe_54/bpe.model" --num-threads 1)
   [ ! -f "$out/.targets" ] || return 0
@@ -16,7 +16,7 @@ targets() {
   [ -f "$out/kd-nbest/$cuts" ] \
     || run ./local/nbest_cuts.py "${teacher[@]}" "$out/kd/$cuts" "$out/kd-nbest/$cuts"
   for set in kd kd-path kd-nbest; do
-    cp "$fbank/digits_cuts_dev.jsonl.gz" "$out/$set/"
+    cp "$fbank/cuts_dev.jsonl.gz" "$out/$set/"
   done
   touch "$out/.targets"
 }

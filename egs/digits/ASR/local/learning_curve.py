@@ -5,7 +5,7 @@ and of each checkpoint-N.pt as it is, without averaging.
 
 Usage:
   ./local/learning_curve.py --exp-dir exp/student-kd --json curve.json \
-    --bpe-model data/lang_bpe_54/bpe.model --cuts data/fbank/digits_cuts_test.jsonl.gz
+    --bpe-model data/lang_bpe_54/bpe.model --cuts data/fbank/cuts_test.jsonl.gz
 """
 
 import argparse

@@ -4,7 +4,7 @@ The table: parameters, WER of both heads and RTF of every model.
 
 Usage:
   ./local/make_table.py --bpe-model data/lang_bpe_54/bpe.model \
-    --manifest data/fbank/digits_cuts_test.jsonl.gz --output exp/summary.json \
+    --manifest data/fbank/cuts_test.jsonl.gz --output exp/summary.json \
     exp/teacher:4 exp/student:3 exp/student-kd:3
 
 RTF is the time that one core takes from features to words with the transducer head,
@@ -40,7 +40,12 @@ def get_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("models", nargs="+", help="EXP_DIR:EPOCH, decoded before")
-    parser.add_argument("--avg", type=int, default=1)
+    parser.add_argument(
+        "--avg",
+        type=int,
+        default=1,
+        help="Epochs to average; fewer, if there are fewer",
+    )
     parser.add_argument("--bpe-model", type=str, required=True)
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -115,8 +120,9 @@ def main() -> None:
                 "exp/teacher:4"
             )
         exp_dir = Path(exp_dir)
+        avg = max(min(args.avg, int(epoch) - 1), 1)
         model, _ = load_model(
-            RECIPE, exp_dir, int(epoch), avg=args.avg, use_averaged_model=True
+            RECIPE, exp_dir, int(epoch), avg=avg, use_averaged_model=True
         )
         last = load_checkpoint(exp_dir / f"epoch-{epoch}.pt")
         models.append(model)
@@ -127,7 +133,7 @@ def main() -> None:
             "seed": args.seed,
         }
         for head, method in HEADS.items():
-            row[head] = read_wer(exp_dir, method, int(epoch), args.avg)
+            row[head] = read_wer(exp_dir, method, int(epoch), avg)
         rows.append(row)
     for row, rtf in zip(rows, measure_rtf(models, cuts)):
         row["rtf"] = rtf

@@ -11,9 +11,9 @@ Usage:
   ./local/prepare_espeak.py --output-dir data/manifests
 
 It writes, in --output-dir,
-  digits_cuts_{train,dev,test}.jsonl.gz
+  cuts_{train,dev,test}.jsonl.gz
 and with --num-untranscribed also
-  digits_cuts_train-untranscribed.jsonl.gz
+  cuts_train-untranscribed.jsonl.gz
 whose cuts have no transcript and whose variants are in no other split.
 """
 

@@ -12,9 +12,9 @@ Usage:
   ./local/prepare_fsdd.py --corpus-dir download/free-spoken-digit-dataset
 
 It writes, in --output-dir,
-  digits_cuts_{train,dev,test}.jsonl.gz
+  cuts_{train,dev,test}.jsonl.gz
 and with --untranscribed-speakers also
-  digits_cuts_train-untranscribed.jsonl.gz
+  cuts_train-untranscribed.jsonl.gz
 whose cuts have no transcript.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 import numpy as np
-from audio_utils import change_speed, finish_utterance, join_digits, level, read_wav
+from audio_utils import change_speed, finish_utterance, join_words, level, read_wav
 from corpus_utils import (
     Makers,
     Utterance,
@@ -195,7 +195,7 @@ def main() -> None:
             name = names[i % len(names)]
             digits = draw_digits(rng)
             drawn = [pools[name][d][rng.integers(len(pools[name][d]))] for d in digits]
-            speech = join_digits([x for _, x in drawn], rng)
+            speech = join_words([x for _, x in drawn], rng)
             if split.startswith("train"):
                 speech = change_speed(speech, rng)
             samples, snr = finish_utterance(speech, rng)

@@ -182,7 +182,7 @@ def main() -> None:
     args = get_args()
     base = args.work_dir / "seed-1"
     bpe_model = base / "data/lang_bpe_54/bpe.model"
-    manifest = base / "data/fbank/digits_cuts_test.jsonl.gz"
+    manifest = base / "data/fbank/cuts_test.jsonl.gz"
     common = (bpe_model, manifest)
     teacher = recognise(base / "exp/teacher", args.teacher_epoch, *common)
     print(

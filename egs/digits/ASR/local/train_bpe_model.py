@@ -41,7 +41,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument(
         "--manifest",
         type=Path,
-        default=Path("data/manifests/digits_cuts_train.jsonl.gz"),
+        default=Path("data/manifests/cuts_train.jsonl.gz"),
         help="The cuts whose transcripts are used",
     )
     return parser.parse_args()

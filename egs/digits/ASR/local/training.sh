@@ -21,3 +21,14 @@ copy_student() {
   cp "$1/epoch-1.pt" "$2/.tmp.epoch-1.pt"
   mv "$2/.tmp.epoch-1.pt" "$2/epoch-1.pt"
 }
+
+# last_epoch FOLDER EPOCH: the best epoch of a training to the end, or else EPOCH.
+last_epoch() {
+  if [ -f "$1/best-epoch" ]; then cat "$1/best-epoch"; else echo "$2"; fi
+}
+
+# averaged EPOCH: how many epochs up to this one are averaged; zipformer/dev_wer.py
+# averages as many.
+averaged() {
+  if [ "$1" -gt "$avg" ]; then echo "$avg"; else echo $(($1 > 1 ? $1 - 1 : 1)); fi
+}

@@ -3,17 +3,17 @@
 Check that a manifest with features is fit for training and decoding.
 
 Usage:
-  ./local/validate_manifest.py data/fbank/digits_cuts_train.jsonl.gz \\
+  ./local/validate_manifest.py data/fbank/cuts_train.jsonl.gz \\
     --bpe-model data/lang_bpe_54/bpe.model
   ./local/validate_manifest.py --allow-untranscribed true \\
-    data/fbank/digits_cuts_train-untranscribed.jsonl.gz
+    data/fbank/cuts_train-untranscribed.jsonl.gz
 
 Exit status 1 and one sentence name the first cut that is not fit:
   - an id that another cut has,
   - no supervision or more than one,
   - no text, unless --allow-untranscribed true,
   - no features,
-  - a sampling rate other than 8000 Hz,
+  - a sampling rate other than --sampling-rate,
   - with --bpe-model: text with unknown tokens, or fewer frames after subsampling
     than tokens + 2.
 """
@@ -43,6 +43,9 @@ def get_args() -> argparse.Namespace:
         type=Path,
         default=None,
         help="Check also that there are frames enough for the tokens of this model",
+    )
+    parser.add_argument(
+        "--sampling-rate", type=int, default=SAMPLING_RATE, help="Hz of the audio"
     )
     parser.add_argument(
         "--allow-untranscribed",
@@ -90,16 +93,16 @@ def check_supervision(cut: Any, allow_untranscribed: bool) -> None:
         )
 
 
-def check_features(cut: Any) -> None:
-    """Refuse a ``cut`` without features, or not of the recipe's sampling rate."""
+def check_features(cut: Any, rate: int) -> None:
+    """Refuse a ``cut`` without features, or not of ``rate`` Hz."""
     if not cut.has_features:
         raise KDError(
             f"cut {cut.id} has no features where they are needed, run "
             "local/compute_fbank.py"
         )
-    if cut.sampling_rate != SAMPLING_RATE:
+    if cut.sampling_rate != rate:
         raise KDError(
-            f"cut {cut.id} has {cut.sampling_rate} Hz where {SAMPLING_RATE} Hz are "
+            f"cut {cut.id} has {cut.sampling_rate} Hz where {rate} Hz are "
             "needed, resample it and compute its features again"
         )
 
@@ -149,7 +152,7 @@ def main() -> None:
             )
         ids.add(cut.id)
         check_supervision(cut, args.allow_untranscribed)
-        check_features(cut)
+        check_features(cut, args.sampling_rate)
         if sp is not None and cut.supervisions[0].text:
             check_tokens(cut, sp)
         seconds += cut.duration

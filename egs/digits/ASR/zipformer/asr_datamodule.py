@@ -27,7 +27,7 @@ class _SeedWorkers:
         fix_random_seed(self.seed + worker_id)
 
 
-class DigitsAsrDataModule:
+class AsrDataModule:
     """DataLoaders for training, validation and test cuts with stored features."""
 
     def __init__(self, args: argparse.Namespace):
@@ -50,7 +50,7 @@ class DigitsAsrDataModule:
             "--train-set",
             type=str,
             default="train",
-            help="Comma-separated cut sets to train on: digits_cuts_<name>.jsonl.gz",
+            help="Comma-separated cut sets to train on: cuts_<name>.jsonl.gz",
         )
         group.add_argument(
             "--max-duration",
@@ -161,7 +161,7 @@ class DigitsAsrDataModule:
 
     def cuts(self, name: str) -> CutSet:
         """Return the cut set ``name`` of the manifest folder."""
-        path = self.args.manifest_dir / f"digits_cuts_{name}.jsonl.gz"
+        path = self.args.manifest_dir / f"cuts_{name}.jsonl.gz"
         if not path.is_file():
             raise KDError(
                 f"the manifest {path} does not exist: run the stages before "

@@ -19,7 +19,7 @@ from typing import Dict, List, TextIO, Tuple
 
 import kaldialign
 import torch
-from asr_datamodule import DigitsAsrDataModule
+from asr_datamodule import AsrDataModule
 from tqdm import tqdm
 from train import load_bpe_model
 from zipformer.decode.search import ctc_greedy_search, greedy_search
@@ -152,7 +152,7 @@ def save_results(params: AttributeDict, results: List[Result]) -> None:
 @torch.no_grad()
 def main():
     parser = get_parser()
-    DigitsAsrDataModule.add_arguments(parser)
+    AsrDataModule.add_arguments(parser)
     parser.set_defaults(max_duration=200, num_workers=0)
     args = parser.parse_args()
     params = AttributeDict(vars(args))
@@ -189,7 +189,7 @@ def main():
     if torch.cuda.is_available():
         model.to("cuda")
 
-    digits = DigitsAsrDataModule(args)
+    digits = AsrDataModule(args)
     test_dl = digits.test_dataloaders(digits.cuts(params.test_set))
     save_results(params, decode_dataset(test_dl, params, model, sp))
     logging.info("Done!")

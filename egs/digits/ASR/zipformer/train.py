@@ -16,6 +16,7 @@ import copy
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
@@ -23,7 +24,8 @@ from typing import Any, Dict, Optional, Tuple, Union
 import sentencepiece as spm
 import torch
 import torch.multiprocessing as mp
-from asr_datamodule import DigitsAsrDataModule
+from asr_datamodule import AsrDataModule
+from dev_wer import add_dev_wer, is_over, read_dev_wers
 from lhotse import CutSet, fix_random_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -77,6 +79,14 @@ def get_parser() -> argparse.ArgumentParser:
         default=0,
         help="If positive, --start-epoch is ignored: exp-dir/checkpoint-{it}.pt.",
     )
+    add(
+        "--patience",
+        type=int,
+        default=0,
+        help="If positive, decode the dev cuts after each epoch, and end the training "
+        "when the WER has not improved for so many epochs.",
+    )
+    add("--avg", type=int, default=1, help="Epochs to average, for --patience.")
     add("--exp-dir", type=str, default="exp/zipformer", help="Models and logs go here.")
     add("--bpe-model", type=str, default="data/lang_bpe/bpe.model", help="Tokens.")
     add("--base-lr", type=float, default=0.045, help="The base learning rate.")
@@ -418,6 +428,11 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
 
     setup_logger(f"{params.exp_dir}/log/log-train")
     logging.info("Training started")
+    rows = read_dev_wers(params.exp_dir) if params.patience > 0 else []
+    if [row.epoch for row in rows][-1:] == [params.start_epoch - 1]:
+        if is_over(rows, params.patience):
+            logging.info(f"Over: no better WER for {params.patience} epochs")
+            return
     tb_writer = None
     if args.tensorboard and rank == 0:
         tb_writer = SummaryWriter(log_dir=f"{params.exp_dir}/tensorboard")
@@ -471,7 +486,7 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
             logging.info(f"Loading {name} state dict")
             state.load_state_dict(checkpoints[name])
 
-    digits = DigitsAsrDataModule(args)
+    digits = AsrDataModule(args)
     train_cuts = digits.train_cuts()
     seconds = check_cuts(train_cuts, sp)
     sampler_state_dict: Optional[Dict[str, Any]] = None
@@ -494,6 +509,7 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
         ) as bar,
     ):
         for epoch in range(params.start_epoch, params.num_epochs + 1):
+            begun = time.monotonic()
             scheduler.step_epoch(epoch - 1)
             fix_random_seed(params.seed + epoch - 1)
             forget_metrics(model)
@@ -531,6 +547,11 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
                     scaler,
                     rank,
                 )
+            if params.patience > 0:
+                rows = add_dev_wer(params, valid_dl, sp, time.monotonic() - begun)
+                if is_over(rows, params.patience):
+                    logging.info(f"No better WER for {params.patience} epochs")
+                    break
     logging.info("Done!")
     if world_size > 1:
         torch.distributed.barrier()
@@ -539,9 +560,14 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
 
 def main():
     parser = get_parser()
-    DigitsAsrDataModule.add_arguments(parser)
+    AsrDataModule.add_arguments(parser)
     args = parser.parse_args()
     args.exp_dir = Path(args.exp_dir)
+    if args.patience > 0 and args.world_size > 1:
+        raise KDError(
+            f"--patience is {args.patience} and --world-size {args.world_size}: give "
+            "--world-size 1, as only one process can end the training"
+        )
     if args.world_size > 1:
         mp.spawn(run, args=(args.world_size, args), nprocs=args.world_size, join=True)
     else:

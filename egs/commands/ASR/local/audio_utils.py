@@ -1,0 +1,1 @@
+../../../digits/ASR/local/audio_utils.py

@@ -1,0 +1,1 @@
+../../../digits/ASR/local/compute_fbank.py

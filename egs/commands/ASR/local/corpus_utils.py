@@ -1,0 +1,1 @@
+../../../digits/ASR/local/corpus_utils.py

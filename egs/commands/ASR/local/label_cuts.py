@@ -1,0 +1,1 @@
+../../../digits/ASR/local/label_cuts.py

@@ -1,0 +1,1 @@
+../../../digits/ASR/local/make_table.py

@@ -1,0 +1,1 @@
+../../../digits/ASR/local/train_bpe_model.py

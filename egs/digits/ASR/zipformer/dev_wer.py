@@ -1,0 +1,149 @@
+"""The WER on the dev cuts after each epoch, which tells when a training is over."""
+
+import csv
+import logging
+from pathlib import Path
+from typing import List, NamedTuple, Tuple
+
+import kaldialign
+import torch
+from zipformer.decode.search import ctc_greedy_search, greedy_search
+from zipformer.utils import AttributeDict
+
+from icefall_kd import KDError, load_model
+from icefall_kd.files import replacing
+
+
+class DevWer(NamedTuple):
+    """What is known after an epoch; WERs are in percent, of the averaged model."""
+
+    epoch: int
+    steps: int
+    seconds: float  # of training, from the start on
+    ctc: float
+    transducer: float
+
+    @property
+    def mean(self) -> float:
+        """The mean of both heads' WERs, by which epochs are compared."""
+        return (self.ctc + self.transducer) / 2
+
+
+def num_averaged(epoch: int, avg: int) -> int:
+    """Return how many epochs up to ``epoch`` are averaged: ``avg``, or all so far."""
+    return max(min(avg, epoch - 1), 1)
+
+
+def read_dev_wers(exp_dir: Path) -> List[DevWer]:
+    """Return what a training in ``exp_dir`` wrote after its epochs, [] if nothing."""
+    path = exp_dir / "dev-wer.csv"
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    try:
+        return [
+            DevWer(*(t(r[k]) for k, t in DevWer.__annotations__.items())) for r in rows
+        ]
+    except (KeyError, TypeError, ValueError) as e:
+        raise KDError(f"{path} is damaged ({e}): remove it") from None
+
+
+def write_dev_wers(exp_dir: Path, rows: List[DevWer]) -> None:
+    """Write ``rows`` to ``exp_dir``, where :func:`read_dev_wers` finds them.
+
+    ``best-epoch`` there has the number of the best one.
+    """
+    with replacing(exp_dir / "best-epoch") as temporary:
+        temporary.write_text(f"{best_of(rows).epoch}\n", "utf8")
+    with replacing(exp_dir / "dev-wer.csv") as temporary:
+        with open(temporary, "w", encoding="utf8", newline="") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerow(DevWer._fields)
+            writer.writerows(
+                [r.epoch, r.steps, f"{r.seconds:.1f}", f"{r.ctc:.2f}"]
+                + [f"{r.transducer:.2f}"]
+                for r in rows
+            )
+
+
+def best_of(rows: List[DevWer]) -> DevWer:
+    """Return the best of ``rows``, the first of equal ones."""
+    return min(rows, key=lambda row: row.mean)
+
+
+@torch.no_grad()
+def decode_dev(model, dev_dl, sp) -> Tuple[float, float]:
+    """Return the WERs of both heads in percent, by greedy search.
+
+    Args:
+      model: The model, in eval mode.
+      dev_dl: Batches of the dev cuts.
+      sp: The tokens.
+    """
+    device = next(model.parameters()).device
+    words, errors = 0, [0, 0]
+    for batch in dev_dl:
+        out, lens = model.forward_encoder(
+            batch["inputs"].to(device),
+            batch["supervisions"]["num_frames"].to(device),
+        )
+        blank = sp.piece_to_id("<blk>")
+        heads = (
+            ctc_greedy_search(model.ctc_output(out), lens, blank),
+            greedy_search(model, out, lens),
+        )
+        references = [text.split() for text in batch["supervisions"]["text"]]
+        words += sum(map(len, references))
+        for n, tokens in enumerate(heads):
+            for reference, text in zip(references, sp.decode(tokens)):
+                distance = kaldialign.edit_distance(reference, text.split())
+                errors[n] += distance["total"]
+    if not words:
+        raise KDError("the dev cuts have no words: make the data again")
+    return 100 * errors[0] / words, 100 * errors[1] / words
+
+
+def is_over(rows: List[DevWer], patience: int) -> bool:
+    """Return whether a training is over.
+
+    It is over when none of the last ``patience`` epochs has a lower mean of both heads'
+    WERs than an earlier epoch.
+
+    Args:
+      rows: Those of its epochs.
+      patience: A number of epochs, 1 or more.
+    """
+    return bool(rows) and rows[-1].epoch - best_of(rows).epoch >= patience
+
+
+def add_dev_wer(params: AttributeDict, dev_dl, sp, seconds: float) -> List[DevWer]:
+    """Decode the dev cuts after an epoch; return the rows of all epochs.
+
+    The rows are in ``dev-wer.csv`` of the experiment folder, so a training that goes on
+    knows them.
+
+    Args:
+      params: The training's, with ``cur_epoch`` and ``avg``.
+      dev_dl: Batches of the dev cuts.
+      sp: The tokens.
+      seconds: How long the epoch's training took.
+    """
+    epoch = params.cur_epoch
+    rows = [row for row in read_dev_wers(params.exp_dir) if row.epoch < epoch]
+    before = rows[-1].seconds if rows else 0.0
+    if epoch > 1:
+        avg = num_averaged(epoch, params.avg)
+        folder = Path(__file__).parent
+        model, _ = load_model(folder, params.exp_dir, epoch, 0, avg, True)
+        rates = decode_dev(model, dev_dl, sp)
+    else:
+        rates = (100.0, 100.0)  # The first epoch has no earlier one to average from.
+    rows.append(DevWer(epoch, params.batch_idx_train, before + seconds, *rates))
+    write_dev_wers(params.exp_dir, rows)
+    best = best_of(rows)
+    logging.info(
+        f"Epoch {epoch}: dev WER {rates[0]:.2f} % (CTC), {rates[1]:.2f} % (transducer);"
+        f" best: epoch {best.epoch}, {best.ctc:.2f} %, {best.transducer:.2f} %"
+    )
+    return rows
