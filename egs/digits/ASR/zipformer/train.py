@@ -27,6 +27,7 @@ import torch.multiprocessing as mp
 from asr_datamodule import AsrDataModule
 from dev_wer import add_dev_wer, is_over, read_dev_wers
 from lhotse import CutSet, fix_random_seed
+from lhotse.dataset import SpecAugment
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.tensorboard import SummaryWriter
@@ -99,6 +100,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("--am-scale", type=float, default=0.0, help="Smooths the simple loss.")
     add("--simple-loss-scale", type=float, default=0.5, help="After the warm-up.")
     add("--ctc-loss-scale", type=float, default=0.2, help="Scale of the CTC loss.")
+    add("--cr-loss-scale", type=float, default=0.2, help="Scale of CR-CTC's loss.")
+    add(
+        "--time-mask-ratio",
+        type=float,
+        default=2.5,
+        help="How much more of the time SpecAugment masks for CR-CTC.",
+    )
     add("--warm-step", type=int, default=100, help="Warm-up of the pruned loss.")
     add("--seed", type=int, default=42, help="For initialisation and shuffling.")
     add("--save-every-n", type=int, default=50, help="Steps between checkpoint-N.pt.")
@@ -226,6 +234,39 @@ def forget_metrics(model: nn.Module) -> None:
             module.prob = module.max_prob
 
 
+def cr_ctc_inputs(params: AttributeDict, feature_lens: Tensor) -> Dict[str, Any]:
+    """Return what makes the model compute CR-CTC's loss in training.
+
+    The model then masks two copies of each utterance (arXiv:2410.05101). The masks suit
+    the short utterances and few bins of this recipe.
+    """
+    supervision_segments = torch.zeros(feature_lens.numel(), 3, dtype=torch.int64)
+    supervision_segments[:, 0] = torch.arange(feature_lens.numel())
+    supervision_segments[:, 2] = feature_lens.cpu()
+    spec_augment = SpecAugment(
+        time_warp_factor=0,
+        num_frame_masks=int(2 * params.time_mask_ratio),
+        features_mask_size=8,
+        num_feature_masks=2,
+        frames_mask_size=20,
+        max_frames_mask_fraction=0.15 * params.time_mask_ratio,
+    )
+    return {
+        "use_cr_ctc": True,
+        "use_spec_aug": True,
+        "spec_augment": spec_augment,
+        "supervision_segments": supervision_segments,
+    }
+
+
+def no_time_warp(features: Tensor, **options: Any) -> Tensor:
+    """Return ``features`` as they are.
+
+    The model calls it for CR-CTC; the package's own takes other ``options``.
+    """
+    return features
+
+
 def compute_loss(
     params: AttributeDict,
     model: Union[nn.Module, DDP],
@@ -252,19 +293,24 @@ def compute_loss(
     feature_lens = supervisions["num_frames"].to(device)
     y = sp.encode(supervisions["text"], out_type=int)
 
+    use_cr_ctc = params.use_cr_ctc and is_training
+    more_inputs = cr_ctc_inputs(params, feature_lens) if use_cr_ctc else {}
     with torch.set_grad_enabled(is_training):
-        simple_loss, pruned_loss, ctc_loss, _, _ = model(
+        simple_loss, pruned_loss, ctc_loss, _, cr_loss = model(
             x=feature,
             x_lens=feature_lens,
             y=y,
             prune_range=params.prune_range,
             am_scale=params.am_scale,
             lm_scale=params.lm_scale,
+            **more_inputs,
         )
         s = params.simple_loss_scale
         warm = min(1.0, params.batch_idx_train / params.warm_step)
         loss = (1.0 - warm * (1.0 - s)) * simple_loss + (0.1 + 0.9 * warm) * pruned_loss
         loss += params.ctc_loss_scale * ctc_loss
+        if use_cr_ctc:
+            loss += params.cr_loss_scale * cr_loss
 
     assert loss.requires_grad == is_training
 
@@ -279,6 +325,8 @@ def compute_loss(
     info["simple_loss"] = simple_loss.detach().cpu().item()
     info["pruned_loss"] = pruned_loss.detach().cpu().item()
     info["ctc_loss"] = ctc_loss.detach().cpu().item()
+    if use_cr_ctc:
+        info["cr_loss"] = cr_loss.detach().cpu().item()
     return loss, info
 
 
@@ -450,6 +498,7 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
 
     logging.info("About to create model")
     zipformer_model.k2 = get_engine()
+    zipformer_model.time_warp = no_time_warp
     model = get_model(params)
     num_param = sum([p.numel() for p in model.parameters()])
     logging.info(f"Number of model parameters: {num_param}")
@@ -563,6 +612,11 @@ def main():
     AsrDataModule.add_arguments(parser)
     args = parser.parse_args()
     args.exp_dir = Path(args.exp_dir)
+    if args.use_cr_ctc and args.enable_spec_aug:
+        raise KDError(
+            "--use-cr-ctc and --enable-spec-aug are both true: leave out the second, "
+            "as CR-CTC has SpecAugment's masks of its own"
+        )
     if args.patience > 0 and args.world_size > 1:
         raise KDError(
             f"--patience is {args.patience} and --world-size {args.world_size}: give "
