@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Callable, Dict, List
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from icefall_kd import Codec, SparseDistribution
+from icefall_kd.losses.factorised import factorised_kl
 from icefall_kd.losses.kl import linear_kl, row_kl
 
 CASES = {
@@ -104,6 +106,12 @@ def ways(case: str, args: argparse.Namespace) -> Dict[str, Callable[[], None]]:
             lambda s, t: row_kl(s, t, temperature=TEMPERATURE), sparse_teacher
         ),
     }
+    factorised = partial(factorised_kl, symbol_weight=2.0, blank_id=0)
+    for name, target in (("dense", teacher), ("sparse", sparse_teacher)):
+        runs[f"factorised, {name}"] = step(
+            lambda s, t: row_kl(s, t, temperature=TEMPERATURE, chunk_kl=factorised),
+            target,
+        )
     try:
         runs["torchtune, 8 chunks"] = step(torchtune_loss(), teacher)
     except ImportError:

@@ -1,19 +1,19 @@
 """Distillation of the CTC head, frame by frame."""
 
-from typing import Dict, NamedTuple, Optional
+import math
+from functools import partial
+from typing import Optional
 
 import torch
 
 from icefall_kd.errors import KDError, NotFiniteError, require
 from icefall_kd.losses.checks import check_temperature, valid_frames
-from icefall_kd.losses.kl import FLOOR, chunk_rows, compute_dtype, row_kl, scaled_logits
+from icefall_kd.losses.factorised import factorised_kl
+from icefall_kd.losses.frames import check_frame_weighting, flatten_frames, row_weights
+from icefall_kd.losses.kl import plain_kl, row_kl
 from icefall_kd.losses.late import LateKL
-from icefall_kd.types import Distribution, SparseDistribution, index_rows, is_sparse
+from icefall_kd.types import Distribution, index_rows, is_sparse
 
-FRAME_WEIGHTINGS = ("all", "non-blank", "symmetric", "entropy", "confidence")
-NEIGHBOURS = 2  # "symmetric": frames that count on either side of a non-blank one
-LEAST_ENTROPY = 1e-5  # nats; what rounding leaves of a sure teacher stays below it
-PEAKY = 0.99
 SAMPLE = 8  # rows that are looked at for probabilities in place of logits
 
 
@@ -26,6 +26,7 @@ def ctc_kd_loss(
     temperature: float = 1.0,
     frame_weighting: str = "all",
     delay: int = 0,
+    symbol_weight: float = 1.0,
     blank_id: int = 0,
 ) -> torch.Tensor:
     """Return the frame-wise KL divergence between teacher's and student's CTC outputs.
@@ -47,6 +48,14 @@ def ctc_kd_loss(
     Delayed-KD (arXiv:2505.22069) each of the teacher's frames chooses alone, and a
     wrong token that no frame chooses is free.
 
+    The KL of a frame has two parts, KL_blank + (1 - b) KL_symbols: blank or not, on all
+    frames, and which symbol (a token other than blank), where b, the teacher's
+    probability of blank, is small. A symbol weight W multiplies the second part
+    (:func:`icefall_kd.losses.factorised.factorised_kl`). Tian et al. (Speech
+    Communication 160, 2024, 103071) treat frames with and without blank apart; these
+    parts are those of Zhao et al. (arXiv:2203.08679) with blank as the target class,
+    but for (1 - b), which stays here: W = 1 is the plain KL.
+
     Args:
       student: (N, T, V), logits before LogSoftmax; log-probabilities have the same
         value and gradient. Gradients flow here only.
@@ -56,8 +65,10 @@ def ctc_kd_loss(
       lengths: (N,), valid frames, 0 to T.
       mask: (N, T), bool: of the valid frames only these count; by default all.
       temperature: T, above 0.
-      frame_weighting: One of FRAME_WEIGHTINGS, for w: see :func:`frame_weights`.
+      frame_weighting: One of FRAME_WEIGHTINGS, for w: see
+        :func:`icefall_kd.losses.frames.frame_weights`.
       delay: How late the student may be, d, in frames, 0 or more.
+      symbol_weight: W, 0 or more; with a delay 1.
       blank_id: The token id of blank.
 
     Returns:
@@ -70,14 +81,15 @@ def ctc_kd_loss(
     check_temperature(temperature)
     _check_shapes(student, teacher)
     _check_options(frame_weighting, delay, blank_id, student.size(-1))
+    check_symbol_weight(symbol_weight, delay)
     valid = valid_frames(student, lengths, mask, "logits")
     rows = valid.flatten().nonzero().squeeze(1)  # (R,), of the N * T frames
     student_rows = student.flatten(0, 1)  # (N * T, V)
-    teacher_rows = _flatten(teacher, student.device)
+    teacher_rows = flatten_frames(teacher, student.device)
     _check_rows(student_rows, teacher_rows, rows)
     weights = None
     if frame_weighting != "all":
-        weights = _row_weights(
+        weights = row_weights(
             teacher_rows, valid, rows, frame_weighting, temperature, blank_id
         ).flatten()[rows]
     if delay and len(rows):
@@ -87,6 +99,11 @@ def ctc_kd_loss(
     else:
         if weights is not None:  # rows without weight need no work
             rows, weights = rows[weights != 0], weights[weights != 0]
+        chunk_kl = plain_kl
+        if symbol_weight != 1:
+            chunk_kl = partial(
+                factorised_kl, symbol_weight=float(symbol_weight), blank_id=blank_id
+            )
         value = row_kl(
             student_rows,
             teacher_rows,
@@ -94,173 +111,11 @@ def ctc_kd_loss(
             student_index=rows,
             teacher_index=rows,
             weights=weights,
+            chunk_kl=chunk_kl,
         )
     if value.isnan():
         _refuse_nan(student, teacher, valid)
     return value
-
-
-def frame_weights(
-    teacher: Distribution,
-    valid: torch.Tensor,
-    frame_weighting: str,
-    *,
-    temperature: float = 1.0,
-    blank_id: int = 0,
-) -> torch.Tensor:
-    """Return how much each frame of a teacher counts.
-
-    "all": 1.
-
-    "non-blank": 1 where the teacher's best token is not blank, else 0. A sparse
-    teacher's best token is the best of those it kept; its tail is no token.
-
-    "symmetric" (arXiv:2506.01503): 1 where a valid non-blank frame is at most
-    NEIGHBOURS frames away, before or after, else 0: a spike comes with as many blank
-    frames on its left as on its right, save at the ends of an utterance and where two
-    spikes share them.
-
-    "entropy": w_t = (H_t + e) / (mean of H over the utterance's valid frames + e), H_t
-    the entropy of softmax(z~_t / T) in nats (a sparse teacher's tail is one class), e =
-    LEAST_ENTROPY: mean 1 over those frames, and 1 for each where none is uncertain. A
-    frame may have up to as much weight as the utterance has frames. As uncertain frames
-    are those where student and teacher differ, the gradient of the sum is larger than
-    that of "all", 3.6 times on a trained digits teacher.
-
-    "confidence": the teacher's largest probability, among the tokens it kept.
-
-    Args:
-      teacher: (N, T, V), logits or log-probabilities; or sparse, (N, T, K).
-      valid: (N, T), bool, the valid frames; others have a weight of 0.
-      frame_weighting: One of FRAME_WEIGHTINGS.
-      temperature: T, of a dense teacher; a sparse one is at its own.
-      blank_id: The token id of blank.
-
-    Returns:
-      (N, T), float.
-
-    Raises:
-      KDError: Another value of ``frame_weighting``.
-    """
-    _check_frame_weighting(frame_weighting)
-    rows = valid.flatten().nonzero().squeeze(1)
-    teacher_rows = _flatten(teacher, valid.device)
-    return _row_weights(
-        teacher_rows, valid, rows, frame_weighting, temperature, blank_id
-    )
-
-
-def _row_weights(
-    teacher_rows: Distribution,
-    valid: torch.Tensor,
-    rows: torch.Tensor,
-    frame_weighting: str,
-    temperature: float,
-    blank_id: int,
-) -> torch.Tensor:
-    """:func:`frame_weights` of N * T rows, of which ``rows`` are valid."""
-    if frame_weighting == "all":
-        return valid.to(torch.float32)
-    statistics = _statistics(teacher_rows, rows, blank_id, temperature)
-
-    def to_frames(x: torch.Tensor) -> torch.Tensor:
-        """(N, T), from the valid rows, (R,)."""
-        return x.new_zeros(valid.numel()).index_copy_(0, rows, x).view_as(valid)
-
-    if frame_weighting == "confidence":
-        return to_frames(statistics.confidence)
-    if frame_weighting == "entropy":
-        entropy = to_frames(statistics.entropy)
-        mean = entropy.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
-        return (entropy + LEAST_ENTROPY) / (mean + LEAST_ENTROPY) * valid
-    is_spike = to_frames(statistics.is_spike)
-    counts = is_spike.clone()
-    if frame_weighting == "symmetric":
-        for j in range(1, NEIGHBOURS + 1):
-            counts[:, j:] |= is_spike[:, :-j]
-            counts[:, :-j] |= is_spike[:, j:]
-        counts &= valid
-    return counts.to(statistics.confidence.dtype)
-
-
-class _Statistics(NamedTuple):
-    """Of R rows of a CTC head, (R,) each."""
-
-    is_spike: torch.Tensor  # bool: the best token is not blank
-    confidence: torch.Tensor  # the best token's probability
-    entropy: torch.Tensor  # in nats
-
-
-def _statistics(
-    flat: Distribution, rows: torch.Tensor, blank_id: int, temperature: float
-) -> _Statistics:
-    """Statistics of some ``rows`` of a distribution of N * T rows."""
-    chunks = []
-    width = (flat.log_probs if is_sparse(flat) else flat).size(1)
-    for part in rows.split(chunk_rows(rows.device, width)):
-        chunk = index_rows(flat, part)
-        if is_sparse(chunk):
-            top, column = chunk.log_probs.max(-1, keepdim=True)
-            best, top = chunk.indices.gather(1, column).squeeze(1), top.squeeze(1)
-            # The tail is one class of the entropy, (C, K + 1).
-            log_p = torch.cat((chunk.log_probs, chunk.log_tail.unsqueeze(1)), -1)
-            log_p = log_p.to(compute_dtype(log_p.dtype))
-        else:
-            log_p = scaled_logits(chunk, temperature, compute_dtype(chunk.dtype))
-            log_p = log_p.log_softmax(-1)  # (C, V)
-            top, best = log_p.max(-1)
-        entropy = -(log_p.exp() * log_p.clamp(min=FLOOR)).sum(-1)
-        # A row that kept no token has no spike; one of NaN has, so that it is refused.
-        is_spike = (best != blank_id) & (top != -torch.inf) | top.isnan()
-        confidence = top.to(entropy.dtype).exp()
-        chunks.append((is_spike, confidence, entropy.clamp_(min=0.0)))
-    return _Statistics(*(torch.cat(columns) for columns in zip(*chunks)))
-
-
-def ctc_diagnostics(
-    logits: Distribution,
-    lengths: torch.Tensor,
-    *,
-    mask: Optional[torch.Tensor] = None,
-    blank_id: int = 0,
-) -> Dict[str, float]:
-    """Return what shows that a CTC head collapsed, or is too sure to teach or to learn.
-
-    Args:
-      logits: (N, T, V), logits or log-probabilities; or sparse, (N, T, K).
-      lengths: (N,), valid frames, 0 to T.
-      mask: (N, T), bool: of the valid frames only these; by default all.
-      blank_id: The token id of blank.
-
-    Returns:
-      "all_blank": how many valid frames are in utterances whose every valid frame has
-      blank as its best token. "peakiness": how many valid frames have a largest
-      probability above 0.99. Both are sums over the batch, as icefall sums its losses,
-      and shares once they are divided by the number of valid frames.
-
-    Raises:
-      KDError: Lengths or a mask that do not fit.
-    """
-    first = logits.indices if is_sparse(logits) else logits
-    valid = valid_frames(first, lengths, mask, "logits")
-    rows = valid.flatten().nonzero().squeeze(1)
-    statistics = _statistics(_flatten(logits, first.device), rows, blank_id, 1.0)
-    is_spike = torch.zeros_like(valid).flatten()
-    is_spike = is_spike.index_copy_(0, rows, statistics.is_spike).view_as(valid)
-    is_silent = valid.any(1) & ~is_spike.any(1)  # (N,)
-    return {
-        "all_blank": float((valid & is_silent[:, None]).sum()),
-        "peakiness": float((statistics.confidence > PEAKY).sum()),
-    }
-
-
-def _flatten(frames: Distribution, device: torch.device) -> Distribution:
-    """From (N, T, ...) to N * T rows, on another device, without a graph."""
-    if is_sparse(frames):
-        tensors = (frames.indices, frames.log_probs, frames.log_tail)
-        tensors = (x.to(device).detach().flatten(0, 1) for x in tensors)
-        return SparseDistribution(*tensors)
-    return frames.detach().to(device).flatten(0, 1)
 
 
 # Refusals
@@ -280,16 +135,8 @@ def _check_shapes(student: torch.Tensor, teacher: Distribution) -> None:
     )
 
 
-def _check_frame_weighting(frame_weighting: str) -> None:
-    require(
-        frame_weighting in FRAME_WEIGHTINGS,
-        f"`frame_weighting` is {frame_weighting!r}, and must be one of "
-        f"{', '.join(FRAME_WEIGHTINGS)}",
-    )
-
-
 def _check_options(frame_weighting: str, delay: int, blank_id: int, v: int) -> None:
-    _check_frame_weighting(frame_weighting)
+    check_frame_weighting(frame_weighting)
     require(
         isinstance(delay, int) and delay >= 0,
         f"`delay` is {delay!r}, and must be a number of frames from 0 on: 2 frames are "
@@ -299,6 +146,29 @@ def _check_options(frame_weighting: str, delay: int, blank_id: int, v: int) -> N
         0 <= blank_id < max(v, 1),
         f"`blank_id` is {blank_id}, and the student's logits have {v} tokens: give the "
         "recipe's params.blank_id",
+    )
+
+
+def check_symbol_weight(symbol_weight: float, delay: int) -> None:
+    """Refuse a weight of the symbols that is none, or that is given with a delay.
+
+    Args:
+      symbol_weight: W of :func:`ctc_kd_loss`.
+      delay: Its delay, in frames.
+
+    Raises:
+      KDError: ``symbol_weight`` is no finite number from 0 on, or other than 1 with a
+        delay.
+    """
+    require(
+        isinstance(symbol_weight, (int, float)) and 0 <= symbol_weight < math.inf,
+        f"`symbol_weight` is {symbol_weight!r}, and must be a finite number from 0 on: "
+        "2 doubles what the symbols count",
+    )
+    require(
+        symbol_weight == 1 or not delay,
+        f"`symbol_weight` is {symbol_weight:g} and `delay` {delay}, and a late student "
+        "is aligned by the plain divergence: leave one of them out",
     )
 
 

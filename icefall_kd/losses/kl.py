@@ -8,7 +8,7 @@ are chunks that fit a cache. Where the logits are the output of a linear layer,
 """
 
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -17,6 +17,12 @@ from icefall_kd.types import Distribution, SparseDistribution, index_rows, is_sp
 FLOOR = -1e30  # in place of -inf: 0 * FLOOR is 0
 # Elements of a chunk: a few chunks fit a CPU's cache; a GPU needs large ones.
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
+# From a chunk's student rows, teacher rows, temperature, type and memory to the KL of
+# each row and the gradient, as _dense_kl.
+ChunkKL = Callable[
+    [torch.Tensor, Distribution, float, torch.dtype, Optional[torch.Tensor]],
+    Tuple[torch.Tensor, torch.Tensor],
+]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -118,6 +124,29 @@ def _sparse_kl(
     return kl, gradient
 
 
+def plain_kl(
+    student: torch.Tensor,
+    teacher: Distribution,
+    temperature: float,
+    dtype: torch.dtype,
+    out: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return KL(p || q) of each row, and its gradient towards student / T.
+
+    Args:
+      student: (C, V), logits.
+      teacher: Of C rows; a sparse one is at the temperature T already.
+      temperature: T.
+      dtype: What is computed in.
+      out: (C, V), memory for the gradient; None: new memory.
+
+    Returns:
+      (C,) and (C, V).
+    """
+    kl_of_rows = _sparse_kl if is_sparse(teacher) else _dense_kl
+    return kl_of_rows(student, teacher, temperature, dtype, out)
+
+
 @dataclass
 class _Pairs:
     """The R pairs of a student's and a teacher's row that are compared."""
@@ -127,6 +156,7 @@ class _Pairs:
     student_index: Optional[torch.Tensor]  # (R,), int64; None: all, in their order
     teacher_index: Optional[torch.Tensor]  # (R,), int64; None: all, in their order
     weights: Optional[torch.Tensor]  # (R,); None: 1
+    chunk_kl: ChunkKL = plain_kl
 
     def chunks(self, student: torch.Tensor, v: int) -> Iterator[slice]:
         """Slices of the pairs, for rows of ``v`` logits."""
@@ -152,8 +182,7 @@ class _Pairs:
         """
         rows = part if self.teacher_index is None else self.teacher_index[part]
         teacher = index_rows(self.teacher, rows)
-        row_kl_of = _sparse_kl if is_sparse(teacher) else _dense_kl
-        kl, gradient = row_kl_of(student, teacher, self.temperature, dtype, out)
+        kl, gradient = self.chunk_kl(student, teacher, self.temperature, dtype, out)
         kl.clamp_(min=0.0)  # what rounding leaves of an equal pair
         if self.weights is not None:
             weights = self.weights[part].to(dtype)
@@ -285,6 +314,7 @@ def row_kl(
     student_index: Optional[torch.Tensor] = None,
     teacher_index: Optional[torch.Tensor] = None,
     weights: Optional[torch.Tensor] = None,
+    chunk_kl: ChunkKL = plain_kl,
 ) -> torch.Tensor:
     """Return sum over rows r of w_r T^2 KL(softmax(z~_r / T) || softmax(z_r / T)).
 
@@ -300,11 +330,16 @@ def row_kl(
       student_index: (R,), int64, the rows that count, each once; by default all.
       teacher_index: (R,), int64, the teacher's row for each of those; by default all.
       weights: (R,), w, 0 or more; by default 1.
+      chunk_kl: What is computed in place of the KL, such as
+        :func:`icefall_kd.losses.factorised.factorised_kl`; it has the parameters and
+        results of :func:`plain_kl`.
 
     Returns:
       A scalar, in nats.
     """
-    pairs = _Pairs(teacher, float(temperature), student_index, teacher_index, weights)
+    pairs = _Pairs(
+        teacher, float(temperature), student_index, teacher_index, weights, chunk_kl
+    )
     return _RowKL.apply(student, pairs)
 
 

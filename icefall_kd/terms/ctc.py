@@ -25,6 +25,8 @@ class CtcTerm(Term):
       frame_weighting: How frames are weighted: "all", "non-blank", "symmetric",
         "entropy" or "confidence".
       delay: Frames by which a streaming student may be later than its teacher.
+      symbol_weight: The weight of which symbol a frame is, beside blank or not, 0 or
+        more; with a delay 1.
 
     Raises:
       KDError: a parameter out of range.
@@ -67,6 +69,17 @@ class CtcTerm(Term):
             "best delay from 0 to this one, such as 5. Wrong tokens still count.",
             bounds=(0, 50),
         ),
+        Option(
+            "ctc-symbol-weight",
+            "symbol_weight",
+            float,
+            1.0,
+            "Weight W, within the CTC term, of which symbol (a token other than blank) "
+            "a frame is: the term is the divergence of blank and not blank at each "
+            "frame, and W times that of the symbols where the teacher has no blank. 1 "
+            "is the plain divergence, 2 doubles what the symbols count, 0 leaves blank "
+            "or not. It can't be given with --kd-ctc-delay.",
+        ),
     )
 
     def __init__(
@@ -75,21 +88,27 @@ class CtcTerm(Term):
         temperature: float = 1.0,
         frame_weighting: str = "all",
         delay: int = 0,
+        symbol_weight: float = 1.0,
     ) -> None:
         from icefall_kd.losses.checks import check_temperature
-        from icefall_kd.losses.ctc import FRAME_WEIGHTINGS
+        from icefall_kd.losses.ctc import check_symbol_weight
+        from icefall_kd.losses.frames import FRAME_WEIGHTINGS
 
         super().__init__(weight)
         check_temperature(temperature)
         self.require_one_of("frame_weighting", frame_weighting, FRAME_WEIGHTINGS)
         self.require_frames("delay", delay)
+        check_symbol_weight(symbol_weight, delay)
         self.temperature = float(temperature)
         self.frame_weighting, self.delay = frame_weighting, delay
+        self.symbol_weight = float(symbol_weight)
 
     def note(self) -> str:
         notes = [] if self.frame_weighting == "all" else [self.frame_weighting]
         if self.delay:
             notes.append(f"delays 0 to {self.delay}")
+        if self.symbol_weight != 1:
+            notes.append(f"symbols times {self.symbol_weight:g}")
         return " ".join(notes)
 
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
@@ -111,6 +130,7 @@ class CtcTerm(Term):
             temperature=self.temperature,
             frame_weighting=self.frame_weighting,
             delay=self.delay,
+            symbol_weight=self.symbol_weight,
             blank_id=batch.blank_id,
         )
         return value, float(batch.mask.sum())

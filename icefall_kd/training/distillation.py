@@ -7,7 +7,7 @@ import torch
 from icefall_kd.distributed import rank_and_world_size
 from icefall_kd.errors import require
 from icefall_kd.kinds.nbest import read_nbest
-from icefall_kd.losses.ctc import ctc_diagnostics
+from icefall_kd.losses.frames import ctc_diagnostics
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets.dataset import cuts_of_rows
 from icefall_kd.targets.first_look import FirstLook

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icefall_kd.errors import KDError
-from icefall_kd.losses import ctc, kl
+from icefall_kd.losses import kl
 from icefall_kd.losses import late as late_module
 from icefall_kd.losses.alignment import align_late_student
-from icefall_kd.losses.ctc import (
+from icefall_kd.losses.ctc import ctc_kd_loss
+from icefall_kd.losses.frames import (
     FRAME_WEIGHTINGS,
     ctc_diagnostics,
-    ctc_kd_loss,
+    flatten_frames,
     frame_weights,
 )
 from icefall_kd.losses.kl import row_kl
@@ -210,7 +211,7 @@ def test_the_defaults_are_the_plain_row_kl_bit_for_bit(k):
     def plain(s):
         return row_kl(
             s.flatten(0, 1),
-            ctc._flatten(teacher, s.device),
+            flatten_frames(teacher, s.device),
             temperature=1.0,
             student_index=rows,
             teacher_index=rows,

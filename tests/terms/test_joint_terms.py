@@ -595,6 +595,11 @@ def test_all_terms_under_autocast_are_near_those_in_float32(given):
         ({"rnnt_shift": -2}, "`TransducerTerm.shift` is -2"),
         ({"ctc_delay": -1}, "`CtcTerm.delay` is -1: give 0 or more frames"),
         ({"ctc_delay": 0.5}, "`CtcTerm.delay` is 0.5"),
+        ({"ctc_symbol_weight": -1.0}, "`symbol_weight` is -1.0, .* from 0 on"),
+        (
+            {"ctc_symbol_weight": 2.0, "ctc_delay": 1},
+            "`symbol_weight` is 2 and `delay` 1, .* leave one of them out",
+        ),
         ({"hidden_distance": "l1"}, "`HiddenTerm.distance` is 'l1': .*mse, cosine"),
         ({"temperature": -1.0}, "temperature.* is -1.0"),
         (
@@ -649,6 +654,18 @@ def test_the_formula_names_every_term_and_option(given):
         assert words in text, words
     assert text.endswith("temperature 2.0")
     assert str(JointKDLoss([CtcTerm("0:1,9:0.5")])).startswith("1.0 * loss + 0:1,9:0.5")
+
+
+def test_the_ctc_terms_symbol_weight_reaches_its_value(given):
+    joint = joint_of("ctc", ctc_symbol_weight=3.0)
+    assert "symbols times 3" in str(joint)
+    student = leaves(given.said)
+    _, info = joint(hard(), student, given.targets, given.model)
+    targets = given.targets
+    args = (student.ctc_logits, targets.parts["ctc"], targets.lens)
+    expected = ctc_kd_loss(*args, temperature=T, symbol_weight=3.0)
+    assert info["kd_ctc_loss"] == pytest.approx(float(expected))
+    assert expected > 1.01 * ctc_kd_loss(*args, temperature=T)
 
 
 def test_targets_on_parts_of_cuts_count_the_frames_that_both_have(given):

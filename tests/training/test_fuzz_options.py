@@ -103,6 +103,7 @@ ACCEPTED: Dict[str, Sequence[str]] = {
     "hard-weight": NUMBERS,
     "temperature": NUMBERS[1:],
     "ctc-delay": ("0",),
+    "ctc-symbol-weight": NUMBERS,
     "rnnt-shift": ("0",),
     "stored-ranges": ("0",),
     "last-epochs": ("0", "1.5"),

@@ -43,8 +43,10 @@ PATH = {"kd_teacher_path_only": 1}
 LAYERS = {"kd_hidden_weight": 1.0, "kd_hidden_layers": "out,0:1"}
 
 DENSE = [
-    *(ctc(frames=f, delay=d) for f in FRAMES for d in (0, 2)),
-    *(ctc(frames=f, delay=2) | {"temperature": 2.0} for f in FRAMES[::3]),
+    *(ctc(frame_weighting=f, delay=d) for f in FRAMES for d in (0, 2)),
+    *(ctc(frame_weighting=f, delay=2) | {"temperature": 2.0} for f in FRAMES[::3]),
+    *(ctc(frame_weighting=f, symbol_weight=4.0) for f in FRAMES),
+    ctc(symbol_weight=0.0) | {"temperature": 2.0},
     *(rnnt(form) for form in ("nodes", "collapsed", "mean_u", "total")),
     rnnt("sampled_u"),
     *(rnnt(form, **EQUAL) for form in ("nodes", "collapsed", "mean_u", "sampled_u")),
@@ -87,7 +89,8 @@ STORES = {
     "sparse": Store(
         SPARSE,
         SPARSE,
-        [ctc(frames=f, delay=d) for f in FRAMES for d in (0, 2)]
+        [ctc(frame_weighting=f, delay=d) for f in FRAMES for d in (0, 2)]
+        + [ctc(symbol_weight=w) for w in (0.0, 4.0)]
         + [rnnt(), rnnt(**EQUAL), rnnt("sampled_u", **EQUAL), rnnt(kd_rnnt_shift=2)]
         + ARCS,
         tolerance=5e-3,

@@ -15,7 +15,7 @@ from zipformer.utils import MetricsTracker
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import hash_file, hidden_rows, save_quantizer
 from icefall_kd.kinds.nbest import write_nbest
-from icefall_kd.losses.ctc import ctc_diagnostics
+from icefall_kd.losses.frames import ctc_diagnostics
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import TargetWriter
