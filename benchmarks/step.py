@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """
-What a training step of the digits recipe costs with distillation and without: the
-parts of both, on the same batches, in turn, in one run; medians, and the median of each
-batch's own ratio.
+What a training step of the digits recipe costs with distillation and without, and with
+other options of distillation: the parts of each, on the same batches, in turn, in one
+run; medians, and the median of each batch's own ratio to the step without.
 
 Reading a batch happens in the dataset's workers beside training; it is told apart.
 
-Usage, on targets that were dumped with --keep-lattice:
+Usage, on targets that were dumped with --keep-lattice and --keep-simple:
 
-  benchmarks/step.py --work-dir egs/digits/ASR --kd-dir data/kd --json step.json
+  benchmarks/step.py --work-dir egs/digits/ASR --kd-dir data/kd --json step.json \\
+    --flags "--kd-ctc-weight 1" --flags "--kd-ctc-weight 1 --kd-simple-weight 1"
 """
 
 import argparse
@@ -27,7 +28,8 @@ from icefall_kd.training import session
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("read", "forward and losses", "backward", "optimizer")
-OFF, ON = "without KD", "with KD"
+OFF = "without KD"
+DEFAULT = "--kd-ctc-weight 1 --kd-rnnt-weight 1"
 
 
 def get_args() -> argparse.Namespace:
@@ -41,12 +43,13 @@ def get_args() -> argparse.Namespace:
     add("--kd-dir", type=Path, help="Of the cuts with targets [work-dir/data/kd].")
     add("--student-dir", type=Path, help="[work-dir/exp/student].")
     add("--bpe-model", type=Path, help="[work-dir/data/lang_bpe_54/bpe.model].")
-    add("--flags", default="--kd-ctc-weight 1 --kd-rnnt-weight 1", help="Of KD.")
+    add("--flags", action="append", help=f"Of KD; may be repeated [{DEFAULT}].")
     add("--batches", type=int, default=60)
     add("--max-duration", type=float, default=20.0, help="Seconds in a batch.")
     add("--num-threads", type=int, default=1)
     add("--json", type=Path, help="Write the figures to this file.")
     args = parser.parse_args()
+    args.flags = args.flags or [DEFAULT]
     args.kd_dir = args.kd_dir or args.work_dir / "data/kd"
     args.student_dir = args.student_dir or args.work_dir / "exp/student"
     args.bpe_model = args.bpe_model or args.work_dir / "data/lang_bpe_54/bpe.model"
@@ -79,6 +82,7 @@ class Side:
             self.model, lr=self.params.base_lr, include_names=True
         )
         self.optimizer = train.ScaledAdam(groups, lr=0.045, clipping_scale=2.0)
+        session.resume(None)  # attach() would close the session of another side
         session.attach(self.params, self.model)
         self.session = session.current()
         self.dataset: Any = K2SpeechRecognitionDataset(return_cuts=True)
@@ -114,13 +118,14 @@ def main() -> None:
     from lhotse import CutSet
 
     cuts = CutSet.from_file(args.kd_dir / "cuts_train.jsonl.gz").to_eager()
-    # attach() closes the session before it, so the one without KD comes first.
-    sides = {OFF: Side(train, args, []), ON: Side(train, args, args.flags.split())}
-    sides[ON].open(cuts)
+    sides = {OFF: Side(train, args, [])}
+    for flags in args.flags:
+        sides[flags] = Side(train, args, flags.split())
+        sides[flags].open(cuts)
     sampler = SimpleCutSampler(cuts, max_duration=args.max_duration)
-    seconds: Dict[str, List[Dict[str, float]]] = {OFF: [], ON: []}
+    seconds: Dict[str, List[Dict[str, float]]] = {name: [] for name in sides}
     for i, batch in zip(tqdm(range(args.batches), desc="Steps"), sampler):
-        for name in (OFF, ON) if i % 2 else (ON, OFF):
+        for name in list(sides) if i % 2 else reversed(list(sides)):
             seconds[name].append(sides[name].step(batch))
     figures = report(seconds, args)
     if args.json:
@@ -130,20 +135,23 @@ def main() -> None:
 def report(seconds, args: argparse.Namespace) -> List[Dict[str, Any]]:
     # The first five batches warm up; of fewer, the last one counts.
     warm = {name: rows[5:] or rows[-1:] for name, rows in seconds.items()}
+    print(f"\nbatches of {args.max_duration} s, {args.num_threads} thread")
     figures = []
-    print(
-        f"\n{args.flags}; batches of {args.max_duration} s, {args.num_threads} thread"
-    )
-    print(f"\n| part | {OFF}, ms | {ON}, ms | ratio |\n|---|---|---|---|")
-    for part in (*PARTS, "step without read"):
-        parts = PARTS[1:] if part not in PARTS else (part,)
-        values = {
-            n: [sum(r[p] for p in parts) for r in rows] for n, rows in warm.items()
-        }
-        off, on = median(values[OFF]), median(values[ON])
-        ratio = median(b / a for a, b in zip(values[OFF], values[ON]))
-        print(f"| {part} | {1e3 * off:.1f} | {1e3 * on:.1f} | {ratio:.3f} |")
-        figures.append({"part": part, OFF: off, ON: on, "ratio": ratio})
+    for flags in args.flags:
+        print(
+            f"\n{flags}\n\n| part | {OFF}, ms | with KD, ms | ratio |\n|---|---|---|---|"
+        )
+        for part in (*PARTS, "step without read"):
+            parts = PARTS[1:] if part not in PARTS else (part,)
+            off, on = (
+                [sum(row[p] for p in parts) for row in warm[name]]
+                for name in (OFF, flags)
+            )
+            ratio = median(b / a for a, b in zip(off, on))
+            off, on = median(off), median(on)
+            print(f"| {part} | {1e3 * off:.1f} | {1e3 * on:.1f} | {ratio:.3f} |")
+            figures.append({"flags": flags, "part": part, OFF: off, "with KD": on})
+            figures[-1]["ratio"] = ratio
     return figures
 
 

@@ -61,7 +61,7 @@ def _tap_encoder(
             outputs["encoder_out"] = encoder_out.permute(1, 0, 2)
             outputs["hidden_lens"] = args[1] if len(args) > 1 else None
         if UNFINISHED not in outputs:  # the caller runs the model's parts one by one
-            for name in ("ctc_logits", "decoder_out", "labels"):
+            for name in ("ctc_logits", "simple_logits", "decoder_out", "labels"):
                 outputs.pop(name, None)
 
     return hook
@@ -72,10 +72,10 @@ def _in_pass(outputs: Dict[str, Any]) -> bool:
     return UNFINISHED in outputs or "encoder_out" in outputs
 
 
-def _tap_ctc(outputs: Dict[str, Any], owner: nn.Module) -> Callable:
+def _tap_logits(outputs: Dict[str, Any], owner: nn.Module, name: str) -> Callable:
     def hook(module, args, output):
         if module is owner and _in_pass(outputs):
-            outputs["ctc_logits"] = output
+            outputs[name] = output
 
     return hook
 
@@ -181,7 +181,7 @@ class ModelTap:
     """Collects what the parts of a recipe's Zipformer model output.
 
     These are the encoder output, the raw CTC logits, and where they are asked for the
-    outputs of stacks and of the transducer's decoder.
+    outputs of stacks, of ``simple_am_proj`` and of the transducer's decoder.
 
     It puts forward hooks on ``encoder`` and on the linear layer of ``ctc_output``, so
     the logits are those before LogSoftmax. The older Zipformer of icefall's
@@ -202,6 +202,8 @@ class ModelTap:
         output, "out", is always there.
       with_ctc: Whether the CTC head's logits are wanted; False for a model without it.
       with_decoder: Whether the transducer's decoder output is wanted.
+      with_simple: Whether the logits of the simple joiner's acoustic half,
+        ``simple_am_proj``, are wanted.
 
     Raises:
       KDError: The model lacks an encoder, a CTC head, a transducer or a stack.
@@ -213,6 +215,7 @@ class ModelTap:
         layers: Sequence[Layer] = (),
         with_ctc: bool = True,
         with_decoder: bool = False,
+        with_simple: bool = False,
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -221,7 +224,7 @@ class ModelTap:
                 f"the model {type(model).__name__} has no submodule 'encoder': "
                 "ModelTap needs an icefall Zipformer model"
             )
-        self.model, self.with_ctc = model, with_ctc
+        self.model, self.with_ctc, self.with_simple = model, with_ctc, with_simple
         # The older Zipformer has its front end inside the encoder.
         self.encoder_takes_features = getattr(model, "encoder_embed", None) is None
         self._outputs: Dict[str, Any] = {}
@@ -230,7 +233,15 @@ class ModelTap:
         hooks = [(encoder, hook)]
         if with_ctc:
             head = ctc_linear(model)
-            hooks.append((head, _tap_ctc(self._outputs, head)))
+            hooks.append((head, _tap_logits(self._outputs, head, "ctc_logits")))
+        if with_simple:
+            require_transducer(
+                model,
+                "its simple joiner",
+                "leave the simple targets and their term out",
+            )
+            head = model.simple_am_proj
+            hooks.append((head, _tap_logits(self._outputs, head, "simple_logits")))
         if with_decoder:
             _require_transducer(model)
             hooks.append((model.decoder, _tap_decoder(self._outputs, model.decoder)))
@@ -294,7 +305,7 @@ class ModelTap:
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor, x_lens: torch.Tensor) -> EncoderOut:
-        """Run encoder and CTC head in eval mode, without gradient.
+        """Run encoder and frame-wise heads in eval mode, without gradient.
 
         Each utterance's output is what it would be without the others. Python's and
         torch's random states and the modules' training flags are restored.
@@ -324,6 +335,8 @@ class ModelTap:
                     self._run_encoder(x, x_lens)
                 if self.with_ctc:
                     ctc_linear(model)(self._outputs["encoder_out"])
+                if self.with_simple:
+                    model.simple_am_proj(self._outputs["encoder_out"])
         except BaseException:
             self._outputs.clear()
             raise

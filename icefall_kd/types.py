@@ -94,6 +94,7 @@ class EncoderOut:
     encoder_out: torch.Tensor  # (N, T, C)
     encoder_out_lens: torch.Tensor  # (N,), valid frames
     ctc_logits: Optional[torch.Tensor] = None  # (N, T, V), before LogSoftmax
+    simple_logits: Optional[torch.Tensor] = None  # (N, T, V), of simple_am_proj
     # By index of the stack, (N, stack frames, C): 50 Hz inside the encoder.
     hidden: Dict[int, torch.Tensor] = field(default_factory=dict)
     hidden_lens: Optional[torch.Tensor] = None  # (N,), valid stack frames
@@ -193,6 +194,7 @@ class Targets:
 
     ==========  ======================================================================
     "ctc"       (N, T, V) log-probabilities, or a :class:`SparseDistribution`
+    "simple"    the same, of the simple joiner's acoustic half
     "lattice"   for each row its :class:`LatticeTargets` from a store; None for a row
                 that is not whole, whose labels are unknown, or that has more labels
                 than frames

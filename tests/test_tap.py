@@ -808,3 +808,48 @@ def test_stacks_of_an_older_model_are_refused():
     with pytest.raises(KDError, match="stack 1.*older Zipformer.*give out"):
         ModelTap(OldModel(), layers=[1])
     ModelTap(OldModel(), layers=["out"]).close()
+
+
+# The simple joiner
+
+
+def test_the_simple_joiners_acoustic_half_is_that_of_the_forward_pass(
+    make_model, features
+):
+    """encode() gives the same, and no other module runs a second time."""
+    model = make_model().eval()
+    calls = []
+    model.simple_am_proj.register_forward_hook(lambda m, args, out: calls.append(out))
+    with ModelTap(model, with_simple=True) as hook:
+        forward(model, *features)
+        out = hook.take()
+        assert out.simple_logits is calls[0] and len(calls) == 1
+        own = hook.encode(*features)
+    expected = model.simple_am_proj(own.encoder_out)
+    assert torch.equal(own.simple_logits, expected)
+    assert not own.simple_logits.requires_grad
+
+
+def test_gradients_flow_through_the_simple_joiner(make_model, features):
+    model = make_model().train()
+    with ModelTap(model, with_simple=True) as hook:
+        forward(model, *features)
+        hook.take().simple_logits.square().sum().backward()
+    assert model.simple_am_proj.weight.grad.abs().max() > 0
+    assert model.encoder_embed.out.weight.grad.abs().max() > 0
+    assert model.simple_lm_proj.weight.grad is None
+
+
+def test_no_simple_logits_unless_asked(make_model, features):
+    model = make_model()
+    with ModelTap(model) as hook:
+        assert hook.encode(*features).simple_logits is None
+        forward(model, *features)
+        assert hook.take().simple_logits is None
+
+
+def test_a_model_without_transducer_has_no_simple_joiner(make_model):
+    model = make_model(use_transducer=False)
+    with pytest.raises(KDError, match="AsrModel has no .*its simple joiner needs"):
+        ModelTap(model, with_simple=True)
+    assert hooks_of(model) == []

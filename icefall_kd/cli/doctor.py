@@ -169,7 +169,7 @@ def _check_targets(
         "and --avg that they were dumped with, or dump them again",
     )
     kinds = {"CTC": fingerprint.ctc, "lattice": fingerprint.lattice}
-    kinds["hidden"] = fingerprint.hidden
+    kinds.update(hidden=fingerprint.hidden, **fingerprint.further_kinds)
     forms = ", ".join(f"{kind} {form}" for kind, form in kinds.items() if form)
     _row("targets", f"{forms}, of this teacher, in {store}")
     if left_out:

@@ -102,6 +102,14 @@ from icefall_kd.tokens import hash_tokens, token_names, write_token_names
     "output. FORM is half (float16) or a file of `icefall-kd quantizer`.",
 )
 @click.option(
+    "--keep-simple",
+    type=Text(),
+    default="none",
+    metavar="FORM",
+    help="The form in which the acoustic half of the transducer's simple joiner is "
+    "stored: a form of --keep, or none.",
+)
+@click.option(
     "--s-range",
     type=Count(0, 1000),
     default=5,
@@ -163,6 +171,7 @@ def dump(
     keep: str,
     keep_lattice: str,
     keep_hidden: str,
+    keep_simple: str,
     s_range: int,
     cut_seconds: str,
     max_duration: float,
@@ -192,7 +201,8 @@ def dump(
     _check_places(in_cuts, out_cuts, storage_dir)
     check_s_range(s_range)
     seconds = parse_seconds(cut_seconds)
-    keep, keep_lattice, keep_hidden = map(_form, (keep, keep_lattice, keep_hidden))
+    keep, keep_lattice = _form(keep), _form(keep_lattice)
+    keep_hidden, keep_simple = _form(keep_hidden), _form(keep_simple)
     require(
         not keep_lattice or teacher.bpe_model,
         "--keep-lattice needs the labels of the transcripts: give --bpe-model",
@@ -226,10 +236,18 @@ def dump(
         lattice=keep_lattice,
         s_range=s_range if keep_lattice else 0,
         hidden=",".join(map(str, codecs)),
+        further_kinds={"simple": keep_simple} if keep_simple else {},
     )
     layers = [codec.layer for codec in codecs]
     models = [loaded.model for loaded in teachers]
-    running = Teacher(models, shares, choose, layers, with_ctc=bool(fingerprint.ctc))
+    running = Teacher(
+        models,
+        shares,
+        choose,
+        layers,
+        with_ctc=bool(fingerprint.ctc),
+        with_simple=bool(keep_simple),
+    )
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -6,6 +6,7 @@ import click
 from lhotse.cut import Cut
 
 from icefall_kd.cli.text_table import text_table
+from icefall_kd.kinds.distribution import DistributionKind
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.store import read_fingerprint, tracks_with_targets
 from icefall_kd.types import index_rows
@@ -27,18 +28,21 @@ def print_stats(cuts: Iterable[Cut]) -> None:
         without_targets += not tracks
         for _, inner, pointer in tracks:
             fingerprint = read_fingerprint(pointer.store)
-            kind = fingerprint.kinds.get("ctc")
-            targets = collate_targets([inner], kinds=["ctc"] if kind else [])
+            described = {
+                name: kind
+                for name, kind in fingerprint.kinds.items()
+                if isinstance(kind, DistributionKind)
+            }
+            targets = collate_targets([inner], kinds=list(described))
             n = int(targets.lens[0])
             cut_count += 1
             frames += n
             for name, size in pointer.sizes.items():
                 sizes[name] = sizes.get(name, 0) + size * n / pointer.frames
-            if kind is None:
-                continue
-            rows = index_rows(targets.parts["ctc"], 0)
-            for name, (value, formats[name]) in kind.describe(rows).items():
-                sums[name] = sums.get(name, 0) + value
+            for kind_name, kind in described.items():
+                rows = index_rows(targets.parts[kind_name], 0)
+                for name, (value, formats[name]) in kind.describe(rows).items():
+                    sums[name] = sums.get(name, 0) + value
     if not frames:
         click.echo("no cut has targets")
         return

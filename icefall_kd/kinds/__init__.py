@@ -10,6 +10,7 @@ from icefall_kd.kinds.base import FrameKind, TargetKind, UtteranceKind
 from icefall_kd.kinds.ctc import CtcKind
 from icefall_kd.kinds.hidden import HiddenKind
 from icefall_kd.kinds.lattice import LatticeKind
+from icefall_kd.kinds.simple import SimpleKind
 
 __all__ = ["KINDS", "FrameKind", "TargetKind", "UtteranceKind", "register_kind"]
 
@@ -26,5 +27,5 @@ def register_kind(kind: Type[TargetKind]) -> Type[TargetKind]:
     return kind
 
 
-for _kind in (CtcKind, LatticeKind, HiddenKind):
+for _kind in (CtcKind, LatticeKind, HiddenKind, SimpleKind):
     register_kind(_kind)

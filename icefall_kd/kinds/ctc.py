@@ -1,100 +1,19 @@
 """The CTC head's distribution over tokens at each frame."""
 
-import math
-from typing import Dict, List, Sequence, Tuple
-
 import torch
 
-from icefall_kd.errors import KDError, require
-from icefall_kd.kinds.base import FrameKind, Parts, check_finite
-from icefall_kd.kinds.codec import Codec
-from icefall_kd.types import Distribution, EncoderOut, SparseDistribution, is_sparse
+from icefall_kd.kinds.distribution import DistributionKind
+from icefall_kd.types import EncoderOut
 
 
-class CtcKind(FrameKind):
-    """CTC targets: (T, V) logits of a cut, stored by a :class:`Codec`."""
+class CtcKind(DistributionKind):
+    """CTC targets: (T, V) logits of a cut."""
 
     name = "ctc"
     title = "CTC targets"
     example = "--keep dense"
-
-    def __init__(self, form: str, vocab_size: int, blank_id: int) -> None:
-        self.codec = Codec.parse(form)
-        super().__init__(str(self.codec), vocab_size, blank_id)
-
-    def take(self, out: EncoderOut) -> List[torch.Tensor]:
-        logits = out.ctc_logits.cpu()
-        return [x[:n] for x, n in zip(logits, out.encoder_out_lens.tolist())]
-
-    def check(self, value, cut_id: str) -> None:
-        self.require_value(value, cut_id, "CTC logits", self)
-        shape = tuple(value.shape)
-        require(
-            len(shape) == 2 and shape[0] and shape[1] == self.vocab_size,
-            f"the logits of cut {cut_id} have shape {shape} and must be (frames, "
-            f"{self.vocab_size}) with at least one frame",
-        )
-        check_finite(_on_cpu(value), f"logits on cut {cut_id}")
-
-    def frames(self, value) -> List[int]:
-        return [len(value)]
-
-    def encode(self, value, cut_id: str) -> Parts:
-        return {self.name: self.codec.encode(_on_cpu(value), cut_id)}
-
-    def decode(self, records: Sequence[Parts], frames: Sequence[int]) -> Distribution:
-        parts = [record[self.name] for record in records]
-        return self.codec.decode(parts, frames, self.vocab_size)
+    head = "CTC"
 
     @staticmethod
-    def map_tokens(values: Distribution, token_ids: torch.Tensor) -> Distribution:
-        """Map the tokens; where two become one, their probabilities add up."""
-        size = int(token_ids.max()) + 1
-        is_reordering = len(token_ids) == size
-        if is_sparse(values):
-            if not is_reordering:
-                raise KDError(
-                    f"{len(token_ids)} tokens of the teacher become {size} of the "
-                    "student, and sparse targets can only be reordered: store them as "
-                    "dense"
-                )
-            indices = token_ids[values.indices]
-            return SparseDistribution(indices, values.log_probs, values.log_tail)
-        if is_reordering:
-            mapped = torch.empty_like(values)
-            mapped[..., token_ids] = values
-            return mapped
-        sums = values.new_zeros((*values.shape[:-1], size))
-        index = token_ids.expand(values.shape)
-        return sums.scatter_add_(-1, index, values.softmax(-1)).log()
-
-    def describe(self, rows: Distribution) -> Dict[str, Tuple[float, str]]:
-        """Sum up the figures of CTC targets that a report has beside their size.
-
-        Args:
-          rows: (T, V) log-probabilities, or sparse.
-
-        Returns:
-          By name: a sum over the T frames, and the format of its mean.
-        """
-        if is_sparse(rows):
-            # The tail is one more class. -1e4 in place of -inf: 0 log 0 is 0.
-            log_probs = torch.cat((rows.log_probs, rows.log_tail[:, None]), 1)
-            stored = float((rows.log_probs > -math.inf).sum())
-            tail = float(rows.log_tail.exp().sum())
-            best = rows.indices.gather(1, rows.log_probs.argmax(1, keepdim=True))
-        else:
-            log_probs, stored, tail = rows, float(rows.numel()), 0.0
-            best = rows.argmax(1)
-        entropy = -float((log_probs.exp() * log_probs.clamp(min=-1e4)).sum())
-        blanks = 100.0 * int((best == self.blank_id).sum())
-        return {
-            "tokens stored in a frame, ctc": (stored, "{:.2f}"),
-            "mean tail, ctc": (tail, "{:.2e}"),
-            "entropy, ctc (nats a frame)": (entropy, "{:.4f}"),
-            "frames whose best is blank": (blanks, "{:.1f} %"),
-        }
-
-
-def _on_cpu(logits) -> torch.Tensor:
-    return torch.as_tensor(logits).detach().float().cpu()
+    def logits(out: EncoderOut) -> torch.Tensor:
+        return out.ctc_logits

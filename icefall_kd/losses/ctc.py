@@ -28,6 +28,7 @@ def ctc_kd_loss(
     delay: int = 0,
     symbol_weight: float = 1.0,
     blank_id: int = 0,
+    name: str = "kd_ctc_loss",
 ) -> torch.Tensor:
     """Return the frame-wise KL divergence between teacher's and student's CTC outputs.
 
@@ -70,6 +71,7 @@ def ctc_kd_loss(
       delay: How late the student may be, d, in frames, 0 or more.
       symbol_weight: W, 0 or more; with a delay 1.
       blank_id: The token id of blank.
+      name: What an error calls the loss.
 
     Returns:
       A scalar; 0 with a zero gradient if no frame is valid.
@@ -114,7 +116,7 @@ def ctc_kd_loss(
             chunk_kl=chunk_kl,
         )
     if value.isnan():
-        _refuse_nan(student, teacher, valid)
+        _refuse_nan(student, teacher, valid, name)
     return value
 
 
@@ -214,7 +216,7 @@ def _check_logits(owner: str, x: torch.Tensor) -> None:
 
 
 def _refuse_nan(
-    student: torch.Tensor, teacher: Distribution, valid: torch.Tensor
+    student: torch.Tensor, teacher: Distribution, valid: torch.Tensor, loss: str
 ) -> None:
     teacher = teacher.log_probs if is_sparse(teacher) else teacher
     for name, x, remedy in (
@@ -228,10 +230,10 @@ def _refuse_nan(
         bad = int((~(x[valid.to(x.device)] < torch.inf)).any(-1).sum())
         if bad:
             raise NotFiniteError(
-                f"kd_ctc_loss is nan: {name}, of shape {tuple(x.shape)}, is not finite "
+                f"{loss} is nan: {name}, of shape {tuple(x.shape)}, is not finite "
                 f"in {bad} of {int(valid.sum())} valid frames: {remedy}"
             )
     raise NotFiniteError(
-        "kd_ctc_loss is nan, and the student's and the teacher's outputs are finite: "
+        f"{loss} is nan, and the student's and the teacher's outputs are finite: "
         "divided by `temperature` they are not, so give a larger one"
     )

@@ -4,14 +4,18 @@ from typing import Any, Tuple
 
 import torch
 
-from icefall_kd.errors import KDError
+from icefall_kd.errors import KDError, require
 from icefall_kd.lattice import path_sums
 from icefall_kd.losses.kl import compute_dtype
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import collapse
 
+TWO_SIDED, ONE_SIDED = FULL_SUM_FORMS = ("two-sided", "one-sided")
 
-def full_sum_kd_loss(student: StudentNodes, *, blank_id: int = 0) -> torch.Tensor:
+
+def full_sum_kd_loss(
+    student: StudentNodes, *, form: str = TWO_SIDED, blank_id: int = 0
+) -> torch.Tensor:
     """Return the distance of the probabilities that both models give to transcripts.
 
     sum over utterances n of d(log P(y_n|x_n) - log P~(y_n|x_n)): the student learns
@@ -19,6 +23,11 @@ def full_sum_kd_loss(student: StudentNodes, *, blank_id: int = 0) -> torch.Tenso
     (the idea of Zeineldeen et al., arXiv:2303.05958). The distance is our choice:
     d(x) = x^2 / 2 up to 1 nat and |x| - 1/2 beyond, an absolute difference, on the
     scale of the transducer loss itself, whose gradient goes to 0 where the two agree.
+
+    The form one-sided takes d(max(0, log P~(y_n|x_n) - log P(y_n|x_n))): an utterance
+    whose transcript the student finds at least as probable as the teacher does counts
+    0, so a teacher that is worse teaches nothing there (the condition of Meng et al.,
+    arXiv:1904.12399, with the student in place of a wrong teacher's label).
 
     Both sums run over the same paths: through the teacher's nodes, by arcs (next label
     or blank) whose probability the teacher's targets hold. So a pruned lattice and a
@@ -30,6 +39,7 @@ def full_sum_kd_loss(student: StudentNodes, *, blank_id: int = 0) -> torch.Tenso
 
     Args:
       student: The student at its teacher's nodes, not shifted.
+      form: "two-sided" or "one-sided".
       blank_id: The token id of blank.
 
     Returns:
@@ -38,8 +48,12 @@ def full_sum_kd_loss(student: StudentNodes, *, blank_id: int = 0) -> torch.Tenso
 
     Raises:
       KDError: Nodes that don't reach from the first frame to the student's last, NaN in
-        the student.
+        the student, or another form.
     """
+    require(
+        form in FULL_SUM_FORMS,
+        f"`form` is {form!r}, and must be one of {', '.join(FULL_SUM_FORMS)}",
+    )
     nodes, logits = student.nodes, student.logits()
     logits = logits.to(compute_dtype(logits.dtype))
     if not len(nodes):
@@ -55,9 +69,10 @@ def full_sum_kd_loss(student: StudentNodes, *, blank_id: int = 0) -> torch.Tenso
     teacher_sums, _ = path_sums(teacher_arcs, *places)  # (G,)
     sums = _PathSums.apply(arcs, *places)
     has_path = torch.isfinite(teacher_sums) & torch.isfinite(sums)
-    return torch.nn.functional.smooth_l1_loss(
-        sums[has_path], teacher_sums[has_path], reduction="sum"
-    )
+    sums, teacher_sums = sums[has_path], teacher_sums[has_path]
+    if form == ONE_SIDED:  # at the teacher's sum, above it: the distance is 0
+        sums = torch.minimum(sums, teacher_sums)
+    return torch.nn.functional.smooth_l1_loss(sums, teacher_sums, reduction="sum")
 
 
 class _PathSums(torch.autograd.Function):

@@ -223,8 +223,12 @@ class Fingerprint:
         Raises:
           KDError: a field that differs.
         """
-        for name in (f.name for f in fields(self)):
-            old, new = getattr(self, name), getattr(other, name)
+        names = [f.name for f in fields(self) if f.name != "further_kinds"]
+        names += {**self.further_kinds, **other.further_kinds}
+        for name in names:
+            old, new = (
+                getattr(x, name, x.further_kinds.get(name, "")) for x in (self, other)
+            )
             require(
                 old == new,
                 f"the target store {folder} was made with {name} {old!r} and "

@@ -40,8 +40,8 @@ class RecordEncoder:
         self.kinds = fingerprint.make_kinds()
         require(
             self.kinds,
-            "the store would keep nothing: name a form for CTC targets, lattices or "
-            "hidden layers",
+            "the store would keep nothing: name a form for CTC targets, lattices, "
+            "hidden layers or simple targets",
         )
         for kind in self.kinds.values():
             kind.quantizer_of = quantizer_of

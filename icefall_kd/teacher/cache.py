@@ -78,8 +78,9 @@ class CachingTeacher:
     def _store(self, cuts: List[MonoCut], device: torch.device) -> None:
         x, x_lens = collate_input(cuts)
         targets = self.teacher.targets(x.to(device), x_lens.to(device), cuts)
-        for cut, log_probs, n in zip(cuts, targets.parts["ctc"], targets.lens.tolist()):
-            self.pointers[cut.id] = self.writer.write(cut, log_probs[:n])
+        for i, (cut, n) in enumerate(zip(cuts, targets.lens.tolist())):
+            values = {kind: rows[i, :n] for kind, rows in targets.parts.items()}
+            self.pointers[cut.id] = self.writer.write(cut, **values)
 
     def _with_pointer(self, cut: Cut) -> Cut:
         """A copy of ``cut`` with the pointer at its targets, if it has any."""

@@ -40,6 +40,7 @@ class Teacher:
       layers: The hidden layers whose rows are taken (:mod:`icefall_kd.kinds.hidden`),
         of one model.
       with_ctc: Whether CTC logits are taken.
+      with_simple: Whether those of the simple joiner's acoustic half are.
 
     Raises:
       KDError: no models, weights that don't fit them, or hidden layers of several.
@@ -52,6 +53,7 @@ class Teacher:
         choose: Optional[Callable[[Cut], int]] = None,
         layers: Sequence[Layer] = (),
         with_ctc: bool = True,
+        with_simple: bool = False,
     ) -> None:
         require(models, "there is no teacher: give one model or more")
         require(
@@ -72,8 +74,11 @@ class Teacher:
         for model in models:
             model.eval().requires_grad_(False)
         self.layers = tuple(layers)
-        self.with_ctc = with_ctc
-        self.taps = [ModelTap(model, layers, with_ctc) for model in models]
+        self.with_ctc, self.with_simple = with_ctc, with_simple
+        self.taps = [
+            ModelTap(model, layers, with_ctc, with_simple=with_simple)
+            for model in models
+        ]
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.weights /= self.weights.sum()
         self.choose = choose
@@ -134,6 +139,9 @@ class Teacher:
         if self.with_ctc:
             log_probs = self.ctc_logits(outs, cuts).float().log_softmax(-1)
             targets.parts["ctc"] = log_probs
+        if self.with_simple:
+            log_probs = self.simple_logits(outs, cuts).float().log_softmax(-1)
+            targets.parts["simple"] = log_probs
         if self.layers:
             rows = {layer: hidden_rows(outs[0], layer) for layer in self.layers}
             targets.parts["hidden"] = rows
@@ -159,15 +167,17 @@ class Teacher:
           s_range: Label positions of a lattice at a frame; 0: all of the cut's own.
 
         Returns:
-          The outputs of the first model, with the CTC logits and the ``lattices`` of
-          all of them.
+          The outputs of the first model, with the logits and the ``lattices`` of all of
+          them.
         """
         outs = self.run(x, x_lens)
-        logits = self.ctc_logits(outs, cuts) if self.with_ctc else None
+        ctc = self.ctc_logits(outs, cuts) if self.with_ctc else None
+        simple = self.simple_logits(outs, cuts) if self.with_simple else None
         lattices = None
         if y is not None:
             lattices = self._lattice_of_each(outs, y, s_range, cuts)
-        return replace(outs[0], ctc_logits=logits, lattices=lattices)
+        logits = {"ctc_logits": ctc, "simple_logits": simple}
+        return replace(outs[0], **logits, lattices=lattices)
 
     def run(self, x: torch.Tensor, x_lens: torch.Tensor) -> List[EncoderOut]:
         """Run each model; return the outputs of each.
@@ -187,7 +197,26 @@ class Teacher:
           outs: The forward pass of each model.
           cuts: The cut of each row, where a teacher is chosen for each.
         """
-        logits = [out.ctc_logits for out in outs]
+        return self._logits([out.ctc_logits for out in outs], outs, cuts)
+
+    def simple_logits(
+        self, outs: List[EncoderOut], cuts: Optional[Sequence[Cut]] = None
+    ) -> torch.Tensor:
+        """The same of the simple joiner's acoustic half, (N, T, V).
+
+        Args:
+          outs: The forward pass of each model.
+          cuts: The cut of each row, where a teacher is chosen for each.
+        """
+        return self._logits([out.simple_logits for out in outs], outs, cuts)
+
+    def _logits(
+        self,
+        logits: List[torch.Tensor],
+        outs: List[EncoderOut],
+        cuts: Optional[Sequence[Cut]],
+    ) -> torch.Tensor:
+        """Those of one model, or the log of the averaged softmax of several."""
         if len(logits) == 1 and self.choose is None:
             return logits[0]
         return _averaged(logits, self._weights(outs, cuts))

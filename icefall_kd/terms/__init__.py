@@ -11,6 +11,7 @@ from icefall_kd.terms.ctc import CtcTerm
 from icefall_kd.terms.full_sum import FullSumTerm
 from icefall_kd.terms.hidden import HiddenTerm
 from icefall_kd.terms.nbest import NbestTerm
+from icefall_kd.terms.simple import SimpleTerm
 from icefall_kd.terms.transducer import TransducerTerm
 
 TERMS: Dict[str, Type[Term]] = {}
@@ -26,7 +27,14 @@ def register_term(term: Type[Term]) -> Type[Term]:
     return term
 
 
-for _term in (CtcTerm, TransducerTerm, FullSumTerm, HiddenTerm, NbestTerm):
+for _term in (
+    CtcTerm,
+    SimpleTerm,
+    TransducerTerm,
+    FullSumTerm,
+    HiddenTerm,
+    NbestTerm,
+):
     register_term(_term)
 
 

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from icefall_kd.types import EncoderOut, Targets
 
 # Whether a model has a head, and how a message names the head.
+TRANSDUCER = "transducer (--use-transducer 1)"
 HEADS = {
     "ctc": (has_ctc, "CTC head (--use-ctc 1)"),
-    "transducer": (has_transducer, "transducer (--use-transducer 1)"),
+    "transducer": (has_transducer, TRANSDUCER),
+    "simple": (has_transducer, TRANSDUCER),  # its simple joiner's acoustic half
 }
 UNSTORED_KINDS = ("nbest",)  # which cuts carry themselves
 
@@ -69,9 +71,9 @@ TEMPERATURE = Option(
     "temperature",
     float,
     1.0,
-    "Temperature T of the CTC term and of the transducer's term: the logits of teacher "
-    "and student are divided by T, and the term is multiplied by T^2. It is above 0, "
-    "such as 2.",
+    "Temperature T of the CTC term, the simple term and the transducer's term: the "
+    "logits of teacher and student are divided by T, and the term is multiplied by "
+    "T^2. It is above 0, such as 2.",
 )
 
 
@@ -85,9 +87,9 @@ class Term:
     Attributes:
       name: The name in the log (``kd_NAME_loss``) and in the weight's option.
       options: The options that the constructor's parameters are read from.
-      kinds: The kinds of targets that the term reads: "ctc", "lattice", "hidden" or
-        "nbest".
-      heads: The heads that the student must have: "ctc", "transducer".
+      kinds: The kinds of targets that the term reads: "ctc", "simple", "lattice",
+        "hidden" or "nbest".
+      heads: The heads that the student must have: "ctc", "transducer", "simple".
       optional_heads: The heads that the term uses where the student has them.
       needs_node_logits: Whether the term needs the student's logits at all nodes of the
         teacher's lattices; the other terms then read these too.
@@ -225,7 +227,7 @@ class Term:
 
 
 def heads_of(model: torch.nn.Module) -> Sequence[str]:
-    """Return the heads that an icefall model has, of "ctc" and "transducer".
+    """Return the names in :data:`HEADS` of the heads that an icefall model has.
 
     Args:
       model: The model.

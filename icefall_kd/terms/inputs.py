@@ -54,12 +54,27 @@ class TermInputs:
         Raises:
           KDError: the two have different vocabularies.
         """
-        logits, teacher = self.student.ctc_logits, self.targets.parts.get("ctc")
+        return self._logits(self.student.ctc_logits, "ctc", "CTC head")
+
+    def simple_logits(self) -> Optional[Tuple[torch.Tensor, Distribution]]:
+        """Return the acoustic halves of both simple joiners, each (N, T, V); None where
+        no frame of the batch has such targets.
+
+        Raises:
+          KDError: the two have different vocabularies.
+        """
+        return self._logits(self.student.simple_logits, "simple", "simple joiner")
+
+    def _logits(
+        self, logits: torch.Tensor, kind: str, head: str
+    ) -> Optional[Tuple[torch.Tensor, Distribution]]:
+        """A head's logits of the frames that both have, and the targets of its kind."""
+        teacher = self.targets.parts.get(kind)
         if teacher is None or not self.mask.any():
             return None
         if isinstance(teacher, torch.Tensor) and teacher.size(-1) != logits.size(-1):
             raise KDError(
-                f"the student's CTC head has {logits.size(-1)} tokens and the "
+                f"the student's {head} has {logits.size(-1)} tokens and the "
                 f"teacher's targets have {teacher.size(-1)}: both need the same "
                 "tokenizer"
             )

@@ -118,7 +118,7 @@ class JointKDLoss:
         return self.schedule.is_constant and all(len(w.points) == 1 for w in weights)
 
     def heads(self, model: torch.nn.Module) -> List[str]:
-        """Return the heads of a student that the terms read: "ctc", "transducer".
+        """Return the heads of a student that the terms read: "ctc", "simple".
 
         Args:
           model: The student.

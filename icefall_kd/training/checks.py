@@ -16,7 +16,7 @@ def check_online(params: Dict[str, Any], joint: Any, online: bool) -> None:
 
     Raises:
       KDError: a width that no path gets through, a cache without a teacher, or one for
-        targets other than those of CTC.
+        targets other than CTC targets and simple targets.
     """
     from icefall_kd.kinds.codec import Codec
     from icefall_kd.lattice import check_s_range
@@ -33,15 +33,16 @@ def check_online(params: Dict[str, Any], joint: Any, online: bool) -> None:
     for term in joint.terms.values():
         require(
             not {"lattice", "hidden"} & set(term.kinds),
-            "--kd-teacher-cache-dir stores CTC targets, and "
+            "--kd-teacher-cache-dir stores CTC targets and simple targets, and "
             f"{term.parameter('weight')} needs more: dump the targets with `icefall-kd "
             "dump --keep-lattice` and --keep-hidden, or run the teacher without a "
             "cache",
         )
     check_new_folder(cache, "--kd-teacher-cache-dir")
     codec = Codec.parse(params["kd_teacher_keep"])
-    if "ctc" in joint.terms:
-        codec.check_temperature(joint.terms["ctc"].temperature)
+    for name in ("ctc", "simple"):
+        if name in joint.terms:
+            codec.check_temperature(joint.terms[name].temperature)
 
 
 def check_best_path(

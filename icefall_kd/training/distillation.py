@@ -76,6 +76,7 @@ class Distillation:
             self.joint.student_layers,
             with_ctc="ctc" in heads,
             with_decoder="transducer" in heads,
+            with_simple="simple" in heads,
         )
         self.ranges = TeacherRanges(model) if params["kd_stored_ranges"] else None
         self.has_untranscribed_cuts = False

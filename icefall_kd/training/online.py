@@ -106,7 +106,10 @@ def _words(text: str) -> Tuple[str, ...]:
 
 
 def online_teacher(
-    params: Dict[str, Any], layers: Sequence["Layer"] = (), with_ctc: bool = True
+    params: Dict[str, Any],
+    layers: Sequence["Layer"] = (),
+    with_ctc: bool = True,
+    with_simple: bool = False,
 ) -> Tuple[Optional["Teacher"], str]:
     """The teacher that ``--kd-teacher-exp-dir`` names, and its name.
 
@@ -114,6 +117,7 @@ def online_teacher(
       params: The student's.
       layers: The hidden layers whose rows are taken.
       with_ctc: Whether CTC logits are taken.
+      with_simple: Whether those of the simple joiner's acoustic half are.
 
     Returns:
       None and "" where the option is not given. The name is "" where no cache needs it.
@@ -142,7 +146,8 @@ def online_teacher(
     # A hash of all parameters takes its time.
     names = [t.name() for t in teachers] if params["kd_teacher_cache_dir"] else []
     models = [teacher.model for teacher in teachers]
-    return Teacher(models, layers=layers, with_ctc=with_ctc), ",".join(names)
+    teacher = Teacher(models, layers=layers, with_ctc=with_ctc, with_simple=with_simple)
+    return teacher, ",".join(names)
 
 
 class OnlineTargets:
@@ -165,7 +170,10 @@ class OnlineTargets:
     ) -> None:
         self.params, self.joint, self.tokenizer = dict(params), joint, tokenizer
         self.teacher, self.teacher_name = online_teacher(
-            params, joint.teacher_layers, with_ctc="ctc" in joint.kinds
+            params,
+            joint.teacher_layers,
+            with_ctc="ctc" in joint.kinds,
+            with_simple="simple" in joint.kinds,
         )
         self.cache: Any = None
 
@@ -237,7 +245,10 @@ def open_cache(
         settings,
         speech_of(cut).features,
         tokens and hash_tokens(tokens),
-        ctc=settings["kd_teacher_keep"],
+        ctc=settings["kd_teacher_keep"] if teacher.with_ctc else "",
+        further_kinds=(
+            {"simple": settings["kd_teacher_keep"]} if teacher.with_simple else {}
+        ),
     )
     rank, ranks = rank_and_world_size()
     cache = Path(settings["kd_teacher_cache_dir"])

@@ -191,7 +191,8 @@ SESSION_OPTIONS = (
         str,
         "",
         "With --kd-teacher-exp-dir: folder such as data/kd in which the first epoch "
-        "stores the teacher's CTC targets of each cut; the later epochs read them. At "
+        "stores the teacher's CTC targets (and simple targets, where the simple term "
+        "has a weight) of each cut; the later epochs read them. At "
         "the end each process leaves a manifest of its cuts there, such as "
         "cuts.jsonl.gz.",
     ),

@@ -213,6 +213,30 @@ def test_statistics_without_ctc_targets(invoke, dump_words):
     assert not [name for name in rows if "ctc" in name or "blank" in name]
 
 
+def test_simple_targets_are_kept_beside_ctc_targets_or_alone(
+    invoke, refused, dump_words, tmp_path, parts, teacher, hear
+):
+    plain = dump_words("--keep", "top:3")
+    assert invoke(*plain).code == 0
+    ctc = {cut.id: kept["ctc"] for cut, kept in parts()}
+    assert "further_kinds" not in Fingerprint.read(tmp_path / "out_kd").to_dict()
+    both = ("--keep", "top:3", "--keep-simple", "adaptive:.99:4")
+    words = "made with simple '' and this teacher has 'adaptive:0.99:4'"
+    assert words in refused(*dump_words(*both))
+    done = invoke(*dump_words(*both, "--overwrite", "--stats"))
+    assert done.code == 0 and "entropy, simple (nats a frame)" in done.out
+    assert "entropy, ctc (nats a frame)" in done.out
+    assert {cut.id: kept["ctc"] for cut, kept in parts()} == ctc
+    assert all(set(kept) == {"ctc", "simple"} for _, kept in parts())
+    assert invoke(*dump_words(*NONE, "--keep-simple", "dense", "--overwrite")).code == 0
+    for cut, kept in parts():
+        assert set(kept) == {"simple"}
+        out = hear(teacher, cut)
+        expected = teacher.simple_am_proj(out.encoder_out)[0].log_softmax(-1)
+        found = collate_targets([cut]).parts["simple"][0]
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
+
+
 def test_another_form_leaves_the_store(invoke, refused, dump_words, parts):
     half = (*NONE, "--keep-hidden", "1:half")
     assert invoke(*dump_words(*half)).code == 0
@@ -230,12 +254,13 @@ def test_another_form_leaves_the_store(invoke, refused, dump_words, parts):
     [
         (NONE, "would keep nothing"),
         ((*NONE, "--keep-lattice", "collapsed"), "give --bpe-model"),
+        (("--keep-simple", "half"), "half"),
         (("--keep-hidden", "7:half"), "stack 7, and the encoder has 2 stacks"),
         (("--keep-hidden", "1"), "the hidden layer is '1'"),
         (("--keep-hidden", "x:half"), "the hidden layer is 'x:half'"),
         (("--keep-hidden", "1:half,1:half"), "hidden layer 1 occurs twice"),
     ],
-    ids="nothing lattice stack form layer twice".split(),
+    ids="nothing lattice simple stack form layer twice".split(),
 )
 def test_dump_refuses_what_it_cannot_keep(refused, dump_words, more, words):
     assert words in refused(*dump_words(*more))

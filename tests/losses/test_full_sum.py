@@ -68,10 +68,9 @@ def sparse_of(nodes, k):
     return replace(nodes, teacher=SparseDistribution(indices, top, tail))
 
 
-def loss(joiner, states, nodes, blank_id=0):
-    return full_sum_kd_loss(
-        StudentNodes(joiner, states[0], states[2], nodes, states[1]), blank_id=blank_id
-    )
+def loss(joiner, states, nodes, blank_id=0, form="two-sided"):
+    student = StudentNodes(joiner, states[0], states[2], nodes, states[1])
+    return full_sum_kd_loss(student, form=form, blank_id=blank_id)
 
 
 def value_and_grads(value, joiner, states):
@@ -91,7 +90,7 @@ def alignments(t, u):
         yield arcs
 
 
-def naive(joiner, states, nodes, blank_id=0, kept=None):
+def naive(joiner, states, nodes, blank_id=0, kept=None, form="two-sided"):
     """Alignment by alignment; ``kept`` (R, V), bool: symbols that a path may take."""
     encoder_out, lens, decoder_out = states
     h = joiner.encoder_proj(encoder_out)[nodes.row, nodes.frame]
@@ -117,7 +116,7 @@ def naive(joiner, states, nodes, blank_id=0, kept=None):
                 scores.append((log_p[rows, ids].sum(), log_q[rows, ids].sum()))
         if scores:
             p, q = (torch.stack(x).logsumexp(0) for x in zip(*scores))
-            d = (q - p).abs()
+            d = (q - p).abs() if form == "two-sided" else (p - q).clamp(min=0)
             distances.append(d**2 / 2 if d <= 1 else d - 0.5)
     return sum(distances, torch.zeros((), dtype=torch.float64)), distances
 
@@ -149,11 +148,55 @@ def test_distances_are_squared_when_near_and_absolute_when_far():
     assert near >= 3 and far >= 3
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("width", [2, 9])
+@pytest.mark.parametrize("scale", [FAR, NEAR])
+def test_one_sided_equals_a_sum_over_all_alignments(width, scale):
+    counts = {True: 0, False: 0}
+    for seed in range(4):
+        joiner = joiner_of(seed)
+        states, nodes = lattice(seed, width=width, scale=scale)
+        expected, distances = naive(joiner, states, nodes, form="one-sided")
+        for d in distances:
+            counts[bool(d > 0)] += 1
+        found = loss(joiner, states, nodes, form="one-sided")
+        torch.testing.assert_close(
+            value_and_grads(found, joiner, states),
+            value_and_grads(expected, joiner, states),
+        )
+    assert all(counts.values())  # both sides were seen
+
+
+def test_an_utterance_with_a_worse_teacher_teaches_nothing_one_sided():
+    """Each utterance alone: it has its two-sided loss, or none at all."""
+    joiner = joiner_of()
+    states, nodes = lattice(sizes=((4, 3), (5, 2), (3, 2), (4, 1)))
+    taught = []
+    for n in range(4):
+        alone = nodes.select((nodes.row == n).nonzero().squeeze(1))
+        both = value_and_grads(loss(joiner, states, alone), joiner, states)
+        one = loss(joiner, states, alone, form="one-sided")
+        value, grads = value_and_grads(one, joiner, states)
+        taught.append(bool(value > 0))
+        if value > 0:
+            torch.testing.assert_close((value, grads), both)
+        else:
+            assert both[0] > 0 and all(g.eq(0).all() for g in grads)
+    assert len(set(taught)) == 2
+
+
+def test_another_form_is_refused():
+    states, nodes = lattice()
+    with pytest.raises(KDError, match="`form` is 'left', .* two-sided, one-sided"):
+        loss(joiner_of(), states, nodes, form="left")
+
+
+@pytest.mark.parametrize("form", ["two-sided", "one-sided"])
+def test_gradcheck(form):
     joiner = joiner_of()
     (encoder_out, lens, decoder_out), nodes = lattice(sizes=((3, 2), (2, 1)), width=2)
     assert torch.autograd.gradcheck(
-        lambda e, d: loss(joiner, (e, lens, d), nodes), (encoder_out, decoder_out)
+        lambda e, d: loss(joiner, (e, lens, d), nodes, form=form),
+        (encoder_out, decoder_out),
     )
 
 
@@ -165,8 +208,9 @@ def test_a_second_backward_gives_the_same_gradient_again():
     torch.testing.assert_close(torch.autograd.grad(value, states[0])[0], first)
 
 
+@pytest.mark.parametrize("form", ["two-sided", "one-sided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_student_that_equals_its_teacher_has_zero_loss_and_gradient(dtype):
+def test_a_student_that_equals_its_teacher_has_zero_loss_and_gradient(dtype, form):
     joiner = joiner_of(dtype=dtype)
     states, nodes = lattice()
     states = tuple(x.detach().to(dtype) if x.ndim == 3 else x for x in states)
@@ -174,7 +218,8 @@ def test_a_student_that_equals_its_teacher_has_zero_loss_and_gradient(dtype):
     own = StudentNodes(joiner, states[0], states[2], nodes, states[1]).logits().detach()
     for teacher in (own + 2.0, own.log_softmax(-1)):  # a constant does not matter
         equal = replace(nodes, teacher=teacher)
-        value, grads = value_and_grads(loss(joiner, states, equal), joiner, states)
+        found = loss(joiner, states, equal, form=form)
+        value, grads = value_and_grads(found, joiner, states)
         small = 1e-12 if dtype == torch.float64 else 1e-5
         assert float(value) < small
         assert all(g.abs().max() < small for g in grads)

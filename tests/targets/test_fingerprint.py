@@ -255,7 +255,7 @@ def test_the_same_fingerprint_is_taken(make_fingerprint):
     make_fingerprint().check_same(make_fingerprint(), "folder")
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Fingerprint)])
+@pytest.mark.parametrize("name", [*OTHER][:-1])  # each kind goes by its own name
 def test_each_field_that_differs_is_refused_by_name(make_fingerprint, name):
     mine, other = make_fingerprint(), make_fingerprint(**{name: OTHER[name]})
     with pytest.raises(KDError, match=f"made with {name} ") as e:
@@ -263,6 +263,17 @@ def test_each_field_that_differs_is_refused_by_name(make_fingerprint, name):
     message = str(e.value)
     assert repr(getattr(mine, name)) in message and repr(OTHER[name]) in message
     assert "data/kd" in message and "--overwrite" in message
+
+
+def test_a_further_kind_that_differs_is_refused_by_its_name(make_fingerprint):
+    assert set(OTHER) == {f.name for f in fields(Fingerprint)}
+    mine = make_fingerprint(further_kinds={"simple": "dense"})
+    for form in ("", "top:8"):
+        other = make_fingerprint(further_kinds={"simple": form} if form else {})
+        with pytest.raises(KDError, match=f"made with simple 'dense' .* '{form}'"):
+            mine.check_same(other, "data/kd")
+        with pytest.raises(KDError, match=f"made with simple '{form}' .* 'dense'"):
+            other.check_same(mine, "data/kd")
 
 
 def test_what_is_kept_is_read_off_the_fingerprint(make_fingerprint):

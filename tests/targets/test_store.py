@@ -340,7 +340,7 @@ def test_statistics_of_a_dense_store(cuts, capsys, stored_form):
         float(entropy), abs=1e-3
     )
     blanks = (rows.argmax(-1) == 0).float().mean()
-    assert table["frames whose best is blank"] == f"{100 * float(blanks):.1f} %"
+    assert table["frames whose best is blank, ctc"] == f"{100 * float(blanks):.1f} %"
 
 
 def test_statistics_of_a_sparse_store(make_cut, make_store, capsys, read_targets):

@@ -16,13 +16,27 @@ from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import shift, total_kd_loss, transducer_kd_loss
 from icefall_kd.teacher.teacher import Teacher
-from icefall_kd.terms import CtcTerm, FullSumTerm, HiddenTerm, NbestTerm, TransducerTerm
+from icefall_kd.terms import (
+    CtcTerm,
+    FullSumTerm,
+    HiddenTerm,
+    NbestTerm,
+    SimpleTerm,
+    TransducerTerm,
+)
 from icefall_kd.terms.inputs import TermInputs
 from icefall_kd.terms.schedule import Schedule
 from icefall_kd.types import Targets
 
-TERMS = ("ctc", "rnnt", "full_sum", "hidden", "nbest")
-WEIGHTS = {"ctc": 0.7, "rnnt": 0.3, "full_sum": 0.2, "hidden": 0.6, "nbest": 0.4}
+TERMS = ("ctc", "rnnt", "full_sum", "hidden", "nbest", "simple")
+WEIGHTS = {
+    "ctc": 0.7,
+    "rnnt": 0.3,
+    "full_sum": 0.2,
+    "hidden": 0.6,
+    "nbest": 0.4,
+    "simple": 0.5,
+}
 KEYS = {
     *(f"kd_{name}_loss" for name in TERMS),
     *("kd_frames" if name == "ctc" else f"kd_{name}_frames" for name in TERMS),
@@ -39,13 +53,17 @@ def given(make_model):
     g = torch.Generator().manual_seed(1)
     x, lens = torch.randn(3, 61, 20, generator=g), torch.tensor([61, 42, 23])
     wide = make_model(seed=1, encoder_dim="20,32", encoder_unmasked_dim="12,16")
-    targets = Teacher([wide], layers=["out", 0]).targets(x, lens, y=Y, s_range=3)
+    teacher = Teacher([wide], layers=["out", 0], with_simple=True)
+    targets = teacher.targets(x, lens, y=Y, s_range=3)
     targets.parts["nbest"] = LISTS
     model = make_model(seed=2).eval()
     for module in model.modules():  # which change gradients at random
         if isinstance(module, (Balancer, Whiten)):
             module.forward = lambda x: x
-    with ModelTap(model, layers=[1], with_decoder=True) as hook, torch.no_grad():
+    with (
+        ModelTap(model, layers=[1], with_decoder=True, with_simple=True) as hook,
+        torch.no_grad(),
+    ):
         model(x=x, x_lens=lens, y=Y, prune_range=3)
         said = hook.take()
     return SimpleNamespace(x=x, lens=lens, model=model, said=said, targets=targets)
@@ -57,6 +75,7 @@ def leaves(said):
         said,
         encoder_out=said.encoder_out.detach().clone().requires_grad_(),
         ctc_logits=said.ctc_logits.detach().clone().requires_grad_(),
+        simple_logits=said.simple_logits.detach().clone().requires_grad_(),
         decoder_out=said.decoder_out.detach().clone().requires_grad_(),
         hidden={i: h.detach().clone().requires_grad_() for i, h in said.hidden.items()},
     )
@@ -68,6 +87,7 @@ CLASSES = {
     "full_sum": FullSumTerm,
     "hidden": HiddenTerm,
     "nbest": NbestTerm,
+    "simple": SimpleTerm,
 }
 
 
@@ -80,7 +100,7 @@ def joint_of(*names, weight=None, hard_weight=0.3, schedule=None, **options):
     terms = []
     for name in names:
         parameters = {"weight": WEIGHTS[name] if weight is None else weight}
-        if name in ("ctc", "rnnt"):
+        if name in ("ctc", "rnnt", "simple"):
             parameters["temperature"] = temperature
         if name == "hidden":
             parameters["layers"] = "out,0:1"
@@ -108,6 +128,10 @@ def by_hand(name, given, student):
         return ctc_kd_loss(
             student.ctc_logits, targets.parts["ctc"], targets.lens, temperature=T
         )
+    if name == "simple":
+        return ctc_kd_loss(
+            student.simple_logits, targets.parts["simple"], targets.lens, temperature=T
+        )
     if name == "rnnt":
         return transducer_kd_loss(model.joiner, *states, temperature=T)
     if name == "full_sum":
@@ -126,6 +150,7 @@ def gradients(loss, given, student):
     inputs = {
         "encoder_out": student.encoder_out,
         "ctc_logits": student.ctc_logits,
+        "simple_logits": student.simple_logits,
         "decoder_out": student.decoder_out,
         **{f"stack {i}": h for i, h in student.hidden.items()},
         **dict(given.model.named_parameters()),
@@ -300,7 +325,8 @@ LACKING = {
     "hidden": {"hidden": {}},
     "nbest": {"nbest": None},
     "lists": {"nbest": [[], [], []]},
-    "all": {"ctc": None, "nodes": None, "hidden": {}, "nbest": []},
+    "simple": {"simple": None},
+    "all": {"ctc": None, "nodes": None, "hidden": {}, "nbest": [], "simple": None},
 }
 
 
@@ -324,6 +350,7 @@ def test_all_batches_have_the_same_keys_in_the_same_order(given, lacking, epoch)
         "hidden": ["kd_hidden_loss", "kd_hidden_frames"],
         "nbest": ["kd_nbest_loss", "kd_nbest_frames"],
         "lists": ["kd_nbest_loss", "kd_nbest_frames"],
+        "simple": ["kd_simple_loss", "kd_simple_frames"],
         "all": list(info),
     }.get(lacking, [])
     assert all(info[key] == 0 for key in zero)
@@ -335,7 +362,7 @@ def test_all_batches_have_the_same_keys_in_the_same_order(given, lacking, epoch)
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
 def test_garbage_in_the_padding_changes_nothing(given, garbage):
-    for lacking in ("nothing", "ctc", "lattice", "nbest"):
+    for lacking in ("nothing", "ctc", "lattice", "nbest", "simple"):
         targets, found = lacking_parts(given.targets, LACKING[lacking]), []
         for value in (0.0, garbage):
             student = leaves(given.said)
@@ -343,10 +370,12 @@ def test_garbage_in_the_padding_changes_nothing(given, garbage):
                 for row, n in enumerate(student.encoder_out_lens.tolist()):
                     student.encoder_out[row, n:] = value
                     student.ctc_logits[row, n:] = value
+                    student.simple_logits[row, n:] = value
             joint = joint_of(*TERMS)
             loss, info = joint(hard(), student, targets, given.model)
             loss.backward()
-            found.append((info, student.encoder_out.grad, student.ctc_logits.grad))
+            heads = (student.encoder_out, student.ctc_logits, student.simple_logits)
+            found.append((info, *(x.grad for x in heads)))
         assert found[0][0] == found[1][0], lacking
         assert all(torch.isfinite(g).all() for g in found[1][1:])
         torch.testing.assert_close(found[0][1:], found[1][1:])
@@ -360,8 +389,9 @@ def test_a_head_that_is_switched_off_is_in_no_key(given):
     assert {k.replace("_frames", "_loss") for k in info} == {
         "kd_hidden_loss",
         "kd_nbest_loss",
+        "kd_simple_loss",
     }
-    assert joint.kinds == ["hidden", "nbest"]
+    assert joint.kinds == ["hidden", "nbest", "simple"]
 
 
 def test_the_student_may_lack_either_head_for_its_lists(given):
@@ -501,11 +531,10 @@ def test_total_mixes_both_heads(given):
 def equal(make_model, given):
     """A teacher's own outputs as the student's, and what it says."""
     model = make_model(seed=1).eval()
-    with ModelTap(model, layers=[1]) as hook:
+    with ModelTap(model, layers=[1], with_simple=True) as hook:
         said = hook.encode(given.x, given.lens)
-    targets = Teacher([model], layers=["out", 1]).targets(
-        given.x, given.lens, y=Y, s_range=3
-    )
+    teacher = Teacher([model], layers=["out", 1], with_simple=True)
+    targets = teacher.targets(given.x, given.lens, y=Y, s_range=3)
     model.requires_grad_(True)
     symbols = torch.zeros(3, 4, dtype=torch.int64)
     for row, y in enumerate(Y):
@@ -522,6 +551,7 @@ def equal(make_model, given):
         ("rnnt", {"rnnt_form": "sampled_u"}),
         ("rnnt", {"rnnt_form": "total"}),
         ("full_sum", {}),
+        ("simple", {}),
         ("hidden", {"hidden_distance": "mse"}),
         ("hidden", {"hidden_distance": "cosine"}),
     ],
@@ -541,6 +571,7 @@ def test_a_student_that_equals_its_teacher_has_zero_terms_and_gradients(
             for x in (
                 student.encoder_out,
                 student.ctc_logits,
+                student.simple_logits,
                 *student.hidden.values(),
             ):
                 x += moved * torch.randn(x.shape, generator=g)
@@ -592,6 +623,10 @@ def test_all_terms_under_autocast_are_near_those_in_float32(given):
             {"ctc_frame_weighting": "blank"},
             "`CtcTerm.frame_weighting` is 'blank': give one of all",
         ),
+        (
+            {"full_sum_form": "left"},
+            "`FullSumTerm.form` is 'left': give one of two-sided, one-sided",
+        ),
         ({"rnnt_shift": -2}, "`TransducerTerm.shift` is -2"),
         ({"ctc_delay": -1}, "`CtcTerm.delay` is -1: give 0 or more frames"),
         ({"ctc_delay": 0.5}, "`CtcTerm.delay` is 0.5"),
@@ -621,7 +656,8 @@ def test_parameters_that_mean_nothing_are_refused_by_their_names(options, words)
 def test_a_term_of_a_student_that_is_not_finite_is_left_out(given, name, caplog):
     student = leaves(given.said)
     with torch.no_grad():
-        for x in (student.encoder_out, student.ctc_logits, *student.hidden.values()):
+        outputs = (student.encoder_out, student.ctc_logits, student.simple_logits)
+        for x in (*outputs, *student.hidden.values()):
             x[0, 1] = math.nan
     recipe_loss = hard()
     joint = joint_of(name)
@@ -666,6 +702,22 @@ def test_the_ctc_terms_symbol_weight_reaches_its_value(given):
     expected = ctc_kd_loss(*args, temperature=T, symbol_weight=3.0)
     assert info["kd_ctc_loss"] == pytest.approx(float(expected))
     assert expected > 1.01 * ctc_kd_loss(*args, temperature=T)
+
+
+def test_the_full_sum_terms_form_reaches_its_value(given):
+    """A student that is above its teacher's log-probability learns two-sided alone."""
+    model, student = given.model, leaves(given.said)
+    nodes = given.targets.parts["nodes"]
+    states = (student.encoder_out, student.decoder_out, nodes, given.targets.lens)
+    values = {}
+    for form in ("two-sided", "one-sided"):
+        joint = joint_of("full_sum", full_sum_form=form)
+        assert ("(one-sided)" in str(joint)) == (form == "one-sided")
+        _, info = joint(hard(), student, given.targets, model)
+        values[form] = info["kd_full_sum_loss"]
+        expected = full_sum_kd_loss(StudentNodes(model.joiner, *states), form=form)
+        assert values[form] == pytest.approx(float(expected))
+    assert values["one-sided"] < values["two-sided"] - 0.01
 
 
 def test_targets_on_parts_of_cuts_count_the_frames_that_both_have(given):

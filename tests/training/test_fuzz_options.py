@@ -96,6 +96,7 @@ NUMBERS = ("0", "1.5", "2147483648", "1" + 20 * "0")
 # What a training begins with, odd as it is. An empty text is none.
 ACCEPTED: Dict[str, Sequence[str]] = {
     "ctc-weight": NUMBERS,
+    "simple-weight": ("0",),
     "rnnt-weight": ("0",),
     "full-sum-weight": ("0",),
     "hidden-weight": ("0",),

@@ -19,7 +19,7 @@ from icefall_kd.training import session
 pytestmark = pytest.mark.slow
 
 STEPS = 300
-TERMS = ("ctc", "rnnt", "full_sum", "hidden")
+TERMS = ("ctc", "simple", "rnnt", "full_sum", "hidden")
 LAYERS = "out,0:1"  # stack 1 is wider than stack 0, so that it has a projector
 WORDS = [f"--kd-{name.replace('_', '-')}-weight=0.5" for name in TERMS]
 WORDS += ["--kd-hidden-layers", LAYERS, "--kd-temperature=2"]
@@ -108,7 +108,7 @@ def both(make_model, make_settings):
         )
         teacher, made = make_model(seed=2), batches()
         without = train(teacher, off, made, **options)
-        asked = Teacher([teacher.cpu()], layers=["out", 0])
+        asked = Teacher([teacher.cpu()], layers=["out", 0], with_simple=True)
         taught = [{**b, "targets": asked.targets(**b, s_range=3)} for b in made]
         return without, train(make_model(seed=2), on, taught, **options)
 

@@ -16,8 +16,10 @@ from icefall_kd.training.options import RENAMED, all_options, read_config
 DEFAULTS = {
     "kd_config": "",
     "kd_ctc_weight": 0.0,
+    "kd_simple_weight": 0.0,
     "kd_rnnt_weight": 0.0,
     "kd_full_sum_weight": 0.0,
+    "kd_full_sum_form": "two-sided",
     "kd_hidden_weight": 0.0,
     "kd_nbest_weight": 0.0,
     "kd_ctc_frame_weighting": "all",
@@ -54,8 +56,10 @@ DEFAULTS = {
 # One line of the file for each option, none of them its default.
 LINES = {
     "ctc-weight": ("0:0.8,10:0.5", "0:0.8,10:0.5"),
+    "simple-weight": ("0:2,3:1", "0:2,3:1"),
     "rnnt-weight": ("0.25", 0.25),
     "full-sum-weight": (".5", 0.5),
+    "full-sum-form": ("one-sided", "one-sided"),
     "hidden-weight": ("1e-1", 0.1),
     "nbest-weight": ("2", 2.0),
     "hard-weight": ("5:0.5", "5:0.5"),
@@ -272,7 +276,7 @@ def test_values_are_what_stands_there(config, text, name, value):
         ("a: b: c", "can't be read"),
         ("ctc-wieght: 1", "the option 'ctc-wieght', .*did you mean 'ctc-weight'"),
         ("kd-temperatur: 1", "the option 'kd-temperatur', .*'temperature'"),
-        ("full_sum: 1", "the option 'full-sum', .*'full-sum-weight'"),
+        ("rnnt_w: 1", "the option 'rnnt-w', .*'rnnt-weight'"),
         ("config: other.yaml", "the option 'config', which there is not"),
         ("temperature: hot", "temperature: 'hot', and temperature must be a number"),
         ("ctc-delay: 1.5", "ctc-delay: '1.5', and ctc-delay must be a whole number"),

@@ -40,6 +40,7 @@ FRAMES = ("all", "non-blank", "symmetric", "entropy", "confidence")
 FULL_SUM = {"kd_full_sum_weight": 1.0}
 EQUAL = {"kd_rnnt_node_weighting": "equal"}
 PATH = {"kd_teacher_path_only": 1}
+SIMPLE = {"kd_simple_weight": 1.0}
 LAYERS = {"kd_hidden_weight": 1.0, "kd_hidden_layers": "out,0:1"}
 
 DENSE = [
@@ -54,9 +55,12 @@ DENSE = [
     *(rnnt(form, kd_rnnt_shift=2) for form in ("nodes", "mean_u")),
     rnnt("collapsed", kd_rnnt_shift=1, **EQUAL),
     FULL_SUM,
+    FULL_SUM | {"kd_full_sum_form": "one-sided"},
+    SIMPLE,
+    SIMPLE | {"temperature": 2.0},
     LAYERS,
     LAYERS | {"kd_hidden_distance": "cosine"},
-    ctc() | rnnt() | FULL_SUM | LAYERS,
+    ctc() | SIMPLE | rnnt() | FULL_SUM | LAYERS,
 ]
 
 
@@ -91,6 +95,7 @@ STORES = {
         SPARSE,
         [ctc(frame_weighting=f, delay=d) for f in FRAMES for d in (0, 2)]
         + [ctc(symbol_weight=w) for w in (0.0, 4.0)]
+        + [SIMPLE]
         + [rnnt(), rnnt(**EQUAL), rnnt("sampled_u", **EQUAL), rnnt(kd_rnnt_shift=2)]
         + ARCS,
         tolerance=5e-3,
@@ -162,6 +167,7 @@ def dumped(bare, teacher_exp, peaky, bpe_models, tmp_path):
         words += ["--use-averaged-model", 0, "--bpe-model", bpe_models.a]
         words += ["--keep-lattice", lattice, "--s-range", s_range]
         words += ["--keep-hidden", HIDDEN, "--num-workers", 0]
+        words += ["--keep-simple", keep]
         with pytest.raises(SystemExit) as e:
             cli([str(w) for w in words], prog_name="icefall-kd")
         assert e.value.code == 0

@@ -604,6 +604,26 @@ def test_a_cache_that_was_finished_is_gone_on_with(cached, at_exit, tmp_path):
     assert len(list(load_manifest(tmp_path / "cache" / "cuts.jsonl.gz"))) == 3
 
 
+def test_a_cache_has_the_simple_targets_too_if_their_term_reads_them(
+    cached, at_exit, tmp_path, teacher_exp
+):
+    finish, *args = cached(kd_simple_weight=0.5)
+    finish(*args)
+    model = teacher_exp.models["epoch-2"].requires_grad_(False)
+    for cut in load_manifest(tmp_path / "cache" / "cuts.jsonl.gz"):
+        with ModelTap(model, with_simple=True) as hook:
+            x = torch.from_numpy(cut.load_features())[None]
+            logits = hook.encode(x, torch.tensor([x.size(1)])).simple_logits[0]
+        parts = collate_targets([cut]).parts
+        assert set(parts) == {"ctc", "simple"}
+        torch.testing.assert_close(
+            parts["simple"][0], logits.log_softmax(-1), rtol=2**-9, atol=1e-3
+        )
+    at_exit.clear()
+    with pytest.raises(KDError, match="made with simple 'dense' and .* has ''"):
+        cached()
+
+
 def test_a_cache_whose_disk_failed_says_so_at_the_end(cached, tmp_path, caplog):
     finish, *args = cached()
     shutil.rmtree(tmp_path / "cache")

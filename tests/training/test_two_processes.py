@@ -22,13 +22,20 @@ from icefall_kd import JointKDLoss, ModelTap
 from icefall_kd.errors import KDError
 from icefall_kd.rnnt import get_engine
 from icefall_kd.teacher.teacher import Teacher
-from icefall_kd.terms import CtcTerm, FullSumTerm, HiddenTerm, NbestTerm, TransducerTerm
+from icefall_kd.terms import (
+    CtcTerm,
+    FullSumTerm,
+    HiddenTerm,
+    NbestTerm,
+    SimpleTerm,
+    TransducerTerm,
+)
 from icefall_kd.training import session
 from icefall_kd.types import Targets
 
 LAYERS = "out,0:1"  # of other widths than the student's: each has a projector
-TERMS = ("ctc", "rnnt", "full_sum", "hidden", "nbest")
-WEIGHTS = dict(zip(TERMS, (0.7, 0.3, 0.2, 0.6, 0.4)))
+TERMS = ("ctc", "simple", "rnnt", "full_sum", "hidden", "nbest")
+WEIGHTS = dict(zip(TERMS, (0.7, 0.5, 0.3, 0.2, 0.6, 0.4)))
 FALLING = "0:0.9,0.5:0"  # 0.9 where an epoch begins, 0 from its middle on
 SEEN = (0.0, 0.6)  # epochs that each process takes to be done
 ALL = slice(0, 4)
@@ -53,6 +60,7 @@ def part(targets, rows):
         targets.whole[rows],
         {
             "ctc": parts["ctc"][rows],
+            "simple": parts["simple"][rows],
             "nodes": nodes if nodes is not None and len(nodes) else None,
             "hidden": {layer: x[rows] for layer, x in parts["hidden"].items()},
             "nbest": parts["nbest"][rows],
@@ -70,12 +78,14 @@ def without_the_second_half(targets):
         whole=torch.tensor([True, True, False, False]),
         parts={
             "ctc": parts["ctc"].clone(),
+            "simple": parts["simple"].clone(),
             "nodes": parts["nodes"].select(parts["nodes"].row < 2),
             "hidden": {layer: x.clone() for layer, x in parts["hidden"].items()},
             "nbest": [*parts["nbest"][:2], [], []],
         },
     )
-    for x in (targets.parts["ctc"], *targets.parts["hidden"].values()):
+    parts = targets.parts
+    for x in (parts["ctc"], parts["simple"], *parts["hidden"].values()):
         x[2:] = torch.nan
     return targets
 
@@ -116,6 +126,7 @@ def learn(given, targets, weights, rows=ALL, epoch=0.0, parallel=False):
     projectors.read_widths(given.targets.parts["hidden"])
     terms = [
         CtcTerm(weights.get("ctc", 0.0), temperature=2.0),
+        SimpleTerm(weights.get("simple", 0.0), temperature=2.0),
         TransducerTerm(weights.get("rnnt", 0.0), temperature=2.0),
         FullSumTerm(weights.get("full_sum", 0.0)),
         hidden,
@@ -123,7 +134,7 @@ def learn(given, targets, weights, rows=ALL, epoch=0.0, parallel=False):
     ]
     joint = JointKDLoss(terms, hard_weight=0.3)
     wrapped = DDP(model, find_unused_parameters=True) if parallel else model
-    hook = ModelTap(model, hidden.student_layers, with_decoder=True)
+    hook = ModelTap(model, hidden.student_layers, with_decoder=True, with_simple=True)
     batch = {"x": given.x[rows], "x_lens": given.x_lens[rows], "y": given.y[rows]}
     loss = recipe_loss(wrapped, batch)
     loss, info = joint(loss, hook.take(), targets, model, epoch=epoch)
@@ -193,7 +204,7 @@ def given(make_model, make_settings):
     x_lens = torch.tensor([61, 42, 35, 61])  # both halves are padded to 61
     y = [[3, 4, 3], [5, 6], [7], [4, 8, 2]]
     wide = {"encoder_dim": "20,32", "encoder_unmasked_dim": "12,16"}
-    teacher = Teacher([make_model(seed=1, **wide)], layers=["out", 0])
+    teacher = Teacher([make_model(seed=1, **wide)], layers=["out", 0], with_simple=True)
     targets = teacher.targets(x.float(), x_lens, y=y, s_range=3)
     targets.parts["nbest"] = [
         [(y[0], -1.0), ([3, 4], -1.5)],
