@@ -138,9 +138,8 @@ def report(seconds, args: argparse.Namespace) -> List[Dict[str, Any]]:
     print(f"\nbatches of {args.max_duration} s, {args.num_threads} thread")
     figures = []
     for flags in args.flags:
-        print(
-            f"\n{flags}\n\n| part | {OFF}, ms | with KD, ms | ratio |\n|---|---|---|---|"
-        )
+        print(f"\n{flags}\n")
+        print(f"| part | {OFF}, ms | with KD, ms | ratio |\n|---|---|---|---|")
         for part in (*PARTS, "step without read"):
             parts = PARTS[1:] if part not in PARTS else (part,)
             off, on = (
