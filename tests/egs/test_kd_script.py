@@ -122,9 +122,15 @@ def test_no_baseline_and_no_hidden_layers(kd, calls):
     rows = calls()
     assert "no-kd" not in [t[0] for t in trained(rows)]
     (dump,) = (r for r in rows if r[1] == "dump")
-    assert "--keep-hidden" not in dump
+    assert "--keep-hidden" not in dump and "--keep-simple" not in dump
     report = [r for r in rows if r[1] == "report"][0]
     assert not any("without KD" in w for w in report)
+
+
+def test_the_simple_joiners_targets_are_kept_if_told(kd, calls):
+    assert kd(baseline="false", keep_simple="top:8").returncode == 0
+    (dump,) = (r for r in calls() if r[1] == "dump")
+    assert dump[dump.index("--keep-simple") + 1] == "top:8"
 
 
 @pytest.mark.parametrize("name", ["aishell", "gigaspeech", "wenetspeech"])

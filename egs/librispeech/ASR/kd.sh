@@ -31,6 +31,7 @@ kd_flags=                     # override kd_config, such as --kd-temperature 2
 keep=adaptive:0.999:16        # form of the stored CTC targets; see icefall-kd dump --help
 keep_lattice=adaptive:0.999:16  # form of the stored lattices, or none
 keep_hidden=none              # out:half stores the encoder output, which is large
+keep_simple=none              # form of the simple joiner's targets, for --kd-simple-weight
 dump_max_duration=600         # seconds of audio in a batch of the teacher
 chunk_size=16                 # stack frames (50 Hz) of a causal model's chunk, for targets,
                               # decoding and export

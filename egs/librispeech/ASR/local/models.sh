@@ -29,6 +29,7 @@ dump_job() {
     forms+=(--keep-lattice "$keep_lattice")
   fi
   if [ "${keep_hidden:-none}" != none ]; then forms+=(--keep-hidden "$keep_hidden"); fi
+  if [ "${keep_simple:-none}" != none ]; then forms+=(--keep-simple "$keep_simple"); fi
   for m in "${job_manifests[@]}"; do
     mkdir -p "$targets_dir/$(dirname "$m")"
     if [ -L "$targets_dir/$m" ]; then rm -f "$targets_dir/$m"; fi  # no targets yet
