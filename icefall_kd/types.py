@@ -233,6 +233,24 @@ class Targets:
             return self
         return Targets(**tile(vars(self), copies, len(self.lens)))
 
+    def of_rows(self, rows: torch.Tensor) -> "Targets":
+        """Return the targets without those of some rows, as if their cuts had none.
+
+        N-best lists stay: they come from the cuts, and not from this teacher.
+
+        Args:
+          rows: (N,), bool, on the targets' device: the rows that keep theirs.
+        """
+        parts = dict(self.parts)
+        for name, values in self.parts.items():
+            if isinstance(values, Nodes):
+                nodes = values.select(rows[values.row])
+                parts[name] = nodes if len(nodes) else None
+            elif isinstance(values, list) and name != "nbest":
+                pairs = zip(values, rows.tolist())
+                parts[name] = [x if is_kept else None for x, is_kept in pairs]
+        return replace(self, mask=self.mask & rows.unsqueeze(1), parts=parts)
+
     def to(self, device: torch.device) -> "Targets":
         """Return the targets on another device."""
         return map_tensors(lambda x: x.to(device), self)

@@ -10,6 +10,10 @@ from lhotse.dataset import signal_transforms
 from icefall_kd.kinds import KINDS
 from icefall_kd.types import Targets
 
+# Of a warped segment: its row, its first feature frame, and for each of its frames the
+# frame of the segment that it was before, a float.
+Warp = Tuple[int, int, torch.Tensor]
+
 
 def first_center(factor: float) -> float:
     """Return the feature frame in the middle of the input of Zipformer's frame 0.
@@ -35,9 +39,7 @@ class WarpRecord(torch.nn.Module):
     def __init__(self, augment: torch.nn.Module) -> None:
         super().__init__()
         self.augment = augment
-        # Of each warped segment: its row, its first feature frame, and for each of its
-        # frames the frame of the segment that it was before, a float.
-        self.warps: List[Tuple[int, int, torch.Tensor]] = []
+        self.warps: List[Warp] = []
         self.num_frames = 0  # of the last batch's features
 
     def forward(self, features: torch.Tensor, *args: Any, **kwargs: Any):
@@ -66,34 +68,48 @@ class WarpRecord(torch.nn.Module):
             signal_transforms.time_warp = warp
 
     def move(self, targets: Targets, factor: Optional[float] = None) -> Targets:
-        """Move the targets of the last batch as its features were moved.
-
-        A frame takes the target of the frame whose features are at its middle now. A
-        kind that can't be moved stays as it is.
+        """Move the targets of the last batch as its features were; see
+        :func:`move_frames`.
 
         Args:
           targets: Those of the rows of the last batch's features.
           factor: Feature frames in a frame; by default that of the batch's longest row.
         """
-        if not self.warps or not int(targets.lens.max()):
-            return targets
         if factor is None:
-            factor = round((self.num_frames - 7) / int(targets.lens.max()))
-        center = first_center(factor)
-        index = torch.arange(targets.mask.size(1)).repeat(len(targets.lens), 1)
-        for row, first, source in self.warps:
-            n = int(targets.lens[row])
-            # Frame -> feature frame of the segment at its middle -> feature frame of
-            # the row that it was before -> frame that had this in its middle.
-            middle = (factor * torch.arange(n) + center).round().long() - first
-            inside = (middle >= 0) & (middle < len(source))
-            before = source[middle.clamp(0, len(source) - 1)] + first
-            frame = ((before - center) / factor).round().long()
-            frame = frame.clamp(0, max(0, n - 1))
-            index[row, :n] = torch.where(inside, frame, index[row, :n])
-        rows_and_frames = (torch.arange(len(index)).unsqueeze(1), index)
-        parts = {}
-        for name, values in targets.parts.items():
-            warped = KINDS[name].index_frames(values, rows_and_frames)
-            parts[name] = values if warped is None else warped
-        return replace(targets, mask=targets.mask[rows_and_frames], parts=parts)
+            longest = max(1, int(targets.lens.max()))
+            factor = round((self.num_frames - 7) / longest)
+        return move_frames(targets, self.warps, factor)
+
+
+def move_frames(targets: Targets, warps: List[Warp], factor: float) -> Targets:
+    """Move targets as the features of their batch were moved.
+
+    A frame takes the target of the frame whose features are at its middle now. A kind
+    that can't be moved stays as it is.
+
+    Args:
+      targets: Those of the rows of the features.
+      warps: What happened to the features.
+      factor: Feature frames in a frame.
+    """
+    if not warps:
+        return targets
+    center, lens = first_center(factor), targets.lens.tolist()
+    index = torch.arange(targets.mask.size(1)).repeat(len(lens), 1)
+    for row, first, source in warps:
+        n = lens[row]
+        # Frame -> feature frame of the segment at its middle -> feature frame of
+        # the row that it was before -> frame that had this in its middle.
+        middle = (factor * torch.arange(n) + center).round().long() - first
+        inside = (middle >= 0) & (middle < len(source))
+        before = source[middle.clamp(0, len(source) - 1)] + first
+        frame = ((before - center) / factor).round().long()
+        frame = frame.clamp(0, max(0, n - 1))
+        index[row, :n] = torch.where(inside, frame, index[row, :n])
+    rows = torch.arange(len(index)).unsqueeze(1)
+    rows_and_frames = tuple(x.to(targets.mask.device) for x in (rows, index))
+    parts = {}
+    for name, values in targets.parts.items():
+        warped = KINDS[name].index_frames(values, rows_and_frames)
+        parts[name] = values if warped is None else warped
+    return replace(targets, mask=targets.mask[rows_and_frames], parts=parts)

@@ -11,6 +11,7 @@ import torch
 from icefall_kd.errors import NotFiniteError, require
 from icefall_kd.terms import TERMS
 from icefall_kd.terms.base import UNSTORED_KINDS, Term, heads_of
+from icefall_kd.terms.condition import Condition
 from icefall_kd.terms.finite import NonFiniteBatches, finite_number
 from icefall_kd.terms.inputs import TermInputs, check_frames, count_copies
 from icefall_kd.terms.projectors import Projectors
@@ -40,12 +41,16 @@ class JointKDLoss:
       terms: The terms, each with its weight; those whose weight is always 0 are off.
       hard_weight: The weight of the recipe's own loss, 0 or more, also by epoch.
       schedule: The share a; None for 1.
+      condition: Which utterances teach: "none", "right" or "better"; see
+        :class:`~icefall_kd.terms.condition.Condition`.
 
     Attributes:
       terms: The terms that are on, by name.
+      condition: The condition.
 
     Raises:
-      KDError: two terms of one name, a weight out of range, or all weights 0.
+      KDError: two terms of one name, a weight out of range, all weights 0, or another
+        condition.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class JointKDLoss:
         terms: Sequence[Term],
         hard_weight: Weight = 1.0,
         schedule: Optional[Schedule] = None,
+        condition: str = "none",
     ) -> None:
         names = [term.name for term in terms]
         require(
@@ -61,6 +67,7 @@ class JointKDLoss:
         )
         self.hard_weight = Curve.parse(hard_weight, "`hard_weight`")
         self.schedule = schedule or Schedule()
+        self.condition = Condition(condition)
         self.terms = {term.name: term for term in terms if term.weight.highest > 0}
         require(
             self.terms or self.hard_weight.highest,
@@ -83,12 +90,17 @@ class JointKDLoss:
         """
         schedule = Schedule(params["kd_schedule"], num_epochs, params["kd_last_epochs"])
         terms = [term.from_params(params) for term in TERMS.values()]
-        return cls(terms, params["kd_hard_weight"], schedule)
+        hard_weight, condition = params["kd_hard_weight"], params["kd_condition"]
+        return cls(terms, hard_weight, schedule, condition)
 
     @property
     def kinds(self) -> List[str]:
-        """The kinds of targets that the terms read."""
-        return list(dict.fromkeys(k for t in self.terms.values() for k in t.kinds))
+        """The kinds of targets that the terms and the condition read."""
+        return list(dict.fromkeys([*self._kinds_of_terms, *self.condition.kinds]))
+
+    @property
+    def _kinds_of_terms(self) -> List[str]:
+        return [kind for term in self.terms.values() for kind in term.kinds]
 
     @property
     def teacher_kinds(self) -> List[str]:
@@ -118,12 +130,14 @@ class JointKDLoss:
         return self.schedule.is_constant and all(len(w.points) == 1 for w in weights)
 
     def heads(self, model: torch.nn.Module) -> List[str]:
-        """Return the heads of a student that the terms read: "ctc", "simple".
+        """Return the heads of a student that the terms and the condition read: "ctc",
+        "transducer", "simple".
 
         Args:
           model: The student.
         """
         heads = [h for t in self.terms.values() for h in (*t.heads, *t.optional_heads)]
+        heads += self.condition.heads
         return [head for head in heads_of(model) if head in heads]
 
     def leave_out_terms(self, model: torch.nn.Module) -> None:
@@ -133,7 +147,8 @@ class JointKDLoss:
           model: The student.
 
         Raises:
-          KDError: no term remains.
+          KDError: no term remains, or the condition needs what they or the student
+            lack.
         """
         for name, term in list(self.terms.items()):
             lacking = term.missing_heads(model)
@@ -148,9 +163,11 @@ class JointKDLoss:
             logging.warning(
                 f"The term kd_{name}_loss is off: the student has no {lacking[0]}"
             )
+        kinds = [kind for kind in self._kinds_of_terms if kind not in UNSTORED_KINDS]
+        self.condition.check_student(model, kinds)
 
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
-        """Refuse a store that lacks what a term reads.
+        """Refuse a store that lacks what a term or the condition reads.
 
         Args:
           fingerprint: The store's.
@@ -158,6 +175,7 @@ class JointKDLoss:
         """
         for term in self.terms.values():
             term.check_store(fingerprint, store)
+        self.condition.check_store(fingerprint, store)
 
     def weights(self, epoch: float = 0.0) -> Dict[str, float]:
         """Return the weights in force, by term, and that of the recipe's loss, "hard".
@@ -182,6 +200,8 @@ class JointKDLoss:
             text += f", temperature {temperature}"
         if not self.schedule.is_constant:
             text += f", schedule {self.schedule}"
+        if self.condition:
+            text += f", of utterances where the teacher is {self.condition}"
         return text
 
     def __call__(
@@ -198,7 +218,8 @@ class JointKDLoss:
 
         Args:
           hard_loss: Scalar, the recipe's loss.
-          student: The outputs of the student's forward pass, N rows.
+          student: The outputs of the student's forward pass, N rows; with a condition
+            they have its ``labels``.
           targets: The teacher's targets of the same batch. Where the student has its
             rows twice, as CR-CTC (Yao et al., arXiv:2410.05101) has them, each copy
             gets them, and the terms are means over the copies, as the recipe's are.
@@ -206,12 +227,13 @@ class JointKDLoss:
           blank_id: The student's blank.
           epoch: How many epochs are done, with a fraction.
           transcribed: Whether the batch has transcripts; without them the recipe's loss
-            doesn't count.
+            doesn't count, and all utterances teach.
 
         Returns:
           The joint loss, and what is to be logged, on the scale of sums: the unweighted
           terms by name, and the number of frames of each, ``kd_frames`` of the CTC
-          term; both are 0 where a term is off in this batch.
+          term; both are 0 where a term is off in this batch. With a condition also
+          ``kd_taught``, the share of the utterances that taught, from 0 to 1.
 
         Raises:
           KDError: numbers of frames or tokens of student and teacher that differ, or
@@ -231,6 +253,13 @@ class JointKDLoss:
         active = [term for name, term in self.terms.items() if weights[name]]
         node_logits = any(term.needs_node_logits for term in active)
         batch = TermInputs(student, targets, model, blank_id, node_logits)
+        if self.condition:
+            teaches = batch.mask.any(1)
+            if transcribed and active:
+                teaches = self.condition.teaching_rows(batch)
+            info["kd_taught"] = float(teaches.float().mean()) if active else 0.0
+            targets = targets.of_rows(teaches)
+            batch = TermInputs(student, targets, model, blank_id, node_logits)
         errors: List[NotFiniteError] = []
         for name, term in self.terms.items():
             value, frames, number = loss.new_zeros(()), 0.0, 0.0

@@ -15,13 +15,19 @@ def check_online(params: Dict[str, Any], joint: Any, online: bool) -> None:
       online: Whether there is such a teacher.
 
     Raises:
-      KDError: a width that no path gets through, a cache without a teacher, or one for
-        targets other than CTC targets and simple targets.
+      KDError: a width that no path gets through, clean features or a cache without a
+        teacher, or a cache for targets other than CTC targets and simple targets.
     """
     from icefall_kd.kinds.codec import Codec
     from icefall_kd.lattice import check_s_range
 
     check_s_range(params["kd_teacher_s_range"])
+    require(
+        online or not params["kd_teacher_clean"],
+        "--kd-teacher-clean is true and there is no teacher to run: give "
+        "--kd-teacher-exp-dir, or leave it out, as stored targets are of clean "
+        "features",
+    )
     cache = params["kd_teacher_cache_dir"]
     if not cache:
         return
@@ -40,6 +46,7 @@ def check_online(params: Dict[str, Any], joint: Any, online: bool) -> None:
         )
     check_new_folder(cache, "--kd-teacher-cache-dir")
     codec = Codec.parse(params["kd_teacher_keep"])
+    joint.condition.check_form(codec)
     for name in ("ctc", "simple"):
         if name in joint.terms:
             codec.check_temperature(joint.terms[name].temperature)

@@ -3,12 +3,14 @@
 from typing import Any, Dict, List, Tuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from icefall_kd.distributed import rank_and_world_size
 from icefall_kd.errors import require
 from icefall_kd.kinds.nbest import read_nbest
 from icefall_kd.losses.frames import ctc_diagnostics
 from icefall_kd.tap import ModelTap
+from icefall_kd.targets.clean import CleanFeatures
 from icefall_kd.targets.dataset import cuts_of_rows
 from icefall_kd.targets.first_look import FirstLook
 from icefall_kd.targets.stand_in import StandInTranscripts, stand_in
@@ -66,7 +68,8 @@ class Distillation:
         if params["kd_stored_ranges"]:
             checks.check_ranges(self.joint, has_teacher)
         reads_store = bool(self.joint.teacher_kinds) and (has_cache or not has_teacher)
-        self.time_warp = TimeWarp(params, self.joint, reads_store, has_cache)
+        of_unwarped = reads_store or bool(params["kd_teacher_clean"])
+        self.time_warp = TimeWarp(params, self.joint, of_unwarped, has_cache)
         self.online = None
         if has_teacher and self.joint.teacher_kinds:
             self.online = OnlineTargets(params, self.joint, self.tokenizer)
@@ -118,6 +121,8 @@ class Distillation:
             dataset = stored.wrap(dataset, cuts, self.time_warp.record)
         else:
             dataset.return_cuts = True
+            if self.online is not None and self.online.hears_clean:
+                dataset = CleanFeatures(dataset, self.time_warp.record)
             if self.online is None or not self.joint.is_constant:
                 cuts.all()
         self.clock.cuts_per_epoch = cuts.total
@@ -162,6 +167,8 @@ class Distillation:
         targets = self._targets(batch, student, device)
         epoch = self.clock.count(len(batch["supervisions"]["text"]))
         transcribed = bool(batch.get("kd_transcribed", True))
+        if self.joint.condition and student.labels is None:
+            student.labels = self._labels(batch, student)
         loss, terms = self.joint(
             loss,
             student,
@@ -171,10 +178,12 @@ class Distillation:
             epoch=epoch,
             transcribed=transcribed,
         )
-        info.update(terms)
         factor = subsampling_factor(self.params)
         frames = float((batch["supervisions"]["num_frames"] // factor).sum())
-        if not self.joint.is_constant:  # icefall divides by frames what it logs
+        if self.joint.condition:  # icefall divides by frames what it logs
+            terms["kd_taught"] *= frames
+        info.update(terms)
+        if not self.joint.is_constant:
             for name, weight in self.joint.weights(epoch).items():
                 info[f"kd_{name}_weight"] = weight * frames
         if self.has_untranscribed_cuts:
@@ -229,6 +238,15 @@ class Distillation:
         if "nbest" in self.joint.kinds:
             targets.parts["nbest"] = self.nbest_lists(batch)
         return targets
+
+    def _labels(self, batch: Dict[str, Any], student: EncoderOut) -> torch.Tensor:
+        """The labels of a student that has no transducer, as its decoder would get
+        them: (N, U + 1), N the rows of the student, of CR-CTC twice the batch's."""
+        texts = self.tokenizer.encode(batch["supervisions"]["text"])
+        rows = [torch.tensor([self.blank_id, *labels]) for labels in texts]
+        labels = pad_sequence(rows, batch_first=True, padding_value=self.blank_id)
+        copies = len(student.encoder_out_lens) // len(rows)
+        return labels.repeat(copies, 1).to(student.encoder_out.device)
 
     def nbest_lists(self, batch: Dict[str, Any]) -> List[List[Tuple[List[int], float]]]:
         """Return the n-best list of each row: token ids and the log score of each

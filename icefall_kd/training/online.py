@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Un
 from icefall_kd.distributed import rank_and_world_size
 from icefall_kd.errors import KDError, require
 from icefall_kd.training.options import flags_in_errors
+from icefall_kd.zipformer import subsampling_factor
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +161,8 @@ class OnlineTargets:
 
     Attributes:
       cache: The cache of the teacher's targets, from the first batch on; or None.
+      hears_clean: Whether the teacher hears a batch's features before the dataset's
+        transforms; a caching one reads those of the cut itself.
     """
 
     def __init__(
@@ -176,6 +179,8 @@ class OnlineTargets:
             with_simple="simple" in joint.kinds,
         )
         self.cache: Any = None
+        cached = bool(params["kd_teacher_cache_dir"])
+        self.hears_clean = bool(params["kd_teacher_clean"]) and not cached
 
     def targets(
         self, batch: Dict[str, Any], student: "EncoderOut", device: "torch.device"
@@ -186,8 +191,13 @@ class OnlineTargets:
           batch: The recipe's.
           student: The student's outputs, for its labels.
           device: The student's.
+
+        Raises:
+          KDError: a batch without clean features, which the teacher is to hear.
         """
+        from icefall_kd.targets.clean import WARPS
         from icefall_kd.targets.dataset import cuts_of_rows
+        from icefall_kd.targets.warp import move_frames
 
         cuts = cuts_of_rows(batch)
         self.teacher.to(device)
@@ -201,14 +211,14 @@ class OnlineTargets:
                     self.tokenizer.names(),
                 )
             return self.cache.targets(cuts, device)
-        x = batch["inputs"].to(device)
+        x = self._features(batch).to(device)
         labels = None
         if "lattice" in self.joint.kinds and batch.get("kd_transcribed", True):
             # The recipe's own labels, whatever it makes them with.
             blank_id = self.params.get("blank_id", 0)
             rows = student.labels[: len(x), 1:].tolist()
             labels = [[token for token in row if token != blank_id] for row in rows]
-        return self.teacher.targets(
+        targets = self.teacher.targets(
             x,
             batch["supervisions"]["num_frames"].to(device),
             cuts,
@@ -217,6 +227,22 @@ class OnlineTargets:
             path_only=bool(self.params["kd_teacher_path_only"]),
             missing=self.params["kd_missing"],
         )
+        factor = subsampling_factor(self.params)
+        return move_frames(targets, batch.get(WARPS, []), factor)
+
+    def _features(self, batch: Dict[str, Any]) -> "torch.Tensor":
+        """(N, T, F), what the teacher hears of a batch."""
+        from icefall_kd.targets.clean import CLEAN
+
+        if not self.hears_clean:
+            return batch["inputs"]
+        require(
+            CLEAN in batch,
+            f"a training batch has no {CLEAN}, which --kd-teacher-clean needs: let the "
+            "data module call wrap_dataset(train, cuts_train) after session.attach() "
+            "ran",
+        )
+        return batch[CLEAN]
 
 
 def open_cache(

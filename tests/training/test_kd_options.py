@@ -34,6 +34,7 @@ DEFAULTS = {
     "kd_hidden_projector_lr": 1e-3,
     "kd_schedule": "scratch",
     "kd_last_epochs": 0.0,
+    "kd_condition": "none",
     "kd_freeze": "",
     "kd_teacher_path_only": False,
     "kd_teacher_s_range": 5,
@@ -49,6 +50,7 @@ DEFAULTS = {
     "kd_teacher_bpe_model": "",
     "kd_teacher_model_flags": "",
     "kd_teacher_recipe": "",
+    "kd_teacher_clean": False,
     "kd_teacher_cache_dir": "",
     "kd_teacher_keep": "dense",
 }
@@ -76,6 +78,7 @@ LINES = {
     "hidden-projector-lr": ("2e-3", 2e-3),
     "schedule": ("warmup", "warmup"),
     "last-epochs": ("1.5", 1.5),
+    "condition": ("right", "right"),
     "freeze": ("encoder_embed decoder:2", "encoder_embed decoder:2"),
     "missing": ("hard", "hard"),
     "time-warp": ("follow", "follow"),
@@ -89,6 +92,7 @@ LINES = {
     "teacher-recipe": ("../zipformer", "../zipformer"),
     "teacher-s-range": ("0", 0),
     "teacher-path-only": ("yes", True),
+    "teacher-clean": ("true", True),
     "teacher-cache-dir": ("/tmp/on", "/tmp/on"),
     "teacher-keep": ("top:8@2", "top:8@2"),
 }
@@ -233,7 +237,7 @@ def test_the_command_line_goes_before_the_file(parse, config, name):
     assert found == {**DEFAULTS, "kd_config": str(path), dest(name): value}
 
 
-@pytest.mark.parametrize("flag", ["--kd-config", "--kd-conf", "--kd-co"])
+@pytest.mark.parametrize("flag", ["--kd-config", "--kd-confi", "--kd-conf"])
 def test_the_file_is_read_however_argparse_lets_it_be_named(parse, config, flag):
     path = config("temperature: 3\n")
     assert parse(flag, path).kd_temperature == 3.0
