@@ -35,7 +35,7 @@ setup(
     extras_require={
         "digits": digits,
         "mvq": ["multi_quantization"],
-        "report": ["matplotlib>=3.6"],
+        "report": ["kaldialign>=0.7", "matplotlib>=3.6"],
         "test": digits
         + [
             "matplotlib>=3.6",

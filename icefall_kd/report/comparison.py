@@ -3,23 +3,42 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from icefall_kd.report.checkpoints import read_steps
+from icefall_kd.report.intervals import Key, Statistics
 from icefall_kd.report.logs import Training
 from icefall_kd.report.manifests import TargetSizes
 from icefall_kd.report.results import Decoding
+from icefall_kd.report.transcripts import Scores
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A number of training steps.
+
+    Args:
+      count: The number.
+      exact: False where it is only that of the logged batches, which is smaller.
+    """
+
+    count: int
+    exact: bool = True
 
 
 @dataclass
-class Model:
-    """The logs and results of one model.
+class Run:
+    """The logs and results of one training: of a model, or of one of its seeds.
 
     Args:
-      name: The user's name for it.
+      name: The model's name, with the number of the seed where there are several.
       exp: Its experiment folder.
       training: Its training logs, or None.
       decodings: The last decoding of each method.
       earlier: All other decodings.
+      scores: The errors of each utterance, for the last decodings that have
+        transcripts.
     """
 
     name: str
@@ -27,6 +46,7 @@ class Model:
     training: Optional[Training]
     decodings: List[Decoding]
     earlier: List[Decoding]
+    scores: Dict[Key, Scores] = field(default_factory=dict)
 
     @property
     def parameters(self) -> Optional[int]:
@@ -47,15 +67,78 @@ class Model:
                 return d.rates[test_set].percent
         return math.nan
 
+    @property
+    def without_scores(self) -> List[str]:
+        """The transcripts that would give the other results an interval."""
+        return [
+            f"{d.method}/recogs-{test_set}-*{d.suffix}.txt"
+            for d in self.decodings
+            for test_set in sorted(d.rates)
+            if (d.kind, d.method, test_set) not in self.scores
+        ]
+
+    def steps(self, checkpoint: str = "") -> Optional[Steps]:
+        """The training steps until a checkpoint, or None if nothing tells.
+
+        Args:
+          checkpoint: Such as ``epoch-30``; "" for that of the last logged epoch.
+        """
+        batches = self.training.batches if self.training else []
+        if not checkpoint and not batches:
+            return None
+        checkpoint = checkpoint or f"epoch-{batches[-1].epoch}"
+        kind, _, number = checkpoint.rpartition("-")
+        if kind != "epoch":
+            return Steps(int(number))
+        exact = read_steps(self.exp / f"{checkpoint}.pt")
+        if exact is not None:
+            return Steps(exact)
+        logged = self.training.least_steps(int(number)) if self.training else 0
+        return Steps(logged, exact=False) if logged else None
+
+
+@dataclass
+class Model:
+    """A model, trained once or with several seeds.
+
+    Args:
+      name: The user's name for it.
+      runs: Its trainings.
+    """
+
+    name: str
+    runs: List[Run]
+
+    @property
+    def parameters(self) -> Optional[int]:
+        """The number of parameters, or None if no log has it."""
+        return next((run.parameters for run in self.runs if run.parameters), None)
+
+    def percents(self, method: str, kind: str, test_set: str) -> List[float]:
+        """The error rate of each seed, see :meth:`Run.percent`."""
+        return [run.percent(method, kind, test_set) for run in self.runs]
+
+    def percent(self, method: str, kind: str, test_set: str) -> float:
+        """The mean error rate over seeds; NaN where a seed has none."""
+        return mean(self.percents(method, kind, test_set))
+
+    def deviation(self, method: str, kind: str, test_set: str) -> float:
+        """The standard deviation of the error rate over seeds; NaN for one seed."""
+        rates = self.percents(method, kind, test_set)
+        if len(rates) < 2 or not all(map(math.isfinite, rates)):
+            return math.nan
+        return stdev(rates)
+
 
 @dataclass
 class TestAudio:
-    """Seconds of audio in the test sets.
+    """Seconds of audio in the test sets, and who speaks.
 
     Args:
       folder: The folder of their manifests; "" if none was given.
       seconds: By test set.
       ambiguous: The manifests of each set that has several, so no seconds.
+      speakers: The speaker of each cut id, by test set; only with --by-speaker.
     """
 
     __test__ = False  # no class of tests
@@ -63,6 +146,7 @@ class TestAudio:
     folder: str = ""
     seconds: Dict[str, float] = field(default_factory=dict)
     ambiguous: Dict[str, List[str]] = field(default_factory=dict)
+    speakers: Dict[str, Dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,6 +161,7 @@ class Comparison:
       audio: Seconds of the test sets.
       targets: The size of targets by manifest.
       words: Those of one language, see :mod:`icefall_kd.report.words`.
+      statistics: Intervals and differences of the results that have transcripts.
     """
 
     models: Sequence[Model]
@@ -86,6 +171,7 @@ class Comparison:
     audio: TestAudio
     targets: Dict[str, TargetSizes]
     words: Dict[str, str]
+    statistics: Dict[Key, Statistics] = field(default_factory=dict)
 
     def text(self, key: str, **values: Any) -> str:
         """The text of a ``key``, with ``values`` for its braces."""
@@ -105,6 +191,15 @@ class Comparison:
         return [m.name for m in self.models]
 
     @property
+    def runs(self) -> List[Run]:
+        """The runs of all models."""
+        return [run for m in self.models for run in m.runs]
+
+    def model_of(self, run: Run) -> Model:
+        """The model that a run belongs to."""
+        return next(m for m in self.models if any(r is run for r in m.runs))
+
+    @property
     def students(self) -> List[Model]:
         """The models that are compared with the baseline."""
         if not self.baseline:
@@ -112,9 +207,9 @@ class Comparison:
         return [m for m in self.models if m.name not in (self.teacher, self.baseline)]
 
     @property
-    def decodings(self) -> List[Tuple[Model, Decoding]]:
-        """The last decodings of all models."""
-        return [(m, d) for m in self.models for d in m.decodings]
+    def decodings(self) -> List[Tuple[Run, Decoding]]:
+        """The last decodings of all runs."""
+        return [(run, d) for run in self.runs for d in run.decodings]
 
     @property
     def methods(self) -> List[str]:

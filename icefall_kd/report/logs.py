@@ -25,6 +25,9 @@ _BATCH = re.compile(
 _VALIDATION = re.compile(r"Epoch (\d{1,9}), validation: (.*?over [\d.]+ frames)")
 _VALUE = re.compile(r"(\w+)=([-+]?(?:nan|inf|\d+\.?\d*(?:e[-+]?\d+)?))\b")
 _WEIGHT = re.compile(r"kd_(\w+)_weight")
+_SAVED = re.compile(
+    r"Saving checkpoint to (?:.*/)?(?:\.tmp\.)?((?:epoch|checkpoint)-\d{1,9})\.pt"
+)
 _PARAMETERS = re.compile(r"Number of model parameters: (\d{1,18})\b")
 _SETTING = re.compile(r"'(\w+)': ('[^']*'|[^,{}]+)")
 
@@ -41,12 +44,31 @@ class LogLine:
       losses: Means per frame, of a batch over about the last 200 batches, of a
         validation over its set.
       weights: The weight of each term at this batch.
+      seconds: Seconds of training until this line, see :attr:`Training.seconds`.
     """
 
     epoch: int
     batch: int
     losses: Dict[str, float]
     weights: Dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class SavedCheckpoint:
+    """A checkpoint that a training saved.
+
+    Args:
+      epoch: The epoch of the last line of a batch before it.
+      batch: The number of this batch in the epoch.
+      name: Such as ``epoch-30`` or ``checkpoint-4000``.
+      seconds: Seconds of training until then, see :attr:`Training.seconds`.
+    """
+
+    epoch: int
+    batch: int
+    name: str
+    seconds: float
 
 
 @dataclass
@@ -63,6 +85,7 @@ class Training:
         labels may follow.
       kd_from: Epoch and batch where that start began.
       skipped: The number of entries with an impossible date, which are left out.
+      saved: The checkpoints that it saved, in their order.
     """
 
     settings: Dict[str, Any] = field(default_factory=dict)
@@ -72,6 +95,41 @@ class Training:
     kd_settings: Dict[str, Any] = field(default_factory=dict)
     kd_from: Tuple[int, int] = (0, 0)
     skipped: int = 0
+    saved: List[SavedCheckpoint] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, by the time stamps of the logs.
+
+        Each start counts from the first entry of its log. Where a training continued,
+        neither the time between two starts counts nor the batches that were lost.
+        """
+        lines = (*self.batches, *self.validations, *self.saved)
+        return max((line.seconds for line in lines), default=0.0)
+
+    def seconds_until(self, checkpoint: str) -> Optional[float]:
+        """Seconds of training until a checkpoint, or None if the logs don't tell.
+
+        Args:
+          checkpoint: Such as ``epoch-30`` or ``checkpoint-4000``.
+        """
+        times = [saved.seconds for saved in self.saved if saved.name == checkpoint]
+        if not times and checkpoint.startswith("epoch-"):
+            epoch = int(checkpoint[len("epoch-") :])
+            lines = (*self.batches, *self.validations)
+            times = [line.seconds for line in lines if line.epoch == epoch]
+        return max(times, default=None)
+
+    def least_steps(self, epoch: int) -> int:
+        """The steps of all epochs to ``epoch``, as far as a line of a batch tells.
+
+        icefall logs each fiftieth batch, so that up to 49 of each epoch are missing.
+
+        Args:
+          epoch: The number of an epoch.
+        """
+        last = {b.epoch: b.batch + 1 for b in self.batches if b.epoch <= epoch}
+        return sum(last.values())
 
     @property
     def distils(self) -> Optional[bool]:
@@ -113,14 +171,18 @@ class Training:
         self.parameters = start.parameters or self.parameters
         if start.batches:
             first = (start.batches[0].epoch, start.batches[0].batch)
-            for lines in (self.batches, self.validations):
+            for lines in (self.batches, self.validations, self.saved):
                 lines[:] = [line for line in lines if (line.epoch, line.batch) < first]
+            until = self.seconds
+            for line in (*start.batches, *start.validations, *start.saved):
+                line.seconds += until
             if self.kd_from >= first:  # trained again without distillation
                 self.kd_settings = {}
             if _distils(start.settings):
                 self.kd_settings, self.kd_from = start.settings, first
         self.batches += start.batches
         self.validations += start.validations
+        self.saved += start.saved
 
     def _curves(
         self, lines: Iterable[LogLine], values: Callable[[LogLine], Dict[str, float]]
@@ -203,29 +265,42 @@ def _read_start(path: Path) -> Training:
     """Read the log of one start."""
     start = Training()
     constant: Dict[str, float] = {}
+    begin = None
     for time, message in read_entries(path):
         if time is None:
             start.skipped += 1
             continue
+        begin = begin or time
+        seconds = (time - begin).total_seconds()
         if not start.settings:
             start.settings = parse_params(message)
             constant = _constant_weights(start.settings)
         start.parameters = parse_num_parameters(message) or start.parameters
+        last = start.batches[-1] if start.batches else None
         if match := _BATCH.search(message):
-            epoch, batch = int(match[1]), int(match[2])
-            weights = {
-                weight[1]: value
-                for name, value in _values(match[3]).items()
-                if (weight := _WEIGHT.fullmatch(name))
-            }
-            line = LogLine(epoch, batch, _losses(match[4]), {**constant, **weights})
-            start.batches.append(line)
+            start.batches.append(_batch_line(match, constant, seconds))
         elif match := _VALIDATION.search(message):
-            epoch, batch = int(match[1]), 0
-            if start.batches and start.batches[-1].epoch == epoch:
-                batch = start.batches[-1].batch
-            start.validations.append(LogLine(epoch, batch, _losses(match[2])))
+            epoch = int(match[1])
+            batch = last.batch if last and last.epoch == epoch else 0
+            line = LogLine(epoch, batch, _losses(match[2]), seconds=seconds)
+            start.validations.append(line)
+        elif last and (match := _SAVED.match(message)):
+            saved = SavedCheckpoint(last.epoch, last.batch, match[1], seconds)
+            start.saved.append(saved)
     return start
+
+
+def _batch_line(
+    match: "re.Match[str]", constant: Dict[str, float], seconds: float
+) -> LogLine:
+    """The line of a batch; ``constant`` are the weights that no line logs."""
+    weights = {
+        weight[1]: value
+        for name, value in _values(match[3]).items()
+        if (weight := _WEIGHT.fullmatch(name))
+    }
+    losses, weights = _losses(match[4]), {**constant, **weights}
+    return LogLine(int(match[1]), int(match[2]), losses, weights, seconds)
 
 
 def weight_names() -> List[str]:

@@ -1,4 +1,4 @@
-"""Seconds of speech in test sets, and bytes of targets."""
+"""Speakers of test sets, and bytes of targets."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,20 @@ def manifests_of(folder: Path, test_set: str) -> List[Path]:
 
     end = f"cuts_{plain(test_set)}.jsonl.gz"
     return sorted(p for p in folder.glob("*.jsonl.gz") if plain(p.name).endswith(end))
+
+
+def speakers_of(cuts: Iterable[Cut]) -> Dict[str, str]:
+    """The speaker of each cut id, without the cuts that don't have one speaker.
+
+    Args:
+      cuts: The cuts of a test set.
+    """
+    speakers = {}
+    for cut in cuts:
+        found = {s.speaker for s in cut.supervisions}
+        if len(found) == 1 and None not in found:
+            speakers[cut.id] = found.pop()
+    return speakers
 
 
 def measure_targets(cuts: Iterable[Cut]) -> TargetSizes:

@@ -5,9 +5,10 @@ import math
 import re
 import warnings
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from icefall_kd.errors import KDError
+from icefall_kd.report.bootstrap import Interval
 from icefall_kd.report.logs import Series, weight_names
 
 # A palette for colour-blind readers (Okabe and Ito), the dark colours first.
@@ -113,7 +114,10 @@ def draw_weights(weights: Dict[str, Series], x: str) -> str:
 
 
 def draw_rates(
-    groups: Sequence[Tuple[str, Sequence[float]]], models: Sequence[str], x: str
+    groups: Sequence[Tuple[str, Sequence[float]]],
+    models: Sequence[str],
+    x: str,
+    intervals: Sequence[Sequence[Optional[Interval]]] = (),
 ) -> str:
     """Draw bars of each model's error rates, a group for each set and method.
 
@@ -121,24 +125,30 @@ def draw_rates(
       groups: A group's name, and a rate (%) for each model, NaN for a missing one.
       models: The models' names.
       x: The label of the horizontal axis.
+      intervals: Of each group, the interval of each rate, or None; () for none at all.
     """
-    bars: List[Tuple[float, int, float]] = []
+    bars: List[Tuple[float, int, float, Optional[Interval]]] = []
     ticks: List[float] = []
     y = 0.0
-    for _, rates in groups:
+    for number, (_, rates) in enumerate(groups):
+        ends = intervals[number] if intervals else [None] * len(rates)
         known = [(i, rate) for i, rate in enumerate(rates) if math.isfinite(rate)]
-        bars += [(y + k, i, rate) for k, (i, rate) in enumerate(known)]
+        bars += [(y + k, i, rate, ends[i]) for k, (i, rate) in enumerate(known)]
         ticks.append(y + (len(known) - 1) / 2)
         y += len(known) + 0.8
-    highest = max((rate for *_, rate in bars), default=0.0) or 1.0
+    ends = [max(rate, found.high if found else 0) for *_, rate, found in bars]
+    highest = max(ends, default=0.0) or 1.0
     with _figure(7.0, 0.6 + 0.27 * y) as (figure, axes):
-        for height, i, rate in bars:
+        for (height, i, rate, found), end in zip(bars, ends):
             colour = COLOURS[i % len(COLOURS)]
             style = {"edgecolor": colour, "hatch": ("", "////", "", "....")[i % 4]}
             style["color"] = "white" if i % 2 else colour
             axes.barh(height, rate, height=0.8, lw=1.2, **style)
+            if found:  # grey is seen on a black bar and beside it
+                line = {"color": "#888888", "lw": 1.6, "marker": "|", "ms": 7}
+                axes.plot([found.low, found.high], [height, height], **line)
             label = f"{rate:.2f}  {models[i]}"
-            axes.text(rate + 0.01 * highest, height, label, va="center", fontsize=9)
+            axes.text(end + 0.01 * highest, height, label, va="center", fontsize=9)
         axes.set_yticks(ticks, [name for name, _ in groups])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")

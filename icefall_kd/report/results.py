@@ -74,6 +74,7 @@ class Decoding:
       rates: The error rate of each test set.
       date: The date of its newest log, or of its files.
       log: Its logs, or None.
+      folder: The folder of its files.
     """
 
     method: str
@@ -82,6 +83,7 @@ class Decoding:
     rates: Dict[str, ErrorRate] = field(default_factory=dict)
     date: str = ""
     log: Optional[DecodingLog] = None
+    folder: Path = Path()
 
     @property
     def order(self) -> Tuple[bool, int, str]:
@@ -99,6 +101,27 @@ class Decoding:
     def options(self) -> str:
         """The rest of the suffix: the options of decoding."""
         return _NUMBER.sub("", self.suffix, count=1).strip("-_")
+
+    @property
+    def saved_as(self) -> str:
+        """The name of the last checkpoint that was averaged, such as ``epoch-30``."""
+        kind, number, _ = self._numbers()
+        return f"{'epoch' if kind == 'epoch' else 'checkpoint'}-{number}"
+
+    def transcripts(self, test_set: str) -> Optional[Path]:
+        """The file with the transcripts of a test set, by its best setting, or None.
+
+        Args:
+          test_set: Its name.
+        """
+        setting = self.rates[test_set].setting
+        heads = [f"{test_set}-{setting}", f"{test_set}_{setting}", test_set]
+        found = {}
+        for path in sorted(self.folder.glob("recogs-*.txt")):
+            parts = _SUFFIX.match(_printable(path.stem)[len("recogs-") :])
+            if parts and parts[2] == self.suffix:
+                found[parts[1]] = path
+        return next((found[head] for head in heads if head in found), None)
 
     def _numbers(self) -> Tuple[str, int, int]:
         match = _NUMBER.match(self.suffix)
@@ -121,6 +144,7 @@ def read_decodings(exp: Path) -> List[Decoding]:
         results = _read_summaries(folder, method) or _read_errs(folder, method)
         logs = _logs_of(folder)
         for decoding in results:
+            decoding.folder = folder
             if decoding.suffix in logs:
                 decoding.log = _read_logs(logs[decoding.suffix])
                 decoding.date = decoding.log.date

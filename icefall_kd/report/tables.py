@@ -3,23 +3,11 @@
 import math
 from typing import Callable, Dict, Iterator, List, Optional
 
-from icefall_kd.report.comparison import (
-    Comparison,
-    Model,
-    TestAudio,
-    gap_closed,
-    relative_change,
-)
+from icefall_kd.report.comparison import Comparison, Run, TestAudio
 from icefall_kd.report.logs import Series, weight_names
 from icefall_kd.report.page import NONE, Block, Bullets, Heading, Plots, Table, Text
-from icefall_kd.report.plots import (
-    MARKS,
-    POINTS,
-    draw_legend,
-    draw_loss,
-    draw_rates,
-    draw_weights,
-)
+from icefall_kd.report.plots import MARKS, POINTS, draw_legend, draw_loss, draw_weights
+from icefall_kd.report.rates import rate_blocks
 
 
 def blocks_of(report: Comparison) -> List[Block]:
@@ -35,15 +23,7 @@ def blocks_of(report: Comparison) -> List[Block]:
         quoted = [report.words["quote"].format(name) for name in students]
         joined = report.words["and"].join(quoted)
         blocks.append(Text(report.text("compared", students=joined, **names)))
-    for kind, table in rate_tables(report).items():
-        unit = report.unit_of(kind)
-        blocks += [Heading(report.text("rates", unit=unit)), table]
-        if len(students) > 1:
-            blocks.append(Text(report.text("change_text", unit=unit, **names)))
-        elif students:
-            values = {"student": students[0], "unit": unit, **names}
-            blocks.append(Text(report.text("closed_text", **values)))
-        blocks.append(_rate_plot(report, kind))
+    blocks += rate_blocks(report)
     blocks += [Heading(report.words["models"]), models_table(report)]
     if report.targets:
         blocks += [Heading(report.words["targets"]), _targets_table(report)]
@@ -53,78 +33,36 @@ def blocks_of(report: Comparison) -> List[Block]:
     return [*blocks, Bullets(notes)] if notes else blocks
 
 
-def rate_tables(report: Comparison) -> Dict[str, Table]:
-    """A table of error rates for each kind of summary, wer and cer.
-
-    With one student it has columns for the student's change and the gap closed; with
-    several, each change is in brackets.
-
-    Args:
-      report: The data.
-    """
-    w, students = report.words, report.students
-    tables = {}
-    for kind, rows in report.sets.items():
-        head = [w["method"], w["set"], *report.names]
-        if len(students) == 1:
-            names = {"student": students[0].name, "baseline": report.baseline}
-            head += [report.text("change", **names), w["closed"]]
-        cells = []
-        for method, test_set in rows:
-            rates = {m.name: m.percent(method, kind, test_set) for m in report.models}
-            row = [_rate(rate) for rate in rates.values()]
-            if len(students) == 1:
-                rate, baseline = rates[students[0].name], rates[report.baseline]
-                closed = gap_closed(rate, baseline, rates[report.teacher])
-                row.append(_signed(relative_change(rate, baseline)))
-                row.append(NONE if closed is None else f"{closed:.0f} %")
-            elif students:
-                for i, model in enumerate(report.models):
-                    change = relative_change(rates[model.name], rates[report.baseline])
-                    if model in students and change is not None:
-                        row[i] += f" ({_signed(change)})"
-            cells.append([method, test_set, *row])
-        tables[kind] = Table(head, cells, left=2)
-    return tables
-
-
 def models_table(report: Comparison) -> Table:
     """A table of sizes, settings and speed of the models.
 
     Args:
       report: The data.
     """
-    w, models = report.words, report.models
-    parameters = [_shown(m.parameters, "{:,}") for m in models]
+    w, runs = report.words, report.runs
+    parameters = [_shown(run.parameters, "{:,}") for run in runs]
     largest = report.model(report.teacher).parameters if report.teacher else None
-    for i, m in enumerate(models):
-        if m.parameters and largest and m.name != report.teacher:
-            share = f"{100 * m.parameters / largest:.1f}"
+    for i, run in enumerate(runs):
+        if run.parameters and largest and report.model_of(run).name != report.teacher:
+            share = f"{100 * run.parameters / largest:.1f}"
             parameters[i] += " (" + report.text("of_teacher", share=share) + ")"
     rows = [
-        [w["exp"], *(str(m.exp) for m in models)],
+        [w["exp"], *(str(run.exp) for run in runs)],
         [w["parameters"], *parameters],
-        [w["distillation"], *(_distillation(m, w["off"]) for m in models)],
+        [w["distillation"], *(_distillation(run, w["off"]) for run in runs)],
     ]
-    rows += [[w[name], *map(setting, models)] for name, setting in _SETTINGS.items()]
+    rows += [[w[name], *map(setting, runs)] for name, setting in _SETTINGS.items()]
+    rows += [[w[name], *map(value, runs)] for name, value in _COSTS.items()]
     for method in report.methods:
-        factors = [_real_time_factor(m, method, report.audio) for m in models]
+        factors = [_real_time_factor(run, method, report.audio) for run in runs]
         if any(factor is not None for factor in factors):
             cells = [_shown(factor, "{:.4f}") for factor in factors]
             rows.append([report.text("rtf", method=method), *cells])
-    return Table(["", *report.names], rows)
+    return Table(["", *(run.name for run in runs)], rows)
 
 
 def _shown(value: Optional[float], form: str) -> str:
     return NONE if value is None else form.format(value)
-
-
-def _rate(percent: float) -> str:
-    return f"{percent:.2f}" if math.isfinite(percent) else NONE
-
-
-def _signed(percent: Optional[float]) -> str:
-    return _shown(percent, "{:+.1f} %")
 
 
 def _short(value: object) -> str:
@@ -134,9 +72,9 @@ def _short(value: object) -> str:
         return str(value)
 
 
-def _distillation(model: Model, off: str) -> str:
+def _distillation(run: Run, off: str) -> str:
     """The settings of distillation; ``off`` without it."""
-    training = model.training
+    training = run.training
     if training is None or training.distils is None:
         return NONE
     if not training.distils:
@@ -150,21 +88,21 @@ def _distillation(model: Model, off: str) -> str:
     return "; ".join(cells)
 
 
-def _epochs(model: Model) -> str:
-    if model.training is None or not model.training.batches:
+def _epochs(run: Run) -> str:
+    if run.training is None or not run.training.batches:
         return NONE
-    first, last = (model.training.batches[i].epoch for i in (0, -1))
+    first, last = (run.training.batches[i].epoch for i in (0, -1))
     return f"{first}-{last}" if first < last else f"{last}"
 
 
-def _base_lr(model: Model) -> str:
-    training = model.training
+def _base_lr(run: Run) -> str:
+    training = run.training
     return _short(training.settings.get("base_lr", NONE)) if training else NONE
 
 
-def _batch_seconds(model: Model) -> str:
+def _batch_seconds(run: Run) -> str:
     """Seconds of audio in a batch, as "processes x seconds" for several processes."""
-    settings = model.training.settings if model.training else {}
+    settings = run.training.settings if run.training else {}
     if not settings.get("max_duration"):
         return NONE
     size, seconds = settings.get("world_size") or 1, _short(settings["max_duration"])
@@ -172,29 +110,44 @@ def _batch_seconds(model: Model) -> str:
 
 
 # Rows of settings in which a student and its baseline should be equal.
-_SETTINGS: Dict[str, Callable[[Model], str]] = {
+_SETTINGS: Dict[str, Callable[[Run], str]] = {
     "epochs": _epochs,
     "base_lr": _base_lr,
     "batch": _batch_seconds,
 }
 
 
-def _real_time_factor(model: Model, method: str, audio: TestAudio) -> Optional[float]:
+def _seed(run: Run) -> str:
+    return _short(run.training.settings.get("seed", NONE)) if run.training else NONE
+
+
+def _steps(run: Run) -> str:
+    steps = run.steps()
+    if steps is None:
+        return NONE
+    return f"{steps.count:,}" if steps.exact else f"≥ {steps.count:,}"
+
+
+def _seconds(run: Run) -> str:
+    seconds = run.training.seconds if run.training else 0
+    return f"{seconds:,.0f}" if seconds else NONE
+
+
+# Rows of what tells a training from others, and of what it cost.
+_COSTS: Dict[str, Callable[[Run], str]] = {
+    "seed": _seed,
+    "steps": _steps,
+    "seconds": _seconds,
+}
+
+
+def _real_time_factor(run: Run, method: str, audio: TestAudio) -> Optional[float]:
     """Seconds of decoding for a second of audio, over the sets that have both."""
-    log = next((d.log for d in model.decodings if d.method == method and d.log), None)
+    log = next((d.log for d in run.decodings if d.method == method and d.log), None)
     sets = [s for s in (log.seconds if log else ()) if audio.seconds.get(s)]
     if not sets:
         return None
     return sum(log.seconds[s] for s in sets) / sum(audio.seconds[s] for s in sets)
-
-
-def _rate_plot(report: Comparison, kind: str) -> Plots:
-    groups = [
-        (f"{method}, {s}", [m.percent(method, kind, s) for m in report.models])
-        for method, s in report.sets[kind]
-    ]
-    figure = draw_rates(groups, report.names, f"{report.unit_of(kind)} (%)")
-    return Plots([("", figure)])
 
 
 def _targets_table(report: Comparison) -> Table:
@@ -212,7 +165,9 @@ def _targets_table(report: Comparison) -> Table:
 
 def _losses(report: Comparison) -> List[Block]:
     w = report.words
-    trained = [(i, m.training) for i, m in enumerate(report.models) if m.training]
+    runs = report.runs
+    trained = [(i, run.training) for i, run in enumerate(runs) if run.training]
+    colours = [report.models.index(report.model_of(run)) for run in runs]
     train = {i: training.losses() for i, training in trained}
     valid = {i: training.valid_losses() for i, training in trained}
     curves = [*train.values(), *valid.values()]
@@ -221,10 +176,11 @@ def _losses(report: Comparison) -> List[Block]:
     for name in sorted(names, key=lambda n: (n.startswith("kd_"), n != "loss")):
         lines = {i: series[name] for i, series in train.items() if name in series}
         marks = {i: series[name] for i, series in valid.items() if name in series}
-        figure = draw_loss(list(lines.items()), list(marks.items()), w["epoch_axis"])
+        drawn = [[(colours[i], c) for i, c in x.items()] for x in (lines, marks)]
+        figure = draw_loss(*drawn, w["epoch_axis"])
         figures.append((name, figure))
         row = [name]
-        for i in range(len(report.models)):
+        for i in range(len(runs)):
             ends = [
                 series[i][-1][1] if i in series else math.nan
                 for series in (lines, marks)
@@ -240,14 +196,14 @@ def _losses(report: Comparison) -> List[Block]:
         Plots([("", draw_legend(report.names))]),
         Plots(figures, note, many=True),
         Text(w["losses_table"]),
-        Table([w["loss"], *report.names], rows),
+        Table([w["loss"], *(run.name for run in runs)], rows),
         Text(w["losses_text"]),
     ]
 
 
 def _weights(report: Comparison) -> List[Block]:
     w = report.words
-    curves = {m.name: m.training.weights() for m in report.models if m.training}
+    curves = {run.name: run.training.weights() for run in report.runs if run.training}
     curves = {name: weights for name, weights in curves.items() if weights}
     if not curves:
         return []
@@ -276,23 +232,31 @@ def _ends(series: Optional[Series]) -> str:
 
 def _decodings(report: Comparison) -> List[Block]:
     w = report.words
-    names = ("model", "method", "checkpoint", "options", "device", "seconds", "date")
+    names = (
+        "model",
+        "method",
+        "checkpoint",
+        "options",
+        "device",
+        "batch_seconds",
+        "date",
+    )
     head = [w[name] for name in names]
     rows, earlier = [], []
-    for m in report.models:
-        for d in m.decodings:
+    for run in report.runs:
+        for d in run.decodings:
             device = d.log.device if d.log else ""
             seconds = d.log.max_duration if d.log else None
             cells = [d.checkpoint, d.options or NONE, device or NONE]
             cells.append(NONE if seconds is None else _short(seconds))
             # 2025-01-02-03-04-05 becomes 2025-01-02 03:04:05.
             cells.append(f"{d.date[:10]} {d.date[11:].replace('-', ':')}")
-            rows.append([m.name, d.method, *cells])
-        for d in m.earlier:
-            rates = [f"{s} {_rate(r.percent)}" for s, r in sorted(d.rates.items())]
+            rows.append([run.name, d.method, *cells])
+        for d in run.earlier:
+            rates = [f"{s} {r.percent:.2f}" for s, r in sorted(d.rates.items())]
             result = f"{report.unit_of(d.kind)} {', '.join(rates)}"
             cells = [d.checkpoint, d.options or NONE, result]
-            earlier.append([m.name, d.method, *cells])
+            earlier.append([run.name, d.method, *cells])
     if not rows:
         return []
     text = Text(report.text("decodings_text", unit=report.unit))
@@ -305,29 +269,31 @@ def _decodings(report: Comparison) -> List[Block]:
 
 def _notes(report: Comparison) -> Iterator[str]:
     """Remarks on missing data, and on how the numbers were measured."""
-    for m in report.models:
-        values = {"model": m.name, "folder": m.exp}
-        if m.training is None:
+    for run in report.runs:
+        values = {"model": run.name, "folder": run.exp}
+        if run.training is None:
             yield report.text("no_training", **values)
-        elif not m.training.batches:
+        elif not run.training.batches:
             yield report.text("no_batches", **values)
-        elif m.training.distils is None:
+        elif run.training.distils is None:
             yield report.text("no_kd", **values)
-        if not m.decodings:
+        if not run.decodings:
             yield report.text("no_decoding", **values)
-    for m in report.models:
-        logs = [m.training, *(d.log for d in (*m.decodings, *m.earlier))]
+    yield from _transcript_notes(report)
+    yield from _seed_notes(report)
+    for run in report.runs:
+        logs = [run.training, *(d.log for d in (*run.decodings, *run.earlier))]
         count = sum(log.skipped for log in logs if log)
         if count:
-            yield report.text("skipped", model=m.name, count=count)
-    trainings = [m.training for m in report.models if m.training]
+            yield report.text("skipped", model=run.name, count=count)
+    trainings = [run.training for run in report.runs if run.training]
     if trainings and not any(t.distils for t in trainings):
         yield report.text("no_weights")
     yield from _difference_notes(report)
-    for m, d in report.decodings:
+    for run, d in report.decodings:
         for test_set, rate in sorted(d.rates.items()):
             if rate.settings > 1:
-                values = {"model": m.name, "method": d.method, "set": test_set}
+                values = {"model": run.name, "method": d.method, "set": test_set}
                 values |= {"count": rate.settings, "setting": rate.setting}
                 yield report.text("best_setting", **values)
     for method in report.methods:
@@ -355,19 +321,48 @@ def _difference_notes(report: Comparison) -> Iterator[str]:
     if not report.students:
         return
     baseline = report.model(report.baseline)
-    if baseline.training and baseline.training.distils:
+    if any(run.training and run.training.distils for run in baseline.runs):
         yield report.text("baseline_distilled", baseline=baseline.name)
-    settings = {"parameters": lambda m: _shown(m.parameters, "{}"), **_SETTINGS}
+    settings = {"parameters": lambda run: _shown(run.parameters, "{}"), **_SETTINGS}
     for student in report.students:
         differences = []
         for name, setting in settings.items():
-            values = [setting(student), setting(baseline)]
+            values = [
+                report.words["and"].join(dict.fromkeys(map(setting, model.runs)))
+                for model in (student, baseline)
+            ]
             if values[0] != values[1] and NONE not in values:
                 differences.append(f"{report.words[name]} {' / '.join(values)}")
         if differences:
             names = {"student": student.name, "baseline": baseline.name}
             what = report.words["and"].join(differences)
             yield report.text("unlike", what=what, **names)
+
+
+def _transcript_notes(report: Comparison) -> Iterator[str]:
+    """Which runs have no intervals, for want of transcripts."""
+    for run in report.runs:
+        missing = run.without_scores
+        if missing:
+            values = {"folder": run.exp, "first": missing[0], "count": len(missing)}
+            key = "no_transcripts" if len(missing) > 1 else "no_transcript"
+            yield report.text(key, model=run.name, **values)
+
+
+def _seed_notes(report: Comparison) -> Iterator[str]:
+    """Where the runs of a model are not what seeds should be."""
+    for m in report.models:
+        seeds = [seed for seed in map(_seed, m.runs) if seed != NONE]
+        if len(set(seeds)) < len(seeds):
+            shown = report.words["and"].join(seeds)
+            yield report.text("same_seed", model=m.name, seeds=shown)
+        for method in report.methods:
+            checkpoints = dict.fromkeys(
+                d.checkpoint for r in m.runs for d in r.decodings if d.method == method
+            )
+            if len(checkpoints) > 1:
+                values = {"method": method, "checkpoints": "; ".join(checkpoints)}
+                yield report.text("other_checkpoints", model=m.name, **values)
 
 
 def _rtf_notes(report: Comparison) -> Iterator[str]:
@@ -378,7 +373,7 @@ def _rtf_notes(report: Comparison) -> Iterator[str]:
     if not audio.folder:
         yield report.text("rtf_needs")
         return
-    factors = [_real_time_factor(m, d.method, audio) for m, d in report.decodings]
+    factors = [_real_time_factor(run, d.method, audio) for run, d in report.decodings]
     if any(factor is not None for factor in factors):
         yield report.text("rtf_text")
     for test_set in sorted({s for _, d in report.decodings for s in d.rates}):
@@ -388,6 +383,10 @@ def _rtf_notes(report: Comparison) -> Iterator[str]:
             yield report.text("rtf_several", paths=paths, **values)
         elif test_set not in audio.seconds:
             yield report.text("rtf_no_manifest", **values)
-    for (m, d), factor in zip(report.decodings, factors):
-        if factor is None and (d.log is None or not d.log.seconds):
-            yield report.text("rtf_no_log", model=m.name, method=d.method)
+    without = [
+        f"{run.name} ({d.method})"
+        for (run, d), factor in zip(report.decodings, factors)
+        if factor is None and (d.log is None or not d.log.seconds)
+    ]
+    if without:
+        yield report.text("rtf_no_log", models=report.words["and"].join(without))

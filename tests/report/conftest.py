@@ -19,7 +19,10 @@ def entry(message, second=0, rank="", source="train.py:12"):
 
 @pytest.fixture
 def write_training(tmp_path):
-    """Write a training log from messages; return the experiment folder."""
+    """Write a training log from messages; return the experiment folder.
+
+    A message may be a pair of its second and its text.
+    """
 
     def write(*messages, settings=None, date=DATE, rank="", exp="exp", tail=""):
         folder = tmp_path / exp / "log"
@@ -30,7 +33,8 @@ def write_training(tmp_path):
             if not isinstance(settings, str):
                 shown = json.dumps(settings, indent=2, sort_keys=True)
             text += entry(shown, rank=rank)
-        text += "".join(entry(m, 1, rank) for m in messages)
+        timed = [(1, m) if isinstance(m, str) else m for m in messages]
+        text += "".join(entry(m, second, rank) for second, m in timed)
         ending = f"-{rank[1]}" if rank else ""
         path = folder / f"log-train-{date}{ending}"
         path.write_text(text + tail, encoding="utf8")
@@ -89,6 +93,33 @@ def write_decode_log(tmp_path):
         path.write_text(
             "".join(entry(m, s, source="decode.py:9") for s, m in messages), "utf8"
         )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_recogs(tmp_path):
+    """Write transcripts as icefall does, and the errs file; return the transcripts."""
+
+    def write(
+        pairs,
+        name="test-greedy_search-epoch-3-avg-1",
+        folder="greedy_search",
+        errs=None,
+        char_level=False,
+    ):
+        path = tmp_path / folder / f"recogs-{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for cut_id, reference, result in pairs:
+            texts = reference.split(), result.split()
+            if char_level:
+                texts = [list("".join(text)) for text in texts]
+            lines += [f"{cut_id}:\tref={texts[0]}", f"{cut_id}:\thyp={texts[1]}"]
+        path.write_text("".join(line + "\n" for line in lines), "utf8")
+        if errs is not None:
+            (path.parent / f"errs-{name}.txt").write_text(errs, "utf8")
         return path
 
     return write

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from icefall_kd.report.bootstrap import Interval
 from icefall_kd.report.plots import (
     COLOURS,
     MARKS,
@@ -69,6 +70,15 @@ def test_a_name_is_never_a_formula():
     svg = draw_rates([("g_$1$", [5.0])], ["K $a_1$ <b>"], "x")
     assert "g_$1$" in texts(svg)
     assert "5.00  K $a_1$ &lt;b&gt;" in texts(svg)
+
+
+def test_an_interval_is_a_line_that_the_label_leaves_free():
+    groups = [("g, test", [5.0, 4.0])]
+    plain = draw_rates(groups, ["a", "b"], "x")
+    assert draw_rates(groups, ["a", "b"], "x", [[None, None]]) == plain
+    svg = draw_rates(groups, ["a", "b"], "x", [[Interval(4.0, 6.0), None]])
+    assert svg.count("#888888") > 0 == plain.count("#888888")
+    assert texts(svg)[-2:] == ["5.00  a", "4.00  b"]
 
 
 def test_bars_of_models_without_a_rate_are_left_out():

@@ -8,6 +8,7 @@ import pytest
 from icefall_kd.report.comparison import (
     Comparison,
     Model,
+    Run,
     TestAudio,
     gap_closed,
     relative_change,
@@ -15,8 +16,9 @@ from icefall_kd.report.comparison import (
 from icefall_kd.report.logs import LogLine, Training
 from icefall_kd.report.manifests import TargetSizes
 from icefall_kd.report.page import Bullets, Table
+from icefall_kd.report.rates import rate_table
 from icefall_kd.report.results import Decoding, DecodingLog, ErrorRate
-from icefall_kd.report.tables import blocks_of, models_table, rate_tables
+from icefall_kd.report.tables import blocks_of, models_table
 from icefall_kd.report.words import words_of
 
 pytest.importorskip("matplotlib")
@@ -32,7 +34,8 @@ def model(name, *decodings, others=(), settings=None, parameters=1000, epochs=(1
     if settings is not None:
         lines = [LogLine(e, 1, {"loss": 1.0}, {"ctc": 1.0}) for e in epochs]
         training = Training(settings, parameters, lines, [])
-    return Model(name, Path("exp") / name, training, list(decodings), list(others))
+    run = Run(name, Path("exp") / name, training, list(decodings), list(others))
+    return Model(name, [run])
 
 
 def report(*models, audio=None, targets=None, unit="WER", lang="en"):
@@ -83,7 +86,7 @@ def test_three_models_have_change_and_share_beside_their_rates():
         model("S", decoding(a=8.0, b=8.0)),
         model("K", decoding(a=7.0, b=9.0)),
     )
-    table = rate_tables(made)["wer"]
+    table = rate_table(made, "wer")
     assert table.head[2:] == [
         *("T", "S", "K"),
         *("K against S", "share of the gap closed"),
@@ -99,14 +102,14 @@ def test_of_more_models_each_has_its_change_in_brackets():
     made = report(
         *(model(n, decoding(a=r)) for n, r in zip("TSKL", (4.0, 8.0, 6.0, 10.0)))
     )
-    assert row_of(rate_tables(made)["wer"], "greedy_search", "a") == [
+    assert row_of(rate_table(made, "wer"), "greedy_search", "a") == [
         *("4.00", "8.00", "6.00 (-25.0 %)", "10.00 (+25.0 %)")
     ]
 
 
 def test_two_models_are_not_compared():
     made = report(model("T", decoding(a=4.0)), model("S", decoding(a=8.0)))
-    table = rate_tables(made)["wer"]
+    table = rate_table(made, "wer")
     assert row_of(table, "greedy_search", "a") == ["4.00", "8.00"]
 
 
@@ -116,16 +119,15 @@ def test_what_was_not_decoded_is_a_dash_and_a_note():
         model("S", decoding(b=8.0), settings={}),
         model("K", settings={}),
     )
-    table = rate_tables(made)["wer"]
+    table = rate_table(made, "wer")
     assert row_of(table, "greedy_search", "a") == ["4.00", "-", "-", "-", "-"]
     assert "K: no decoding results in exp/K" in notes(made)
 
 
 def test_cer_summaries_have_a_table_of_their_own_whatever_the_unit():
     made = report(model("T", decoding(a=9.0), decoding("cer", a=4.0)), unit="WER")
-    tables = rate_tables(made)
-    assert [made.unit_of(kind) for kind in tables] == ["WER", "CER"]
-    assert row_of(tables["cer"], "greedy_search", "a") == ["4.00"]
+    assert [made.unit_of(kind) for kind in made.sets] == ["WER", "CER"]
+    assert row_of(rate_table(made, "cer"), "greedy_search", "a") == ["4.00"]
     assert report(model("T"), unit="CER").unit_of("wer") == "CER"
 
 
@@ -165,7 +167,7 @@ def test_the_rtf_is_of_all_sets_whose_audio_is_known():
     assert row_of(models_table(made), "RTF, greedy_search") == ["0.0500", "-"]
     text = notes(made)
     assert "No RTF of c: data has no manifest cuts_c.jsonl.gz" in text
-    assert "No RTF of S, greedy_search: its log has no times" in text
+    assert "No RTF, as the log has no times: S (greedy_search)" in text
     assert "RTF: seconds of decoding by seconds of audio" in text
 
 
@@ -243,13 +245,13 @@ def test_other_decodings_are_listed_and_not_compared():
     assert tables[-1].rows == [
         ["T", "greedy_search", "epoch 2, avg 1", "-", "WER a 1.00"]
     ]
-    assert row_of(rate_tables(made)["wer"], "greedy_search", "a") == ["5.00"]
+    assert row_of(rate_table(made, "wer"), "greedy_search", "a") == ["5.00"]
 
 
 def test_weights_are_told_by_where_they_begin_and_end():
     kd = {"kd_ctc_weight": "0:0,3:1"}
     k = model("K", settings=kd)
-    k.training.batches[:] = [
+    k.runs[0].training.batches[:] = [
         LogLine(1, 0, {"loss": 1.0}, {"hard": 1.0, "ctc": 0.0}),
         LogLine(1, 9, {"loss": 1.0}, {"hard": 1.0, "ctc": 0.75}),
     ]

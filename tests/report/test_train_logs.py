@@ -211,3 +211,69 @@ def test_an_entry_of_a_date_that_there_is_not_is_left_out_and_counted(
     bad = f"2025-02-30 08:00:01,000 INFO [train.py:1] {batch(1, 0)}\nmore of it\n"
     found = read_training(write_training(tail=bad + good))
     assert [b.batch for b in found.batches] == [50] and found.skipped == 1
+
+
+def saved(name, hidden=""):
+    return f"Saving checkpoint to zipformer/exp/{hidden}{name}.pt"
+
+
+def test_seconds_run_from_the_first_entry_to_each_checkpoint(
+    write_training, batch, validation
+):
+    exp = write_training(
+        (5, batch(1, 0)),
+        (20, saved("checkpoint-4000")),
+        (30, batch(1, 50)),
+        (34, saved("epoch-1", ".tmp.")),
+        (34, saved("best-train-loss")),
+        (40, batch(2, 0)),
+        (44, validation(2)),
+    )
+    training = read_training(exp)
+    assert training.seconds == 44
+    assert training.seconds_until("checkpoint-4000") == 20
+    assert training.seconds_until("epoch-1") == 34
+    assert training.seconds_until("epoch-2") == 44  # not saved: its last line
+    assert training.seconds_until("epoch-3") is None
+    assert training.seconds_until("checkpoint-8000") is None
+
+
+def test_neither_a_pause_counts_nor_batches_that_were_lost(write_training, batch):
+    write_training(
+        (10, batch(1, 0)),
+        (60, batch(1, 50)),
+        (70, saved("epoch-1")),
+        (80, batch(2, 0)),
+        (900, batch(2, 50)),  # trained again by the next start
+        date="2025-01-01-00-00-00",
+    )
+    exp = write_training(
+        (1000, "Loading checkpoint from zipformer/exp/epoch-1.pt"),
+        (7, batch(2, 0)),
+        (27, batch(2, 50)),
+        (30, saved("epoch-2")),
+        date="2025-01-02-00-00-00",
+    )
+    training = read_training(exp)
+    assert training.seconds_until("epoch-1") == 70
+    assert training.seconds_until("epoch-2") == training.seconds == 100
+
+
+def test_a_start_within_an_epoch_goes_on_with_the_seconds_so_far(write_training, batch):
+    write_training(
+        *((10, batch(1, 0)), (60, batch(1, 50)), (80, saved("checkpoint-80"))),
+        (90, batch(1, 100)),
+        date="2025-01-01-00-00-00",
+    )
+    exp = write_training((5, batch(1, 100)), date="2025-01-02-00-00-00")
+    training = read_training(exp)
+    assert training.seconds == 85
+    assert [line.seconds for line in training.batches] == [10, 60, 85]
+
+
+def test_the_steps_that_logs_tell_are_those_of_their_last_lines(write_training, batch):
+    exp = write_training(*(batch(e, n) for e in (2, 3) for n in (0, 50, 100)))
+    training = read_training(exp)
+    assert training.least_steps(2) == 101
+    assert training.least_steps(3) == training.least_steps(9) == 202
+    assert training.least_steps(1) == 0

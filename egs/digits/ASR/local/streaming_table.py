@@ -15,7 +15,7 @@ import argparse
 import json
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import kaldialign
 import numpy as np
@@ -29,6 +29,7 @@ from teacher_utils import RECIPE
 from tqdm import tqdm
 
 from icefall_kd import KDError, ModelTap, load_model, transducer_greedy
+from icefall_kd.report.bootstrap import Bootstrap
 
 FRAME_MS = 40
 GAP = "*"
@@ -116,37 +117,16 @@ def errors(utterances: Dict[str, Utterance], head: str) -> np.ndarray:
         )
         for _, u in sorted(utterances.items())
     ]
-    return np.array(counts, dtype=float).T
+    return np.array(counts).T
 
 
-def mean_wer(counts: List[np.ndarray], chosen: Optional[np.ndarray] = None) -> float:
-    """Return the mean WER, %, of several seeds' :func:`errors`, ``counts``.
+def bootstrap(*models: List[np.ndarray]) -> Bootstrap:
+    """Resample the utterances of models, each given by the :func:`errors` of its seeds.
 
-    ``chosen`` are the indexes of utterances; None stands for all.
+    The WER of a model is the mean of its seeds. A draw is the same for all of them.
     """
-    sums = [(x if chosen is None else x[:, chosen]).sum(1) for x in counts]
-    return 100 * mean(wrong / words for wrong, words in sums)
-
-
-def interval(
-    counts: List[np.ndarray],
-    base: Optional[List[np.ndarray]] = None,
-    draws: int = 1000,
-) -> float:
-    """Half of the 95 % interval of the mean WER, or of its difference to ``base``'s.
-
-    Utterances are drawn anew, the same for all seeds and both sides (Bisani and Ney,
-    2004).
-    """
-    rng = np.random.default_rng(0)
-    n = counts[0].shape[1]
-    values = []
-    for _ in range(draws):
-        chosen = rng.integers(0, n, n)
-        value = mean_wer(counts, chosen)
-        values.append(value - mean_wer(base, chosen) if base else value)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(high - low) / 2
+    wrong, words = np.stack([sum(counts) for counts in models], axis=2)
+    return Bootstrap(wrong, words)
 
 
 def delays(teacher: Dict[str, Utterance], student: Dict[str, Utterance]) -> List[float]:
@@ -166,16 +146,17 @@ def delays(teacher: Dict[str, Utterance], student: Dict[str, Utterance]) -> List
 def cell(runs: List[Dict[str, Utterance]], head: str) -> str:
     """Return the mean WER of a ``head`` over ``runs``, its interval, and each run's."""
     counts = [errors(run, head) for run in runs]
-    wers = [mean_wer([one]) for one in counts]
+    wers = [100 * wrong.sum() / words.sum() for wrong, words in counts]
     each = f" ({', '.join(f'{w:.2f}' for w in wers)})" if len(wers) > 1 else ""
-    return f"**{mean(wers):.2f}** ± {interval(counts):.1f}{each}"
+    half = bootstrap(counts).interval(0).half_width
+    return f"**{mean(wers):.2f}** ± {half:.1f}{each}"
 
 
 def against(runs: List[Dict[str, Utterance]], base: List[Dict[str, Utterance]]) -> str:
     """Return how far the mean CTC WER of ``runs`` is from that of ``base``."""
     counts, base_counts = ([errors(run, "ctc") for run in x] for x in (runs, base))
-    difference = mean_wer(counts) - mean_wer(base_counts)
-    return f"{difference:+.2f} ± {interval(counts, base_counts):.1f}"
+    difference = bootstrap(counts, base_counts).difference(0, 1)
+    return f"{difference.points:+.2f} ± {difference.interval.half_width:.1f}"
 
 
 def main() -> None:
