@@ -35,11 +35,14 @@ def rate_blocks(report: Comparison) -> List[Block]:
             values = {"unit": unit, "draws": DRAWS + 1, "seeds": seeds}
             text = report.text("differences_text", **values)
             blocks += [Heading(heading), differences, Text(text)]
-        for cost in _COSTS:
+        for cost, title, text in (
+            ("steps", "equal_steps", "steps_text"),
+            ("seconds", "equal_seconds", "seconds_text"),
+        ):
             table = equal_table(report, kind, cost)
             if table.rows:
-                heading = report.text(f"equal_{cost}", unit=unit)
-                blocks += [Heading(heading), table, Text(report.text(f"{cost}_text"))]
+                heading = Heading(report.text(title, unit=unit))
+                blocks += [heading, table, Text(report.text(text))]
     return blocks
 
 

@@ -1,11 +1,13 @@
 """The commands, run in this process, and small manifests for them."""
 
 import importlib
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lhotse import CutSet
+from report_folders import KD, write_exp
 
 from icefall_kd import ModelTap
 from icefall_kd.cli import cli
@@ -143,3 +145,29 @@ def hear():
                 p.requires_grad_(flag)
 
     return ask
+
+
+@pytest.fixture
+def make_exp(tmp_path):
+    """Write an experiment folder for a report."""
+    return partial(write_exp, tmp_path)
+
+
+@pytest.fixture
+def three(make_exp, tmp_path):
+    """Words for a teacher, a student and a distilled student."""
+    make_exp("t", {"base_lr": 0.045}, 4.0, 4000)
+    make_exp("s", {"base_lr": 0.045}, 8.0)
+    make_exp("k", {"base_lr": 0.045, **KD}, 7.0)
+    words = (("teacher", "t"), ("no KD", "s"), ("KD", "k"))
+    return [w for n, f in words for w in ("--model", f"{n}={tmp_path / f}")]
+
+
+@pytest.fixture
+def fbank(make_cut, tmp_path):
+    """A folder with the manifest of the test set."""
+    folder = tmp_path / "fbank"
+    folder.mkdir()
+    path = folder / "librispeech_cuts_test-clean.jsonl.gz"
+    CutSet.from_cuts([make_cut("a", 1000), make_cut("b", 3000)]).to_file(path)
+    return folder

@@ -1,20 +1,17 @@
 """``icefall-kd report`` from the folders to the pages."""
 
 import gzip
-import json
 import re
 from html.parser import HTMLParser
 
 import pytest
-from lhotse import CutSet
+from report_folders import SUFFIX
 
 from icefall_kd.targets.store import read_fingerprint
 
 pytest.importorskip("matplotlib")
 
-SUFFIX = "epoch-3_avg-1_use-averaged-model"
 VOID = {"meta", "wbr", "br", "link"}
-KD = {"kd_ctc_weight": "0:0,2:1", "kd_hard_weight": 1.0, "kd_schedule": "warmup"}
 
 
 class Page(HTMLParser):
@@ -45,78 +42,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
-
-
-def training_log(settings, parameters, losses):
-    def entry(message):
-        return f"2025-03-04 08:00:00,000 INFO [train.py:1] {message}\n"
-
-    text = entry(json.dumps(settings, indent=2))
-    text += entry(f"Number of model parameters: {parameters}")
-    for i, loss in enumerate(losses):
-        own = f"loss={loss}, ctc_loss={2 * loss}"
-        if settings.get("kd_ctc_weight"):
-            own = f"kd_ctc_loss=0.5, kd_ctc_weight={i / 10}, {own}"
-        text += entry(
-            f"Epoch 1, batch {i * 50}, loss[{own}, over 40.00 frames. ], "
-            f"tot_loss[{own}, over 400.00 frames. ], batch size: 5, lr: 4.20e-02, "
-        )
-    return text + entry("Epoch 1, validation: loss=0.5, over 10.00 frames. ")
-
-
-def decode_log(seconds):
-    lines = [
-        (0, "Device: cpu"),
-        (0, '{\n  "max_duration": 60\n}'),
-        (0, "Number of model parameters: 1"),
-        (seconds, f"The transcripts are stored in x/recogs-test-clean-{SUFFIX}.txt"),
-        (seconds, "\nFor test-clean, WER of different settings are:\nx\t1"),
-    ]
-    return "".join(
-        f"2025-03-04 08:00:{s:02d},000 INFO [decode.py:1] {m}\n" for s, m in lines
-    )
-
-
-@pytest.fixture
-def make_exp(tmp_path):
-    def make(name, settings=None, rate=None, parameters=1000, seconds=2):
-        folder = tmp_path / name
-        (folder / "log").mkdir(parents=True)
-        if settings is not None:
-            (folder / "log" / "log-train-2025-03-04-05-06-07").write_text(
-                training_log(settings, parameters, [4.0, 2.0, 1.0])
-            )
-        if rate is not None:
-            method = folder / "greedy_search"
-            method.mkdir()
-            (method / f"wer-summary-test-clean-{SUFFIX}.txt").write_text(
-                f"settings\tWER\ngreedy_search\t{rate}\n"
-            )
-            (method / f"log-decode-{SUFFIX}-2025-03-04-05-06-07").write_text(
-                decode_log(seconds)
-            )
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def three(make_exp, tmp_path):
-    """Words for a teacher, a student and a distilled student."""
-    make_exp("t", {"base_lr": 0.045}, 4.0, 4000)
-    make_exp("s", {"base_lr": 0.045}, 8.0)
-    make_exp("k", {"base_lr": 0.045, **KD}, 7.0)
-    words = (("teacher", "t"), ("no KD", "s"), ("KD", "k"))
-    return [w for n, f in words for w in ("--model", f"{n}={tmp_path / f}")]
-
-
-@pytest.fixture
-def fbank(make_cut, tmp_path):
-    folder = tmp_path / "fbank"
-    folder.mkdir()
-    path = folder / "librispeech_cuts_test-clean.jsonl.gz"
-    CutSet.from_cuts([make_cut("a", 1000), make_cut("b", 3000)]).to_file(path)
-    return folder
 
 
 @pytest.fixture
@@ -249,191 +174,7 @@ def test_one_model_alone_makes_a_report(invoke, make_exp, tmp_path):
     assert invoke("report", "--model", f"t={exp}", tmp_path / "out").code == 0
 
 
-# Transcripts, seeds and speakers
-
-NAME = f"test-clean-{SUFFIX}.txt"
-REFERENCE = "one two three four five".split()
-
-
-def write_transcripts(exp, wrong, ids=None, reference=None):
-    """Of 8 utterances, the first ``wrong`` have one error in five words."""
-    ids = ids or [f"u{i}" for i in range(8)]
-    folder = exp / "greedy_search"
-    lines = []
-    for i, cut_id in enumerate(ids):
-        result = ["x", *REFERENCE[1:]] if i < wrong else REFERENCE
-        lines += [f"{cut_id}:\tref={reference or REFERENCE}"]
-        lines += [f"{cut_id}:\thyp={result}"]
-    (folder / f"recogs-{NAME}").write_text("\n".join(lines) + "\n")
-    rate = f"{100 * wrong / 5 / len(ids):.2f}"
-    (folder / f"wer-summary-{NAME}").write_text(f"settings\tWER\ngreedy\t{rate}\n")
-    return folder / f"recogs-{NAME}"
-
-
-@pytest.fixture
-def scored(three, tmp_path):
-    """Words for three models with transcripts."""
-    pytest.importorskip("kaldialign")
-    for name, wrong in (("t", 0), ("s", 8), ("k", 4)):
-        write_transcripts(tmp_path / name, wrong)
-    return three
-
-
-@pytest.fixture
-def speakers(make_cut, tmp_path):
-    """A manifest of the transcripts' cuts, by four speakers."""
-
-    def write(count=4):
-        cuts = [make_cut(f"u{i}", 100) for i in range(8)]
-        for i, cut in enumerate(cuts):
-            cut.supervisions[0].speaker = f"s{i % count}"
-        (tmp_path / "fbank").mkdir(exist_ok=True)
-        CutSet.from_cuts(cuts).to_file(tmp_path / "fbank/cuts_test-clean.jsonl.gz")
-        return tmp_path / "fbank"
-
-    return write
-
-
-def test_intervals_and_differences_are_printed_and_written(invoke, scored, tmp_path):
-    done = invoke("report", *scored, tmp_path / "out")
-    assert (done.code, done.err) == (0, [])
-    rates, differences = done.out.split("\n\n")[:2]
-    assert "0.00 [0.00, 0.00]  20.00 [20.00, 20.00]  10.00 [" in rates
-    assert differences.startswith("Against no KD, on the same utterances\n")
-    row = differences.splitlines()[-1].split()
-    assert row[:4] == ["greedy_search", "test-clean", "KD", "-10.00"]
-    assert row[-2:] == ["99.6", "%"] or float(row[-2]) > 99
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "test-clean has 40 words in 8 utterances" in text
-    assert "no interval" not in text
-
-
-def test_a_name_given_again_adds_a_seed(invoke, make_exp, scored, tmp_path):
-    write_transcripts(make_exp("k2", {"base_lr": 0.045, **KD}, 0.0), 8)
-    words = ["--model", f"KD={tmp_path / 'k2'}"]
-    done = invoke("report", *scored, *words, tmp_path / "out")
-    assert (done.code, done.err) == (0, [])
-    assert "20.00 [20.00, 20.00]  15.00 [12.50, 17.50]" in done.out
-    assert "10.00, 20.00" in done.out and "7.07" in done.out
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "|  | teacher | no KD | KD (1) | KD (2) |" in text
-    page = Page((tmp_path / "out" / "report.html").read_text("utf8"))
-    assert {"KD (1)", "KD (2)"} <= set(page.text)
-
-
-def test_without_transcripts_of_one_seed_a_model_has_no_interval(
-    invoke, make_exp, scored, tmp_path
-):
-    make_exp("k2", {"base_lr": 0.045, **KD}, 14.0)
-    words = ["--model", f"KD={tmp_path / 'k2'}"]
-    done = invoke("report", *scored, *words, tmp_path / "out")
-    assert "20.00 [20.00, 20.00]  12.00 " in done.out
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert f"- KD (2): no interval, as {tmp_path / 'k2'} has no greedy_search/" in text
-
-
-def test_by_speaker_the_speakers_are_counted(invoke, scored, speakers, tmp_path):
-    words = ["--manifest-dir", speakers(), "--by-speaker"]
-    done = invoke("report", *scored, *words, tmp_path / "out")
-    assert (done.code, done.err) == (0, [])
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "test-clean has 40 words in 8 utterances of 4 speakers" in text
-    assert "blockwise bootstrap" in text
-    # Each speaker has one utterance that is wrong and one that is right.
-    assert "10.00 [10.00, 10.00]" in done.out
-
-
-def test_an_interval_that_all_results_have_is_taken(invoke, scored, tmp_path):
-    done = invoke("report", *scored, "--interval", "8", tmp_path / "out")
-    assert (done.code, done.err) == (0, [])
-
-
 # Refusals, in one sentence, with nothing written
-
-
-def test_too_few_words_for_the_interval_are_refused(refused, scored, tmp_path):
-    said = refused("report", *scored, "--interval", "1", tmp_path / "out")
-    assert "the test set test-clean has 40 words, too few for --interval 1:" in said
-    assert "'KD' by greedy_search" in said and "words are needed" in said
-
-
-def test_an_interval_without_transcripts_is_refused(refused, three, tmp_path):
-    said = refused("report", *three, "--interval", "1", tmp_path / "out")
-    assert f"{tmp_path / 't'} has no transcripts greedy_search/recogs-test-" in said
-
-
-def test_an_interval_without_results_is_refused(refused, make_exp, tmp_path):
-    exp = make_exp("t", {"a": 1})
-    words = ["--model", f"t={exp}", "--interval", "1"]
-    said = refused("report", *words, tmp_path / "out")
-    assert "--interval is given, and no model has decoding results" in said
-
-
-def test_transcripts_of_another_decoding_are_refused(refused, scored, tmp_path):
-    path = tmp_path / "k" / "greedy_search" / f"wer-summary-{NAME}"
-    path.write_text("settings\tWER\ngreedy\t9.00\n")
-    said = refused("report", *scored, tmp_path / "out")
-    assert "4 errors in 40 words (10.00 %), and the result beside it is 9.00 %" in said
-
-
-def test_other_utterances_are_refused(refused, scored, tmp_path):
-    ids = [f"u{i}" for i in range(7)]
-    path = write_transcripts(tmp_path / "k", 4, ids)
-    said = refused("report", *scored, tmp_path / "out")
-    assert "utterance u7 is in " in said and f" and not in {path}" in said
-
-
-def test_other_references_are_refused(refused, scored, tmp_path):
-    write_transcripts(tmp_path / "k", 8, reference=["won", *REFERENCE[1:]])
-    said = refused("report", *scored, tmp_path / "out")
-    assert "the references of utterance u0 differ" in said
-
-
-def test_damaged_transcripts_are_refused(refused, scored, tmp_path):
-    path = tmp_path / "k" / "greedy_search" / f"recogs-{NAME}"
-    path.write_bytes(path.read_bytes()[:-9])
-    said = refused("report", *scored, tmp_path / "out")
-    assert f"{path} is damaged at line 16" in said
-
-
-def test_speakers_without_a_manifest_dir_are_refused(refused, scored, tmp_path):
-    said = refused("report", *scored, "--by-speaker", tmp_path / "out")
-    assert "--by-speaker is given without --manifest-dir" in said
-
-
-def test_speakers_that_no_manifest_has_are_refused(
-    refused, scored, speakers, fbank, tmp_path
-):
-    words = ["report", *scored, "--by-speaker", "--manifest-dir", fbank]
-    said = refused(*words, tmp_path / "out")
-    assert "has no speaker for the cut u0 of" in said
-    assert "give the --manifest-dir that was decoded" in said
-    speakers()  # beside the other
-    assert "has several manifests of test-clean" in refused(*words, tmp_path / "out")
-    for path in fbank.iterdir():
-        path.unlink()
-    said = refused(*words, tmp_path / "out")
-    assert "has no manifest cuts_test-clean.jsonl.gz: give a folder" in said
-
-
-def test_a_single_speaker_is_refused(refused, scored, speakers, tmp_path):
-    words = ["--by-speaker", "--manifest-dir", speakers(1)]
-    said = refused("report", *scored, *words, tmp_path / "out")
-    assert "has one speaker, s0, and an interval needs two or more" in said
-
-
-def test_without_kaldialign_transcripts_are_refused(run_python, scored, tmp_path):
-    words = ["icefall-kd", "report", *map(str, scored), str(tmp_path / "out")]
-    done = run_python(
-        f"import sys; sys.argv = {words!r}\n"
-        "from icefall_kd.cli import main\n"
-        "main()",
-        block=["kaldialign"],
-    )
-    assert done.returncode == 1 and done.stdout == ""
-    (said,) = done.stderr.splitlines()
-    assert "are counted by kaldialign" in said
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_an_equals_sign_is_refused(refused, make_exp, tmp_path):

@@ -71,7 +71,7 @@ def test_references_that_differ_are_refused():
 
 
 def speakers(count, n=N):
-    return {f"u{i:03d}": f"s{i % count}" for i in range(n)}
+    return {f"u{i:03d}": f"s{i % count:03d}" for i in range(n)}
 
 
 def test_by_speaker_the_units_are_speakers():
@@ -96,7 +96,7 @@ def test_a_cut_without_a_speaker_is_refused():
 
 
 def test_a_single_speaker_is_refused():
-    with pytest.raises(KDError, match="x has one speaker, s0, and an interval needs"):
+    with pytest.raises(KDError, match="x has one speaker, s000, and an interval needs"):
         measure({"S": [scores()]}, "", speakers(1))
 
 

@@ -83,9 +83,10 @@ def test_both_languages_ask_for_the_same_things(key):
 
 def test_every_word_is_used():
     import icefall_kd.cli.report as command
-    import icefall_kd.report.tables as tables
+    from icefall_kd.report import rates, tables
 
-    used = "".join(open(m.__file__, encoding="utf8").read() for m in (command, tables))
+    modules = (command, rates, tables)
+    used = "".join(open(m.__file__, encoding="utf8").read() for m in modules)
     assert [k for k in EN if f'"{k}"' not in used] == []
 
 
