@@ -224,11 +224,11 @@ class Fingerprint:
           KDError: a field that differs.
         """
         names = [f.name for f in fields(self) if f.name != "further_kinds"]
-        names += {**self.further_kinds, **other.further_kinds}
-        for name in names:
-            old, new = (
-                getattr(x, name, x.further_kinds.get(name, "")) for x in (self, other)
-            )
+        rows = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        for name in {**self.further_kinds, **other.further_kinds}:
+            forms = (x.further_kinds.get(name, "") for x in (self, other))
+            rows.append((name, *forms))
+        for name, old, new in rows:
             require(
                 old == new,
                 f"the target store {folder} was made with {name} {old!r} and "
