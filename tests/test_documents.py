@@ -109,7 +109,9 @@ def test_scripts_that_a_document_calls_exist_and_have_its_options(path):
             continue
         script = (path.parent if name.startswith("./") else ROOT) / name
         assert script.exists(), name
-        if script.suffix == ".sh" and "# Options" in script.read_text():
+        if script.suffix == ".sh" and re.search(
+            r"^# Options|^\. .*/run\.sh", script.read_text(), re.M
+        ):
             done = subprocess.run([script, "--help"], capture_output=True, text=True)
             options = re.findall(r"^  (--[a-z-]+) ", done.stdout, re.M)
             assert {w for w in words if re.match("--[a-z-]+$", w)} <= {

@@ -26,6 +26,9 @@ SCRIPTS = (
     "egs/digits/ASR/run_slices.sh",
     "egs/digits/ASR/run_streaming.sh",
 )
+# Shares the script of another recipe; its own file has the defaults that differ.
+SHARING = "egs/commands/ASR/run.sh"
+SHARED, OWN_DEFAULTS = "egs/digits/ASR/run.sh", "egs/commands/ASR/conf/corpus.sh"
 INTRODUCTION = """# Options
 
 `tools/options_table.py` makes this page from the code. The [glossary](glossary.md)
@@ -104,6 +107,17 @@ def script_rows(text: str) -> Iterator[Row]:
             yield f"--{name.replace('_', '-')}", default.strip('"'), comment
 
 
+def sharing_rows() -> Iterator[Row]:
+    """The options of the shared script that have another default in SHARING."""
+    defaults = (ROOT / OWN_DEFAULTS).read_text("utf8")
+    own = re.findall(r'^(\w+)="?(.*?)"?$', defaults, re.M)
+    shared = script_rows((ROOT / SHARED).read_text("utf8"))
+    meanings = {option: meaning for option, _, meaning in shared}
+    for name, default in own:
+        option = f"--{name.replace('_', '-')}"
+        yield option, default, meanings[option]
+
+
 def renamed_rows() -> Iterator[Row]:
     """Of each former name: the program, the former and the present name."""
     for (command, old), new in cli_options.RENAMED.items():
@@ -136,6 +150,9 @@ def sections() -> Iterator[str]:
     for path in SCRIPTS:
         yield f"## {path}\n"
         yield table(list(script_rows((ROOT / path).read_text("utf8")))) + "\n"
+    yield f"## {SHARING}\n"
+    yield f"It has the options of `{SHARED}`, some with other defaults:\n"
+    yield table(list(sharing_rows())) + "\n"
     yield "## Former names\n"
     yield "A former name is refused, in one sentence that names the present one.\n"
     yield "| program | former name | present name |\n|---|---|---|"

@@ -381,6 +381,9 @@ def test_a_bpe_model_of_another_size_is_refused(work, tmp_path):
     [
         (["--corpus", "fsdd"], ["--corpus-dir"]),
         (["--corpus", "librispeech"], ["librispeech", "espeak or fsdd"]),
+        (["--corpus", "commands", "--corpus-dir", "x"], ["commands", "espeak or fsdd"]),
+        (["--teacher-set", "joiner-dim=8 joiner"], ["--teacher-set", "'joiner'"]),
+        (["--patience", "2", "--long-factor", "2"], ["--patience 2", "--long-factor"]),
         (["--no-such-option", "1"], ["--no-such-option"]),
         (
             ["--corpus", "fsdd", "--corpus-dir", "/nowhere", "--stop-stage", "1"],

@@ -1,4 +1,4 @@
-"""Every option of the digits recipe's scripts, with values that they can't use.
+"""Every option of the scripts of digits and commands, with values that they can't use.
 
 Each script's line is one that it refuses at its end, for the files that it names: so
 each case is a refusal, of one sentence, that leaves nothing.
@@ -13,17 +13,24 @@ from typing import Any, Dict, Iterator, List, Tuple
 import pytest
 from fuzzing import BAD_VALUES, changes, check_refusal, command_line, run, tree
 
-LOCAL = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "local"
-SCRIPTS = sorted(
-    path.stem
-    for path in LOCAL.glob("*.py")
-    if "run_script(main)" in path.read_text().split("\n__name__")[-1]
-)
+EGS = Path(__file__).resolve().parents[2] / "egs"
+FOLDERS = {
+    path.stem: path.parent
+    for path in EGS.glob("*/ASR/local/*.py")
+    if not path.is_symlink()
+    and "run_script(main)" in path.read_text().split("\n__name__")[-1]
+}
+LOCAL = set(FOLDERS.values())
 # What stands in for a value of this kind where one is required.
 VALUES = {Path: "a-file", int: "1", str: "x", None: "x"}
 # Where the defaults would make a corpus.
 NOWHERE = ["--audio-dir", "a-file/x", "--output-dir", "a-file/x"]
-BASE = {"prepare_espeak": NOWHERE, "prepare_fsdd": NOWHERE, "make_table": ["x:1"]}
+BASE = {
+    "prepare_espeak": NOWHERE,
+    "prepare_fsdd": NOWHERE,
+    "prepare_commands": NOWHERE,
+    "make_table": ["x:1"],
+}
 
 
 class Parsed(BaseException):
@@ -38,7 +45,7 @@ def load(monkeypatch):
         raise Parsed(parser)
 
     def load_script(name: str) -> Tuple[Any, argparse.ArgumentParser]:
-        monkeypatch.syspath_prepend(LOCAL)
+        monkeypatch.syspath_prepend(FOLDERS[name])
         module = importlib.import_module(name)
         with monkeypatch.context() as patched:
             patched.setattr(argparse.ArgumentParser, "parse_args", stop)
@@ -52,7 +59,7 @@ def load(monkeypatch):
 
 
 def _is_local(module: Any) -> bool:
-    return Path(getattr(module, "__file__", None) or "/").parent == LOCAL
+    return Path(getattr(module, "__file__", None) or "/").parent in LOCAL
 
 
 def lines_of(name: str, parser: argparse.ArgumentParser) -> Iterator[Tuple[str, List]]:
@@ -78,7 +85,7 @@ def lines_of(name: str, parser: argparse.ArgumentParser) -> Iterator[Tuple[str, 
     yield "an unknown option", ["--nonsense"]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", sorted(FOLDERS))
 def test_a_script_refuses_in_one_sentence_and_leaves_nothing(
     load, name, tmp_path, monkeypatch
 ):

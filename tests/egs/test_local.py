@@ -385,6 +385,9 @@ def broken_corpus(folder, what):
     if what == "damaged":
         bad.write_bytes(b"RIFF and no more")
         return corpus, "3_anna_6.wav"
+    if what == "short":
+        bad.write_bytes(bad.read_bytes()[:-501])
+        return corpus, "3_anna_6.wav is cut short"
     if what == "silent":
         audio_utils.write_wav(bad, np.zeros(2000))
         return corpus, "silence"
@@ -395,7 +398,7 @@ def broken_corpus(folder, what):
 
 
 @pytest.mark.parametrize(
-    "what", ["missing", "empty", "rate", "name", "damaged", "silent", "digit"]
+    "what", ["missing", "empty", "rate", "name", "damaged", "short", "silent", "digit"]
 )
 def test_a_bad_corpus_is_refused(tmp_path, what):
     corpus_dir, word = broken_corpus(tmp_path, what)
@@ -403,7 +406,7 @@ def test_a_bad_corpus_is_refused(tmp_path, what):
     work.mkdir()
     words = ["--corpus-dir", corpus_dir, *TONE_ARGS]
     done = run_apart("prepare_fsdd.py", *words, cwd=work)
-    if what in ("rate", "damaged", "silent", "digit"):
+    if what in ("rate", "damaged", "short", "silent", "digit"):
         refused_late(done, "prepare_fsdd.py", word)
     else:
         refused(done, "prepare_fsdd.py", word)

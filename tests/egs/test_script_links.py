@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     *(f"egs/digits/ASR/run{name}.sh" for name in ("", "_fsdd", "_ablation", "_slices")),
+    "egs/commands/ASR/run.sh",
     "egs/librispeech/ASR/kd.sh",
     "tools/make_env.sh",
     "tools/make_k2_env.sh",

@@ -1,4 +1,4 @@
-"""Numbers and switches of the digits recipe's shell scripts, before any work."""
+"""Numbers and switches of the shell scripts of digits and commands, before any work."""
 
 import re
 import subprocess
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-RECIPE = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR"
+EGS = Path(__file__).resolve().parents[2] / "egs"
+RECIPE = EGS / "digits" / "ASR"
 SCRIPTS = ("run", "run_fsdd", "run_ablation", "run_slices", "run_streaming")
 
 
@@ -32,10 +33,10 @@ def refusal(tmp_path):
     def contents():
         return {p: p.is_file() and p.read_bytes() for p in work.rglob("*")}
 
-    def run(script, *words):
+    def run(script, *words, recipe=RECIPE):
         before = contents()
         done = subprocess.run(
-            [str(RECIPE / f"{script}.sh"), "--work-dir", str(work), *words],
+            [str(recipe / f"{script}.sh"), "--work-dir", str(work), *words],
             capture_output=True,
             text=True,
             timeout=60,
@@ -52,7 +53,7 @@ def refusal(tmp_path):
 def test_all_scripts_have_numbers_to_check():
     assert {script for script, _ in OPTIONS} == set(SCRIPTS)
     assert {o for s, o in OPTIONS if s == "run_fsdd"} == {"--num-jobs", "--seeds"}
-    assert len([o for s, o in OPTIONS if s == "run"]) == 12
+    assert len([o for s, o in OPTIONS if s == "run"]) == 14
 
 
 @pytest.mark.parametrize("value", ["x", "-1", "08", "1.5", "", "9" * 20])
@@ -63,12 +64,19 @@ def test_what_is_no_whole_number_is_refused(refusal, script, option, value):
     assert f"{option} is '{value}', and must be " in said and "whole number" in said
 
 
+@pytest.mark.parametrize("option", [o for s, o in OPTIONS if s == "run"])
+def test_the_commands_recipe_refuses_them_too(refusal, option):
+    said = refusal("run", option, "x", recipe=EGS / "commands" / "ASR")
+    assert f"{option} is 'x', and must be a whole number from" in said
+
+
 @pytest.mark.parametrize(
     "script, option, value, least",
     [
         ("run", "--teacher-epochs", "1", 2),
         ("run", "--student-epochs", "0", 1),
         ("run", "--long-factor", "0", 1),
+        ("run", "--avg", "0", 1),
         ("run_fsdd", "--num-jobs", "0", 1),
         ("run_ablation", "--half-step", "5", 6),
         ("run_slices", "--every", "0", 1),

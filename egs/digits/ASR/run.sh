@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # The digits recipe, from nothing to a table of WERs. See README.md.
-# A recipe of another corpus sets recipe_dir, its own folder, and sources this script.
+# A recipe of another corpus sources this script and works in its own folder.
 set -eou pipefail
 caller=$PWD
 script=$(realpath "${BASH_SOURCE[0]}")
-cd "${recipe_dir:-$(dirname "$script")}"
+cd "$(dirname "$(realpath "${BASH_SOURCE[-1]}")")"
 
 # Options
 stage=0             # first stage
 stop_stage=9        # last stage
 redo=false          # true: do the chosen stages again
 
-corpus=espeak       # espeak (speech is synthesized), fsdd or commands
-corpus_dir=         # fsdd: folder of the recordings; commands: the corpus's clone
+corpus=espeak       # espeak (speech is synthesized) or fsdd; in egs/commands, commands
+corpus_dir=         # fsdd: folder of the recordings; commands: your clone of the corpus
 test_speaker=theo   # fsdd: held out for test
 untranscribed_speakers=  # speakers without transcripts, separated by commas
 teacher_work_dir=   # use the teacher and tokens of this work folder
@@ -25,7 +25,7 @@ seed=42             # of the trainings and the student's parameters
 corpus_seed=        # of the corpus; empty: --seed
 
 teacher_epochs=10   # epochs of the teacher, at most with --patience
-student_epochs=3    # epochs of both students, with long_factor 1
+student_epochs=3    # epochs of both students, with long_factor 1; at most with --patience
 long_factor=1       # 3: also train and decode both students three times as long
 patience=0          # above 0: train to the end, until the dev WER has not improved for so many epochs
 avg=1               # how many epochs are averaged
@@ -50,8 +50,10 @@ renamed="teacher_dir:teacher_work_dir student:student_set"
 if [ -f conf/corpus.sh ]; then
   . conf/corpus.sh
   help_message+="
-Defaults of this recipe's own:
-$(sed '/^#/d; s/^/  /' conf/corpus.sh)"
+Of the options below, this recipe has other defaults:"
+  while IFS='=' read -r name value; do
+    help_message+=$'\n'"  --${name//_/-} $value"
+  done < <(grep -v '^#' conf/corpus.sh)
 fi
 . shared/parse_options.sh
 . shared/check_options.sh
@@ -81,26 +83,24 @@ if [ -n "$corpus_dir" ] && [ -d "$caller/$corpus_dir" ]; then
 fi
 # Compiling at every start costs more than it saves in runs this short.
 export TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1}
+corpora=$(printf '%s\n' local/prepare_*.py | sed 's/.*prepare_//; s/\.py$//')
+grep -qxF -e "$corpus" <<< "$corpora" \
+  || fail "the corpus is '$corpus', and must be ${corpora//$'\n'/ or }"
 rate=8000
-case $corpus in
-  espeak) ;;
-  fsdd) [ -n "$corpus_dir" ] || [ "$stage" -gt 1 ] \
-    || fail "--corpus fsdd needs --corpus-dir, the folder of the dataset's recordings" ;;
-  commands)
-    rate=16000
-    [ -x local/prepare_commands.py ] \
-      || fail "--corpus commands is for egs/commands/ASR/run.sh: start that"
-    [ -n "$corpus_dir" ] || [ "$stage" -gt 1 ] \
-      || fail "--corpus commands needs --corpus-dir, your clone of the corpus" ;;
-  *) fail "the corpus is '$corpus', and must be espeak, fsdd or commands" ;;
-esac
+if [ "$corpus" = commands ]; then rate=16000; fi
+[ "$corpus" = espeak ] || [ -n "$corpus_dir" ] || [ "$stage" -gt 1 ] \
+  || fail "--corpus $corpus needs --corpus-dir, the folder of its recordings"
+for setting in $teacher_set; do
+  [[ $setting == ?*=?* ]] \
+    || fail "--teacher-set has '$setting', and each word must be NAME=VALUE, such as" \
+      "encoder-dim=64,128,128"
+done
 [ "$corpus" != espeak ] || [ -z "$untranscribed_speakers$teacher_work_dir" ] \
   || fail "--untranscribed-speakers and --teacher-work-dir are not for --corpus espeak"
 [ "$patience" -eq 0 ] || [ "$long_factor" -eq 1 ] \
   || fail "--patience $patience ends a training by itself: leave out --long-factor" \
     "$long_factor"
 
-mkdir -p "$work_dir/data" "$work_dir/exp"
 data=$work_dir/data
 exp=$work_dir/exp
 lang=$data/lang_bpe_$vocab_size
@@ -108,13 +108,19 @@ teacher=$exp/teacher
 if [ -n "$teacher_work_dir" ]; then
   lang=$teacher_work_dir/data/lang_bpe_$vocab_size
   teacher=$teacher_work_dir/exp/teacher
-  [ -f "$teacher/best-epoch" ] || [ -f "$teacher/epoch-$teacher_epochs.pt" ] \
+  [ -f "$teacher/epoch-$(last_epoch "$teacher" "$teacher_epochs").pt" ] \
     || fail "$teacher has no epoch-$teacher_epochs.pt: run its stages up to 4 first"
+  [ ! -f "$teacher/best-epoch" ] || [ -f "$teacher_work_dir/exp/.4.done" ] \
+    || fail "the teacher in $teacher is not trained to the end: let its stage 4 finish"
+  [ -f "$lang/bpe.model" ] \
+    || fail "$lang has no bpe.model: give the --vocab-size of $teacher_work_dir"
 fi
+mkdir -p "$data" "$exp"
 
 # Results of other settings in the same folder would be taken for these.
 settings="corpus=$corpus corpus_seed=$corpus_seed test_speaker=$test_speaker seed=$seed \
-untranscribed_speakers=$untranscribed_speakers num_train=$num_train num_dev=$num_dev \
+untranscribed_speakers=$untranscribed_speakers num_train=$num_train \
+num_untranscribed=$num_untranscribed num_dev=$num_dev \
 num_test=$num_test vocab_size=$vocab_size teacher_epochs=$teacher_epochs \
 teacher_dir=$teacher_work_dir student=$student_set student_init=$student_init \
 student_epochs=$student_epochs long_factor=$long_factor patience=$patience avg=$avg \
@@ -242,7 +248,8 @@ if todo 5 "targets" "$data/kd" "$labelled"; then  # 1 minute, 25 MB
   mkdir -p "$data/kd"
   if [ -n "$untranscribed_speakers" ] && [ ! -f "$labelled" ]; then
     run ./local/label_cuts.py --exp-dir "$teacher" --epoch "$teacher_epoch" \
-      --bpe-model "$bpe" --num-threads "$num_threads" \
+      --avg "$(averaged "$teacher_epoch")" --bpe-model "$bpe" \
+      --num-threads "$num_threads" \
       "$data/fbank/cuts_train-untranscribed.jsonl.gz" "$labelled"
   fi
   read -r -a dump_words <<< "$dump_flags"
@@ -319,8 +326,9 @@ if todo 8 "decoding"; then  # 1 minute
 fi
 
 if todo 9 "table"; then  # 1 minute
-  run ./local/make_table.py --seed "$seed" --avg "$avg" --bpe-model "$bpe" --output "$exp/summary.json" \
-    --manifest "$data/fbank/cuts_test.jsonl.gz" "${models[@]}"
+  run ./local/make_table.py --seed "$seed" --avg "$avg" --bpe-model "$bpe" \
+    --output "$exp/summary.json" --manifest "$data/fbank/cuts_test.jsonl.gz" \
+    "${models[@]}"
   finish 9
 fi
 rm -f "$exp/.redo"
@@ -329,16 +337,27 @@ if [ "$stop_stage" -ge 9 ] && [ -f "$exp/summary.md" ]; then
   cat "$exp/summary.md"
 fi
 
+took="$(((SECONDS - begun) / 60)) min $(((SECONDS - begun) % 60)) s"
 cat <<END
 
-Done in $(((SECONDS - begun) / 60)) min $(((SECONDS - begun) % 60)) s. Everything lies in $(cd "$work_dir" && pwd):
+Done in $took. Everything lies in $(cd "$work_dir" && pwd):
   exp/summary.json, summary.md     the table
   exp/student-kd/epoch-$kd_epoch.pt        the distilled student, an ordinary checkpoint
   exp/*/log, exp/*/tensorboard     losses; tensorboard --logdir $exp
   exp/*/greedy_search, exp/*/ctc-greedy-search   WERs and aligned utterances
   data/kd                          the cuts with the teacher's targets
+END
+if [ "$patience" -gt 0 ]; then
+  echo "  exp/*/dev-wer.csv, best-epoch    dev WER after each epoch, and the best one, of" \
+    "which up to $avg epochs are averaged"
+fi
+cat <<END
 To try next:
   $0 --stage 7 --redo true --kd-flags "--kd-temperature 2"   another temperature
-  $0 --work-dir work/long --long-factor 3             three times the steps
-  $0 --corpus fsdd --corpus-dir DIR --work-dir work/fsdd   real recordings
 END
+if [ "$patience" -eq 0 ]; then
+  echo "  $0 --work-dir work/long --long-factor 3             three times the steps"
+fi
+if [ "$corpus" = espeak ]; then
+  echo "  $0 --corpus fsdd --corpus-dir DIR --work-dir work/fsdd   real recordings"
+fi

@@ -5,7 +5,8 @@ train() {
   local folder=$1 first=$2 last=$3
   shift 3
   while [ -f "$folder/epoch-$first.pt" ]; do first=$((first + 1)); done
-  if [ "$first" -gt "$last" ]; then
+  # With --patience the dev cuts may not be decoded yet after the last one.
+  if [ "$first" -gt "$last" ] && [ "${patience:-0}" -eq 0 ]; then
     echo "$folder has its epoch $last"
     return
   fi

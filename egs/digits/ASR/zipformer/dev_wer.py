@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 from pathlib import Path
 from typing import List, NamedTuple, Tuple
 
@@ -13,13 +14,16 @@ from zipformer.utils import AttributeDict
 from icefall_kd import KDError, load_model
 from icefall_kd.files import replacing
 
+# Percent. Before a model outputs words its WER stays near 100 for some epochs.
+FIRST_WORDS = 90.0
+
 
 class DevWer(NamedTuple):
     """What is known after an epoch; WERs are in percent, of the averaged model."""
 
     epoch: int
     steps: int
-    seconds: float  # of training, from the start on
+    seconds: float  # of training alone, from the start on
     ctc: float
     transducer: float
 
@@ -35,18 +39,34 @@ def num_averaged(epoch: int, avg: int) -> int:
 
 
 def read_dev_wers(exp_dir: Path) -> List[DevWer]:
-    """Return what a training in ``exp_dir`` wrote after its epochs, [] if nothing."""
+    """Return what a training in ``exp_dir`` wrote after its epochs, [] if nothing.
+
+    Raises:
+      KDError: a file that is not as :func:`write_dev_wers` wrote it.
+    """
     path = exp_dir / "dev-wer.csv"
     if not path.is_file():
         return []
-    with open(path, encoding="utf8", newline="") as f:
-        rows = list(csv.DictReader(f))
+    kinds = DevWer.__annotations__
     try:
-        return [
-            DevWer(*(t(r[k]) for k, t in DevWer.__annotations__.items())) for r in rows
+        with open(path, encoding="utf8", newline="") as f:
+            header, *lines = csv.reader(f)
+        if header != list(kinds):
+            raise ValueError(f"its first line is not {','.join(kinds)}")
+        rows = [
+            DevWer(*(kind(x) for kind, x in zip(kinds.values(), line, strict=True)))
+            for line in lines
         ]
-    except (KeyError, TypeError, ValueError) as e:
-        raise KDError(f"{path} is damaged ({e}): remove it") from None
+        if not all(math.isfinite(x) and x >= 0 for row in rows for x in row):
+            raise ValueError("a number is negative or not finite")
+        epochs = [row.epoch for row in rows]
+        if epochs != sorted(set(epochs)):
+            raise ValueError("its epochs are not in order")
+    except (ValueError, csv.Error) as e:
+        raise KDError(
+            f"{path} is damaged ({e}): remove it, and the training begins to count anew"
+        ) from None
+    return rows
 
 
 def write_dev_wers(exp_dir: Path, rows: List[DevWer]) -> None:
@@ -108,42 +128,53 @@ def is_over(rows: List[DevWer], patience: int) -> bool:
     """Return whether a training is over.
 
     It is over when none of the last ``patience`` epochs has a lower mean of both heads'
-    WERs than an earlier epoch.
+    WERs than an earlier epoch. It is not over before that mean is below 90 %: until a
+    model begins to output words, its WER does not say how far it is.
 
     Args:
       rows: Those of its epochs.
       patience: A number of epochs, 1 or more.
     """
-    return bool(rows) and rows[-1].epoch - best_of(rows).epoch >= patience
+    if not rows or best_of(rows).mean >= FIRST_WORDS:
+        return False
+    return rows[-1].epoch - best_of(rows).epoch >= patience
 
 
-def add_dev_wer(params: AttributeDict, dev_dl, sp, seconds: float) -> List[DevWer]:
-    """Decode the dev cuts after an epoch; return the rows of all epochs.
+def dev_wers_until(
+    params: AttributeDict, dev_dl, sp, anew: bool = True
+) -> List[DevWer]:
+    """Return the rows of the epochs up to ``params.cur_epoch``, which is done.
 
-    The rows are in ``dev-wer.csv`` of the experiment folder, so a training that goes on
-    knows them.
+    The dev cuts are decoded. The rows are then in ``dev-wer.csv`` of the experiment
+    folder, so a training that goes on knows them. The first epoch has none: there is no
+    earlier one to average from.
 
     Args:
-      params: The training's, with ``cur_epoch`` and ``avg``.
+      params: The training's, with ``cur_epoch``, ``avg``, ``batch_idx_train`` and
+        ``train_seconds``.
       dev_dl: Batches of the dev cuts.
       sp: The tokens.
-      seconds: How long the epoch's training took.
+      anew: Whether to decode also if this epoch has a row, of a training before.
+
+    Raises:
+      KDError: a damaged ``dev-wer.csv``, or checkpoints that can't be averaged.
     """
     epoch = params.cur_epoch
-    rows = [row for row in read_dev_wers(params.exp_dir) if row.epoch < epoch]
-    before = rows[-1].seconds if rows else 0.0
-    if epoch > 1:
-        avg = num_averaged(epoch, params.avg)
-        folder = Path(__file__).parent
-        model, _ = load_model(folder, params.exp_dir, epoch, 0, avg, True)
-        rates = decode_dev(model, dev_dl, sp)
-    else:
-        rates = (100.0, 100.0)  # The first epoch has no earlier one to average from.
-    rows.append(DevWer(epoch, params.batch_idx_train, before + seconds, *rates))
+    rows = [row for row in read_dev_wers(params.exp_dir) if row.epoch <= epoch]
+    if rows and rows[-1].epoch == epoch and anew:
+        del rows[-1]
+    if epoch < 2 or (rows and rows[-1].epoch == epoch):
+        return rows
+    avg, folder = num_averaged(epoch, params.avg), Path(__file__).parent
+    model, _ = load_model(folder, params.exp_dir, epoch, 0, avg, True)
+    # Rounded as in the file, so that a training that goes on compares the same numbers.
+    ctc, transducer = (round(wer, 2) for wer in decode_dev(model, dev_dl, sp))
+    seconds = round(params.train_seconds, 1)
+    rows.append(DevWer(epoch, params.batch_idx_train, seconds, ctc, transducer))
     write_dev_wers(params.exp_dir, rows)
     best = best_of(rows)
     logging.info(
-        f"Epoch {epoch}: dev WER {rates[0]:.2f} % (CTC), {rates[1]:.2f} % (transducer);"
+        f"Epoch {epoch}: dev WER {ctc:.2f} % (CTC), {transducer:.2f} % (transducer);"
         f" best: epoch {best.epoch}, {best.ctc:.2f} %, {best.transducer:.2f} %"
     )
     return rows

@@ -25,7 +25,7 @@ import sentencepiece as spm
 import torch
 import torch.multiprocessing as mp
 from asr_datamodule import AsrDataModule
-from dev_wer import add_dev_wer, is_over, read_dev_wers
+from dev_wer import dev_wers_until, is_over, read_dev_wers
 from lhotse import CutSet, fix_random_seed
 from lhotse.dataset import SpecAugment
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def get_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="If positive, decode the dev cuts after each epoch, and end the training "
-        "when the WER has not improved for so many epochs.",
+        "when the mean WER of both heads has not improved for so many epochs.",
     )
     add("--avg", type=int, default=1, help="Epochs to average, for --patience.")
     add("--exp-dir", type=str, default="exp/zipformer", help="Models and logs go here.")
@@ -152,6 +152,7 @@ def get_params() -> AttributeDict:
             "best_train_epoch": -1,
             "best_valid_epoch": -1,
             "batch_idx_train": 0,
+            "train_seconds": 0.0,  # of training alone, from the start on
             "log_interval": 50,
             "reset_interval": 200,
             "subsampling_factor": 4,  # not passed in, this is fixed.
@@ -369,6 +370,7 @@ def train_one_epoch(
     rank: int = 0,
 ) -> None:
     """Train the model for one epoch, and validate it at its end."""
+    begun = time.monotonic()
     model.train()
     tot_loss = MetricsTracker()
     for batch_idx, batch in enumerate(train_dl):
@@ -415,6 +417,13 @@ def train_one_epoch(
                 loss_info.write_summary(tb_writer, "train/current_", step)
                 tot_loss.write_summary(tb_writer, "train/tot_", step)
 
+    if not tot_loss["frames"]:
+        raise KDError(
+            "the training cuts fill none of the --num-buckets with --max-duration "
+            f"{params.max_duration} s, and an epoch has 0 batches: give fewer buckets, "
+            "a shorter duration or more cuts"
+        )
+    params.train_seconds += time.monotonic() - begun
     valid_info = compute_validation_loss(params, model, sp, valid_dl, world_size)
     logging.info(f"Epoch {params.cur_epoch}, validation: {valid_info}")
     if tb_writer is not None:
@@ -476,9 +485,11 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
 
     setup_logger(f"{params.exp_dir}/log/log-train")
     logging.info("Training started")
-    rows = read_dev_wers(params.exp_dir) if params.patience > 0 else []
-    if [row.epoch for row in rows][-1:] == [params.start_epoch - 1]:
-        if is_over(rows, params.patience):
+    if params.patience > 0 and params.start_batch == 0:
+        rows = read_dev_wers(params.exp_dir)
+        if is_over(
+            [row for row in rows if row.epoch < params.start_epoch], params.patience
+        ):
             logging.info(f"Over: no better WER for {params.patience} epochs")
             return
     tb_writer = None
@@ -509,6 +520,9 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
     checkpoints = load_checkpoint_if_available(
         params=params, model=model, model_avg=model_avg
     )
+    if checkpoints and params.batch_idx_train > 0:
+        # A student's first checkpoint has settings of its teacher's training.
+        params.train_seconds = checkpoints.get("train_seconds", 0.0)
     model.to(device)
     if world_size > 1:
         logging.info("Using DDP")
@@ -546,6 +560,20 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
     )
     valid_dl = digits.valid_dataloaders(digits.dev_cuts())
 
+    def over(epoch: int, anew: bool = True) -> bool:
+        """Whether the training is over after this epoch, which is done."""
+        if params.patience == 0:
+            return False
+        params.cur_epoch = epoch
+        rows = dev_wers_until(params, valid_dl, sp, anew)
+        if not is_over(rows, params.patience):
+            return False
+        logging.info(f"Over: no better WER for {params.patience} epochs")
+        return True
+
+    # A training that was stopped before it had decoded the dev cuts does so first.
+    if params.start_batch == 0 and over(params.start_epoch - 1, anew=False):
+        return
     epochs = params.num_epochs - params.start_epoch + 1
     with (
         logging_redirect_tqdm(),
@@ -558,7 +586,6 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
         ) as bar,
     ):
         for epoch in range(params.start_epoch, params.num_epochs + 1):
-            begun = time.monotonic()
             scheduler.step_epoch(epoch - 1)
             fix_random_seed(params.seed + epoch - 1)
             forget_metrics(model)
@@ -596,11 +623,14 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
                     scaler,
                     rank,
                 )
+            if over(epoch):
+                break
+        else:
             if params.patience > 0:
-                rows = add_dev_wer(params, valid_dl, sp, time.monotonic() - begun)
-                if is_over(rows, params.patience):
-                    logging.info(f"No better WER for {params.patience} epochs")
-                    break
+                logging.warning(
+                    f"--num-epochs {params.num_epochs} ended the training before "
+                    f"--patience {params.patience} did: the WER may still improve"
+                )
     logging.info("Done!")
     if world_size > 1:
         torch.distributed.barrier()
@@ -616,6 +646,11 @@ def main():
         raise KDError(
             "--use-cr-ctc and --enable-spec-aug are both true: leave out the second, "
             "as CR-CTC has SpecAugment's masks of its own"
+        )
+    if args.patience < 0 or args.avg < 1:
+        raise KDError(
+            f"--patience is {args.patience} and --avg {args.avg}: give --patience from "
+            "0 on and --avg from 1 on"
         )
     if args.patience > 0 and args.world_size > 1:
         raise KDError(
