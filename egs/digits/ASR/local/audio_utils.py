@@ -81,13 +81,16 @@ def trim(samples: np.ndarray, rate: int) -> np.ndarray:
     """Cut off what is before and after the speech in ``samples`` at ``rate``.
 
     Speech begins and ends where a window of 20 ms is within 35 dB of the loudest one,
-    and twice as loud as the quietest tenth. 40 ms are kept at either side.
+    and twice as loud as the quietest tenth. 40 ms are kept at either side. All is kept
+    where nothing is twice as loud.
     """
     hop, margin = rate // 100, rate // 25
     windows = np.lib.stride_tricks.sliding_window_view(samples, 2 * hop)[::hop]
     loudness = np.sqrt(np.mean(windows**2, axis=1))
     least = max(loudness.max() * 10 ** (-35 / 20), 2 * np.percentile(loudness, 10))
-    loud = np.flatnonzero(loudness >= min(least, loudness.max()))
+    if least > loudness.max():
+        return samples
+    loud = np.flatnonzero(loudness >= least)
     begin = max(loud[0] * hop - margin, 0)
     return samples[begin : (loud[-1] + 2) * hop + margin]
 
