@@ -86,7 +86,8 @@ class Condition:
         require(
             self.choice != BETTER or "ctc" in heads_of(model),
             f"`condition` is {self} and the student has no {HEADS['ctc'][1]}, whose "
-            f"loss is compared with the teacher's: train it with one, or give {RIGHT}",
+            f"loss is compared with the teacher's: train it with one, or give "
+            f"`condition` {RIGHT}",
         )
 
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:

@@ -68,8 +68,8 @@ SESSION_OPTIONS = (
         str,
         "off",
         "What happens to SpecAugment's time warp, which moves frames away from stored "
-        "targets. off: it is switched off. follow: CTC targets and hidden targets are "
-        "warped alike.",
+        "targets and from those of --kd-teacher-clean. off: it is switched off. "
+        "follow: CTC targets, simple targets and hidden targets are warped alike.",
     ),
     Option(
         "stored-ranges",

@@ -43,7 +43,7 @@ class TimeWarp:
         in_model = bool(params.get("use_cr_ctc", False))
         factor = int(params.get(FACTOR, 0) or 0)
         augments = in_model or bool(params.get("enable_spec_aug", False))
-        # A teacher in the training process gets the features that the dataset warped.
+        # Else a teacher in the training process gets the features that were warped.
         separates = bool(joint.teacher_kinds) and (stored or in_model)
         self.applies = factor >= 1 and augments and separates
         if not self.applies:

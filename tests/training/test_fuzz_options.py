@@ -59,6 +59,7 @@ BESIDE: Dict[str, Dict[str, str]] = {
             "teacher-recipe",
             "teacher-s-range",
             "teacher-path-only",
+            "teacher-clean",
         )
         + ("teacher-cache-dir", "teacher-exp-dir"),
         ONLINE,
@@ -116,6 +117,7 @@ ACCEPTED: Dict[str, Sequence[str]] = {
     "teacher-model-flags": ("", " "),
     "teacher-s-range": ("0",),
     "teacher-path-only": ("0",),
+    "teacher-clean": ("0",),
     "teacher-cache-dir": tuple(
         {*BAD_VALUES} - {NOT_UTF8, LONG, "x" * 300, "a-file", "a-file/x"}
     ),
