@@ -17,6 +17,10 @@ MODULES = {
         "Show what is installed, and whether teacher, cuts and student fit together.",
     ),
     "dump": ("icefall_kd.cli.dump", "Store a teacher's targets of cuts."),
+    "forecast": (
+        "icefall_kd.cli.forecast",
+        "Say before a training whether distillation has something to gain.",
+    ),
     "plug": (
         "icefall_kd.cli.plug",
         "Make a working copy of a recipe, with distillation plugged in.",

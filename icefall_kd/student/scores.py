@@ -1,7 +1,7 @@
 """Scores a model on some cuts: loss and word error rate of each head."""
 
-from dataclasses import dataclass
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import kaldialign
 import torch
@@ -29,7 +29,23 @@ class HeadScores:
     transducer_wer: Optional[float] = None
 
 
-@torch.no_grad()
+@dataclass
+class UtteranceScores:
+    """One head's scores of each utterance, in their order."""
+
+    losses: List[float] = field(default_factory=list)  # of the transcript, in nats
+    errors: List[int] = field(default_factory=list)  # words, by greedy search
+    right: List[bool] = field(default_factory=list)  # whether greedy finds its tokens
+    tokens: List[int] = field(default_factory=list)  # of the transcript
+    words: List[int] = field(default_factory=list)  # of the transcript
+
+    def summary(self) -> Tuple[Optional[float], Optional[float]]:
+        """Return the loss in nats a token, and the WER in percent; None for none."""
+        tokens, words = sum(self.tokens), sum(self.words)
+        loss = sum(self.losses) / tokens if tokens else None
+        return loss, 100 * sum(self.errors) / words if words else None
+
+
 def score_heads(
     model: nn.Module,
     batches: Sequence[FeatureBatch],
@@ -46,30 +62,55 @@ def score_heads(
       blank_id: The token id of blank.
       advance: A function that is called after each batch.
     """
+    scores = {}
+    utterances = score_utterances(model, batches, sp, blank_id, advance)
+    for head, of_head in utterances.items():
+        scores[f"{head}_loss"], scores[f"{head}_wer"] = of_head.summary()
+    return HeadScores(**scores)
+
+
+@torch.no_grad()
+def score_utterances(
+    model: nn.Module,
+    batches: Sequence[FeatureBatch],
+    sp: Any,
+    blank_id: int = 0,
+    advance: Callable[[], Any] = lambda: None,
+) -> Dict[str, UtteranceScores]:
+    """Score a model's heads on each of some transcribed cuts.
+
+    Args:
+      model: An icefall AsrModel.
+      batches: Features (N, T, F), lengths (N,) in feature frames, and token ids.
+      sp: The tokenizer of these tokens.
+      blank_id: The token id of blank.
+      advance: A function that is called after each batch.
+
+    Returns:
+      The scores of each head that the model has: "ctc", "transducer".
+    """
     heads = ["ctc"] if has_ctc(model) else []
     if has_transducer(model):
         heads.append("transducer")
-    losses, errors = dict.fromkeys(heads, 0.0), dict.fromkeys(heads, 0)
-    tokens = words = 0
+    scores = {head: UtteranceScores() for head in heads}
     with restoring_state(model), ModelTap(model, with_ctc="ctc" in heads) as tap:
         model.eval()
         for x, x_lens, y in batches:
             out = tap.encode(x, x_lens)
             references = [text.split() for text in sp.decode(y)]
-            tokens += sum(map(len, y))
-            words += sum(map(len, references))
-            for head in heads:
-                loss, hypotheses = _score_batch(model, head, out, y, blank_id)
-                losses[head] += loss
-                for reference, text in zip(references, sp.decode(hypotheses)):
-                    distance = kaldialign.edit_distance(reference, text.split())
-                    errors[head] += distance["total"]
+            for head, of_head in scores.items():
+                losses, hypotheses = _score_batch(model, head, out, y, blank_id)
+                texts = [text.split() for text in sp.decode(hypotheses)]
+                of_head.losses += losses
+                of_head.errors += [
+                    kaldialign.edit_distance(reference, text)["total"]
+                    for reference, text in zip(references, texts)
+                ]
+                of_head.right += [list(a) == list(b) for a, b in zip(hypotheses, y)]
+                of_head.tokens += map(len, y)
+                of_head.words += map(len, references)
             advance()
-    scores = {}
-    for head in heads:
-        scores[f"{head}_loss"] = losses[head] / tokens if tokens else None
-        scores[f"{head}_wer"] = 100 * errors[head] / words if words else None
-    return HeadScores(**scores)
+    return scores
 
 
 def _score_batch(
@@ -78,12 +119,21 @@ def _score_batch(
     out: EncoderOut,
     labels: Sequence[Sequence[int]],
     blank_id: int,
-) -> Tuple[float, List[List[int]]]:
-    """The summed loss of a batch, and the token ids that greedy search finds."""
-    lens = out.encoder_out_lens
-    nbest = [[(tokens, 0.0)] for tokens in labels]  # the transcript alone
+) -> Tuple[List[float], List[List[int]]]:
+    """The loss of each utterance of a batch, and the token ids that greedy finds."""
+    lens, losses = out.encoder_out_lens, []
+    for i, tokens in enumerate(labels):
+        row, n = slice(i, i + 1), int(lens[i])
+        nbest = [[(list(tokens), 0.0)]]  # the transcript alone
+        if head == "ctc":
+            logits = out.ctc_logits[row, :n]
+            loss = nbest_ctc_loss(logits, nbest, lens[row], blank_id=blank_id)
+        else:
+            encoder_out = out.encoder_out[row, :n]
+            loss = nbest_transducer_loss(
+                model, encoder_out, nbest, lens[row], simple_scale=0.0
+            )
+        losses.append(float(loss))
     if head == "ctc":
-        loss = nbest_ctc_loss(out.ctc_logits, nbest, lens, blank_id=blank_id)
-        return float(loss), ctc_greedy(out.ctc_logits, lens, blank_id)
-    loss = nbest_transducer_loss(model, out.encoder_out, nbest, lens, simple_scale=0.0)
-    return float(loss), transducer_greedy(model, out.encoder_out, lens)
+        return losses, ctc_greedy(out.ctc_logits, lens, blank_id)
+    return losses, transducer_greedy(model, out.encoder_out, lens)
