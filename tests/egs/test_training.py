@@ -35,3 +35,14 @@ def test_a_checkpoint_takes_its_place_when_it_is_whole(recipe, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         recipe.save_checkpoint(path, {}, *states, sampler, None)
     assert path.read_text() == "of before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_students_flags_have_the_front_end_of_its_checkpoint(recipe):
+    from icefall_kd.teacher.recipe import flags_of, model_names
+
+    defaults = model_names(recipe)
+    flags = flags_of({**defaults, "embed_channels": "4,8,16"}, defaults)
+    assert flags == "--embed-channels 4,8,16"
+    parsed = recipe.get_parser().parse_args(flags.split())
+    assert parsed.embed_channels == "4,8,16"
+    assert flags_of({"encoder_dim": defaults["encoder_dim"]}, defaults) == ""

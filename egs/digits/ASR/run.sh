@@ -348,8 +348,8 @@ Done in $took. Everything lies in $(cd "$work_dir" && pwd):
   data/kd                          the cuts with the teacher's targets
 END
 if [ "$patience" -gt 0 ]; then
-  echo "  exp/*/dev-wer.csv, best-epoch    dev WER after each epoch, and the best one, of" \
-    "which up to $avg epochs are averaged"
+  echo "  exp/*/dev-wer.csv, best-epoch    dev WER after each epoch, and the best epoch," \
+    "up to which $avg are averaged"
 fi
 cat <<END
 To try next:

@@ -35,7 +35,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from zipformer.bin import train as zipformer_train
 from zipformer.bin.train import (
-    add_model_arguments,
     get_adjusted_batch_count,
     load_checkpoint_if_available,
     set_batch_count,
@@ -57,6 +56,17 @@ from zipformer.utils import setup_dist, setup_logger, str2bool, update_averaged_
 from icefall_kd import KDError, get_engine
 from icefall_kd.files import replacing
 from icefall_kd.training import session as kd
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a model, all that its checkpoints depend on, to ``parser``."""
+    zipformer_train.add_model_arguments(parser)
+    parser.add_argument(
+        "--embed-channels",
+        type=str,
+        default="8,32,128",
+        help="Channels of encoder_embed's convolutions; icefall's are 8,32,128.",
+    )
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -115,12 +125,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--use-fp16", type=str2bool, default=False, help="Train in half precision.")
     add("--num-threads", type=int, default=0, help="CPU threads; 0: all cores.")
     add_model_arguments(parser)
-    add(
-        "--embed-channels",
-        type=str,
-        default="8,32,128",
-        help="Channels of encoder_embed's convolutions; icefall's are 8,32,128.",
-    )
     # A teacher of 1.3 M parameters.
     parser.set_defaults(
         feature_dim=40,
