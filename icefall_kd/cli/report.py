@@ -298,12 +298,13 @@ def _need_transcripts(models: Sequence[Model]) -> None:
         "leave --interval out",
     )
     for run in runs:
-        require(
-            not run.without_scores,
-            f"--interval is given, and {run.exp} has no transcripts "
-            f"{', '.join(run.without_scores)} to compute one: decode again, or leave "
-            "--interval out",
-        )
+        for d, test_set in run.without_scores:
+            raise KDError(
+                f"--interval is given, and {run.exp} has no transcripts of "
+                f"{d.rates[test_set].setting} on {test_set}, {d.method}/recogs-"
+                f"{test_set}-*{d.suffix}.txt, to compute one: decode again with this "
+                "setting, or leave --interval out"
+            )
 
 
 def _read_audio(

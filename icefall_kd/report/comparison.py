@@ -68,10 +68,10 @@ class Run:
         return math.nan
 
     @property
-    def without_scores(self) -> List[str]:
-        """The transcripts that would give the other results an interval."""
+    def without_scores(self) -> List[Tuple[Decoding, str]]:
+        """The last decodings and test sets whose transcripts are missing."""
         return [
-            f"{d.method}/recogs-{test_set}-*{d.suffix}.txt"
+            (d, test_set)
             for d in self.decodings
             for test_set in sorted(d.rates)
             if (d.kind, d.method, test_set) not in self.scores

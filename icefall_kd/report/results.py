@@ -111,11 +111,16 @@ class Decoding:
     def transcripts(self, test_set: str) -> Optional[Path]:
         """The file with the transcripts of a test set, by its best setting, or None.
 
+        Where several settings are searched, some recipes keep only the transcripts of
+        the last one, in a file whose name has no setting.
+
         Args:
           test_set: Its name.
         """
-        setting = self.rates[test_set].setting
-        heads = [f"{test_set}-{setting}", f"{test_set}_{setting}", test_set]
+        rate = self.rates[test_set]
+        heads = [f"{test_set}-{rate.setting}", f"{test_set}_{rate.setting}"]
+        if rate.settings == 1:
+            heads.append(test_set)
         found = {}
         for path in sorted(self.folder.glob("recogs-*.txt")):
             parts = _SUFFIX.match(_printable(path.stem)[len("recogs-") :])

@@ -342,7 +342,15 @@ def _difference_notes(report: Comparison) -> Iterator[str]:
 def _transcript_notes(report: Comparison) -> Iterator[str]:
     """Which runs have no intervals, for want of transcripts."""
     for run in report.runs:
-        missing = run.without_scores
+        missing = []
+        for d, test_set in run.without_scores:
+            rate = d.rates[test_set]
+            if rate.settings > 1:
+                values = {"method": d.method, "set": test_set, "count": rate.settings}
+                values |= {"model": run.name, "setting": rate.setting}
+                yield report.text("no_transcript_of_setting", **values)
+            else:
+                missing.append(f"{d.method}/recogs-{test_set}-*{d.suffix}.txt")
         if missing:
             values = {"folder": run.exp, "first": missing[0], "count": len(missing)}
             key = "no_transcripts" if len(missing) > 1 else "no_transcript"

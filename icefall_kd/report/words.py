@@ -240,6 +240,12 @@ _WORDS = {
         "{model}：{count} 个结果没有置信区间，因为 {folder} 中没有 {first} 等文件；"
         "重新解码即可得到。",
     ),
+    "no_transcript_of_setting": (
+        "{model}, {method}, {set}: no interval, as of {count} settings there are no "
+        "transcripts of the best one, {setting}; decode with it alone to have them.",
+        "{model}，{method}，{set}：{count} 种设置中最好的一种（{setting}）没有识别"
+        "文本，因此没有置信区间；只用这一种设置解码即可得到。",
+    ),
     "same_seed": (
         "{model}: by their logs not all runs have seeds of their own ({seeds}).",
         "{model}：日志显示各次训练的随机种子并非各不相同（{seeds}）。",

@@ -88,6 +88,20 @@ def test_without_transcripts_of_one_seed_a_model_has_no_interval(
     assert f"- KD (2): no interval, as {tmp_path / 'k2'} has no greedy_search/" in text
 
 
+def test_transcripts_of_the_last_setting_are_not_those_of_the_best(
+    invoke, scored, tmp_path
+):
+    """icefall's zipformer writes each setting's transcripts to the same file."""
+    path = tmp_path / "k" / "greedy_search" / f"wer-summary-{NAME}"
+    path.write_text("settings\tWER\nbeam_4\t9.00\nbeam_8\t10.00\n")
+    done = invoke("report", *scored, tmp_path / "out")
+    assert (done.code, done.err) == (0, [])
+    assert "20.00 [20.00, 20.00]  9.00 " in done.out
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "KD, greedy_search, test-clean: no interval, as of 2 settings" in text
+    assert "best one, beam_4; decode with it alone" in text
+
+
 def test_by_speaker_the_speakers_are_counted(invoke, scored, speakers, tmp_path):
     words = ["--manifest-dir", speakers(), "--by-speaker"]
     done = invoke("report", *scored, *words, tmp_path / "out")
@@ -115,7 +129,7 @@ def test_too_few_words_for_the_interval_are_refused(refused, scored, tmp_path):
 
 def test_an_interval_without_transcripts_is_refused(refused, three, tmp_path):
     said = refused("report", *three, "--interval", "1", tmp_path / "out")
-    assert f"{tmp_path / 't'} has no transcripts greedy_search/recogs-test-" in said
+    assert f"{tmp_path / 't'} has no transcripts of greedy_search on test-" in said
 
 
 def test_an_interval_without_results_is_refused(refused, make_exp, tmp_path):

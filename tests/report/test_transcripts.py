@@ -142,3 +142,12 @@ def test_transcripts_are_those_of_set_setting_and_suffix(
     rates = {"test-clean": ErrorRate(75.0, setting)}
     made = Decoding("m", "wer", "epoch-3-avg-1", rates, folder=path.parent)
     assert made.transcripts("test-clean") == (path if found else None)
+
+
+def test_of_several_settings_the_best_has_its_own_file(write_recogs):
+    rates = {"test": ErrorRate(75.0, "beam_4", settings=2)}
+    path = write_recogs(PAIRS, "test-epoch-3-avg-1")
+    made = Decoding("m", "wer", "epoch-3-avg-1", rates, folder=path.parent)
+    assert made.transcripts("test") is None
+    path = write_recogs(PAIRS, "test-beam_4-epoch-3-avg-1")
+    assert made.transcripts("test") == path
