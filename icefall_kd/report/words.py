@@ -145,11 +145,11 @@ _WORDS = {
         "the shortest. Seconds are those between the time stamps of the training logs, "
         "each start from the first entry of its log; neither pauses between starts "
         "count nor batches that were trained again, nor making the targets. They "
-        "compare only trainings on equal machines. A dash: no result is that early; "
-        "decode an earlier checkpoint.",
+        "compare only trainings on equal machines that were equally busy. A dash: no "
+        "result is that early; decode an earlier checkpoint.",
         "每个学生模型取秒数不超过训练最短者的最后一个结果。秒数取自训练日志的时间戳，"
         "每次启动从日志的第一条记录算起；不含两次启动之间的停顿、重新训练的 batch 和"
-        "生成目标的时间。只有机器相同才可比较。横线：没有这么早的结果，"
+        "生成目标的时间。只有机器相同且同样忙时才可比较。横线：没有这么早的结果，"
         "请解码更早的 checkpoint。",
     ),
     "targets": ("Targets", "教师目标"),
