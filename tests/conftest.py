@@ -207,7 +207,7 @@ def _settings(**changes):
 
 def _model(seed=0, shaken=True, **changes):
     import torch
-    from zipformer.bin.train import get_model
+    from recipe_model import get_model
     from zipformer.modules import model as zipformer_model
 
     from icefall_kd.rnnt import get_engine

@@ -7,7 +7,7 @@ from torch import nn
 from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds
-from icefall_kd.student.presets import per_stack
+from icefall_kd.student.presets import embed_channels, per_stack
 from icefall_kd.student.scores import HeadScores
 from icefall_kd.student.selection import HEADS, Selection
 
@@ -68,10 +68,15 @@ def _origin(
             new, old = (per_stack(s, name)[i] for s in (student, teacher))
             row.append(f"{new} of {old}")
         rows.append(row)
+    old, new = (",".join(map(str, embed_channels(s))) for s in (teacher, student))
+    if new != old:
+        rows.append(["front end", "", f"{new} of {old}", ""])
     channels = "channels, heads and hidden units: the first"
     if any(name.endswith(HEADS) for name in selection.units):
         channels = "channels, heads and hidden units by importance; the residual "
         channels += f"stream's: {_numbers(sorted(selection.stream))}"
+    elif new != old:
+        channels += "; the front end's: those of the largest weights"
     return f"{text_table(rows)}\n{channels}"
 
 

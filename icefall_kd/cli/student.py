@@ -328,8 +328,8 @@ def _select(
     "--channels",
     type=click.Choice(["first", "important"]),
     default="first",
-    help="The channels, heads and hidden units that are kept: the first ones, or those "
-    "that are important on --cuts.",
+    help="The channels, heads and hidden units that are kept: the first ones (in the "
+    "front end those of the largest weights), or those that are important on --cuts.",
 )
 @click.option(
     "--cuts",
@@ -425,6 +425,8 @@ def _build(
     # All but how far the teacher's training was: get_model reads what it likes.
     fresh = (*_COUNTERS, *(k for k in settings if k.startswith("kd_")))
     params.update({k: v for k, v in settings.items() if k not in fresh})
+    if "embed_channels" in defaults:  # which a teacher from before that option had
+        params.setdefault("embed_channels", ",".join(map(str, presets.EMBED_CHANNELS)))
     new = _changes(params, preset, params_goal or speed, changes)
     selection = None
     if init == "teacher":

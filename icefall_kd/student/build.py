@@ -3,12 +3,14 @@
 A student has its teacher's number of stacks, and its head and positional dimensions.
 """
 
+from dataclasses import replace
 from typing import Any, Callable, Dict, Optional, Tuple
 
 from torch import nn
 
 from icefall_kd.errors import KDError, require
-from icefall_kd.student.presets import per_stack, to_ints
+from icefall_kd.student.front import strongest_front
+from icefall_kd.student.presets import embed_channels, per_stack, to_ints
 from icefall_kd.student.selection import Selection, select_first
 from icefall_kd.student.slices import Slicer
 
@@ -37,6 +39,11 @@ def check_settings(settings: Dict[str, Any], changes: Dict[str, Any]) -> None:
     """Refuse ``changes`` of names that the teacher's ``settings`` don't have."""
     for name in changes:
         if name not in settings:
+            require(
+                name != "embed_channels",
+                "embed_channels can't be set, as the recipe's train.py has no option "
+                "for it: add it as egs/librispeech/ASR/README.md says, or leave it out",
+            )
             known = ", ".join(k for k in sorted(settings) if "dim" in k or "num_" in k)
             raise KDError(
                 f"the teacher has no setting {name!r}, so it can't be set: choose of "
@@ -113,13 +120,16 @@ def _check_sizes(teacher: Dict[str, Any], student: Dict[str, Any]) -> None:
             "student that starts from its teacher has no more layers; lower "
             "num-encoder-layers, or give `init` random"
         )
-    for name in _WIDTHS:
-        if name in teacher and exceeds(name):
-            raise KDError(
-                f"the student's {name} is {student[name]} and its teacher's "
-                f"{teacher[name]}: a student that starts from its teacher can't be "
-                "wider; give at most the teacher's, or `init` random"
-            )
+    widths = [name for name in _WIDTHS if name in teacher and exceeds(name)]
+    channels = zip(embed_channels(student), embed_channels(teacher))
+    if any(new > old for new, old in channels):
+        widths.append("embed_channels")
+    for name in widths:
+        raise KDError(
+            f"the student's {name} is {student[name]} and its teacher's "
+            f"{teacher.get(name)}: a student that starts from its teacher can't be "
+            "wider; give at most the teacher's, or `init` random"
+        )
 
 
 def _check_own_widths(student: Dict[str, Any]) -> None:
@@ -145,6 +155,7 @@ def _make_model(
     get_model: Callable, settings: Dict[str, Any], changes: Dict[str, Any]
 ) -> nn.Module:
     per_stack(settings, "num_encoder_layers")  # get_model takes stacks without layers
+    embed_channels(settings)
     try:
         return get_model(settings)
     except Exception as e:  # the model asserts, or raises errors of any class
@@ -172,16 +183,19 @@ def build_student(
     projections of a module, and one set of channels along the residual stream, which
     all stacks share. By default layers are the first, the last and evenly between, and
     channels the first, which are those that Zipformer's training masks least
-    (``encoder_unmasked_dim``). Another choice is given as ``selection``, such as
-    that of :func:`icefall_kd.student.importance.select_important`.
+    (``encoder_unmasked_dim``). The front end's channels are in no order, and of them
+    those are taken that have the largest weights
+    (:func:`icefall_kd.student.front.strongest_front`). Another choice is given as
+    ``selection``, such as that of
+    :func:`icefall_kd.student.importance.select_important`.
 
     By construction the student's outputs are as follows:
 
     - With all layers and widths of the teacher, parameters and outputs are the
       teacher's, bit for bit.
     - With fewer hidden units (``feedforward_dim``, ``num_heads``, ``joiner_dim``,
-      ``decoder_dim``) it gives the same as the teacher where the units left out are
-      masked, that is, set to zero before the matrix that reads them.
+      ``decoder_dim``, ``embed_channels``) it gives the same as the teacher where the
+      units left out are masked, that is, set to zero before the matrix that reads them.
     - With fewer layers it gives the same as the teacher where the layers left out are
       bypassed.
     - With a narrower residual stream (``encoder_dim``), convolutions and nonlinear
@@ -219,6 +233,10 @@ def build_student(
     if init == "teacher":
         check_slices(teacher, settings, changes)
         selection = selection or select_first(settings, student_settings)
+        channels = embed_channels(student_settings)
+        if channels != embed_channels(settings):
+            front = strongest_front(teacher.state_dict(), channels)
+            selection = replace(selection, units={**front, **selection.units})
     student = _make_model(get_model, student_settings, changes)
     if init == "teacher":
         slicer = Slicer(teacher.state_dict(), selection, settings, student_settings)

@@ -9,13 +9,13 @@ search doesn't run it.
 from typing import Any, Dict, List, NamedTuple
 
 from icefall_kd.errors import KDError
-from icefall_kd.student.presets import per_stack, to_ints
+from icefall_kd.student.presets import embed_channels, per_stack, to_ints
 from icefall_kd.zipformer import encoder_frames, stack_frames
 
 FRAMES_PER_SECOND = 100  # of features
-# Channels of Conv2dSubsampling, and hidden channels of the ConvNeXt after it.
-_CHANNELS = (1, 8, 32, 128)
-_HIDDEN = 3 * _CHANNELS[-1]
+# Of the ConvNeXt after Conv2dSubsampling: hidden channels for each channel, and the
+# kernel.
+_CONVNEXT_RATIO = 3
 _CONVNEXT_KERNEL = 7 * 7
 
 
@@ -100,10 +100,11 @@ def _width(settings: Dict[str, Any]) -> int:
 
 
 def _embed_parameters(settings: Dict[str, Any], dim: int) -> int:
-    last = _CHANNELS[-1]
-    convs = sum(_linear(9 * a, b) for a, b in zip(_CHANNELS, _CHANNELS[1:]))
+    channels = (1, *embed_channels(settings))
+    last, hidden = channels[-1], _CONVNEXT_RATIO * channels[-1]
+    convs = sum(_linear(9 * a, b) for a, b in zip(channels, channels[1:]))
     convnext = last * (_CONVNEXT_KERNEL + 1)
-    convnext += _linear(last, _HIDDEN) + _linear(_HIDDEN, last)
+    convnext += _linear(last, hidden) + _linear(hidden, last)
     out = _linear(_width(settings) * last, dim)
     return convs + convnext + out + dim + 1  # BiasNorm: a bias and a scale
 
@@ -151,8 +152,9 @@ def count_parameters(settings: Dict[str, Any]) -> Dict[str, int]:
     Each number equals the sum of ``p.numel()`` over that part.
 
     Args:
-      settings: By the names of the recipe's params. Missing heads and ``causal`` are
-        icefall's defaults: a transducer alone, not causal.
+      settings: By the names of the recipe's params. Missing heads, ``causal`` and
+        ``embed_channels`` are icefall's defaults: a transducer alone, not causal, and a
+        front end of 8, 32 and 128 channels.
 
     Returns:
       ``encoder_embed``, ``encoder``, ``decoder``, ``joiner``, ``simple`` (both
@@ -194,11 +196,12 @@ def _embed_products(settings: Dict[str, Any], frames: int, dim: int) -> int:
     bins = _number(settings, "feature_dim")
     times = (frames - 2, (frames - 3) // 2, (frames - 7) // 2)
     widths = (bins, (bins - 1) // 2, _width(settings))
+    channels = (1, *embed_channels(settings))
     total = sum(
-        t * w * 9 * a * b for t, w, a, b in zip(times, widths, _CHANNELS, _CHANNELS[1:])
+        t * w * 9 * a * b for t, w, a, b in zip(times, widths, channels, channels[1:])
     )
-    last, points = _CHANNELS[-1], times[-1] * widths[-1]
-    total += points * last * (_CONVNEXT_KERNEL + 2 * _HIDDEN)
+    last, points = channels[-1], times[-1] * widths[-1]
+    total += points * last * (_CONVNEXT_KERNEL + 2 * _CONVNEXT_RATIO * last)
     return total + points * last * dim
 
 

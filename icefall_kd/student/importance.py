@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from icefall_kd.student.count import stacks_of
-from icefall_kd.student.presets import per_stack
+from icefall_kd.student.front import FRONT_READERS, largest, select_front
+from icefall_kd.student.presets import embed_channels, per_stack
 from icefall_kd.student.selection import HEADS, Selection, select_first
 from icefall_kd.tap import ModelTap
 
@@ -113,7 +114,8 @@ class _Shares:
 
     That is E[x_c^2] ||W_c||^2, where W_c is the column that reads x_c, divided by its
     sum over all c. Wanda (Sun et al., arXiv:2306.11695) multiplies the norms of
-    activation and weight likewise, for single weights.
+    activation and weight likewise, for single weights. A convolution is a matrix whose
+    columns have a number for each place of its kernel.
     """
 
     def __init__(self) -> None:
@@ -134,6 +136,8 @@ class _Shares:
                 x = x - module.bias.detach().float()
             if activation is not None:
                 x = activation(x)
+            if isinstance(module, nn.Conv2d):  # (N, C, T, F)
+                x = x.movedim(1, -1)
             squares = (x**2).flatten(0, -2).sum(0, dtype=torch.float64)
             self.squares[name] = self.squares.get(name, 0) + squares
 
@@ -147,7 +151,8 @@ class _Shares:
         """(C,), of sum 1; None for a matrix that computed nothing."""
         if name not in self.squares:
             return None
-        columns = (self.matrices[name].detach().double() ** 2).sum(0)
+        columns = self.matrices[name].detach().double() ** 2
+        columns = columns.transpose(0, 1).flatten(1).sum(1)
         share = (self.squares[name] * columns).cpu()
         return share / share.sum().clamp(min=1e-300)
 
@@ -178,6 +183,9 @@ def _measure_shares(
             if isinstance(modules.get(name), nn.Linear):
                 shares.tap(name, modules[name])
         shares.tap(_FRONT_NORM, modules[_FRONT_NORM])
+        for name in FRONT_READERS:
+            if isinstance(modules.get(name), (nn.Conv2d, nn.Linear)):
+                shares.tap(name, modules[name])
         with ModelTap(model, with_ctc="ctc_output.1" in shares.matrices) as tap:
             for batch in batches:
                 for x, x_lens, y in _utterances(batch):
@@ -245,10 +253,6 @@ def _norm_shifts(
     return shifts
 
 
-def _largest(share: torch.Tensor, count: int) -> List[int]:
-    return sorted(share.topk(count).indices.tolist())
-
-
 def _select_units(
     shares: _Shares, model: nn.Module, teacher: Dict[str, Any], student: Dict[str, Any]
 ) -> Dict[str, List[int]]:
@@ -260,21 +264,23 @@ def _select_units(
         for name, _ in layers:
             for part, count in zip(_MODULES, counts):
                 share = shares.share(f"{name}.{part}.out_proj")
-                units[f"{name}.{part}"] = _largest(share, count)
+                units[f"{name}.{part}"] = largest(share, count)
             values = [shares.share(f"{name}.{part}.out_proj") for part in _ATTENTIONS]
             share = sum(v.view(old.heads, -1).sum(1) for v in values)
             share[0] = float("inf")  # the nonlinear attention uses its weights too
-            units[name + HEADS] = _largest(share, new.heads)
+            units[name + HEADS] = largest(share, new.heads)
     joined = shares.share("joiner.output_linear")
     if joined is not None:
-        units["joiner"] = _largest(joined, int(student["joiner_dim"]))
+        units["joiner"] = largest(joined, int(student["joiner_dim"]))
         share = shares.share("joiner.decoder_proj")
         conv = getattr(getattr(model.decoder, "conv", None), "weight", None)
         group = 1 if conv is None else conv.size(1)  # channels that are read together
         share = share.view(-1, group).sum(1)
-        groups = torch.tensor(_largest(share, int(student["decoder_dim"]) // group))
+        groups = torch.tensor(largest(share, int(student["decoder_dim"]) // group))
         channels = groups.unsqueeze(1) * group + torch.arange(group)
         units["decoder"] = channels.flatten().tolist()
+    if "embed_channels" in student:
+        units.update(select_front(shares.share, embed_channels(student)))
     return units
 
 

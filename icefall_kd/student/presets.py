@@ -110,6 +110,10 @@ LADDER = ("1m", "3m", "6m", "10m", "s", "m", "l", "xl")
 
 STREAMING = "-streaming"
 
+# Channels of the front end's three convolutions, icefall's Conv2dSubsampling. A recipe
+# may have an option for them, embed_channels; no recipe of icefall's has.
+EMBED_CHANNELS = (8, 32, 128)
+
 
 def streaming(settings: Dict[str, Any]) -> Dict[str, Any]:
     """The same settings for a causal model, with icefall's usual chunks.
@@ -191,3 +195,24 @@ def per_stack(settings: Dict[str, Any], name: str) -> Tuple[int, ...]:
             f"downsampling_factor {n}: give each stack one number"
         )
     return numbers * n if len(numbers) == 1 else numbers
+
+
+def embed_channels(settings: Dict[str, Any]) -> Tuple[int, ...]:
+    """Channels of the front end's three convolutions.
+
+    Args:
+      settings: By the names of the recipe's params. Without ``embed_channels`` they are
+        icefall's, 8, 32 and 128.
+
+    Raises:
+      KDError: ``embed_channels`` is not three positive whole numbers.
+    """
+    if settings.get("embed_channels") is None:
+        return EMBED_CHANNELS
+    numbers = to_ints(settings, "embed_channels")
+    if len(numbers) != len(EMBED_CHANNELS):
+        raise KDError(
+            f"the setting embed_channels is {settings['embed_channels']!r}, and must "
+            'be three numbers, one for each convolution of the front end, as "8,32,128"'
+        )
+    return numbers

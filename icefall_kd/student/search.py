@@ -4,7 +4,8 @@ Between the smallest model that makes sense and the teacher lies a line through 
 ladder of presets, and a student is a point on it. Each preset is bounded by the
 teacher, setting by setting, so that each point is a slice of it; where the teacher's
 stacks are others than the presets', the line goes straight from the smallest to the
-teacher. Without a teacher it ends at XL.
+teacher. Without a teacher it ends at XL. Where the recipe has an option for the
+channels of its front end, they are part of the line; presets have icefall's.
 
 The search doesn't measure which stacks or layers can best be spared: it reads no data.
 """
@@ -14,7 +15,14 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds, count_parameters
-from icefall_kd.student.presets import LADDER, PRESETS, per_stack, preset, to_ints
+from icefall_kd.student.presets import (
+    LADDER,
+    PRESETS,
+    embed_channels,
+    per_stack,
+    preset,
+    to_ints,
+)
 
 TOLERANCE = 0.05  # the largest relative distance of a student from its goal
 _NEAR = 0.01  # a preset or the teacher itself at this distance is taken at once
@@ -31,6 +39,7 @@ _SMALLEST = {
     "decoder_dim": 32,
     "joiner_dim": 32,
 }
+_SMALLEST_FRONT = (8, 16, 32)
 _COUNTS = ("num_encoder_layers", "num_heads")  # the others are widths
 _SINGLE = ("pos_dim", "decoder_dim", "joiner_dim")  # one number for all stacks
 _GOAL = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKmMxX]?)")
@@ -82,12 +91,15 @@ def parse_goal(goal: Union[str, int]) -> Goal:
 
 
 def _numbers_of(name: str, settings: Dict[str, Any]) -> Tuple[int, ...]:
+    if name == "embed_channels":
+        return embed_channels(settings)
     return (to_ints if name in _SINGLE else per_stack)(settings, name)
 
 
-def _to_point(settings: Dict[str, Any]) -> Point:
-    """The settings that make up a model's shape."""
-    return {name: _numbers_of(name, settings) for name in PRESETS["s"]}
+def _to_point(settings: Dict[str, Any], front: bool) -> Point:
+    """The settings that make up a model's shape, with its ``front`` end or without."""
+    names = [*PRESETS["s"], *(["embed_channels"] if front else [])]
+    return {name: _numbers_of(name, settings) for name in names}
 
 
 def _to_settings(point: Point) -> Dict[str, Any]:
@@ -99,19 +111,22 @@ def _to_settings(point: Point) -> Dict[str, Any]:
 
 def _bounded(point: Point, bound: Point) -> Point:
     """The smaller setting of both, by name; fixed settings are those of ``bound``."""
-    return {**bound, **{n: tuple(map(min, point[n], bound[n])) for n in _SMALLEST}}
+    names = [n for n in (*_SMALLEST, "embed_channels") if n in bound]
+    return {**bound, **{n: tuple(map(min, point[n], bound[n])) for n in names}}
 
 
-def _ends(teacher: Optional[Dict[str, Any]]) -> List[Point]:
+def _ends(teacher: Optional[Dict[str, Any]], front: bool) -> List[Point]:
     """The points that the line goes through, from the smallest to the largest."""
-    ends = [_to_point(preset(name)) for name in LADDER]
+    ends = [_to_point(preset(name), front) for name in LADDER]
     if teacher is not None:
-        largest = _to_point(teacher)
+        largest = _to_point(teacher, front)
         if largest["downsampling_factor"] == ends[0]["downsampling_factor"]:
             ends = [_bounded(point, largest) for point in ends] + [largest]
         else:
             ends = [largest]
     smallest = {n: (v,) * len(ends[0][n]) for n, v in _SMALLEST.items()}
+    if front:
+        smallest["embed_channels"] = _SMALLEST_FRONT
     ends.insert(0, _bounded(smallest, ends[0]))
     return [point for i, point in enumerate(ends) if point not in ends[:i]]
 
@@ -202,7 +217,8 @@ def nearest(
       goal: Parameters (``"5M"``, ``"800k"``, ``5000000``), or how many times fewer
         multiply-adds than the teacher's (``"2.5x"``, utterances of 10 s).
       base: The student's settings by the names of the recipe's params; its vocabulary,
-        features, heads and ``causal`` are kept and counted.
+        features, heads and ``causal`` are kept and counted. With ``embed_channels``
+        the student's front end may be narrower too.
       teacher: The settings of the teacher that the student is to be a slice of; None
         for any shape.
 
@@ -228,7 +244,7 @@ def nearest(
 
     values = []
     best, best_point = (3, 0.0), None  # the lowest rank, and its least distance
-    for rank, point in _candidates(_ends(teacher)):
+    for rank, point in _candidates(_ends(teacher, "embed_channels" in base)):
         value = value_of({**base, **_to_settings(point)})
         values.append(value)
         distance = max(value / wanted.value, wanted.value / value) - 1

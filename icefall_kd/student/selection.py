@@ -9,6 +9,10 @@ from icefall_kd.student.presets import per_stack
 
 # Ends the name of a layer whose attention heads are listed among the units.
 HEADS = ".heads"
+# The front end's convolutions, whose channels are listed there too, and the module of
+# its hidden units.
+FRONT_CONVS = ("encoder_embed.conv.0", "encoder_embed.conv.4", "encoder_embed.conv.7")
+CONVNEXT = "encoder_embed.convnext"
 
 
 @dataclass
@@ -18,9 +22,10 @@ class Selection:
     Args:
       layers: For each stack, the teacher's layers that it keeps.
       stream: The channels of the residual stream that all stacks share.
-      units: Hidden units by the names of the teacher's modules, and heads by the names
-        of its layers and :data:`HEADS`. Head 0 is the first, as the nonlinear attention
-        uses its weights too. Of a module that is missing the first units are taken.
+      units: Hidden units by the names of the teacher's modules, with the channels of
+        :data:`FRONT_CONVS`; and heads by the names of its layers and :data:`HEADS`.
+        Head 0 is the first, as the nonlinear attention uses its weights too. Of a
+        module that is missing the first units are taken.
       norm_shifts: Numbers that are added to BiasNorm's log-scales, by the names of the
         teacher's modules.
     """

@@ -7,18 +7,22 @@ import torch
 
 from icefall_kd.errors import KDError
 from icefall_kd.student.presets import per_stack
-from icefall_kd.student.selection import HEADS, Selection
+from icefall_kd.student.selection import CONVNEXT, FRONT_CONVS, HEADS, Selection
 
 # A layer of a stack, with or without the wrapper that downsamples.
 _LAYER = re.compile(r"^(encoder\.encoders\.(\d+)\.(?:encoder\.)?layers\.)(\d+)\.(.*)$")
 
 # What a dimension of a parameter stands for: the residual stream; a module's hidden
-# units; or a layer's heads, with their query, key, position or value channels. None:
-# it is as large in the student.
+# units; a layer's heads, with their query, key, position or value channels; or the
+# last channels of the front end, with their frequencies. None: it is as large in the
+# student.
 Axis = Optional[Tuple[str, ...]]
 _STREAM: Axis = ("stream",)
 _JOINER: Axis = ("units", "joiner")
 _DECODER: Axis = ("units", "decoder")
+_FRONT_1, _FRONT_2, _FRONT_3 = (("units", name) for name in FRONT_CONVS)
+_FRONT_HIDDEN: Axis = ("units", CONVNEXT)
+_FRONT_OUT: Axis = ("frequencies", FRONT_CONVS[-1])
 # Projections whose rows are several blocks of hidden units.
 _BLOCKS = {
     "conv_module1.in_proj": 2,
@@ -32,7 +36,19 @@ _HEADS = {
     "self_attn2": ("value_head_dim",),
 }
 _REST: Dict[str, Tuple[Axis, ...]] = {
-    "encoder_embed.out.weight": (_STREAM,),
+    "encoder_embed.conv.0.weight": (_FRONT_1,),
+    "encoder_embed.conv.0.bias": (_FRONT_1,),
+    "encoder_embed.conv.4.weight": (_FRONT_2, _FRONT_1),
+    "encoder_embed.conv.4.bias": (_FRONT_2,),
+    "encoder_embed.conv.7.weight": (_FRONT_3, _FRONT_2),
+    "encoder_embed.conv.7.bias": (_FRONT_3,),
+    "encoder_embed.convnext.depthwise_conv.weight": (_FRONT_3,),
+    "encoder_embed.convnext.depthwise_conv.bias": (_FRONT_3,),
+    "encoder_embed.convnext.pointwise_conv1.weight": (_FRONT_HIDDEN, _FRONT_3),
+    "encoder_embed.convnext.pointwise_conv1.bias": (_FRONT_HIDDEN,),
+    "encoder_embed.convnext.pointwise_conv2.weight": (_FRONT_3, _FRONT_HIDDEN),
+    "encoder_embed.convnext.pointwise_conv2.bias": (_FRONT_3,),
+    "encoder_embed.out.weight": (_STREAM, _FRONT_OUT),
     "encoder_embed.out.bias": (_STREAM,),
     "encoder_embed.out_norm.bias": (_STREAM,),
     "simple_am_proj.weight": (None, _STREAM),
@@ -162,6 +178,8 @@ class Slicer:
             return torch.tensor(self.selection.stream[:n])
         if axis[0] == "heads":
             return self._heads(axis[1:], stack, layer)
+        if axis[0] == "frequencies":
+            return self._frequencies(axis[1], self.source[name].size(1), n)
         if not layer:
             return self.selection.indices(axis[1], n)
         owner = f"{layer}.{axis[1]}"
@@ -169,6 +187,15 @@ class Slicer:
         units = self.selection.indices(owner, n // blocks)
         size = self.source[name].size(0) // blocks
         return torch.cat([units + b * size for b in range(blocks)])
+
+    def _frequencies(self, conv: str, old: int, n: int) -> torch.Tensor:
+        """Indices of the selected channels' frequencies, a block for each channel.
+
+        A front end without the convolution ``conv`` is not icefall's: one block.
+        """
+        width = old // len(self.source.get(f"{conv}.bias", [0]))
+        channels = self.selection.indices(conv, n // width).unsqueeze(1)
+        return (channels * width + torch.arange(width)).flatten()
 
     def _heads(self, dims: Tuple[str, ...], stack: int, layer: str) -> torch.Tensor:
         """Indices of the selected heads' channels, a block for each of ``dims``."""

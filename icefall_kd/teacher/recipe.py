@@ -242,7 +242,8 @@ def model_names(train: ModuleType) -> Dict[str, Any]:
     parser = argparse.ArgumentParser()
     call_recipe(train.add_model_arguments, parser)
     defaults = recipe_defaults(train)
-    names = [*vars(parser.parse_args([])), "context_size"]  # librispeech has it outside
+    # librispeech and egs/digits have these outside.
+    names = [*vars(parser.parse_args([])), "context_size", "embed_channels"]
     # A way to train, without parameters of its own.
     names = [name for name in names if name != "use_cr_ctc"]
     return {name: defaults[name] for name in names if name in defaults}

@@ -234,6 +234,57 @@ def test_a_goal_is_met(invoke, student_words, made, teacher_exp, goal):
         assert a / b == pytest.approx(1.1, rel=0.05)
 
 
+# The front end
+
+
+def test_a_narrower_front_end_is_built_counted_and_told(invoke, student_words, made):
+    done = invoke(*student_words("--set", "embed-channels=8,16,32", *SET))
+    assert done.code == 0, done
+    model, settings = made()
+    assert settings["embed_channels"] == "8,16,32"
+    assert [len(model.encoder_embed.conv[i].bias) for i in (0, 4, 7)] == [8, 16, 32]
+    count = count_parameters(settings)
+    assert sum(p.numel() for p in model.parameters()) == count["all"]
+    row = next(line for line in done.out.splitlines() if "front end" in line)
+    assert row.split()[2:] == ["8,16,32", "of", "8,32,128"]
+    assert "--embed-channels 8,16,32" in done.out.splitlines()[-1]
+
+
+def test_a_student_that_keeps_the_front_end_says_nothing_of_it(invoke, student_words):
+    done = invoke(*student_words(*SET))
+    assert done.code == 0 and "front end" not in done.out
+    assert "--embed-channels" not in done.out
+
+
+@pytest.mark.parametrize("init", ["teacher", "random"])
+def test_a_teacher_from_before_the_option_has_icefalls_front_end(
+    invoke, student_words, teacher_exp, made, tmp_path, init
+):
+    exp = tmp_path / "older"
+    exp.mkdir()
+    checkpoint = torch.load(teacher_exp.folder / "epoch-2.pt", weights_only=False)
+    del checkpoint["embed_channels"]
+    torch.save(checkpoint, exp / "epoch-2.pt")
+    words = ("--exp-dir", exp, "--set", "embed-channels=4,16,32", "--init", init)
+    done = invoke(*student_words(*words))
+    assert done.code == 0, done
+    assert made()[1]["embed_channels"] == "4,16,32"
+
+
+def test_importance_chooses_the_front_ends_channels_too(
+    invoke, student_words, cut_words, made, teacher_exp, recipe, batches
+):
+    changes = {"embed_channels": "4,11,20"}
+    words = ("--set", "embed-channels=4,11,20", *cut_words, "--channels", "important")
+    done = invoke(*student_words(*words))
+    assert done.code == 0, done
+    model, settings = made()
+    old, teacher = teacher_exp.settings, teacher_exp.models["epoch-2"]
+    kept = select_important(teacher, old, settings, batches, layers=False)
+    expected, _ = build_student(teacher, old, changes, recipe.get_model, selection=kept)
+    check_equal(model, expected)
+
+
 # Teachers of all kinds
 
 
@@ -355,6 +406,18 @@ def test_chunks_of_whole_utterances_come_through_the_flags(
         (("--set", "encoder-dim=16,11"), "encoder_unmasked_dim is 8,12"),
         (("--set", "causal=1"), "causal is True and its teacher's False"),
         (("--set", "encoder-dim=8,8,8"), "encoder_dim has 3 numbers"),
+        (("--set", "embed-channels=8,16"), "embed_channels is '8,16', and must be thr"),
+        (("--set", "embed-channels=0,16,32"), "embed_channels is '0,16,32', and must"),
+        (("--set", "embed-channels=8,16,x"), "embed_channels is '8,16,x', and must be"),
+        (("--set", "embed-channels=9,32,128"), "embed_channels is 9,32,128 and its te"),
+        (
+            ("--set", "embed-channels=8,16", "--init", "random"),
+            "embed_channels is '8,16', and must be three numbers",
+        ),
+        (
+            ("--set", "embed-channels=8,32,999999", "--init", "random"),
+            "are built: give smaller numbers",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(refused, student_words, more, words):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from zipformer.bin.train import get_model
+from recipe_model import get_model
 
 from icefall_kd import ModelTap, build_student
 from icefall_kd.errors import KDError
@@ -298,6 +298,62 @@ def test_a_wider_student_is_refused(build, changes, both):
 def test_other_numbers_of_stacks_are_refused(build, name):
     with pytest.raises(KDError, match=f"{name} has 3 numbers.*downsampling_factor 2"):
         build(**{name: "2,3,1"})
+
+
+FRONT = {"embed_channels": "8,16,32"}
+
+
+@pytest.fixture
+def build_front(make_model, make_settings):
+    """Build a student of a teacher whose front end has an option."""
+    teacher, settings = make_model(**FRONT).eval(), make_settings(**FRONT)
+
+    def build_one(init, channels):
+        changes = {"embed_channels": channels}
+        return build_student(teacher, settings, changes, get_model, init)
+
+    return build_one
+
+
+@pytest.mark.parametrize("channels", ["9,16,32", "8,17,32", "2,2,33"])
+def test_a_front_end_of_more_channels_is_refused_but_for_random_parameters(
+    build_front, channels
+):
+    with pytest.raises(KDError) as e:
+        build_front("teacher", channels)
+    assert str(e.value) == (
+        f"the student's embed_channels is {channels} and its teacher's 8,16,32: a "
+        "student that starts from its teacher can't be wider; give at most the "
+        "teacher's, or `init` random"
+    )
+    student, _ = build_front("random", channels)
+    found = [len(student.encoder_embed.conv[i].bias) for i in (0, 4, 7)]
+    assert found == [int(n) for n in channels.split(",")]
+
+
+@pytest.mark.parametrize("init", ["teacher", "random"])
+@pytest.mark.parametrize(
+    "channels, message",
+    [
+        ("8,16", "embed_channels is '8,16', and must be three numbers"),
+        ("8,16,32,64", "embed_channels is '8,16,32,64', and must be three numbers"),
+        ("8", "embed_channels is '8', and must be three numbers"),
+        ("0,16,32", "embed_channels is '0,16,32', and must be a positive"),
+        ("8,16,x", "embed_channels is '8,16,x', and must be a positive"),
+        ("8,-16,32", "embed_channels is '8,-16,32', and must be a positive"),
+        ("", "embed_channels is '', and must be a positive"),
+    ],
+)
+def test_channels_that_make_no_front_end_are_refused(
+    build_front, init, channels, message
+):
+    with pytest.raises(KDError, match=message):
+        build_front(init, channels)
+
+
+def test_channels_of_a_recipe_without_the_option_are_refused(build):
+    with pytest.raises(KDError, match="embed_channels can't be set, .*no option for"):
+        build(embed_channels="8,16,32")
 
 
 @pytest.mark.parametrize("layers", ["3,3", "2,4", "4"])

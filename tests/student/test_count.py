@@ -57,6 +57,9 @@ CASES = {
         "cnn_module_kernel": "5",
     },
     "attention": ATTENTION,
+    "narrow-front": {"embed_channels": "3,5,7"},
+    "wide-front": {**UNEVEN, "embed_channels": "11,33,130"},
+    "odd-front": {**preset("1m"), "feature_dim": 40, "embed_channels": "8,16,1"},
     "1m": {**preset("1m"), "feature_dim": 80, "vocab_size": 500},
     "1m-streaming": {**preset("1m-streaming"), "feature_dim": 80, "vocab_size": 500},
 }
@@ -105,6 +108,7 @@ def shapes(draw):
         "decoder_dim": 4 * draw(st.integers(1, 9)),
         "joiner_dim": draw(st.integers(1, 40)),
         "feature_dim": draw(st.integers(7, 90)),
+        "embed_channels": ",".join(str(draw(st.integers(1, 40))) for _ in range(3)),
         "vocab_size": draw(st.integers(2, 60)),
         "context_size": draw(st.integers(1, 3)),
         "causal": draw(st.booleans()),
@@ -129,6 +133,13 @@ def test_a_transducer_alone_and_not_causal_is_meant_where_nothing_is_said(
     unsaid = {k: v for k, v in said.items() if k not in names}
     assert count_parameters(unsaid) == count_parameters(said)
     assert count_multiply_adds(unsaid) == count_multiply_adds(said)
+
+
+def test_icefalls_own_front_end_is_meant_where_nothing_is_said(make_settings):
+    unsaid, said = make_settings(), make_settings(embed_channels="8,32,128")
+    other = make_settings(embed_channels="8,32,127")
+    for count in (count_parameters, count_multiply_adds):
+        assert count(unsaid) == count(said) != count(other)
 
 
 def test_settings_may_be_numbers_and_tuples(make_settings):
@@ -246,6 +257,9 @@ def test_longer_utterances_take_more_for_each_second(make_settings):
         ({"vocab_size": None}, "vocab_size is None"),
         ({"decoder_dim": "16,16"}, "decoder_dim is '16,16', and must be one number"),
         ({"feature_dim": 6}, "feature_dim is 6, .*7 or more"),
+        ({"embed_channels": "8,16"}, "embed_channels is '8,16', .*three numbers"),
+        ({"embed_channels": "0,16,32"}, "embed_channels is '0,16,32', .*positive"),
+        ({"embed_channels": "8,16,x"}, "embed_channels is '8,16,x', .*numbers"),
         ({"use_adapters": True}, "use_adapters is True, .*without it"),
         ({"use_lora": True, "lora_r": 8}, "lora_r is 8, .*without it"),
     ],

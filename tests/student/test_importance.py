@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recipe_model import get_model
 from torch import nn
-from zipformer.bin.train import get_model
 from zipformer.modules.scaling import SwooshL, SwooshR
 
 from icefall_kd import ModelTap, build_student
 from icefall_kd.errors import KDError
+from icefall_kd.student.front import FRONT_READERS
 from icefall_kd.student.importance import (
     _ATTENTIONS,
     _MODULES,
@@ -25,7 +26,7 @@ from icefall_kd.student.importance import (
     num_passes,
     select_important,
 )
-from icefall_kd.student.selection import HEADS, select_first
+from icefall_kd.student.selection import CONVNEXT, FRONT_CONVS, HEADS, select_first
 
 Y = [[3, 4, 9], [5], [7, 7]]
 NARROW = {
@@ -79,7 +80,7 @@ def matrices(model):
             for end in ("in_proj", "out_proj"):
                 found[f"{name}.{part}.{end}"] = layer.get_submodule(f"{part}.{end}")
         found[f"{name}.self_attn_weights.in_proj"] = layer.self_attn_weights.in_proj
-    for name in (*_READERS, *_TRANSDUCER):
+    for name in (*_READERS, *_TRANSDUCER, *FRONT_READERS):
         found[name] = model.get_submodule(name)
     return found
 
@@ -92,12 +93,16 @@ def naive_shares(model, batch):
         kind = getattr(module, "activation", None)
         swoosh = {"SwooshL": SwooshL(), "SwooshR": SwooshR(), None: nn.Identity()}[kind]
 
+        weight = module.weight.detach().double()
+
         def hook(module, args):
-            for x in swoosh(args[0].detach()).reshape(-1, args[0].size(-1)).double():
-                given = (
-                    module.weight.detach().double() * x
-                )  # of each channel, (out, in)
-                totals[name] = totals.get(name, 0) + (given**2).sum(0)
+            heard = swoosh(args[0].detach())
+            heard = heard.movedim(1, -1) if weight.ndim == 4 else heard
+            for x in heard.reshape(-1, heard.size(-1)).double():
+                # Of each channel, (out, in), and of each place of a kernel.
+                given = weight * (x.view(-1, 1, 1) if weight.ndim == 4 else x)
+                added = (given**2).sum(0).reshape(len(x), -1).sum(1)
+                totals[name] = totals.get(name, 0) + added
 
         handles.append(module.register_forward_pre_hook(hook))
 
@@ -115,7 +120,7 @@ def naive_shares(model, batch):
 
 def test_shares_are_those_of_the_squares_that_each_channel_adds(teacher, batch):
     found, expected = listen(teacher, [batch]), naive_shares(teacher, batch)
-    assert len(expected) == 5 * (2 * 8 + 1) + 3 + 2
+    assert len(expected) == 5 * (2 * 8 + 1) + 3 + 2 + 5
     for name, share in expected.items():
         torch.testing.assert_close(found.share(name), share, rtol=1e-4, atol=1e-7)
         assert float(found.share(name).sum()) == pytest.approx(1)
@@ -320,6 +325,78 @@ def test_the_heads_of_the_model_count_for_a_channel(teacher, keep):
     teacher.ctc_output[1].weight.data[:, 20] *= 1000
     kept = keep(encoder_dim="16,17")
     assert kept.stream == [*range(16), 20]
+
+
+# The front end
+
+
+FRONT = {"embed_channels": "6,9,14"}
+
+
+@pytest.fixture
+def front(make_model, make_settings, batch):
+    """A teacher whose front end has an option, and what a student of it keeps."""
+    teacher = make_model(seed=2, **FRONT).eval()
+
+    def keep(**changes):
+        settings, new = make_settings(**FRONT), make_settings(**{**FRONT, **changes})
+        return select_important(teacher, settings, new, [batch], layers=False).units
+
+    return teacher.encoder_embed, keep
+
+
+def columns(front, channels):
+    """Of the output layer: all frequencies of some channels."""
+    return [c * front.out_width + f for c in channels for f in range(front.out_width)]
+
+
+def test_channels_of_the_front_end_that_do_nothing_are_not_kept(front):
+    embed, keep = front
+    silence(embed.conv[4], [0, 3])
+    silence(embed.conv[7], [1, 2, 5, 8])
+    silence(embed.convnext.pointwise_conv1, [*range(0, 6), 12])
+    silence(embed.out, columns(embed, [*range(0, 6), 12]))
+    silence(embed.convnext.pointwise_conv2, [*range(5, 26)])
+    units = keep(embed_channels="4,5,7")
+    first, second, third = (units[conv] for conv in FRONT_CONVS)
+    assert first == [1, 2, 4, 5] and second == [0, 3, 4, 6, 7]
+    assert third == [6, 7, 8, 9, 10, 11, 13]
+    assert units[CONVNEXT] == [*range(0, 5), *range(26, 42)]
+
+
+@pytest.mark.parametrize("reader", ["convnext", "out"])
+def test_both_that_read_the_front_ends_last_channels_count(front, reader):
+    """Channel 13 does nothing in one of them, and all in the other."""
+    embed, keep = front
+    matrix, loud = embed.convnext.pointwise_conv1, [13]
+    if reader == "out":
+        matrix, loud = embed.out, columns(embed, [13])
+        silence(embed.convnext.pointwise_conv1, [13])
+    else:
+        silence(embed.out, columns(embed, [13]))
+    matrix.weight.data[:, loud] *= 1000
+    assert keep(embed_channels="6,9,1")[FRONT_CONVS[-1]] == [13]
+
+
+def test_a_channel_of_the_front_end_counts_with_all_its_frequencies(front):
+    """One that does much at one frequency, and one that does a bit more at all."""
+    embed, keep = front
+    silence(embed.convnext.pointwise_conv1, range(14))
+    scales = torch.zeros(14, embed.out_width)
+    scales[3, 1], scales[9] = 100.0, 99.0
+    with torch.no_grad():
+        embed.out.weight[:] = 1.0
+        # Of the same channel's signal, so that the weights alone differ.
+        for conv in (embed.conv[7], embed.convnext.depthwise_conv):
+            conv.weight[9], conv.bias[9] = conv.weight[3], conv.bias[3]
+        embed.convnext.pointwise_conv2.weight.zero_()
+        embed.convnext.pointwise_conv2.bias.zero_()
+        embed.out.weight *= scales.flatten()
+    assert keep(embed_channels="6,9,1")[FRONT_CONVS[-1]] == [9]
+
+
+def test_a_front_end_without_an_option_is_kept_as_it_is(teacher, keep):
+    assert not {CONVNEXT, *FRONT_CONVS} & set(keep(**NARROW).units)
 
 
 class Shares:

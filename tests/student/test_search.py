@@ -6,12 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from zipformer.bin.train import get_model
+from recipe_model import get_model
 
 from icefall_kd import build_student
 from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds, count_parameters
-from icefall_kd.student.presets import LADDER, per_stack, preset
+from icefall_kd.student.presets import (
+    EMBED_CHANNELS,
+    LADDER,
+    embed_channels,
+    per_stack,
+    preset,
+)
 from icefall_kd.student.search import nearest, parse_goal
 
 RECIPE = {
@@ -59,6 +65,9 @@ TEACHERS = {
     "shallow": SHALLOW,
     "digits": DIGITS,
     "uneven": UNEVEN,
+    "digits-front": {**DIGITS, "embed_channels": "8,32,128"},
+    "s-front": {**RECIPE, **preset("s"), "embed_channels": "8,32,128"},
+    "narrow-front": {**UNEVEN, "embed_channels": "7,40,24"},
 }
 VARY = (
     "num_encoder_layers",
@@ -90,7 +99,11 @@ def is_slice(student, teacher):
     unmasked, dims = (
         per_stack(student, f"encoder_{n}") for n in ("unmasked_dim", "dim")
     )
-    same = all(student[n] == teacher[n] for n in teacher if n not in VARY)
+    pairs = zip(embed_channels(student), embed_channels(teacher), strict=True)
+    if not all(a <= b for a, b in pairs):
+        return False
+    fixed = [n for n in teacher if n not in (*VARY, "embed_channels")]
+    same = all(student[n] == teacher[n] for n in fixed)
     return same and all(u <= d for u, d in zip(unmasked, dims, strict=True))
 
 
@@ -272,6 +285,39 @@ def test_a_student_found_can_be_built_from_its_teacher(make_model, make_settings
         student, new = build_student(teacher, settings, changes, get_model)
         assert sum(p.numel() for p in student.parameters()) == size(new)
     assert speed(new, settings) == pytest.approx(1.3, rel=0.02)
+
+
+# The front end
+
+
+@pytest.mark.parametrize("goal", ["65k", "80k", "120k", "190k", "2x", "4x", "7x"])
+def test_a_front_end_that_has_an_option_gets_narrower(goal):
+    teacher = TEACHERS["digits-front"]
+    student = {**teacher, **nearest(goal, teacher, teacher)}
+    assert is_slice(student, teacher)
+    wanted = parse_goal(goal)
+    found = size(student)
+    if wanted.kind == "speed":
+        found = speed(student, teacher)
+    assert found == pytest.approx(wanted.value, rel=0.05)
+    channels = embed_channels(student)
+    assert all(a < b for a, b in zip(channels[1:], EMBED_CHANNELS[1:], strict=True))
+    with pytest.raises(KDError, match="the (smallest|fastest)"):
+        nearest(goal, DIGITS, DIGITS)
+
+
+@pytest.mark.parametrize("name", LADDER[:5])
+def test_presets_have_icefalls_front_end(name):
+    teacher = TEACHERS["s-front"]
+    found = nearest(size({**RECIPE, **preset(name)}), teacher, teacher)
+    assert {**teacher, **found} == {**teacher, **preset(name)}
+
+
+def test_a_front_end_of_a_student_without_a_teacher_gets_narrower():
+    base = {**RECIPE, "embed_channels": "8,32,128"}
+    student = {**base, **nearest("250k", base)}
+    assert size(student) == pytest.approx(250e3, rel=0.05)
+    assert embed_channels(student) < EMBED_CHANNELS
 
 
 # Students of no teacher

@@ -6,14 +6,22 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+from recipe_model import front_end, get_model
 from torch import nn
-from zipformer.bin.train import get_model
+from zipformer.modules.scaling import BiasNorm
 
 from icefall_kd import ModelTap, build_student
 from icefall_kd.errors import KDError
+from icefall_kd.student.front import strongest_front
 from icefall_kd.student.importance import encoder_layers
-from icefall_kd.student.presets import per_stack
-from icefall_kd.student.selection import HEADS, Selection, select_first
+from icefall_kd.student.presets import embed_channels, per_stack
+from icefall_kd.student.selection import (
+    CONVNEXT,
+    FRONT_CONVS,
+    HEADS,
+    Selection,
+    select_first,
+)
 
 MODULES = (
     *("feed_forward1", "feed_forward2", "feed_forward3"),
@@ -34,6 +42,8 @@ THREE = {
     "cnn_module_kernel": "7,5,3",
     "encoder_unmasked_dim": "8,8,8",
 }
+FRONT = {"embed_channels": "6,9,14"}
+UNMASKED = {"encoder_unmasked_dim": "8,8"}
 CAUSAL = {"causal": True, "chunk_size": "4", "left_context_frames": "16"}
 # Other widths of the stream; each channel of the output comes from one and the same
 # stack in teacher and student.
@@ -73,6 +83,10 @@ def keep_random(settings, new, seed=0):
     kept.units["joiner"] = rng.sample(range(settings.joiner_dim), new.joiner_dim)
     groups = rng.sample(range(settings.decoder_dim // 4), new.decoder_dim // 4)
     kept.units["decoder"] = [4 * g + c for g in groups for c in range(4)]
+    for conv in FRONT_CONVS:
+        n = [len(m.get_submodule(conv).bias) for m in (teacher, student)]
+        kept.units[conv] = rng.sample(range(n[0]), n[1])
+    kept.units[CONVNEXT] = rng.sample(range(3 * n[0]), 3 * n[1])
     return kept
 
 
@@ -80,6 +94,19 @@ def zero_others(matrix, keep):
     others = torch.ones(matrix.weight.size(1), dtype=torch.bool)
     others[torch.as_tensor(keep)] = False
     matrix.weight.data[:, others] = 0
+
+
+def mask_front(front, kept):
+    """Mask what the student leaves out, before all that reads it."""
+    first, second, last = (kept.units.get(conv) for conv in FRONT_CONVS)
+    if first is None:  # the student's front end is the teacher's
+        return
+    zero_others(front.conv[4], first)
+    zero_others(front.conv[7], second)
+    zero_others(front.convnext.pointwise_conv1, last)
+    n = front.out_width
+    zero_others(front.out, [c * n + f for c in last for f in range(n)])
+    zero_others(front.convnext.pointwise_conv2, kept.units[CONVNEXT])
 
 
 def only(keep, x):
@@ -128,6 +155,7 @@ def masked(teacher, student, settings, new, kept):
                     lambda m, args, out, stream=stream: only(stream, out)
                 )
             norm_over(layer.norm, stream)
+    mask_front(teacher.encoder_embed, kept)
     joined = kept.units.get("joiner", range(new.joiner_dim))
     zero_others(teacher.joiner.output_linear, joined)
     decoded = kept.units.get("decoder", range(new.decoder_dim))
@@ -193,6 +221,9 @@ def pair(make_model, make_settings):
             teacher, settings, changes, get_model, selection=kept
         )
         assert found == new
+        if "embed_channels" in changes:
+            front = strongest_front(teacher.state_dict(), embed_channels(new))
+            kept.units = {**front, **kept.units}
         return teacher, student.eval(), (settings, new, kept)
 
     return make
@@ -209,6 +240,17 @@ KEEP = pytest.mark.parametrize("keep", [select_first, keep_random])
 def test_fewer_units_are_the_teacher_with_the_others_masked(pair, features, keep, name):
     changes = FEWER_UNITS if name == "all" else {name: FEWER_UNITS[name]}
     teacher, student, terms = pair(changes, keep)
+    found = everything(student, features)
+    check(found, everything(masked(teacher, student, *terms), features), *terms[1:])
+    assert differ(found, everything(teacher, features))
+
+
+@KEEP
+@pytest.mark.parametrize("channels", ["5,9,14", "6,4,14", "6,9,11", "1,2,3"])
+def test_fewer_channels_of_the_front_end_are_the_teacher_with_the_others_masked(
+    pair, features, keep, channels
+):
+    teacher, student, terms = pair({"embed_channels": channels}, keep, **FRONT)
     found = everything(student, features)
     check(found, everything(masked(teacher, student, *terms), features), *terms[1:])
     assert differ(found, everything(teacher, features))
@@ -240,7 +282,7 @@ def test_fewer_layers_are_the_teacher_with_the_others_bypassed(pair, features, l
     assert differ(found, everything(teacher, features))
 
 
-@pytest.mark.parametrize("shape", [{}, CAUSAL, {"context_size": 1}], ids=str)
+@pytest.mark.parametrize("shape", [{}, CAUSAL, {"context_size": 1}, FRONT], ids=str)
 def test_all_at_once_is_the_masked_teacher(pair, features, shape):
     changes = {
         **FEWER_UNITS,
@@ -248,6 +290,8 @@ def test_all_at_once_is_the_masked_teacher(pair, features, shape):
         "encoder_dim": "10,15",
         "encoder_unmasked_dim": "8,8",
     }
+    if shape == FRONT:
+        changes["embed_channels"] = "4,7,5"
     teacher, student, terms = pair(changes, keep_random, **shape)
     found = everything(student, features)
     check(found, everything(masked(teacher, student, *terms), features), *terms[1:])
@@ -287,6 +331,44 @@ def test_channels_of_the_same_last_stack_are_equal_where_it_is_not_the_widest(
     teacher, student, terms = pair(LAST_NARROWER, lambda *_: kept, encoder_dim="24,16")
     found = everything(student, features)
     check(found, everything(masked(teacher, student, *terms), features), *terms[1:])
+
+
+# Front ends without an option for their channels
+
+
+class OtherFront(nn.Module):
+    """None of icefall's: it has no convolutions."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.out = nn.Linear(20, width)
+        self.out_norm = BiasNorm(width)
+
+
+@pytest.mark.parametrize("front", ["other", "written-into-the-recipe"])
+def test_the_front_end_that_a_recipe_has_without_an_option_is_followed(
+    make_model, make_settings, front
+):
+    settings = make_settings()
+
+    def make(settings):
+        model = get_model(settings)
+        width = int(settings.encoder_dim.split(",")[0])
+        other = front == "other"
+        model.encoder_embed = (
+            OtherFront(width) if other else front_end(settings, 6, 9, 14)
+        )
+        return model
+
+    teacher = make(settings)
+    student, _ = build_student(
+        teacher, settings, {"encoder_dim": "8,12", **UNMASKED}, make
+    )
+    source = teacher.encoder_embed.state_dict()
+    for name, value in student.encoder_embed.state_dict().items():
+        of_stream = name.startswith("out") and value.ndim > 0
+        expected = source[name][:8] if of_stream else source[name]
+        assert torch.equal(value, expected), name
 
 
 # BiasNorm's scale
