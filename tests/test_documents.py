@@ -25,7 +25,7 @@ OTHERS = """
     --ctc-loss-scale --use-cr-ctc --enable-spec-aug --use-ctc --use-transducer
     --base-lr --jit --world-size --epoch --avg --iter --exp-dir --lang-dir
     --bpe-model --recipe --num-workers --gres --array --wrap --logdir
-    --master-port --help --causal --dist
+    --master-port --help --causal --dist --embed-channels
 """.split()
 TOOLS = [*ROOT.glob("tools/*.sh"), *ROOT.glob("tools/*.py"), *ROOT.glob("tests/*.sh")]
 TOOLS += [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("egs/*/ASR/local/*.py")]
