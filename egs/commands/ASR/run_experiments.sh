@@ -11,7 +11,7 @@ cd "$(dirname "$script")"
 corpus_dir=         # your clone of the corpus
 work_dir=work       # results go here
 runs="none cr-ctc kd kd-cr-ctc part part-kd slices slices-kd"  # names in conf/runs.txt
-sizes="s xs"        # of students: s has 0.17 M parameters, xs 0.08 M
+sizes="s xs"        # of students: s has 0.15 M parameters, xs 0.07 M
 seeds="1 2 3"       # of the students
 test=false          # true: decode the test speakers too, when all is decided
 num_jobs=2          # trainings at the same time, each on one core
@@ -52,8 +52,8 @@ settings_of() {
   local common="num-encoder-layers=1,1,1"
   case $1 in
     s) echo "$common embed-channels=8,16,32 encoder-dim=32,32,32" \
-      "encoder-unmasked-dim=32,32,32 feedforward-dim=64,64,64 decoder-dim=64" \
-      "joiner-dim=64" ;;
+      "encoder-unmasked-dim=32,32,32 feedforward-dim=64,64,64 decoder-dim=48" \
+      "joiner-dim=48 num-heads=3,3,3" ;;
     xs) echo "$common embed-channels=4,8,16 encoder-dim=16,24,24" \
       "encoder-unmasked-dim=16,24,24 feedforward-dim=48,64,64 decoder-dim=32" \
       "joiner-dim=32 num-heads=2,2,2 query-head-dim=8 value-head-dim=8" ;;
@@ -97,7 +97,7 @@ one() {
   esac
   train "$folder" 2 60 --manifest-dir "$cuts" --train-set "$sets" --bpe-model "$bpe" \
     --seed "$seed" --num-threads "$num_threads" --sample-rate 16000 --avg "$avg" \
-    --max-duration 30 --lr-epochs 8 --save-every-n 1000000 --patience 6 \
+    --max-duration 15 --lr-epochs 3.5 --save-every-n 1000000 --patience 6 \
     "${flags[@]}" "${words[@]}"
   decode "$folder" dev
   if [ "$test" = true ]; then decode "$folder" test; fi
