@@ -67,14 +67,14 @@ def transcript_scores(
     Args:
       rows: (N, T, V), logits or log-probabilities, or a sparse distribution.
       mask: (N, T), bool, the frames that count.
-      labels: (N, U + 1), int64: a blank, then the labels of each row, then blanks.
+      labels: (N, U + 1), integers: a blank, then the labels of each row, then blanks.
       vocab_size: V.
       blank_id: The blank.
 
     Returns:
       (N,), in nats; inf for a row without an alignment, which has too few frames.
     """
-    labels = labels.to(mask.device)
+    labels = labels.to(mask.device, torch.int64)  # k2's are int32
     if is_sparse(rows):
         log_probs = _of_sparse(rows, labels, vocab_size)
     else:

@@ -84,6 +84,13 @@ def test_what_is_outside_the_mask_changes_nothing():
     assert best_labels(logits, MASKS) == best_labels(garbage, MASKS)
 
 
+def test_labels_may_be_int32_as_those_of_k2():
+    labels = labels_of(*TRANSCRIPTS)
+    for rows in (frames_of(4, 5), sparse_of(frames_of(4, 5), 2)):
+        found = transcript_scores(rows, MASKS, labels.int(), V)
+        assert torch.equal(found, transcript_scores(rows, MASKS, labels, V))
+
+
 def test_no_gradient_is_asked_for():
     logits = frames_of(4, 5).requires_grad_()
     found = transcript_scores(logits, MASKS, labels_of(*TRANSCRIPTS), V)
