@@ -174,7 +174,7 @@ WALK = re.compile(r"^\| \d+ \| `(\S+)` \| `(\w+)` \|", re.M)
 
 @pytest.mark.parametrize(
     "step",
-    enumerate(WALK.findall((ROOT / "docs" / "design.md").read_text("utf8")), 1),
+    list(enumerate(WALK.findall((ROOT / "docs" / "design.md").read_text("utf8")), 1)),
     ids=lambda step: f"{step[0]} {step[1][1]}",
 )
 def test_each_step_of_the_walks_through_the_code_exists(step):

@@ -8,7 +8,7 @@ import torch
 
 from icefall_kd import CtcTerm, JointKDLoss, ctc_kd_loss
 from icefall_kd.errors import KDError
-from icefall_kd.report.comparison import Comparison, Model, TestAudio
+from icefall_kd.report.comparison import Comparison, Model, Run, TestAudio
 from icefall_kd.report.logs import read_training
 from icefall_kd.terms import TERMS, register_term
 from icefall_kd.terms.base import Option, Term
@@ -146,7 +146,7 @@ def test_the_report_has_its_column(tmp_path):
     )
     training = read_training(tmp_path)
     assert training.weights()["square"] == [(0.0, 0.5)]
-    model = Model("K", tmp_path, training, [], [])
+    model = Model("K", [Run("K", tmp_path, training, [], [])])
     page = Comparison([model], "", "", "WER", TestAudio(), {}, words_of("en"))
     tables = [block for block in blocks_of(page) if isinstance(block, Table)]
     (weights,) = (table for table in tables if table.head[0] == "term")

@@ -176,7 +176,7 @@ def get_model(params: AttributeDict) -> nn.Module:
     model = zipformer_train.get_model(params)
     # A checkpoint of a former version has no such setting.
     embed_channels = params.get("embed_channels", "8,32,128")
-    numbers = embed_channels.split(",")
+    numbers = [n.strip() for n in embed_channels.split(",")]
     if len(numbers) != 3 or not all(n.isdecimal() and int(n) for n in numbers):
         raise KDError(
             f"--embed-channels is {embed_channels!r}, and must be three numbers "
