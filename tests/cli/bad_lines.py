@@ -44,6 +44,12 @@ BASE: Dict[str, Dict[str, str]] = {
         "iters": "1",
     },
     "student": {**TEACHER, "student_dir": "new-student", "changes": "joiner-dim=12"},
+    "forecast": {
+        **TEACHER,
+        "cuts": "in.jsonl.gz",
+        "num_cuts": "2",
+        "student_dir": "student",
+    },
     "report": {
         "out_dir": "new-report",
         "models": "a=exp",
@@ -216,6 +222,7 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "storage_dir": ("", ".", "a-folder", *NAMES),
         "keep_lattice": ("", "collapsed"),
         "keep_hidden": ("",),
+        "keep_simple": ("",),
         "cut_seconds": ("",),
         "weights": ("",),
         "teacher_field": ("",),
@@ -245,6 +252,12 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "changes": ("encoder-dim=16",),
         "cuts": ("",),
         "seed": ("0", "2147483648"),
+    },
+    "forecast": {
+        **FALSE,
+        "baseline_dir": ("",),
+        "difference": ("1.5",),
+        "json_file": ("", "a-file", " ", "a\nb"),
     },
     "report": {
         "out_dir": (".", "a-folder", *NAMES),

@@ -880,7 +880,8 @@ def test_flags_give_the_recipes_parser_the_settings(recipe, make_settings, chang
     settings = make_settings(**changes)
     names = model_names(recipe)
     args = recipe.get_parser().parse_args(flags_of(settings, names).split())
-    assert {n: getattr(args, n) for n in names} == {n: settings[n] for n in names}
+    expected = {n: settings.get(n, default) for n, default in names.items()}
+    assert {n: getattr(args, n) for n in names} == expected
 
 
 # doctor
