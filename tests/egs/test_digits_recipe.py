@@ -273,7 +273,8 @@ def without_kd_lines(folder):
         removed += len(lines) - len(kept)
         (folder / name).write_text("".join(kept))
     assert removed == 7  # five in train.py, two in the data module
-    shutil.copy(RECIPE / "zipformer" / "dev_wer.py", folder)
+    for name in ("dev_wer.py", "greedy.py"):
+        shutil.copy(RECIPE / "zipformer" / name, folder)
     return folder / "train.py"
 
 

@@ -20,14 +20,13 @@ from typing import Dict, List, TextIO, Tuple
 import kaldialign
 import torch
 from asr_datamodule import AsrDataModule
+from greedy import METHODS, recognise
 from tqdm import tqdm
 from train import load_bpe_model
-from zipformer.decode.search import ctc_greedy_search, greedy_search
 from zipformer.utils import AttributeDict, setup_logger, store_transcripts, str2bool
 
 from icefall_kd import KDError, load_model, one_sentence
 
-METHODS = ("ctc-greedy-search", "greedy_search")
 # (cut id, reference words, recognised words)
 Result = Tuple[str, List[str], List[str]]
 
@@ -60,36 +59,16 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def decode_one_batch(
-    params: AttributeDict, model: torch.nn.Module, sp, batch: dict
-) -> List[List[str]]:
-    """Return the words that ``model`` recognises in each utterance of ``batch``.
-
-    ``params`` has the method, and ``sp`` decodes tokens.
-    """
-    device = next(model.parameters()).device
-    feature = batch["inputs"].to(device)
-    feature_lens = batch["supervisions"]["num_frames"].to(device)
-    encoder_out, encoder_out_lens = model.forward_encoder(feature, feature_lens)
-    if params.decoding_method == "ctc-greedy-search":
-        tokens = ctc_greedy_search(
-            model.ctc_output(encoder_out), encoder_out_lens, params.blank_id
-        )
-    else:
-        tokens = greedy_search(model, encoder_out, encoder_out_lens)
-    return [text.split() for text in sp.decode(tokens)]
-
-
 def decode_dataset(
     dl: torch.utils.data.DataLoader, params: AttributeDict, model: torch.nn.Module, sp
 ) -> List[Result]:
     """Return the reference and the recognised words of each cut that ``dl`` gives.
 
-    ``params``, ``model`` and ``sp`` are those of :func:`decode_one_batch`.
+    ``params`` has the method, and ``sp`` decodes tokens.
     """
-    results = []
+    method, results = params.decoding_method, []
     for batch in tqdm(dl, desc=f"Decoding {params.test_set}", unit=" batches"):
-        hyps = decode_one_batch(params, model, sp, batch)
+        hyps = recognise(model, sp, batch, [method])[method]
         cuts = batch["supervisions"]["cut"]
         texts = batch["supervisions"]["text"]
         for cut, text, hyp in zip(cuts, texts, hyps):
@@ -165,7 +144,6 @@ def main():
         params.suffix += "-use-averaged-model"
 
     sp = load_bpe_model(params.bpe_model)
-    params.blank_id = sp.piece_to_id("<blk>")
     model, settings = load_model(
         Path(__file__).parent,
         params.exp_dir,

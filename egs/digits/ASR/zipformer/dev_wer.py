@@ -8,7 +8,7 @@ from typing import List, NamedTuple, Tuple
 
 import kaldialign
 import torch
-from zipformer.decode.search import ctc_greedy_search, greedy_search
+from greedy import METHODS, recognise
 from zipformer.utils import AttributeDict
 
 from icefall_kd import KDError, load_model
@@ -101,27 +101,17 @@ def decode_dev(model, dev_dl, sp) -> Tuple[float, float]:
       dev_dl: Batches of the dev cuts.
       sp: The tokens.
     """
-    device = next(model.parameters()).device
-    words, errors = 0, [0, 0]
+    num_words, errors = 0, dict.fromkeys(METHODS, 0)
     for batch in dev_dl:
-        out, lens = model.forward_encoder(
-            batch["inputs"].to(device),
-            batch["supervisions"]["num_frames"].to(device),
-        )
-        blank = sp.piece_to_id("<blk>")
-        heads = (
-            ctc_greedy_search(model.ctc_output(out), lens, blank),
-            greedy_search(model, out, lens),
-        )
         references = [text.split() for text in batch["supervisions"]["text"]]
-        words += sum(map(len, references))
-        for n, tokens in enumerate(heads):
-            for reference, text in zip(references, sp.decode(tokens)):
-                distance = kaldialign.edit_distance(reference, text.split())
-                errors[n] += distance["total"]
-    if not words:
+        num_words += sum(map(len, references))
+        for method, hyps in recognise(model, sp, batch).items():
+            for reference, hyp in zip(references, hyps):
+                errors[method] += kaldialign.edit_distance(reference, hyp)["total"]
+    if not num_words:
         raise KDError("the dev cuts have no words: make the data again")
-    return 100 * errors[0] / words, 100 * errors[1] / words
+    ctc, transducer = (100 * errors[method] / num_words for method in METHODS)
+    return ctc, transducer
 
 
 def is_over(rows: List[DevWer], patience: int) -> bool:

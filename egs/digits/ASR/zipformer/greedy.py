@@ -1,0 +1,38 @@
+"""Greedy search with a model's heads."""
+
+from typing import Dict, List, Sequence
+
+import torch
+from zipformer.decode.search import ctc_greedy_search, greedy_search
+
+# Of the CTC head, and of the transducer head with one symbol a frame.
+METHODS = ("ctc-greedy-search", "greedy_search")
+
+
+def recognise(
+    model: torch.nn.Module, sp, batch: dict, methods: Sequence[str] = METHODS
+) -> Dict[str, List[List[str]]]:
+    """Return the words that ``model`` recognises in each utterance of ``batch``.
+
+    Args:
+      model: The model, in eval mode.
+      sp: The tokens.
+      batch: What `lhotse.dataset.K2SpeechRecognitionDataset` gives.
+      methods: Some of ``METHODS``, which become the keys of the result.
+    """
+    device = next(model.parameters()).device
+    encoder_out, encoder_out_lens = model.forward_encoder(
+        batch["inputs"].to(device), batch["supervisions"]["num_frames"].to(device)
+    )
+    words = {}
+    for method in methods:
+        if method == "ctc-greedy-search":
+            tokens = ctc_greedy_search(
+                model.ctc_output(encoder_out),
+                encoder_out_lens,
+                sp.piece_to_id("<blk>"),
+            )
+        else:
+            tokens = greedy_search(model, encoder_out, encoder_out_lens)
+        words[method] = [text.split() for text in sp.decode(tokens)]
+    return words
