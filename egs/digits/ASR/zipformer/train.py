@@ -239,16 +239,9 @@ def forget_metrics(model: nn.Module) -> None:
             module.prob = module.max_prob
 
 
-def cr_ctc_inputs(params: AttributeDict, feature_lens: Tensor) -> Dict[str, Any]:
-    """Return what makes the model compute CR-CTC's loss in training.
-
-    The model then masks two copies of each utterance (arXiv:2410.05101). The masks suit
-    the short utterances and few bins of this recipe.
-    """
-    supervision_segments = torch.zeros(feature_lens.numel(), 3, dtype=torch.int64)
-    supervision_segments[:, 0] = torch.arange(feature_lens.numel())
-    supervision_segments[:, 2] = feature_lens.cpu()
-    spec_augment = SpecAugment(
+def get_spec_augment(params: AttributeDict) -> SpecAugment:
+    """Return CR-CTC's masks, which suit this recipe's short utterances and few bins."""
+    return SpecAugment(
         time_warp_factor=0,
         num_frame_masks=int(2 * params.time_mask_ratio),
         features_mask_size=8,
@@ -256,6 +249,16 @@ def cr_ctc_inputs(params: AttributeDict, feature_lens: Tensor) -> Dict[str, Any]
         frames_mask_size=20,
         max_frames_mask_fraction=0.15 * params.time_mask_ratio,
     )
+
+
+def cr_ctc_inputs(spec_augment: SpecAugment, feature_lens: Tensor) -> Dict[str, Any]:
+    """Return what makes the model compute CR-CTC's loss in training.
+
+    The model then masks two copies of each utterance (arXiv:2410.05101).
+    """
+    supervision_segments = torch.zeros(feature_lens.numel(), 3, dtype=torch.int64)
+    supervision_segments[:, 0] = torch.arange(feature_lens.numel())
+    supervision_segments[:, 2] = feature_lens.cpu()
     return {
         "use_cr_ctc": True,
         "use_spec_aug": True,
@@ -278,6 +281,7 @@ def compute_loss(
     sp: spm.SentencePieceProcessor,
     batch: dict,
     is_training: bool,
+    spec_augment: Optional[SpecAugment] = None,
 ) -> Tuple[Tensor, MetricsTracker]:
     """Compute the sum of losses over the frames of a batch.
 
@@ -290,6 +294,8 @@ def compute_loss(
         What `lhotse.dataset.K2SpeechRecognitionDataset` gives.
       is_training:
         True for training: enables autograd.
+      spec_augment:
+        The masks of CR-CTC, None without it and in validation.
     """
     kd.begin(batch)
     device = model.device if isinstance(model, DDP) else next(model.parameters()).device
@@ -298,8 +304,8 @@ def compute_loss(
     feature_lens = supervisions["num_frames"].to(device)
     y = sp.encode(supervisions["text"], out_type=int)
 
-    use_cr_ctc = params.use_cr_ctc and is_training
-    more_inputs = cr_ctc_inputs(params, feature_lens) if use_cr_ctc else {}
+    use_cr_ctc = spec_augment is not None
+    more_inputs = cr_ctc_inputs(spec_augment, feature_lens) if use_cr_ctc else {}
     with torch.set_grad_enabled(is_training):
         simple_loss, pruned_loss, ctc_loss, _, cr_loss = model(
             x=feature,
@@ -369,6 +375,7 @@ def train_one_epoch(
     scaler: "torch.cuda.amp.GradScaler",
     bar: tqdm,
     model_avg: Optional[nn.Module] = None,
+    spec_augment: Optional[SpecAugment] = None,
     tb_writer: Optional[SummaryWriter] = None,
     world_size: int = 1,
     rank: int = 0,
@@ -384,7 +391,9 @@ def train_one_epoch(
         batch_size = len(batch["supervisions"]["text"])
 
         with torch.autocast("cuda", enabled=params.use_fp16, dtype=torch.float16):
-            loss, loss_info = compute_loss(params, model, sp, batch, is_training=True)
+            loss, loss_info = compute_loss(
+                params, model, sp, batch, is_training=True, spec_augment=spec_augment
+            )
         tot_loss = (tot_loss * (1 - 1 / params.reset_interval)) + loss_info
         scaler.scale(loss).backward()
         scheduler.step_batch(params.batch_idx_train)
@@ -578,6 +587,7 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
     # A training that was stopped before it had decoded the dev cuts does so first.
     if params.start_batch == 0 and over(params.start_epoch - 1, anew=False):
         return
+    spec_augment = get_spec_augment(params) if params.use_cr_ctc else None
     epochs = params.num_epochs - params.start_epoch + 1
     with (
         logging_redirect_tqdm(),
@@ -599,6 +609,7 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
                 params=params,
                 model=model,
                 model_avg=model_avg,
+                spec_augment=spec_augment,
                 optimizer=optimizer,
                 scheduler=scheduler,
                 sp=sp,
