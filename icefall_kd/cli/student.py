@@ -437,7 +437,9 @@ def _build(
     model, student_params = build_student(
         loaded.model, params, new, model_maker(train), init, selection
     )
-    student_params["average_period"] = settings.get("average_period", 200)
+    # icefall counts an average's steps by the checkpoint where they begin. After no
+    # steps, 1 is right for whichever period the training has.
+    student_params["average_period"] = 1
     scores = []
     if batches:
         blank_id = int(settings.get("blank_id", 0))

@@ -119,12 +119,14 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
     return checkpoint
 
 
-def averages_until(checkpoint: Dict[str, Any]) -> int:
-    """How often the averaged model was updated until a checkpoint.
+def averages_until(checkpoint: Dict[str, Any], period: Any) -> int:
+    """How often the averaged model was updated until a checkpoint, as icefall counts.
 
     Args:
-      checkpoint: Its dictionary; 0 where the numbers are not in it.
+      checkpoint: Its dictionary; 0 where the number of steps is not in it.
+      period: The steps from one update to the next, the ``average_period`` of the
+        checkpoint from which on icefall averages.
     """
-    batch, period = checkpoint.get("batch_idx_train"), checkpoint.get("average_period")
-    numbers = [x if isinstance(x, int) and x > 0 else 0 for x in (batch, period)]
-    return numbers[0] // (numbers[1] or 1)
+    numbers = (checkpoint.get("batch_idx_train"), period)
+    steps, period = (x if isinstance(x, int) and x > 0 else 0 for x in numbers)
+    return steps // (period or 1)

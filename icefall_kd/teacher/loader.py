@@ -152,10 +152,11 @@ def load_recipe_model(
     remedy = "give one that the recipe's own training wrote"
     if use_averaged_model:
         remedy = "give `use_averaged_model` 0"
-    averages = set()
+    averages, period = set(), None
     for path in files:
         checkpoint = load_checkpoint(path)
-        averages.add(averages_until(checkpoint))
+        period = period or checkpoint.get("average_period")
+        averages.add(averages_until(checkpoint, period))
         settings = settings_of(checkpoint, path, train, flags, bpe_model)
         _check_numbers(settings, path)
         require(
@@ -165,8 +166,7 @@ def load_recipe_model(
     require(
         not use_averaged_model or len(averages) > 1,
         f"the model was not averaged between {files[0]} and {files[-1]} (every "
-        f"{settings.get('average_period')} steps): raise `avg`, or give "
-        "`use_averaged_model` 0",
+        f"{period} steps): raise `avg`, or give `use_averaged_model` 0",
     )
     params = recipe_params(train)
     params.update(settings)

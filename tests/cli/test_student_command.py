@@ -341,6 +341,22 @@ def test_an_averaged_teacher(invoke, student_words, made, teacher_exp, more):
     )
 
 
+def test_a_first_epoch_shorter_than_the_teachers_average_period_is_averaged(
+    invoke, student_words, folder, teacher_exp
+):
+    assert teacher_exp.settings.average_period == 10
+    assert invoke(*student_words(*SET)).code == 0
+    states = torch.load(folder / "epoch-1.pt", weights_only=False)
+    average = {k: v.double() + 1 for k, v in states["model"].items()}
+    states.update(batch_idx_train=5, average_period=2, model_avg=average)
+    torch.save(states, folder / "epoch-2.pt")
+    model, _ = load_recipe_model(
+        teacher_exp.recipe, folder, epoch=2, use_averaged_model=True
+    )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, average[name].to(value.dtype)), name
+
+
 @pytest.mark.parametrize(
     "shape",
     [

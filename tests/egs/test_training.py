@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from icefall_kd.errors import KDError
+
 
 def test_an_epoch_begins_with_what_a_training_has_that_goes_on(recipe, make_model):
     """No checkpoint keeps how often each activation is looked at."""
@@ -46,3 +48,25 @@ def test_a_students_flags_have_the_front_end_of_its_checkpoint(recipe):
     parsed = recipe.get_parser().parse_args(flags.split())
     assert parsed.embed_channels == "4,8,16"
     assert flags_of({"encoder_dim": defaults["encoder_dim"]}, defaults) == ""
+
+
+def params_of(recipe, *words):
+    return recipe.AttributeDict(vars(recipe.get_parser().parse_args(words)))
+
+
+def test_another_average_period_is_refused_when_dev_cuts_are_to_be_decoded(recipe):
+    params = params_of(recipe, "--patience", "1", "--average-period", "2")
+    with pytest.raises(KDError, match="is 2, and .* had 10: give --average-period 10"):
+        recipe.check_average_period(params, {"average_period": 10})
+    recipe.check_average_period(params, {"average_period": 2})
+    recipe.check_average_period(params, {})
+    params.patience = 0
+    recipe.check_average_period(params, {"average_period": 10})
+
+
+def test_cr_ctc_has_the_masks_that_a_training_makes_once(recipe):
+    masks = recipe.get_spec_augment(params_of(recipe, "--time-mask-ratio", "2"))
+    assert (masks.num_frame_masks, masks.max_frames_mask_fraction) == (4, 0.3)
+    inputs = recipe.cr_ctc_inputs(masks, torch.tensor([5, 7]))
+    assert inputs["spec_augment"] is masks
+    assert inputs["supervision_segments"].tolist() == [[0, 0, 5], [1, 0, 7]]

@@ -284,6 +284,15 @@ def test_a_checkpoint_without_average_is_refused(load, exp):
         load(exp, epoch=2, use_averaged_model=True)
 
 
+def test_an_average_of_two_periods_is_refused_where_icefall_has_no_step_of_it(
+    load, exp
+):
+    """icefall counts by the first one's period: 10 and 19 are one step of 10."""
+    changed(exp / "epoch-2.pt", average_period=2, batch_idx_train=19)
+    with pytest.raises(KDError, match="not averaged between .* .every 10 steps."):
+        load(exp, epoch=2, use_averaged_model=True)
+
+
 def test_settings_need_a_model(tmp_path, recipe):
     with pytest.raises(KDError, match="no model settings.*give `bpe_model`"):
         settings_of({"model": {}}, tmp_path / "epoch-1.pt", recipe)

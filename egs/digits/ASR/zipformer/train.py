@@ -228,6 +228,19 @@ def save_checkpoint(
         model_avg.to(torch.float64)
 
 
+def check_average_period(params: AttributeDict, checkpoint: Dict[str, Any]) -> None:
+    """Refuse another --average-period than before, when dev cuts are to be decoded.
+
+    The averaged model is that between two checkpoints, and they must have one period.
+    """
+    before = checkpoint.get("average_period", params.average_period)
+    if params.patience > 0 and before != params.average_period:
+        raise KDError(
+            f"--average-period is {params.average_period}, and the training in "
+            f"{params.exp_dir} had {before}: give --average-period {before}"
+        )
+
+
 def forget_metrics(model: nn.Module) -> None:
     """Begin an epoch with what a training has that goes on from its checkpoint.
 
@@ -535,6 +548,7 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
     )
     if checkpoints and params.batch_idx_train > 0:
         # A student's first checkpoint has settings of its teacher's training.
+        check_average_period(params, checkpoints)
         params.train_seconds = checkpoints.get("train_seconds", 0.0)
     model.to(device)
     if world_size > 1:
