@@ -6,7 +6,20 @@ from lhotse import CutSet
 
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import TargetWriter
+from icefall_kd.tokens import load_tokenizer
 from icefall_kd.training.options import all_options
+
+
+@pytest.fixture
+def sp(bpe_models):
+    return load_tokenizer(bpe_models.a)
+
+
+@pytest.fixture
+def cuts(request, make_cut):
+    """Cuts with the ``TEXTS`` and of the ``LENGTHS`` that the test's file has."""
+    texts, lengths = request.module.TEXTS, request.module.LENGTHS
+    return CutSet.from_cuts(make_cut(i, n, text=texts[i]) for i, n in lengths.items())
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
+from calm_model import calm
 from lhotse import CutSet, Fbank, FbankConfig, fix_random_seed
 from lhotse.dataset import K2SpeechRecognitionDataset, OnTheFlyFeatures, SpecAugment
 from torch.utils.data import DataLoader
-from zipformer.modules.scaling import Balancer, Whiten
 from zipformer.utils import MetricsTracker
 
 from icefall_kd.errors import KDError
@@ -28,22 +28,6 @@ def augmented(*transforms, **options):
     augment = SpecAugment(time_warp_factor=80, p=1.0)
     return K2SpeechRecognitionDataset(
         input_transforms=[*transforms, augment], **options
-    )
-
-
-def calm(model):
-    for module in model.modules():  # which change gradients at random
-        if isinstance(module, (Balancer, Whiten)):
-            module.forward = lambda x: x
-    model.eval()
-    model.training = True  # which joint_loss asks
-    return model
-
-
-@pytest.fixture
-def cuts(make_cut):
-    return CutSet.from_cuts(
-        make_cut(name, n, text=TEXTS[name]) for name, n in LENGTHS.items()
     )
 
 

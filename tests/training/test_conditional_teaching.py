@@ -5,16 +5,15 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from calm_model import calm
 from lhotse import CutSet
 from lhotse.dataset import K2SpeechRecognitionDataset
-from zipformer.modules.scaling import Balancer, Whiten
 from zipformer.utils import MetricsTracker
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets import TargetWriter
 from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.teacher.teacher import Teacher
-from icefall_kd.tokens import load_tokenizer
 from icefall_kd.training import session
 from icefall_kd.training.online import online_teacher
 
@@ -22,27 +21,6 @@ TEXTS = {"c1": "zero one", "c2": "two", "c3": "six"}
 LENGTHS = {"c1": 121, "c2": 97, "c3": 73}
 HEARD = {**TEXTS, "c2": "two two"}  # by a teacher that is wrong once
 ALONE = {"use_transducer": False, "use_ctc": True}
-
-
-def calm(model):
-    for module in model.modules():  # which change gradients at random
-        if isinstance(module, (Balancer, Whiten)):
-            module.forward = lambda x: x
-    model.eval()
-    model.training = True  # which joint_loss asks
-    return model
-
-
-@pytest.fixture
-def sp(bpe_models):
-    return load_tokenizer(bpe_models.a)
-
-
-@pytest.fixture
-def cuts(make_cut):
-    return CutSet.from_cuts(
-        make_cut(name, n, text=TEXTS[name]) for name, n in LENGTHS.items()
-    )
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from calm_model import calm
 from lhotse.dataset import K2SpeechRecognitionDataset
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel as DDP
 from zipformer.bin.train import get_model
 from zipformer.modules import model as zipformer_model
 from zipformer.modules.optim import ScaledAdam
-from zipformer.modules.scaling import Balancer, Whiten
 from zipformer.utils import MetricsTracker, get_parameter_groups_with_lrs
 
 from icefall_kd.errors import KDError
@@ -363,15 +363,6 @@ def build(given):
     model = get_model(given.settings)
     model.load_state_dict(given.state)
     return model.double()
-
-
-def calm(model):
-    """In training mode to the freezing hook alone, and nothing random in it."""
-    for module in model.modules():
-        if isinstance(module, (Balancer, Whiten)):
-            module.forward = lambda x: x
-    model.eval().training = True
-    return model
 
 
 def supervised(given, rows):

@@ -9,14 +9,13 @@ from typing import Any, Dict, List, NamedTuple
 
 import pytest
 import torch
+from calm_model import calm
 from lhotse import CutSet
 from lhotse.dataset import K2SpeechRecognitionDataset
-from zipformer.modules.scaling import Balancer, Whiten
 from zipformer.utils import MetricsTracker
 
 from icefall_kd.cli import cli
 from icefall_kd.errors import KDError
-from icefall_kd.tokens import load_tokenizer
 from icefall_kd.training import session
 
 # Some with nodes that the path passes with a probability below 1/510.
@@ -110,18 +109,8 @@ STORES = {
 
 
 @pytest.fixture
-def sp(bpe_models):
-    return load_tokenizer(bpe_models.a)
-
-
-@pytest.fixture
 def student(make_model):
-    model = make_model(seed=3, vocab_size=25)
-    for module in model.modules():  # which change gradients at random
-        if isinstance(module, (Balancer, Whiten)):
-            module.forward = lambda x: x
-    model.eval()
-    return model
+    return calm(make_model(seed=3, vocab_size=25), training=False)
 
 
 @pytest.fixture

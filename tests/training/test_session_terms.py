@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calm_model import calm
 from lhotse import CutSet
 from lhotse.dataset import K2SpeechRecognitionDataset
-from zipformer.modules.scaling import Balancer, Whiten
 from zipformer.utils import MetricsTracker
 
 from icefall_kd.errors import KDError
@@ -31,21 +31,6 @@ LENGTHS = {"c1": 61, "c2": 47, "c3": 33}
 FRAMES = 14 + 10 + 7
 TERMS = ("ctc", "rnnt", "full_sum", "hidden", "nbest")
 ALL = {f"kd_{name}_weight": 0.5 for name in TERMS[1:]}
-
-
-def calm(model):
-    """In eval mode, and without what changes gradients at random even there."""
-    for module in model.modules():
-        if isinstance(module, (Balancer, Whiten)):
-            module.forward = lambda x: x
-    model.eval()
-    model.training = True  # which joint_loss asks
-    return model
-
-
-@pytest.fixture
-def sp(bpe_models):
-    return load_tokenizer(bpe_models.a)
 
 
 @pytest.fixture
@@ -70,17 +55,10 @@ def online(online, bpe_models):
 
 
 @pytest.fixture
-def bare_cuts(make_cut):
-    return CutSet.from_cuts(
-        make_cut(name, n, text=TEXTS[name]) for name, n in LENGTHS.items()
-    )
-
-
-@pytest.fixture
-def store(make_model, make_fingerprint, bare_cuts, tmp_path, sp):
+def store(make_model, make_fingerprint, cuts, tmp_path, sp):
     """Store what a wider teacher says of the cuts; return these."""
 
-    def make(cuts=bare_cuts, quantizers=(), **kept):
+    def make(cuts=cuts, quantizers=(), **kept):
         kept = {"ctc": "dense", "vocab_size": 25, **kept}
         if kept.get("lattice"):
             kept["s_range"] = 4
@@ -175,9 +153,7 @@ def one_sentence(e):
 # All terms at once
 
 
-def test_all_terms_are_learned_from_one_store(
-    student, params, store, step, bare_cuts, sp
-):
+def test_all_terms_are_learned_from_one_store(student, params, store, step, cuts, sp):
     cuts = store(lattice="dense", hidden="out:half,0:half")
     cuts = CutSet.from_cuts(write_nbest(c, [(TEXTS[c.id], -0.5)]) for c in cuts)
     model = student()
@@ -201,8 +177,8 @@ def test_all_terms_are_learned_from_one_store(
         assert any(g.abs().max() > 0 for n, g in grads.items() if n.startswith(part))
 
 
-def test_an_online_teacher_gives_all_terms(student, online, bare_cuts, step, sp):
-    cuts = CutSet.from_cuts(write_nbest(c, [(TEXTS[c.id], 0.0)]) for c in bare_cuts)
+def test_an_online_teacher_gives_all_terms(student, online, cuts, step, sp):
+    cuts = CutSet.from_cuts(write_nbest(c, [(TEXTS[c.id], 0.0)]) for c in cuts)
     model = student()
     session.attach(online(**ALL, kd_hidden_layers="out,0:1"), model)
     done = step(model, wrap(cuts)[cuts])
@@ -212,10 +188,10 @@ def test_an_online_teacher_gives_all_terms(student, online, bare_cuts, step, sp)
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_student_that_equals_its_online_teacher_has_zero_terms(
-    online, bare_cuts, step, teacher_exp, make_model, temperature
+    online, cuts, step, teacher_exp, make_model, temperature
 ):
     """One utterance, so that no padding comes in between."""
-    cuts = CutSet.from_cuts([bare_cuts["c1"]])
+    cuts = CutSet.from_cuts([cuts["c1"]])
     model = make_model(vocab_size=25)
     model.load_state_dict(teacher_exp.models["epoch-2"].state_dict())
     calm(model).requires_grad_(True)
@@ -329,14 +305,12 @@ def test_stored_codes_are_learned(student, params, store, train, tmp_path):
     assert list(model.state_dict()) == names
 
 
-def test_an_online_teachers_hidden_layers_are_learned(
-    student, online, bare_cuts, train, sp
-):
+def test_an_online_teachers_hidden_layers_are_learned(student, online, cuts, train, sp):
     model = student(encoder_dim="12,20", encoder_unmasked_dim="8,12")
     settings = {"ctc": 0.0, "hard": 0.0, "kd_hidden_weight": 0.2}
     settings |= {"kd_hidden_layers": "out,0:1", "kd_hidden_projector_lr": 3e-2}
     given = online(**settings)
-    found = train(model, given, bare_cuts, steps=12)
+    found = train(model, given, cuts, steps=12)
     losses = [info["kd_hidden_loss"] for info in found]
     assert losses[-1] < 0.75 * losses[0]
     assert sorted(projectors()) == ["0-1", "out-out"]
@@ -513,12 +487,12 @@ def seen():
 
 @pytest.mark.parametrize("lacks", [None, "ctc", "transducer"])
 def test_nbest_lists_need_no_store_and_teach_both_heads(
-    student, params, bare_cuts, step, sp, seen, lacks
+    student, params, cuts, step, sp, seen, lacks
 ):
     model = student(**({f"use_{lacks}": False} if lacks else {}))
     session.attach(params(kd_nbest_weight=0.5), model)
     found = seen()
-    cuts = with_lists(bare_cuts)
+    cuts = with_lists(cuts)
     done = step(model, wrap(cuts)[cuts])
     out, expected = found[0], 0.0
     if lacks != "ctc":
@@ -538,10 +512,10 @@ def test_nbest_lists_need_no_store_and_teach_both_heads(
 
 
 def test_lists_go_with_their_cuts_whatever_the_order(
-    student, params, bare_cuts, step, sp, seen
+    student, params, cuts, step, sp, seen
 ):
     """The dataset sorts by duration; and parts of a cut have no list."""
-    cuts = list(with_lists(bare_cuts))
+    cuts = list(with_lists(cuts))
     cuts = [cuts[2], part_of(cuts[0], 0.3), cuts[0].pad(duration=0.7)]
     session.attach(params(kd_nbest_weight=0.5), student())
     batch = wrap(CutSet.from_cuts(cuts))[CutSet.from_cuts(cuts)]
@@ -550,9 +524,7 @@ def test_lists_go_with_their_cuts_whatever_the_order(
     assert (first, second, third) == (one, three, [])  # by duration
 
 
-def test_lists_and_targets_are_learned_together(
-    student, params, store, bare_cuts, step
-):
+def test_lists_and_targets_are_learned_together(student, params, store, cuts, step):
     cuts, model = with_lists(store()), student()
     session.attach(params(ctc=0.7, kd_nbest_weight=0.5), model)
     done = step(model, wrap(cuts)[cuts])
@@ -560,23 +532,23 @@ def test_lists_and_targets_are_learned_together(
     assert (done.info["kd_frames"], done.info["kd_nbest_frames"]) == (FRAMES, 21)
 
 
-def test_a_curve_that_stays_at_0_asks_for_no_store(student, params, bare_cuts, step):
+def test_a_curve_that_stays_at_0_asks_for_no_store(student, params, cuts, step):
     session.attach(params(ctc="0:0,5:0", kd_nbest_weight=0.5), student())
-    assert "kd_targets" not in wrap(bare_cuts)[bare_cuts]
+    assert "kd_targets" not in wrap(cuts)[cuts]
 
 
 def test_an_online_teacher_that_no_term_asks_is_not_loaded(
-    student, online, bare_cuts, step, sp, tmp_path
+    student, online, cuts, step, sp, tmp_path
 ):
     given = online(ctc=0.0, kd_nbest_weight=0.5, kd_teacher_exp_dir=str(tmp_path))
     model = student()
     session.attach(given, model)
-    cuts = with_lists(bare_cuts)
+    cuts = with_lists(cuts)
     assert step(model, wrap(cuts)[cuts]).info["kd_nbest_loss"] > 1
 
 
-def test_lists_need_a_bpe_model(student, params, bare_cuts, step):
-    cuts, model = with_lists(bare_cuts), student()
+def test_lists_need_a_bpe_model(student, params, cuts, step):
+    cuts, model = with_lists(cuts), student()
     session.attach(params(kd_nbest_weight=0.5, bpe_model=None), model)
     with pytest.raises(KDError, match="--bpe-model"):
         step(model, wrap(cuts)[cuts])
@@ -626,7 +598,7 @@ def test_weights_that_stay_are_not_logged(student, params, store, step):
 
 @pytest.mark.parametrize("changes", [{"ctc": 1.0}, {"kd_nbest_weight": 1.0}])
 def test_validation_says_how_blank_and_peaky_the_ctc_head_is(
-    student, params, bare_cuts, step, seen, changes
+    student, params, cuts, step, seen, changes
 ):
     model = student()
     session.attach(params(**changes), model)
@@ -635,7 +607,7 @@ def test_validation_says_how_blank_and_peaky_the_ctc_head_is(
     found = seen()
     model.training = False
     with torch.no_grad():
-        done = step(model, K2SpeechRecognitionDataset()[bare_cuts])
+        done = step(model, K2SpeechRecognitionDataset()[cuts])
     (out,) = found
     expected = ctc_diagnostics(out.ctc_logits, out.encoder_out_lens)
     assert done.info == {f"kd_{name}": value for name, value in expected.items()}
@@ -657,10 +629,10 @@ def test_validation_of_a_student_whose_ctc_head_is_not_asked(student, params, st
 
 
 @pytest.fixture
-def untranscribed(bare_cuts):
+def untranscribed(cuts):
     """The cuts, in one of the ways that lhotse has for no transcript."""
 
-    def make(text, cuts=bare_cuts, ids=LENGTHS):
+    def make(text, cuts=cuts, ids=LENGTHS):
         found = []
         for cut in cuts:
             cut = cut.with_id(cut.id)
@@ -887,7 +859,7 @@ def test_lattices_of_symbols_in_another_order_are_refused(
 
 
 @pytest.fixture
-def asked(online, bare_cuts, student, sp, monkeypatch):
+def asked(online, cuts, student, sp, monkeypatch):
     """The nodes that a session's online teacher gives, by its options."""
 
     def ask(**changes):
@@ -901,7 +873,7 @@ def asked(online, bare_cuts, student, sp, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Teacher, "targets", watch)
             session.attach(online(ctc=0.0, kd_rnnt_weight=0.5, **changes), student())
-            batch = wrap(bare_cuts)[bare_cuts]
+            batch = wrap(cuts)[cuts]
             labels = [sp.encode(text) for text in batch["supervisions"]["text"]]
             rows = [torch.tensor([0, *y]) for y in labels]  # as the decoder gets them
             heard = EncoderOut(
@@ -980,11 +952,11 @@ def test_a_path_of_the_full_lattice_is_the_best_of_all(asked, monkeypatch):
     ],
 )
 def test_a_student_learns_from_each_online_lattice(
-    student, online, bare_cuts, train, sp, changes
+    student, online, cuts, train, sp, changes
 ):
     settings = {"ctc": 0.0, "hard": 0.0, "kd_rnnt_weight": 0.5, **changes}
     given = online(**settings, kd_full_sum_weight=0.1)
-    found = train(student(), given, bare_cuts, steps=8)
+    found = train(student(), given, cuts, steps=8)
     assert found[0]["kd_rnnt_frames"] == FRAMES
     for name in ("rnnt", "full_sum"):
         assert found[-1][f"kd_{name}_loss"] < 0.9 * found[0][f"kd_{name}_loss"], name

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from calm_model import calm
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel as DDP
 from zipformer.bin.train import get_model
 from zipformer.modules import model as zipformer_model
-from zipformer.modules.scaling import Balancer, Whiten
 from zipformer.utils import MetricsTracker
 
 from icefall_kd import JointKDLoss, ModelTap
@@ -105,14 +105,6 @@ def build(given):
     return model.double()
 
 
-def calm(model):
-    """In eval mode, and without what changes gradients at random even there."""
-    for module in model.modules():
-        if isinstance(module, (Balancer, Whiten)):
-            module.forward = lambda x: x
-    return model.eval()
-
-
 def recipe_loss(model, batch):
     simple, pruned, ctc, *_ = model(**batch, prune_range=3)
     return 0.5 * simple + pruned + 0.2 * ctc
@@ -120,7 +112,7 @@ def recipe_loss(model, batch):
 
 def learn(given, targets, weights, rows=ALL, epoch=0.0, parallel=False):
     """The gradients of one batch, and what was logged of it."""
-    model = calm(build(given))
+    model = calm(build(given), training=False)
     hidden = HiddenTerm(weights.get("hidden", 0.0), LAYERS)
     projectors = hidden.projectors
     projectors.read_widths(given.targets.parts["hidden"])
