@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The experiments of RESULTS.md: students of two sizes trained to the end, in several
-# ways (conf/runs.txt), with several seeds. Students train side by side.
+# ways (conf/runs.txt), with several seeds, and a report on each size. Students train
+# side by side.
 # Usage: ./run_experiments.sh --corpus-dir DIR [--runs "none kd"] [--seeds "1 2 3"]
 set -eou pipefail
 caller=$PWD
@@ -8,6 +9,8 @@ script=$(realpath "${BASH_SOURCE[0]}")
 cd "$(dirname "$script")"
 
 # Options
+stage=1             # first stage
+stop_stage=3        # last stage
 corpus_dir=         # your clone of the corpus
 work_dir=work       # results go here
 runs="none cr-ctc kd kd-cr-ctc part part-kd slices slices-kd"  # names in conf/runs.txt
@@ -15,18 +18,20 @@ sizes="s xs"        # of students: s has 0.15 M parameters, xs 0.07 M
 seeds="1 2 3"       # of the students
 test=false          # true: decode the test speakers too, when all is decided
 num_jobs=2          # trainings at the same time, each on one core
+run_flags=          # more options of run.sh, for the teacher, such as "--num-train 100"
 
-help_message="Usage: $0 --corpus-dir DIR [--option value ...]"
+help_message="Usage: $0 --corpus-dir DIR [--option value ...]
+Stages: 1 teacher and targets, 2 students, 3 reports. What is done is kept."
 
 . shared/parse_options.sh
 . shared/check_options.sh
-check_numbers 1 num_jobs
+check_numbers 1 stage stop_stage num_jobs
 check_list seeds
 check_switch test
 . shared/threads.sh
 . shared/stoppable.sh
 . local/training.sh
-avg=3
+. conf/corpus.sh
 num_threads=1
 
 fail() {
@@ -39,6 +44,12 @@ while read -r name start cuts flags; do
   [[ -z $name || $name = "#"* ]] && continue
   starts[$name]=$start cuts_of[$name]=$cuts flags_of[$name]=$flags
 done < conf/runs.txt
+for option in runs sizes seeds; do
+  read -r -a words <<< "${!option}"
+  [ ${#words[@]} -gt 0 ] || fail "--$option is empty: name one or more"
+  twice=$(printf '%s\n' "${words[@]}" | sort | uniq -d)
+  [ -z "$twice" ] || fail "--$option names ${twice//$'\n'/ } twice: name it once"
+done
 for name in $runs; do
   [ -n "${starts[$name]-}" ] || fail "--runs names $name, and conf/runs.txt has" \
     "$(printf '%s\n' "${!starts[@]}" | sort | xargs)"
@@ -48,44 +59,45 @@ if [ -n "$corpus_dir" ] && [ -d "$caller/$corpus_dir" ]; then
 fi
 
 # The settings of a student of each size that differ from its teacher's.
-settings_of() {
-  local common="num-encoder-layers=1,1,1"
-  case $1 in
-    s) echo "$common embed-channels=8,16,32 encoder-dim=32,32,32" \
-      "encoder-unmasked-dim=32,32,32 feedforward-dim=64,64,64 decoder-dim=48" \
-      "joiner-dim=48 num-heads=3,3,3" ;;
-    xs) echo "$common embed-channels=4,8,16 encoder-dim=16,24,24" \
-      "encoder-unmasked-dim=16,24,24 feedforward-dim=48,64,64 decoder-dim=32" \
-      "joiner-dim=32 num-heads=2,2,2 query-head-dim=8 value-head-dim=8" ;;
-    *) fail "--sizes names $1, and must be of s and xs" ;;
-  esac
-}
-for size in $sizes; do settings_of "$size" > /dev/null; done
+declare -A settings_of=([s]=$student_set)
+settings_of[xs]="embed-channels=4,8,16 encoder-dim=16,24,24 \
+encoder-unmasked-dim=16,24,24 num-encoder-layers=1,1,1 feedforward-dim=48,64,64 \
+decoder-dim=32 joiner-dim=32 num-heads=2,2,2 query-head-dim=8 value-head-dim=8"
+for size in $sizes; do
+  [ -n "${settings_of[$size]-}" ] || fail "--sizes names $size, and must be of s and xs"
+done
 
 # Twelve of the training speakers have no transcripts in the second experiment.
 untranscribed=00000015,00000016,00000017,00000018,00000019,00000020,00000022
 untranscribed+=,00000023,00000024,00000027,00000029,00000030
 base=$work_dir/base part=$work_dir/part
-common=(--seed 1 --corpus-dir "$corpus_dir" --stop-stage 5
-  --dump-flags "--keep-lattice dense --keep-hidden out:half --keep-simple dense")
-run ./run.sh "${common[@]}" --work-dir "$base"
-if [[ " $runs" = *" part"* ]]; then
-  run ./run.sh "${common[@]}" --work-dir "$part" --teacher-work-dir "$base" \
-    --untranscribed-speakers "$untranscribed" --num-train 667 --num-untranscribed 1333
+if [ "$stage" -le 1 ] && [ "$stop_stage" -ge 1 ]; then
+  read -r -a more <<< "$run_flags"
+  common=(--seed 1 --corpus-dir "$corpus_dir" --stop-stage 5
+    --dump-flags "--keep-lattice dense --keep-hidden out:half --keep-simple dense"
+    "${more[@]}")
+  run ./run.sh "${common[@]}" --work-dir "$base"
+  if [[ " $runs" = *" part"* ]]; then
+    run ./run.sh "${common[@]}" --work-dir "$part" --teacher-work-dir "$base" \
+      --untranscribed-speakers "$untranscribed" --num-train 667 --num-untranscribed 1333
+  fi
 fi
 if [ -f ../../../.venv/bin/activate ]; then . ../../../.venv/bin/activate; fi
-teacher=$base/exp/teacher bpe=$base/data/lang_bpe_120/bpe.model
-epoch=$(last_epoch "$teacher" 25)
+teacher=$base/exp/teacher bpe=$(echo "$base"/data/lang_bpe_*/bpe.model)
+[ -f "$base/exp/.5.done" ] || fail "$base has no teacher with targets: run stage 1"
+epoch=$(last_epoch "$teacher" "$teacher_epochs")
 teacher_flags=(--recipe ./zipformer --exp-dir "$teacher" --epoch "$epoch"
   --avg "$(averaged "$epoch")" --bpe-model "$bpe")
+sets=dev
+if [ "$test" = true ]; then sets="dev test"; fi
 
 # one RUN SIZE SEED: make a student, train it to the end, decode it.
 one() {
   local folder=$work_dir/exp/$1-$2/seed-$3 name=$1 size=$2 seed=$3 init=random sets=train
-  local cuts=$base/data/fbank changes=() change flags first words method
+  local cuts=$base/data/fbank changes=() change flags words set
   mkdir -p "$folder"
   if [ "${starts[$name]}" = slices ]; then init=teacher; fi
-  for change in $(settings_of "$size"); do changes+=(--set "$change"); done
+  for change in ${settings_of[$size]}; do changes+=(--set "$change"); done
   [ -f "$folder/epoch-1.pt" ] || run icefall-kd student "${teacher_flags[@]}" \
     --student-dir "$folder" "${changes[@]}" --init "$init" --seed "$seed"
   read -r -a flags < "$folder/student_flags"
@@ -95,18 +107,17 @@ one() {
     part) cuts=$part/data/fbank ;;
     both) cuts=$part/data/kd sets=train,train-labelled ;;
   esac
-  train "$folder" 2 60 --manifest-dir "$cuts" --train-set "$sets" --bpe-model "$bpe" \
+  train "$folder" 2 "$student_epochs" --manifest-dir "$cuts" --train-set "$sets" --bpe-model "$bpe" \
     --seed "$seed" --num-threads "$num_threads" --sample-rate 16000 --avg "$avg" \
-    --max-duration 15 --lr-epochs 3.5 --save-every-n 1000000 --patience 6 \
+    --max-duration 15 --lr-epochs 3.5 --save-every-n 1000000 --patience "$patience" \
     "${flags[@]}" "${words[@]}"
-  decode "$folder" dev
-  if [ "$test" = true ]; then decode "$folder" test; fi
+  for set in $sets; do decode "$folder" "$set"; done
 }
 
 # decode FOLDER SET: with both heads, the best epoch.
 decode() {
   local folder=$1 set=$2 epoch method
-  epoch=$(last_epoch "$folder" 60)
+  epoch=$(last_epoch "$folder" "$student_epochs")
   for method in ctc-greedy-search greedy_search; do
     [ -f "$folder/.$set.$method.$epoch" ] && continue
     run ./zipformer/decode.py --exp-dir "$folder" --epoch "$epoch" \
@@ -117,14 +128,38 @@ decode() {
   done
 }
 
-export OMP_NUM_THREADS=1
-mkdir -p "$work_dir/log"
-. local/experiments.sh
-for seed in $seeds; do
-  for size in $sizes; do
-    for name in $runs; do
-      start "$work_dir/log" one "$name" "$size" "$seed"
+# report_on SIZE: the teacher beside the students of a size.
+report_on() {
+  local models=(--model "teacher=$teacher") name seed folder set first
+  read -r first _ <<< "$runs"
+  for name in $runs; do
+    for seed in $seeds; do
+      folder=$work_dir/exp/$name-$1/seed-$seed
+      for set in $sets; do
+        [ -f "$folder/.$set.greedy_search.$(last_epoch "$folder" "$student_epochs")" ] \
+          || fail "$folder is not trained to the end and decoded on $set: run stage 2"
+      done
+      models+=(--model "$name=$folder")
     done
   done
-done
-finished
+  for set in $sets; do decode "$teacher" "$set"; done
+  run icefall-kd report "$work_dir/report-$1" "${models[@]}" \
+    --baseline "$first" --manifest-dir "$base/data/fbank"
+}
+
+export OMP_NUM_THREADS=1
+mkdir -p "$work_dir/log"
+if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
+  . local/experiments.sh
+  for seed in $seeds; do
+    for size in $sizes; do
+      for name in $runs; do
+        start "$work_dir/log" one "$name" "$size" "$seed"
+      done
+    done
+  done
+  finished
+fi
+if [ "$stop_stage" -ge 3 ]; then
+  for size in $sizes; do report_on "$size"; done
+fi
