@@ -1,4 +1,7 @@
-"""The recipe of Arabic commands in miniature, on tones in place of speech."""
+"""The recipe of Arabic commands in miniature, on tones in place of speech.
+
+By default it runs up to its tokens and trains for two epochs; whole runs are slow.
+"""
 
 import gzip
 import json
@@ -12,26 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands_of_tones import TRAIN, make_clone
+from commands_of_tones import RECIPE, TINY, TRAIN, make_clone
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "egs" / "commands" / "ASR"
-TINY = {
-    "num-train": 40,
-    "num-untranscribed": 24,
-    "num-dev": 6,
-    "num-test": 6,
-    "vocab-size": 28,
-    "teacher-epochs": 2,
-    "student-epochs": 2,
-    "patience": 1,
-    "avg": 2,
-    "num-threads": 1,
-    "train-flags": "--max-duration 15 --num-buckets 2 --average-period 2",
-    "teacher-set": "num-encoder-layers=1,1,1 embed-channels=4,8,16",
-    "student-set": "encoder-dim=32,32,32 encoder-unmasked-dim=32,32,32 "
-    "feedforward-dim=64,64,64 decoder-dim=64 joiner-dim=64",
-}
+ROOT = RECIPE.parents[2]
 ENV = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -70,6 +56,14 @@ def refused(done, *words):
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     return make_clone(tmp_path_factory.mktemp("clone"))
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, clone):
+    """The work folder of a run up to the tokens."""
+    folder = tmp_path_factory.mktemp("begun")
+    run_well(folder, corpus_dir=clone, stop_stage=3)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +111,7 @@ def same_training(a, b, last):
             assert torch.equal(value, b[part][name]), (part, name)
 
 
+@pytest.mark.slow
 def test_the_table_has_the_best_epochs_of_three_trainings(work):
     rows = json.loads((work / "exp/summary.json").read_text())
     assert [r["model"] for r in rows] == ["teacher", "student", "student-kd"]
@@ -131,6 +126,7 @@ def test_the_table_has_the_best_epochs_of_three_trainings(work):
         assert last["sample_rate"] == 16000 and last["avg"] == 2
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_training_in_the_checkpoint(work):
     for name in ("teacher", "student", "student-kd"):
         lines = (work / f"exp/{name}/dev-wer.csv").read_text().splitlines()[1:]
@@ -145,6 +141,7 @@ def test_seconds_are_those_of_training_in_the_checkpoint(work):
     assert first["batch_idx_train"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_does_nothing(work, clone):
     before = (work / "exp/student-kd/dev-wer.csv").stat().st_mtime_ns
     done = run_well(work, corpus_dir=clone)
@@ -158,11 +155,12 @@ def test_a_run_that_is_done_does_nothing(work, clone):
     [("patience", 2), ("avg", 1), ("num_untranscribed", 9), ("corpus_seed", 7)]
     + [("train_flags", ""), ("dump_flags", "--keep ctc"), ("teacher_set", "a=1")],
 )
-def test_other_settings_in_the_same_folder_are_refused(work, clone, name, value):
-    done = run_sh(work, corpus_dir=clone, **{name: value})
+def test_other_settings_in_the_same_folder_are_refused(begun, clone, name, value):
+    done = run_sh(begun, corpus_dir=clone, **{name: value})
     refused(done, "other settings", f"{name}={value}", "--work-dir")
 
 
+@pytest.mark.slow
 def test_students_that_were_killed_go_on_and_end_the_same(work, clone, copy_until):
     copy = copy_until(7)
     for name in ("student", "student-kd"):
@@ -204,32 +202,53 @@ def train_py(folder, data, *words):
     )
 
 
-def test_a_training_that_is_over_does_nothing_when_started_again(work, tmp_path):
+def test_a_training_with_patience_decodes_dev_after_each_epoch_from_the_second(
+    begun, tmp_path
+):
+    flags = TINY["train-flags"].split()
+    for setting in TINY["teacher-set"].split():
+        name, _, value = setting.partition("=")
+        flags += [f"--{name}", value]
+    words = [*flags, "--patience", 1, "--num-epochs", 2, "--sample-rate", 16000]
+    done = train_py(tmp_path, begun / "data", *words)
+    assert done.returncode == 0 and "Epoch 2: dev WER" in done.stderr, done.stderr
+    (row,) = rows_of(tmp_path)
+    steps = torch.load(tmp_path / "epoch-2.pt", weights_only=False)["batch_idx_train"]
+    assert row[:2] == ["2", str(steps)] and (tmp_path / "best-epoch").is_file()
+    # Another period has no average with the checkpoints of before.
+    words += ["--start-epoch", 3, "--num-epochs", 3, "--average-period", 3]
+    done = train_py(tmp_path, begun / "data", *words)
+    refused(done, "--average-period is 3", "give --average-period 2")
+    assert not (tmp_path / "epoch-3.pt").exists()
+
+
+def test_a_training_that_is_over_does_nothing_when_started_again(begun, tmp_path):
     folder = tmp_path / "over"
     folder.mkdir()
     text = "epoch,steps,seconds,ctc,transducer\n2,9,1.0,50.00,60.00\n"
     text += "3,18,2.0,51.00,60.00\n"
     (folder / "dev-wer.csv").write_text(text)
     words = ["--patience", 1, "--start-epoch", 4, "--num-epochs", 9]
-    done = train_py(folder, work / "data", *words)
+    done = train_py(folder, begun / "data", *words)
     assert done.returncode == 0 and "Over: no better WER for 1 epochs" in done.stderr
     assert {p.name for p in folder.iterdir()} == {"dev-wer.csv", "log"}
     assert (folder / "dev-wer.csv").read_text() == text
 
 
-def test_cuts_too_few_for_a_batch_are_refused(work, tmp_path):
-    done = train_py(tmp_path, work / "data", "--max-duration", 5000)
+def test_cuts_too_few_for_a_batch_are_refused(begun, tmp_path):
+    done = train_py(tmp_path, begun / "data", "--max-duration", 5000)
     refused(done, "--max-duration 5000", "0 batches")
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_a_damaged_dev_wer_is_refused_before_any_training(work, tmp_path):
+def test_a_damaged_dev_wer_is_refused_before_any_training(begun, tmp_path):
     (tmp_path / "dev-wer.csv").write_text("epoch,steps\n1,2\n")
-    done = train_py(tmp_path, work / "data", "--patience", 1, "--num-epochs", 2)
+    done = train_py(tmp_path, begun / "data", "--patience", 1, "--num-epochs", 2)
     refused(done, "dev-wer.csv is damaged")
     assert not list(tmp_path.glob("*.pt"))
 
 
+@pytest.mark.slow
 def test_speakers_without_transcripts_are_in_no_train_cut_beside_a_teacher_of_all(
     work, clone, tmp_path
 ):
@@ -250,6 +269,7 @@ def test_speakers_without_transcripts_are_in_no_train_cut_beside_a_teacher_of_al
     assert speakers["train-untranscribed"] == without
 
 
+@pytest.mark.slow
 def test_a_teacher_whose_training_is_not_over_is_refused(work, clone, copy_until):
     copy = copy_until(4)
     done = run_sh(copy.parent / "new", corpus_dir=clone, teacher_work_dir=copy)
