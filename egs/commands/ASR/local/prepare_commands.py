@@ -25,20 +25,13 @@ from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
-from audio_utils import (
-    change_speed,
-    finish_utterance,
-    join_words,
-    level,
-    read_wav,
-    trim,
-)
+from audio_utils import level, read_wav, trim
 from corpus_utils import (
-    Makers,
-    Utterance,
+    Take,
     add_corpus_args,
     check_corpus_args,
-    utterance_rng,
+    check_untranscribed,
+    makers_of_words,
     write_corpus,
 )
 from script_utils import run_script
@@ -53,7 +46,7 @@ NAME = re.compile(r"([0-9]{8})_NO_[0-9]+\.wav")
 
 # By speaker and word: the recordings, each with its name and its samples in 16 bits,
 # as 12,000 of them would take 2 GB in 64.
-Recordings = Dict[str, Dict[str, List[Tuple[str, np.ndarray]]]]
+Recordings = Dict[str, Dict[str, List[Take]]]
 
 
 def get_args() -> argparse.Namespace:
@@ -190,12 +183,7 @@ def choose_speakers(
 def main() -> None:
     args = get_args()
     check_corpus_args(args)
-    if (args.num_untranscribed > 0) != bool(args.untranscribed_speakers.strip(", ")):
-        raise KDError(
-            f"--num-untranscribed is {args.num_untranscribed} but "
-            f"--untranscribed-speakers is {args.untranscribed_speakers!r}, give both "
-            "or neither"
-        )
+    check_untranscribed(args)
     words = read_words()
     lists = {s: read_list(args.corpus_dir, name, words) for s, name in LISTS.items()}
     speakers = choose_speakers(lists, args.untranscribed_speakers)
@@ -204,40 +192,18 @@ def main() -> None:
         for name in tqdm(sorted(names), f"read the speakers of {split}", leave=False):
             recordings[name] = load_speaker(names[name])
 
-    makers: Makers = {}
-    for split, num_utterances in [
-        ("train", args.num_train),
-        ("train-untranscribed", args.num_untranscribed),
-        ("dev", args.num_dev),
-        ("test", args.num_test),
-    ]:
-        if split not in speakers:
-            continue
+    def draw(rng: np.random.Generator, split: str, name: str) -> Tuple[List[Take], str]:
+        vocabulary = sorted(recordings[name])
+        drawn = rng.integers(
+            len(vocabulary), size=rng.integers(NUM_WORDS[0], NUM_WORDS[1] + 1)
+        )
+        spoken = [vocabulary[n] for n in drawn]
+        pools = [recordings[name][word] for word in spoken]
+        takes = [pool[rng.integers(len(pool))] for pool in pools]
+        takes = [(take, x.astype(np.float64) / 32768) for take, x in takes]
+        return takes, " ".join(words[word] for word in spoken)
 
-        def make(i: int, split=split, names=speakers[split]) -> Utterance:
-            rng = utterance_rng(args.seed, split, i)
-            name = names[i % len(names)]
-            vocabulary = sorted(recordings[name])
-            drawn = rng.integers(
-                len(vocabulary), size=rng.integers(NUM_WORDS[0], NUM_WORDS[1] + 1)
-            )
-            spoken = [vocabulary[n] for n in drawn]
-            pools = [recordings[name][word] for word in spoken]
-            takes = [pool[rng.integers(len(pool))] for pool in pools]
-            samples = [x.astype(np.float64) / 32768 for _, x in takes]
-            speech = join_words(samples, rng, SAMPLING_RATE)
-            if split.startswith("train"):
-                speech = change_speed(speech, rng)
-            samples, snr = finish_utterance(speech, rng, SAMPLING_RATE)
-            custom = {"snr": round(snr, 2)}
-            if split == "train-untranscribed":
-                return Utterance(samples, name, None, custom)
-            # The names of the recordings tell the words.
-            custom["recordings"] = [take for take, _ in takes]
-            return Utterance(samples, name, " ".join(words[w] for w in spoken), custom)
-
-        makers[split] = (num_utterances, make)
-
+    makers = makers_of_words(args, speakers, draw, SAMPLING_RATE)
     write_corpus(
         "commands", makers, args.output_dir, args.audio_dir, SAMPLING_RATE, "Arabic"
     )

@@ -4,10 +4,16 @@ import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-from audio_utils import SAMPLING_RATE, write_wav
+from audio_utils import (
+    SAMPLING_RATE,
+    change_speed,
+    finish_utterance,
+    join_words,
+    write_wav,
+)
 from script_utils import (
     check_range,
     read_manifest,
@@ -34,6 +40,8 @@ class Utterance:
 
 # For each split: the number of utterances and what makes the i-th of them.
 Makers = Dict[str, Tuple[int, Callable[[int], Utterance]]]
+# A recording of one word: its name and its samples.
+Take = Tuple[str, np.ndarray]
 
 
 def add_corpus_args(
@@ -76,6 +84,16 @@ def check_corpus_args(args: argparse.Namespace) -> None:
     check_range(args.num_test, 1, "--num-test")
 
 
+def check_untranscribed(args: argparse.Namespace) -> None:
+    """Refuse ``args`` with untranscribed speakers or utterances, and not both."""
+    if (args.num_untranscribed > 0) != bool(args.untranscribed_speakers.strip(", ")):
+        raise KDError(
+            f"--num-untranscribed is {args.num_untranscribed} but "
+            f"--untranscribed-speakers is {args.untranscribed_speakers!r}, give both "
+            "or neither"
+        )
+
+
 def utterance_rng(seed: int, split: str, index: int) -> np.random.Generator:
     """Return the randomness of the utterance ``index`` of a ``split``.
 
@@ -93,6 +111,54 @@ def draw_digits(rng: np.random.Generator) -> Sequence[int]:
 def digits_to_text(digits: Sequence[int]) -> str:
     """Return the words of ``digits``."""
     return " ".join(WORDS[d] for d in digits)
+
+
+def makers_of_words(
+    args: argparse.Namespace,
+    speakers: Dict[str, Sequence[str]],
+    draw: Callable[[np.random.Generator, str, str], Tuple[List[Take], str]],
+    rate: int = SAMPLING_RATE,
+) -> Makers:
+    """Return what makes utterances of recordings of single words.
+
+    The words are joined with pauses, in noise; those of train are played at another
+    speed.
+
+    Args:
+      args: The options of :func:`add_corpus_args`.
+      speakers: Those of each split, who take turns. A split without any is not made.
+      draw: Draws the words of an utterance: given the randomness, the split and the
+        speaker, it returns a recording of each word, and the text.
+      rate: Of the recordings, in Hz.
+    """
+    numbers = {
+        "train": args.num_train,
+        "train-untranscribed": args.num_untranscribed,
+        "dev": args.num_dev,
+        "test": args.num_test,
+    }
+    makers: Makers = {}
+    for split, num_utterances in numbers.items():
+        if not speakers.get(split):
+            continue
+
+        def make(i: int, split=split, names=speakers[split]) -> Utterance:
+            rng = utterance_rng(args.seed, split, i)
+            name = names[i % len(names)]
+            takes, text = draw(rng, split, name)
+            speech = join_words([samples for _, samples in takes], rng, rate)
+            if split.startswith("train"):
+                speech = change_speed(speech, rng)
+            samples, snr = finish_utterance(speech, rng, rate)
+            custom = {"snr": round(snr, 2)}
+            if split == "train-untranscribed":
+                return Utterance(samples, name, None, custom)
+            # The names of the recordings tell the words.
+            custom["recordings"] = [recording for recording, _ in takes]
+            return Utterance(samples, name, text, custom)
+
+        makers[split] = (num_utterances, make)
+    return makers
 
 
 def manifest_path(output_dir: Path, split: str) -> Path:

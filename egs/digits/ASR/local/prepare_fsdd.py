@@ -5,7 +5,7 @@ Digit Dataset (https://github.com/Jakobovski/free-spoken-digit-dataset).
 
 An utterance is 2 to 6 digits of one speaker with pauses, in coloured noise. The
 test speaker is in test alone. Of the other speakers, dev has the recordings with
-indexes 0 to 4 and train those with indexes from 5 on, played at 0.8 to 1.25 times
+indexes 0 to 4 and train those with indexes from 5 on, played at 0.9 to 1.1 times
 their speed, pitch and all, so that few speakers stand for more.
 
 Usage:
@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 import numpy as np
-from audio_utils import change_speed, finish_utterance, join_words, level, read_wav
+from audio_utils import level, read_wav
 from corpus_utils import (
-    Makers,
-    Utterance,
+    Take,
     add_corpus_args,
     check_corpus_args,
+    check_untranscribed,
     digits_to_text,
     draw_digits,
-    utterance_rng,
+    makers_of_words,
     write_corpus,
 )
 from script_utils import run_script
@@ -139,11 +139,9 @@ def load_speaker(paths: Dict[Tuple[int, int], Path]) -> Speaker:
     return speaker
 
 
-def choose_recordings(
-    name: str, speaker: Speaker, split: str
-) -> List[List[Tuple[str, np.ndarray]]]:
+def choose_recordings(name: str, speaker: Speaker, split: str) -> List[List[Take]]:
     """Returns, for each of the ten digits, the recordings that the split may use."""
-    chosen: List[List[Tuple[str, np.ndarray]]] = [[] for _ in range(10)]
+    chosen: List[List[Take]] = [[] for _ in range(10)]
     for (digit, index), samples in speaker.items():
         if split == "test" or (split == "dev") == (index < NUM_DEV_INDEXES):
             chosen[digit].append((f"{digit}_{name}_{index}", samples))
@@ -160,12 +158,7 @@ def choose_recordings(
 def main() -> None:
     args = get_args()
     check_corpus_args(args)
-    if (args.num_untranscribed > 0) != bool(args.untranscribed_speakers):
-        raise KDError(
-            f"--num-untranscribed is {args.num_untranscribed} but "
-            f"--untranscribed-speakers is {args.untranscribed_speakers!r}, give both "
-            "or neither"
-        )
+    check_untranscribed(args)
     recordings = find_recordings(args.corpus_dir)
     train, untranscribed = choose_speakers(
         sorted(recordings), args.test_speaker, args.untranscribed_speakers
@@ -179,35 +172,25 @@ def main() -> None:
         )
     }
 
-    makers: Makers = {}
-    for split, names, num_utterances in [
-        ("train", train, args.num_train),
-        ("train-untranscribed", untranscribed, args.num_untranscribed),
-        ("dev", train, args.num_dev),
-        ("test", [args.test_speaker], args.num_test),
-    ]:
-        if not names:
-            continue
-        pools = {name: choose_recordings(name, loaded[name], split) for name in names}
+    speakers = {
+        "train": train,
+        "train-untranscribed": untranscribed,
+        "dev": train,
+        "test": [args.test_speaker],
+    }
+    pools = {
+        (split, name): choose_recordings(name, loaded[name], split)
+        for split, names in speakers.items()
+        for name in names
+    }
 
-        def make(i: int, split=split, names=names, pools=pools) -> Utterance:
-            rng = utterance_rng(args.seed, split, i)
-            name = names[i % len(names)]
-            digits = draw_digits(rng)
-            drawn = [pools[name][d][rng.integers(len(pools[name][d]))] for d in digits]
-            speech = join_words([x for _, x in drawn], rng)
-            if split.startswith("train"):
-                speech = change_speed(speech, rng)
-            samples, snr = finish_utterance(speech, rng)
-            custom = {"snr": round(snr, 2)}
-            if split == "train-untranscribed":
-                return Utterance(samples, name, None, custom)
-            # The names of the recordings tell the digits.
-            custom["recordings"] = [recording for recording, _ in drawn]
-            return Utterance(samples, name, digits_to_text(digits), custom)
+    def draw(rng: np.random.Generator, split: str, name: str) -> Tuple[List[Take], str]:
+        digits = draw_digits(rng)
+        chosen = [pools[split, name][digit] for digit in digits]
+        takes = [recordings[rng.integers(len(recordings))] for recordings in chosen]
+        return takes, digits_to_text(digits)
 
-        makers[split] = (num_utterances, make)
-
+    makers = makers_of_words(args, speakers, draw)
     write_corpus("fsdd", makers, args.output_dir, args.audio_dir)
 
 
