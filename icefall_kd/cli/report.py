@@ -279,13 +279,13 @@ def _need_speakers(audio: TestAudio, test_set: str) -> None:
     """Refuse ``--by-speaker`` without the one manifest of a test set."""
     if test_set in audio.ambiguous:
         names = ", ".join(audio.ambiguous[test_set])
-        found = f"several manifests of {test_set}, {names}"
+        manifests = f"several manifests of {test_set}, {names}"
     else:
-        found = f"no manifest cuts_{test_set}.jsonl.gz"
+        manifests = f"no manifest cuts_{test_set}.jsonl.gz"
     require(
         test_set in audio.speakers,
-        f"--by-speaker is given, and {audio.folder} has {found}: give a folder with "
-        "one, or leave --by-speaker out",
+        f"--by-speaker is given, and {audio.folder} has {manifests}: give a folder "
+        "with one, or leave --by-speaker out",
     )
 
 

@@ -109,13 +109,13 @@ def _of_sparse(
     rows: SparseDistribution, labels: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
     """As :func:`_of_dense`; what is not kept has its share of the tail."""
-    kept = rows.log_probs > -math.inf
-    others = (vocab_size - kept.sum(-1)).clamp(min=1)
+    is_token = rows.log_probs > -math.inf
+    others = (vocab_size - is_token.sum(-1)).clamp(min=1)
     share = rows.log_tail.clamp(min=LEAST_TAIL) - others.log()
     log_probs = share.unsqueeze(-1).expand(-1, -1, labels.size(1))
     labels = labels.unsqueeze(1)
     for k in range(rows.indices.size(-1)):
         entry = slice(k, k + 1)
-        found = (rows.indices[..., entry] == labels) & kept[..., entry]
-        log_probs = torch.where(found, rows.log_probs[..., entry], log_probs)
+        is_label = (rows.indices[..., entry] == labels) & is_token[..., entry]
+        log_probs = torch.where(is_label, rows.log_probs[..., entry], log_probs)
     return log_probs

@@ -60,20 +60,24 @@ def measure(
         )
         for name in ("errors", "words")
     )
-    found = Statistics(int(runs[0].words.sum()), len(runs[0].ids), runs[0].characters)
+    statistics = Statistics(
+        int(runs[0].words.sum()), len(runs[0].ids), runs[0].characters
+    )
     if speakers is not None:
         groups = _speakers_of(runs[0], speakers)
-        found.speakers = len(set(groups))
+        statistics.speakers = len(set(groups))
         errors, words = (
             sums_by_group(values, np.array(groups)) for values in (errors, words)
         )
     bootstrap = Bootstrap(errors, words)
     columns = {name: i for i, name in enumerate(scores)}
     for name, column in columns.items():
-        found.intervals[name] = bootstrap.interval(column)
+        statistics.intervals[name] = bootstrap.interval(column)
         if baseline in columns and name != baseline:
-            found.differences[name] = bootstrap.difference(column, columns[baseline])
-    return found
+            statistics.differences[name] = bootstrap.difference(
+                column, columns[baseline]
+            )
+    return statistics
 
 
 def need_interval(statistics: Mapping[Key, Statistics], wanted: float) -> None:
@@ -91,21 +95,21 @@ def need_interval(statistics: Mapping[Key, Statistics], wanted: float) -> None:
     widest = max(
         (
             (interval.half_width, key, name)
-            for key, found in statistics.items()
-            for name, interval in found.intervals.items()
+            for key, result in statistics.items()
+            for name, interval in result.intervals.items()
         ),
         default=(0.0, ("", "", ""), ""),
     )
     half_width, key, name = widest
     if half_width <= wanted:
         return
-    found = statistics[key]
+    result = statistics[key]
     times = (half_width / wanted) ** 2
-    unit = "characters" if found.characters else "words"
-    have, need = f"{found.words} {unit}", f"{math.ceil(found.words * times)} {unit}"
-    if found.speakers:
-        have += f" of {found.speakers} speakers"
-        need += f" of {math.ceil(found.speakers * times)} speakers"
+    unit = "characters" if result.characters else "words"
+    have, need = f"{result.words} {unit}", f"{math.ceil(result.words * times)} {unit}"
+    if result.speakers:
+        have += f" of {result.speakers} speakers"
+        need += f" of {math.ceil(result.speakers * times)} speakers"
     # Rounded up, so that the offered value is accepted.
     offered = math.ceil(100 * half_width) / 100
     raise KDError(
@@ -146,11 +150,11 @@ def _speakers_of(scores: Scores, speakers: Mapping[str, str]) -> List[str]:
             f"for the cut {cut_id} of {scores.path}: give the `manifest_dir` that was "
             "decoded, or leave `by_speaker` out",
         )
-    found = [speakers[cut_id] for cut_id in scores.ids]
+    names = [speakers[cut_id] for cut_id in scores.ids]
     require(
-        len(set(found)) > 1,
-        f"`by_speaker` is given, and {scores.path} has one speaker, {found[0]}, and "
+        len(set(names)) > 1,
+        f"`by_speaker` is given, and {scores.path} has one speaker, {names[0]}, and "
         "an interval needs two or more: leave `by_speaker` out, and the interval is "
         "that of other utterances of this speaker",
     )
-    return found
+    return names

@@ -59,9 +59,9 @@ def speakers_of(cuts: Iterable[Cut]) -> Dict[str, str]:
     """
     speakers = {}
     for cut in cuts:
-        found = {s.speaker for s in cut.supervisions}
-        if len(found) == 1 and None not in found:
-            speakers[cut.id] = found.pop()
+        names = {s.speaker for s in cut.supervisions}
+        if len(names) == 1 and None not in names:
+            speakers[cut.id] = names.pop()
     return speakers
 
 

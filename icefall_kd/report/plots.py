@@ -136,17 +136,17 @@ def draw_rates(
         bars += [(y + k, i, rate, ends[i]) for k, (i, rate) in enumerate(known)]
         ticks.append(y + (len(known) - 1) / 2)
         y += len(known) + 0.8
-    ends = [max(rate, found.high if found else 0) for *_, rate, found in bars]
+    ends = [max(rate, interval.high if interval else 0) for *_, rate, interval in bars]
     highest = max(ends, default=0.0) or 1.0
     with _figure(7.0, 0.6 + 0.27 * y) as (figure, axes):
-        for (height, i, rate, found), end in zip(bars, ends):
+        for (height, i, rate, interval), end in zip(bars, ends):
             colour = COLOURS[i % len(COLOURS)]
             style = {"edgecolor": colour, "hatch": ("", "////", "", "....")[i % 4]}
             style["color"] = "white" if i % 2 else colour
             axes.barh(height, rate, height=0.8, lw=1.2, **style)
-            if found:  # grey is seen on a black bar and beside it
+            if interval:  # grey is seen on a black bar and beside it
                 line = {"color": "#888888", "lw": 1.6, "marker": "|", "ms": 7}
-                axes.plot([found.low, found.high], [height, height], **line)
+                axes.plot([interval.low, interval.high], [height, height], **line)
             label = f"{rate:.2f}  {models[i]}"
             axes.text(end + 0.01 * highest, height, label, va="center", fontsize=9)
         axes.set_yticks(ticks, [name for name, _ in groups])

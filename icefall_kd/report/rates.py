@@ -64,8 +64,8 @@ def rate_table(report: Comparison, kind: str) -> Table:
     cells = []
     for method, test_set in report.sets[kind]:
         rates = {m.name: m.percent(method, kind, test_set) for m in report.models}
-        found = report.statistics.get((kind, method, test_set))
-        intervals = found.intervals if found else {}
+        statistics = report.statistics.get((kind, method, test_set))
+        intervals = statistics.intervals if statistics else {}
         row = [_rate(rate, intervals.get(name)) for name, rate in rates.items()]
         if len(students) == 1:
             rate, baseline = rates[students[0].name], rates[report.baseline]
@@ -112,8 +112,8 @@ def differences_table(report: Comparison, kind: str) -> Table:
     head = [report.words[name] for name in names]
     rows = []
     for method, test_set in report.sets[kind]:
-        found = report.statistics.get((kind, method, test_set))
-        for name, d in found.differences.items() if found else ():
+        statistics = report.statistics.get((kind, method, test_set))
+        for name, d in statistics.differences.items() if statistics else ():
             points = f"{d.points:+.2f} [{d.interval.low:+.2f}, {d.interval.high:+.2f}]"
             ratio = NONE
             if math.isfinite(d.ratio):
@@ -242,16 +242,16 @@ def _change_text(report: Comparison, unit: str) -> List[Text]:
 
 def _interval_text(report: Comparison, kind: str) -> List[Text]:
     """How the intervals are computed, and what they don't contain."""
-    found: Dict[str, Statistics] = {
+    sets: Dict[str, Statistics] = {
         test_set: statistics
         for (k, _, test_set), statistics in report.statistics.items()
         if k == kind and statistics.intervals
     }
-    if not found:
+    if not sets:
         return []
-    by_speaker = any(statistics.speakers for statistics in found.values())
+    by_speaker = any(statistics.speakers for statistics in sets.values())
     sizes = []
-    for test_set, statistics in sorted(found.items()):
+    for test_set, statistics in sorted(sets.items()):
         unit = "size_characters" if statistics.characters else "size_words"
         size = report.text(unit, set=test_set, words=f"{statistics.words:,}")
         sizes.append(size + report.text("size_units", count=statistics.utterances))
@@ -267,8 +267,8 @@ def _rate_plot(report: Comparison, kind: str) -> Plots:
     for method, test_set in report.sets[kind]:
         rates = [m.percent(method, kind, test_set) for m in report.models]
         groups.append((f"{method}, {test_set}", rates))
-        found = report.statistics.get((kind, method, test_set))
-        of_models = found.intervals if found else {}
+        statistics = report.statistics.get((kind, method, test_set))
+        of_models = statistics.intervals if statistics else {}
         intervals.append([of_models.get(name) for name in report.names])
     unit = f"{report.unit_of(kind)} (%)"
     figure = draw_rates(groups, report.names, unit, intervals)

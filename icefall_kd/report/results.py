@@ -121,12 +121,12 @@ class Decoding:
         heads = [f"{test_set}-{rate.setting}", f"{test_set}_{rate.setting}"]
         if rate.settings == 1:
             heads.append(test_set)
-        found = {}
+        paths = {}
         for path in sorted(self.folder.glob("recogs-*.txt")):
             parts = _SUFFIX.match(_printable(path.stem)[len("recogs-") :])
             if parts and parts[2] == self.suffix:
-                found[parts[1]] = path
-        return next((found[head] for head in heads if head in found), None)
+                paths[parts[1]] = path
+        return next((paths[head] for head in heads if head in paths), None)
 
     def _numbers(self) -> Tuple[str, int, int]:
         match = _NUMBER.match(self.suffix)

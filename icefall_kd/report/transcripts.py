@@ -115,13 +115,13 @@ def _disagreement(
     scores: Scores, percent: float, errs: Path, stated: Optional[Tuple[int, int]]
 ) -> str:
     """The sentence for transcripts that have other errors than their result files."""
-    said = f"{percent:.2f} %"
+    result = f"{percent:.2f} %"
     if stated is not None:
-        said += f", and {errs.name} {stated[0]} errors in {stated[1]} words"
+        result += f", and {errs.name} {stated[0]} errors in {stated[1]} words"
     return (
         f"{scores.path} has {scores.errors.sum()} errors in {scores.words.sum()} words "
-        f"({scores.percent:.2f} %), and the result beside it is {said}: decode again, "
-        f"or remove {scores.path.name} for a report without its interval"
+        f"({scores.percent:.2f} %), and the result beside it is {result}: decode "
+        f"again, or remove {scores.path.name} for a report without its interval"
     )
 
 

@@ -155,12 +155,12 @@ class Condition:
         if self.choice == RIGHT:
             frames = (slice(None), slice(mask.size(1)))
             ctc = index_rows(batch.targets.parts["ctc"], frames)
-            found = best_labels(ctc, mask, blank_id)
+            best = best_labels(ctc, mask, blank_id)
             transcripts = [
                 [label for label in row[1:] if label != blank_id]
                 for row in labels.tolist()
             ]
-            right = [x == y for x, y in zip(found, transcripts)]
+            right = [x == y for x, y in zip(best, transcripts)]
             return torch.tensor(right, device=mask.device) & has_targets
         vocab_size = batch.student.ctc_logits.size(-1)
         student, teacher = (
