@@ -31,8 +31,8 @@ from icefall_kd import (
     score_heads,
     select_important,
 )
-from icefall_kd.cli.student import read_batches
 from icefall_kd.student.build import check_slices
+from icefall_kd.student.cuts import read_batches
 from icefall_kd.student.search import nearest
 
 ROOT = Path(__file__).resolve().parents[1]

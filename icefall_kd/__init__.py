@@ -36,7 +36,7 @@ _PUBLIC_NAMES = {
     "LogitWriter": "icefall_kd.targets.writer:TargetWriter",  # its former name
     "TargetDataset": "icefall_kd.targets.dataset",
     "KDDataset": "icefall_kd.targets.dataset:TargetDataset",  # its former name
-    "collate_targets": "icefall_kd.targets.dataset",
+    "collate_targets": "icefall_kd.targets.reading",
     "read_nbest": "icefall_kd.kinds.nbest",
     "write_nbest": "icefall_kd.kinds.nbest",
     # A new kind of target

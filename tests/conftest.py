@@ -443,7 +443,7 @@ def make_store(tmp_path, make_fingerprint, make_logits):
 @pytest.fixture(scope="session")
 def read_targets():
     """The CTC targets that a cut carries."""
-    from icefall_kd.targets.dataset import collate_targets
+    from icefall_kd.targets.reading import collate_targets
     from icefall_kd.types import index_rows
 
     def read(cut):

@@ -58,7 +58,8 @@ def test_targets_are_read(elsewhere, make_cut, make_store, read_targets, tmp_pat
     code = """
 import sys, torch
 from lhotse import load_manifest
-from icefall_kd.targets.dataset import collate_targets, store_fingerprint
+from icefall_kd.targets.dataset import store_fingerprint
+from icefall_kd.targets.reading import collate_targets
 cuts = list(load_manifest(sys.argv[1]))
 store_fingerprint(cuts)
 found = collate_targets(cuts)

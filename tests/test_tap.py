@@ -11,7 +11,7 @@ import torch
 from icefall_kd import ModelTap
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.lattice import LatticeCodec
-from icefall_kd.losses.transducer import nodes_of, path_nodes, stored_nodes
+from icefall_kd.losses.nodes import nodes_of, path_nodes, stored_nodes
 from icefall_kd.types import PrunedLattice
 
 LOG_EPS = -15.94  # icefall's padding

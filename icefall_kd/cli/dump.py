@@ -5,7 +5,7 @@ import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import click
 import torch
@@ -24,7 +24,7 @@ from icefall_kd.cli.options import (
     command,
     teacher_options,
 )
-from icefall_kd.cli.torchrun import number_of
+from icefall_kd.cli.torchrun import job_of, number_of
 from icefall_kd.errors import KDError, require
 from icefall_kd.files import MANIFEST, check_new_file, check_new_folder, replacing
 from icefall_kd.kinds.hidden import (
@@ -310,33 +310,6 @@ def parse_seconds(text: str) -> Seconds:
         "longest cut that is trained on, such as 1:20",
     )
     return shortest, longest
-
-
-def job_of(num_jobs: int, job: int) -> Tuple[int, int]:
-    """This process's job and the number of jobs, by the options or by torchrun.
-
-    Args:
-      num_jobs: The option --num-jobs.
-      job: The option --job.
-
-    Raises:
-      KDError: a number of a job that there is not.
-    """
-    size = number_of("WORLD_SIZE") or 1
-    if num_jobs == 1 and size > 1:
-        rank = number_of("RANK")
-        if rank is None or rank >= size:
-            raise KDError(
-                f"the environment has WORLD_SIZE {size} and RANK {rank}, and torchrun "
-                f"sets RANK to 0 to {size - 1}: unset WORLD_SIZE, or run this under "
-                "torchrun"
-            )
-        return rank, size
-    require(
-        0 <= job < num_jobs,
-        f"--job is {job} and --num-jobs {num_jobs}: give --job 0 to {num_jobs - 1}",
-    )
-    return job, num_jobs
 
 
 def _numbers(text: str) -> Optional[List[float]]:

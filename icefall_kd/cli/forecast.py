@@ -156,9 +156,9 @@ def _measure(
     train_cuts: Sequence[str],
 ) -> Tuple[Measures, List[str]]:
     """The measures, and notes on them; the parameters are those of the command."""
-    from icefall_kd.cli.student import read_batches
     from icefall_kd.forecast.measure import Listener, measure
     from icefall_kd.forecast.students import kept_epochs, load_start
+    from icefall_kd.student.cuts import read_batches
 
     teacher = spec.load_one("forecast")
     settings = teacher.settings

@@ -7,7 +7,7 @@ from lhotse.cut import Cut
 
 from icefall_kd.cli.text_table import text_table
 from icefall_kd.kinds.distribution import DistributionKind
-from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import read_fingerprint, tracks_with_targets
 from icefall_kd.types import index_rows
 

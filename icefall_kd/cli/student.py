@@ -1,14 +1,11 @@
 """Builds a student from a teacher, as a checkpoint that train.py starts from."""
 
-import math
 import shlex
-from itertools import islice
 from pathlib import Path
 from typing import Any, ContextManager, Dict, List, Sequence
 
 import click
 import torch
-from lhotse.cut import Cut
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -22,20 +19,16 @@ from icefall_kd.cli.options import (
     command,
     teacher_options,
 )
-from icefall_kd.errors import KDError, naming_flags, require
+from icefall_kd.cli.student_size import changes_of, check_goal, check_random
+from icefall_kd.errors import naming_flags, require
 from icefall_kd.files import check_new_folder, replacing
 from icefall_kd.memory import enough_memory
 from icefall_kd.student import presets
-from icefall_kd.student.build import build_student, check_settings, check_slices
-from icefall_kd.student.count import count_parameters
+from icefall_kd.student.build import build_student, check_slices
+from icefall_kd.student.cuts import BATCH, read_batches
 from icefall_kd.student.importance import FeatureBatch, num_passes, select_important
 from icefall_kd.student.scores import HeadScores, score_heads
-from icefall_kd.student.search import nearest, parse_goal
 from icefall_kd.student.selection import Selection, select_first
-from icefall_kd.targets.batches import read_features
-from icefall_kd.targets.cuts import Survey, checked
-from icefall_kd.targets.model_input import check_supervision, why_unusable
-from icefall_kd.targets.transcript_checks import labels_of, why_long
 from icefall_kd.teacher.recipe import (
     flags_of,
     import_train,
@@ -45,9 +38,6 @@ from icefall_kd.teacher.recipe import (
 )
 from icefall_kd.teacher.spec import TeacherSpec
 
-BATCH = 8  # cuts that the teacher runs on at once
-# Parameters, and layers in a stack, beyond which a model would take hours to build.
-LARGEST, DEEPEST = 10**10, 100
 FLAGS, ACCOUNT = "student_flags", "student_account.txt"
 
 _COUNTERS = (
@@ -57,40 +47,6 @@ _COUNTERS = (
     "best_valid_epoch",
     "batch_idx_train",
 )
-_BOOLS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-_KINDS = {int: int, float: float, bool: lambda word: _BOOLS[word.lower()]}
-
-
-def parse_changes(changes: Sequence[str], settings: Dict[str, Any]) -> Dict[str, Any]:
-    """The settings of --set, as values of the types that the teacher's have.
-
-    Args:
-      changes: NAME=VALUE each, such as "encoder-dim=32,32".
-      settings: The teacher's.
-
-    Raises:
-      KDError: a setting that the teacher does not have, or a value of another type.
-    """
-    parsed: Dict[str, Any] = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        name = name.strip().replace("-", "_")
-        require(equals and value, f"--set {change} is not of the form NAME=VALUE")
-        check_settings(settings, {name: value})
-        kind = type(settings[name])
-        try:
-            parsed[name] = _KINDS.get(kind, str)(value)
-        except (ValueError, KeyError):
-            raise KDError(
-                f"--set {change}: {name} takes a {kind.__name__}, as the teacher's "
-                f"{settings[name]}"
-            ) from None
-        # Those of a model are sizes; a list of them is looked at stack by stack.
-        require(
-            kind not in (int, float) or 0 < parsed[name] < math.inf,
-            f"--set {change}: {name} must be above 0, and finite",
-        )
-    return parsed
 
 
 def _check_place(path: Path, exp_dir: str) -> None:
@@ -112,107 +68,6 @@ def _save_start(path: Path, model: nn.Module, params: Dict[str, Any]) -> None:
     state = model.state_dict()
     with replacing(path) as temporary:
         torch.save({"model": state, "model_avg": state, **params}, temporary)
-
-
-def _check_goal(size: str, params: str, speed: str) -> None:
-    """Refuse several sizes, and a speed in place of a size."""
-    options = {"--preset": size, "--params": params, "--speed": speed}
-    words = [f"{name} {value}" for name, value in options.items() if value]
-    require(len(words) <= 1, f"{' and '.join(words)} are given: give one of them")
-    for name, value, example in (("--params", params, "5M"), ("--speed", speed, "3x")):
-        with naming_flags({"goal": name}):
-            is_speed = bool(value) and parse_goal(value).kind == "speed"
-        require(
-            not value or is_speed == (name == "--speed"),
-            f"{name} is {value}, and takes a value as {example}",
-        )
-
-
-def _changes(
-    settings: Dict[str, Any], size: str, goal: str, set_by_user: Sequence[str]
-) -> Dict[str, Any]:
-    """The settings in which the student differs from the teacher."""
-    changes: Dict[str, Any] = {}
-    if size:
-        changes = presets.preset(size)
-    elif goal:
-        speed = parse_goal(goal).kind == "speed"
-        with naming_flags({"goal": "--speed" if speed else "--params"}):
-            changes = nearest(goal, settings, settings)
-    changes.update(parse_changes(set_by_user, settings))
-    return changes
-
-
-def _check_random(
-    settings: Dict[str, Any], new: Dict[str, Any], defaults: Dict[str, Any]
-) -> None:
-    """Refuse what a student that is no slice of its teacher must keep to all the same.
-
-    Args:
-      settings: The teacher's.
-      new: What differs in the student.
-      defaults: The options that the recipe's train.py has for its model.
-    """
-    for name, value in new.items():
-        require(
-            name in defaults,
-            f"{name} can't be set to {value}: train.py has no option for it that makes "
-            f"a model; choose of {', '.join(defaults)}",
-        )
-    try:
-        layers = max(presets.per_stack({**settings, **new}, "num_encoder_layers"))
-        size = count_parameters({**settings, **new})["all"]
-    except KDError:  # of a variant that nobody counted yet
-        return
-    require(
-        layers <= DEEPEST and size <= LARGEST,
-        f"the student would have {size:,} parameters and {layers} layers in a stack, "
-        f"and at most {LARGEST:,} and {DEEPEST} are built: give smaller numbers",
-    )
-
-
-def read_batches(
-    path: str, num_cuts: int, settings: Dict[str, Any], tokenizer: Any
-) -> List[FeatureBatch]:
-    """Read transcribed cuts, to measure a student by.
-
-    Args:
-      path: Their manifest.
-      num_cuts: How many, from the first on.
-      settings: The teacher's.
-      tokenizer: The teacher's.
-
-    Returns:
-      For each batch its features, lengths and labels.
-
-    Raises:
-      KDError: cuts that can't be used.
-    """
-    require(num_cuts >= 1, f"--num-cuts is {num_cuts}, and must be 1 or more")
-    use = "the measure of a student"
-
-    def labels(cuts: List[Cut]) -> List[List[int]]:
-        return labels_of(cuts, tokenizer, use, "label it first")
-
-    def why_not(cut: Cut) -> str:
-        reason = why_unusable(cut)
-        if reason:
-            return reason
-        check_supervision(cut)
-        return why_long(cut, labels([cut])[0], use)
-
-    survey = Survey(path, why_not=why_not)
-    num_features = int(settings["feature_dim"])
-    cuts = list(islice(checked(survey, num_features, light=False), num_cuts))
-    survey.check()
-    survey.warn()
-    batches = []
-    work = f"reading the features of {len(cuts)} cuts"
-    with enough_memory(work, "give --num-cuts fewer"):
-        for i in range(0, len(cuts), BATCH):
-            batch = cuts[i : i + BATCH]
-            batches.append((*read_features(batch), labels(batch)))
-    return batches
 
 
 def _enough_memory(batches: List[FeatureBatch]) -> ContextManager[None]:
@@ -397,7 +252,7 @@ def _build(
     seed: int,
 ) -> None:
     """Build and write the student; the parameters are those of :func:`student`."""
-    _check_goal(preset, params_goal, speed)
+    check_goal(preset, params_goal, speed)
     important = "important" in (layers, channels)
     require(
         not important or init != "random",
@@ -427,12 +282,12 @@ def _build(
     params.update({k: v for k, v in settings.items() if k not in fresh})
     if "embed_channels" in defaults:  # which a teacher from before that option had
         params.setdefault("embed_channels", ",".join(map(str, presets.EMBED_CHANNELS)))
-    new = _changes(params, preset, params_goal or speed, changes)
+    new = changes_of(params, preset, params_goal or speed, changes)
     selection = None
     if init == "teacher":
         sliced = check_slices(loaded.model, params, new)
         selection = _select(loaded.model, params, sliced, batches, layers, channels)
-    _check_random(params, new, defaults)
+    check_random(params, new, defaults)
     torch.manual_seed(seed)
     model, student_params = build_student(
         loaded.model, params, new, model_maker(train), init, selection

@@ -10,10 +10,11 @@ from icefall_kd.forecast.measures import BLANKS, SPIKES, TermMeasures
 from icefall_kd.lattice import decode_labels
 from icefall_kd.losses.hidden import hidden_kd_loss
 from icefall_kd.losses.kl import FLOOR
+from icefall_kd.losses.nodes import nodes_of
 from icefall_kd.losses.student_nodes import StudentNodes
-from icefall_kd.losses.transducer import nodes_of
+from icefall_kd.model_state import restoring_state
 from icefall_kd.student.importance import FeatureBatch
-from icefall_kd.tap import ModelTap, restoring_state
+from icefall_kd.tap import ModelTap
 from icefall_kd.types import EncoderOut
 from icefall_kd.zipformer import has_ctc, has_transducer
 

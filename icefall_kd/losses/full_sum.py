@@ -7,8 +7,8 @@ import torch
 from icefall_kd.errors import KDError, require
 from icefall_kd.lattice import path_sums
 from icefall_kd.losses.kl import compute_dtype
+from icefall_kd.losses.nodes import collapse
 from icefall_kd.losses.student_nodes import StudentNodes
-from icefall_kd.losses.transducer import collapse
 
 TWO_SIDED, ONE_SIDED = FULL_SUM_FORMS = ("two-sided", "one-sided")
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
+from icefall_kd.model_state import restoring_state
 from icefall_kd.student.greedy import ctc_greedy, transducer_greedy
 from icefall_kd.student.importance import FeatureBatch
-from icefall_kd.tap import ModelTap, restoring_state
+from icefall_kd.tap import ModelTap
 from icefall_kd.types import EncoderOut
 from icefall_kd.zipformer import has_ctc, has_transducer
 

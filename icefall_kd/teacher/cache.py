@@ -7,9 +7,9 @@ import torch
 from lhotse.cut import Cut, MonoCut, MultiCut
 
 from icefall_kd.errors import KDError, require
-from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.manifest import read_pointers
 from icefall_kd.targets.model_input import collate_input, why_unusable
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.teacher import Teacher
@@ -27,7 +27,7 @@ class CachingTeacher:
       writer: Stores them. Each process of a DDP training has its own, a job of the same
         manifest, and reads what the other processes have stored.
       missing: What becomes of a cut that the teacher can't run on: "refuse" or "hard";
-        see :func:`icefall_kd.targets.dataset.collate_targets`.
+        see :func:`icefall_kd.targets.reading.collate_targets`.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from icefall_kd.errors import KDError, require
 from icefall_kd.kinds.hidden import Layer, hidden_rows
-from icefall_kd.losses.transducer import nodes_of, path_nodes
+from icefall_kd.losses.nodes import nodes_of, path_nodes
 from icefall_kd.tap import ModelTap
 from icefall_kd.types import (
     EncoderOut,

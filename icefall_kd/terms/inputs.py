@@ -6,8 +6,8 @@ from typing import Optional, Tuple
 import torch
 
 from icefall_kd.errors import KDError
+from icefall_kd.losses.nodes import stored_nodes
 from icefall_kd.losses.student_nodes import StudentNodes
-from icefall_kd.losses.transducer import stored_nodes
 from icefall_kd.types import Distribution, EncoderOut, Nodes, Targets, index_rows
 
 

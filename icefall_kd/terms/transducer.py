@@ -140,7 +140,8 @@ class TransducerTerm(Term):
 
     def value(self, batch: TermInputs) -> Tuple[torch.Tensor, float]:
         """Sum the divergence over the nodes of the lattices of ``batch``."""
-        from icefall_kd.losses.transducer import nodes_kd_loss, shift, total_kd_loss
+        from icefall_kd.losses.nodes import shift
+        from icefall_kd.losses.transducer import nodes_kd_loss, total_kd_loss
 
         nodes = batch.nodes
         if nodes is None:  # no row of the batch has a lattice

@@ -5,10 +5,11 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from icefall_kd.targets.dataset import TargetDataset, collate_targets, store_fingerprint
+from icefall_kd.targets.dataset import TargetDataset, store_fingerprint
 from icefall_kd.targets.fingerprint import Fingerprint
 from icefall_kd.targets.first_look import FirstLook
 from icefall_kd.targets.places import look_beside
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import tracks_with_targets
 from icefall_kd.targets.warp import WarpRecord
 from icefall_kd.tokens import hash_tokens, token_map

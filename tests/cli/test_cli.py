@@ -21,12 +21,12 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd import ModelTap, build_student
 from icefall_kd.cli import cli
-from icefall_kd.cli.dump import job_of
-from icefall_kd.cli.student import parse_changes
+from icefall_kd.cli.student_size import parse_changes
+from icefall_kd.cli.torchrun import job_of
 from icefall_kd.errors import KDError
 from icefall_kd.targets import Fingerprint
-from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.fingerprint import hash_state_dict
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.targets.writer import TargetWriter
 from icefall_kd.teacher.loader import load_recipe_model

@@ -11,7 +11,8 @@ from icefall_kd.cli.dump import parse_seconds
 from icefall_kd.errors import KDError
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import Fingerprint
-from icefall_kd.targets.dataset import collate_targets, store_fingerprint
+from icefall_kd.targets.dataset import store_fingerprint
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer, is_left_out
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.tokens import load_tokenizer

@@ -15,7 +15,7 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd.kinds.hidden import OUT, hash_file, load_quantizer, save_quantizer
 from icefall_kd.targets import Fingerprint, TargetDataset
-from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import Pointer
 from icefall_kd.tokens import load_tokenizer
 

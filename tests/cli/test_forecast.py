@@ -100,7 +100,7 @@ def test_it_prints_measures_and_a_verdict_and_writes_both(
 def test_the_teacher_s_row_has_what_the_student_command_would_print(
     words, invoke, student_dir, teacher, bpe_models, tmp_path, teacher_exp
 ):
-    from icefall_kd.cli.student import read_batches
+    from icefall_kd.student.cuts import read_batches
     from icefall_kd.tokens import load_tokenizer
 
     path = tmp_path / "forecast.json"

@@ -17,7 +17,7 @@ from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import load_quantizer
 from icefall_kd.plug.plug import RECORD, read_record
 from icefall_kd.targets import Fingerprint
-from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens.characters import Characters

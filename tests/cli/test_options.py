@@ -5,8 +5,8 @@ import pytest
 from fuzzing import NOT_UTF8
 
 from icefall_kd.cli import MODULES, cli
-from icefall_kd.cli.dump import job_of
 from icefall_kd.cli.options import RENAMED, Count, Number, Place, Text, YesNo, command
+from icefall_kd.cli.torchrun import job_of
 from icefall_kd.errors import KDError
 
 

@@ -9,8 +9,8 @@ import torch
 from lhotse import CutSet, load_manifest
 
 from icefall_kd.targets import TargetWriter
-from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.places import forget
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, read_fingerprint
 
 LENGTHS = {"c1": 47, "ç2": 33, "c3": 61}

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import OUT
 from icefall_kd.targets import TargetDataset, first_look
-from icefall_kd.targets.dataset import collate_targets, store_fingerprint
+from icefall_kd.targets.dataset import store_fingerprint
 from icefall_kd.targets.places import forget
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
 from icefall_kd.tokens import load_tokenizer
 

@@ -9,9 +9,9 @@ from lhotse.dataset.collation import collate_features
 
 from icefall_kd import build_student
 from icefall_kd.cli.account import _numbers, account
-from icefall_kd.cli.student import read_batches
 from icefall_kd.errors import KDError
 from icefall_kd.student.count import count_multiply_adds, count_parameters
+from icefall_kd.student.cuts import read_batches
 from icefall_kd.student.importance import select_important
 from icefall_kd.student.presets import preset
 from icefall_kd.student.scores import score_heads

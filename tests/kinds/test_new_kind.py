@@ -11,8 +11,9 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 from icefall_kd.errors import KDError
 from icefall_kd.kinds import KINDS, FrameKind, UtteranceKind, register_kind
 from icefall_kd.targets import Fingerprint, TargetDataset, TargetWriter
-from icefall_kd.targets.dataset import collate_targets, map_tokens, resample_frames
+from icefall_kd.targets.dataset import map_tokens, resample_frames
 from icefall_kd.targets.fingerprint import FILENAME
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import read_fingerprint
 from icefall_kd.types import EncoderOut
 

@@ -10,9 +10,9 @@ from icefall_kd.kinds import KINDS
 from icefall_kd.kinds.simple import SimpleKind
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import TargetWriter
-from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.dump import dump_targets
 from icefall_kd.targets.model_input import collate_input
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.teacher.teacher import Teacher
 
 LENGTHS = {"c1": 61, "c2": 33, "c3": 47}

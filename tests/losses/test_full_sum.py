@@ -11,8 +11,9 @@ import torch
 from icefall_kd.errors import KDError
 from icefall_kd.lattice import path_sums
 from icefall_kd.losses.full_sum import full_sum_kd_loss
+from icefall_kd.losses.nodes import collapse, nodes_of, shift
 from icefall_kd.losses.student_nodes import StudentNodes
-from icefall_kd.losses.transducer import collapse, nodes_kd_loss, nodes_of, shift
+from icefall_kd.losses.transducer import nodes_kd_loss
 from icefall_kd.rnnt import get_engine
 from icefall_kd.tap import ModelTap
 from icefall_kd.types import Nodes, SparseDistribution

@@ -8,13 +8,8 @@ import torch
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.lattice import passed_nodes
-from icefall_kd.losses.transducer import (
-    collapse,
-    nodes_of,
-    shift,
-    stored_nodes,
-    transducer_kd_loss,
-)
+from icefall_kd.losses.nodes import collapse, nodes_of, shift, stored_nodes
+from icefall_kd.losses.transducer import transducer_kd_loss
 from icefall_kd.tap import ModelTap
 from icefall_kd.types import Nodes, PrunedLattice, SparseDistribution
 

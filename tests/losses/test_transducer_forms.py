@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.lattice import best_path
+from icefall_kd.losses.nodes import nodes_of, path_nodes, stored_nodes
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import (
     FORMS,
     nodes_kd_loss,
-    nodes_of,
-    path_nodes,
-    stored_nodes,
     total_kd_loss,
     transducer_kd_loss,
 )

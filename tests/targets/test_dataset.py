@@ -15,12 +15,8 @@ from torch.utils.data import DataLoader
 from icefall_kd import JointKDLoss
 from icefall_kd.errors import KDError
 from icefall_kd.targets import TargetDataset
-from icefall_kd.targets.dataset import (
-    collate_targets,
-    map_tokens,
-    resample_frames,
-    store_fingerprint,
-)
+from icefall_kd.targets.dataset import map_tokens, resample_frames, store_fingerprint
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.terms import CtcTerm
 from icefall_kd.types import EncoderOut, SparseDistribution, Targets

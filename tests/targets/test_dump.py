@@ -8,9 +8,9 @@ from lhotse import load_manifest
 from icefall_kd.errors import KDError
 from icefall_kd.kinds import KINDS, FrameKind, register_kind
 from icefall_kd.targets import TargetWriter, batches
-from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.dump import dump_targets
 from icefall_kd.targets.model_input import collate_input
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.teacher.teacher import Teacher
 
 LENGTHS = {"c1": 61, "c2": 33, "c3": 90, "c4": 47, "c5": 12}

@@ -11,8 +11,8 @@ from lhotse.serialization import load_jsonl
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets import Fingerprint, TargetWriter
-from icefall_kd.targets.dataset import collate_targets
 from icefall_kd.targets.fingerprint import FILENAME
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer
 from icefall_kd.types import NoPath, PrunedLattice
 

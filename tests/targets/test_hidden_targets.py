@@ -14,12 +14,8 @@ from icefall_kd.cli.stats import print_stats
 from icefall_kd.errors import KDError
 from icefall_kd.kinds.hidden import OUT, HiddenCodec, hash_file, save_quantizer
 from icefall_kd.targets import TargetDataset, TargetWriter
-from icefall_kd.targets.dataset import (
-    collate_targets,
-    map_tokens,
-    resample_frames,
-    store_fingerprint,
-)
+from icefall_kd.targets.dataset import map_tokens, resample_frames, store_fingerprint
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
 from icefall_kd.types import PrunedLattice, Targets
 

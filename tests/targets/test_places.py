@@ -11,8 +11,9 @@ from lhotse.dataset import K2SpeechRecognitionDataset
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets import TargetDataset, TargetWriter
-from icefall_kd.targets.dataset import collate_targets, store_fingerprint
+from icefall_kd.targets.dataset import store_fingerprint
 from icefall_kd.targets.places import forget, look_beside
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
 
 LENGTHS = {"c1": 47, "ç2": 33, "c3": 61}

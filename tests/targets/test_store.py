@@ -13,7 +13,8 @@ from lhotse import CutSet, load_manifest
 from icefall_kd.cli.stats import print_stats
 from icefall_kd.errors import KDError
 from icefall_kd.targets import Fingerprint, TargetWriter
-from icefall_kd.targets.dataset import collate_targets, store_fingerprint
+from icefall_kd.targets.dataset import store_fingerprint
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import FIELD, Pointer, read_fingerprint
 
 LENGTHS = {"c1": 33, "ç2": 90, "c3": 61, "c4": 12, "c5": 62}

@@ -9,7 +9,7 @@ from lhotse.dataset.collation import collate_features
 
 from icefall_kd import ModelTap, TargetWriter
 from icefall_kd.errors import KDError
-from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.teacher.cache import CachingTeacher
 from icefall_kd.teacher.teacher import Teacher
 

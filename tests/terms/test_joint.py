@@ -7,7 +7,8 @@ import torch
 
 from icefall_kd import JointKDLoss, ModelTap, ctc_kd_loss
 from icefall_kd.errors import KDError
-from icefall_kd.losses.transducer import nodes_of, transducer_kd_loss
+from icefall_kd.losses.nodes import nodes_of
+from icefall_kd.losses.transducer import transducer_kd_loss
 from icefall_kd.terms import CtcTerm, TransducerTerm
 from icefall_kd.terms.finite import PATIENCE
 from icefall_kd.types import EncoderOut, SparseDistribution, Targets

@@ -12,9 +12,10 @@ from icefall_kd import JointKDLoss, ModelTap, ctc_kd_loss
 from icefall_kd.errors import KDError
 from icefall_kd.losses import student_nodes
 from icefall_kd.losses.full_sum import full_sum_kd_loss
+from icefall_kd.losses.nodes import shift
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.losses.student_nodes import StudentNodes
-from icefall_kd.losses.transducer import shift, total_kd_loss, transducer_kd_loss
+from icefall_kd.losses.transducer import total_kd_loss, transducer_kd_loss
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.terms import (
     CtcTerm,

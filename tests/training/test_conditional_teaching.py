@@ -12,7 +12,7 @@ from zipformer.utils import MetricsTracker
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets import TargetWriter
-from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.training import session
 from icefall_kd.training.online import online_teacher

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from icefall_kd.errors import KDError
+from icefall_kd.losses.nodes import stored_nodes
 from icefall_kd.losses.student_nodes import StudentNodes
-from icefall_kd.losses.transducer import nodes_kd_loss, stored_nodes
+from icefall_kd.losses.transducer import nodes_kd_loss
 from icefall_kd.rnnt import get_engine
 from icefall_kd.tap import ModelTap
 from icefall_kd.training.pruning import FUNCTION, TeacherRanges

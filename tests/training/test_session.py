@@ -15,7 +15,7 @@ from zipformer.utils import MetricsTracker
 from icefall_kd.errors import KDError
 from icefall_kd.tap import ModelTap
 from icefall_kd.targets import Fingerprint, TargetDataset, places
-from icefall_kd.targets.dataset import collate_targets
+from icefall_kd.targets.reading import collate_targets
 from icefall_kd.targets.store import Pointer, read_fingerprint
 from icefall_kd.tokens import hash_tokens, load_tokenizer, token_names
 from icefall_kd.training import session

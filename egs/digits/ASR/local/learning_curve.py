@@ -21,7 +21,7 @@ from teacher_utils import RECIPE
 from tqdm.auto import tqdm
 
 from icefall_kd import KDError, load_model, load_tokenizer, one_sentence, score_heads
-from icefall_kd.cli.student import read_batches
+from icefall_kd.student.cuts import read_batches
 
 
 def get_args() -> argparse.Namespace:
