@@ -34,8 +34,8 @@ def split_kl(teacher: torch.Tensor, student: torch.Tensor, blank_id: int) -> Spl
     """Split the KL divergence of rows into that of blank and that of the tokens.
 
     With b the teacher's probability of blank, KL(p || q) = KL((b, 1 - b) || (b', 1 -
-    b')) + (1 - b) KL(p of the others || q of the others), exactly (the chain rule of
-    the divergence; Tian et al. 2024 train on these parts).
+    b')) + (1 - b) KL(p of the others || q of the others), exactly: the chain rule of
+    the divergence. (Zhao et al., arXiv:2203.08679, split it so at the true class.)
 
     Args:
       teacher: (R, V), logits.
