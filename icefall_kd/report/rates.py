@@ -6,9 +6,11 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 
 from icefall_kd.report.bootstrap import DRAWS, Interval
 from icefall_kd.report.comparison import Comparison, Run, gap_closed, relative_change
-from icefall_kd.report.intervals import Statistics
+from icefall_kd.report.intervals import Statistics, measure
 from icefall_kd.report.page import NONE, Block, Heading, Plots, Table, Text
 from icefall_kd.report.plots import draw_rates
+from icefall_kd.report.results import Decoding
+from icefall_kd.report.transcripts import Scores, read_scores
 
 
 def rate_blocks(report: Comparison) -> List[Block]:
@@ -138,14 +140,15 @@ class _Result(NamedTuple):
 
     cost: float
     percent: float
-    checkpoint: str
+    run: Run
+    decoding: Decoding
 
 
 def equal_table(report: Comparison, kind: str, cost: str) -> Table:
     """A table of the students at equal cost, as far as several checkpoints are there.
 
     Of each run it has the last result whose cost is not above the smallest cost of all
-    runs' last results.
+    runs' last results; of each model the interval where these have transcripts.
 
     Args:
       report: The data.
@@ -163,7 +166,8 @@ def equal_table(report: Comparison, kind: str, cost: str) -> Table:
         if not any(len({r.cost for r in run}) > 1 for run in runs):
             continue
         most = min(max(r.cost for r in run) for run in runs)
-        cells = [_at_most(results[m.name], most) for m in models]
+        speakers = report.audio.speakers.get(test_set)
+        cells = [_at_most(results[m.name], most, test_set, speakers) for m in models]
         rows.append([method, test_set, f"{most:,.0f}", *cells])
     w = report.words
     head = [w["method"], w["set"], w[cost], *(m.name for m in models)]
@@ -184,11 +188,16 @@ def _results(
         if d.options == decodings[0].options:
             value = _COSTS[cost](run, d.saved_as)
             if value is not None:
-                results.append(_Result(value, d.rates[test_set].percent, d.checkpoint))
+                results.append(_Result(value, d.rates[test_set].percent, run, d))
     return results
 
 
-def _at_most(runs: List[List[_Result]], most: float) -> str:
+def _at_most(
+    runs: List[List[_Result]],
+    most: float,
+    test_set: str,
+    speakers: Optional[Dict[str, str]],
+) -> str:
     """The mean of each run's last result that costs ``most`` at most."""
     chosen = []
     for run in runs:
@@ -197,9 +206,21 @@ def _at_most(runs: List[List[_Result]], most: float) -> str:
             return NONE
         chosen.append(max(affordable, key=lambda r: r.cost))
     costs = dict.fromkeys(f"{r.cost:,.0f}" for r in chosen)
-    checkpoints = dict.fromkeys(r.checkpoint for r in chosen)
+    checkpoints = dict.fromkeys(r.decoding.checkpoint for r in chosen)
     shown = f"{' / '.join(checkpoints)}; {' / '.join(costs)}"
-    return f"{mean(r.percent for r in chosen):.2f} ({shown})"
+    scores, interval = [_scores(r, test_set) for r in chosen], None
+    if all(scores):
+        interval = measure({"": scores}, speakers=speakers).intervals[""]
+    return f"{_rate(mean(r.percent for r in chosen), interval)} ({shown})"
+
+
+def _scores(result: _Result, test_set: str) -> Optional[Scores]:
+    """The errors of each utterance of a result, or None without transcripts."""
+    d = result.decoding
+    if any(d is last for last in result.run.decodings):
+        return result.run.scores.get((d.kind, d.method, test_set))
+    path = d.transcripts(test_set)
+    return path and read_scores(path, result.percent)
 
 
 def _steps(run: Run, checkpoint: str) -> Optional[float]:

@@ -184,6 +184,56 @@ def test_at_equal_steps_seeds_have_their_mean():
     assert row[3:] == ["8.00 (epoch 2, avg 1; 200)", "6.00 (epoch 2, avg 1; 200)"]
 
 
+def write_transcripts(folder, suffix, errors):
+    """Ten words an utterance, of which so many are wrong."""
+    lines = []
+    for i, n in enumerate(errors):
+        lines.append(f"{i}:\tref={['a'] * 10}")
+        lines.append(f"{i}:\thyp={['a'] * (10 - n) + ['b'] * n}")
+    folder.mkdir(parents=True)
+    (folder / f"recogs-test-{suffix}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("by_speaker", [False, True])
+def test_results_with_transcripts_have_their_interval_at_equal_steps(
+    tmp_path, by_speaker
+):
+    pytest.importorskip("kaldialign")
+    errors = [[0, 3, 1, 4, 0, 2], [1, 3, 1, 5, 0, 2]]  # of two seeds
+    short = run("S", 20.0, seconds=(1, 2), errors=[2] * 6)
+    seeds = []
+    for i, of_seed in enumerate(errors):
+        percent = 100 * sum(of_seed) / 60
+        seeds.append(run(f"K {i}", 1.0, [(2, percent)], seconds=(1, 2, 3)))
+        seeds[-1].earlier[0].folder = tmp_path / str(i)
+        write_transcripts(tmp_path / str(i), "epoch-2-avg-1", of_seed)
+    made = report(("T", run("T", 4.0)), ("S", short), ("K", *seeds))
+    speakers = {str(i): f"s{i % 3}" for i in range(6)} if by_speaker else None
+    if by_speaker:
+        made.audio.speakers["test"] = speakers
+    expected = measure({"K": [scores(np.array(e)) for e in errors]}, "", speakers)
+    low, high = expected.intervals["K"].low, expected.intervals["K"].high
+    assert low < 18 < high
+    (row,) = equal_table(made, "wer", "steps").rows
+    assert row[3:] == [
+        "20.00 [20.00, 20.00] (epoch 2, avg 1; 200)",
+        f"18.33 [{low:.2f}, {high:.2f}] (epoch 2, avg 1; 200)",
+    ]
+
+
+def test_a_seed_without_transcripts_leaves_its_model_without_an_interval(tmp_path):
+    pytest.importorskip("kaldialign")
+    seeds = [run(f"K {i}", 1.0, [(2, 20.0)], seconds=(1, 2, 3)) for i in (0, 1)]
+    for seed, folder in zip(seeds, (tmp_path / "0", tmp_path / "1")):
+        seed.earlier[0].folder = folder
+    write_transcripts(tmp_path / "0", "epoch-2-avg-1", [2, 2])
+    made = report(
+        ("T", run("T", 4.0)), ("S", run("S", 8.0, seconds=(1, 2))), ("K", *seeds)
+    )
+    (row,) = equal_table(made, "wer", "steps").rows
+    assert row[3:] == ["8.00 (epoch 2, avg 1; 200)", "20.00 (epoch 2, avg 1; 200)"]
+
+
 def test_a_model_without_a_result_that_early_has_a_dash():
     short = run("S", 8.0, [(1, 9.0)], seconds=(1, 2))
     made = report(
