@@ -33,6 +33,7 @@ check_switch test
 . local/training.sh
 . conf/corpus.sh
 num_threads=1
+read -r -a train_words <<< "$train_flags"
 
 fail() {
   echo "run_experiments.sh: error: $*" >&2
@@ -79,7 +80,8 @@ if [ "$stage" -le 1 ] && [ "$stop_stage" -ge 1 ]; then
   run ./run.sh "${common[@]}" --work-dir "$base"
   if [[ " $runs" = *" part"* ]]; then
     run ./run.sh "${common[@]}" --work-dir "$part" --teacher-work-dir "$base" \
-      --untranscribed-speakers "$untranscribed" --num-train 667 --num-untranscribed 1333
+      --untranscribed-speakers "$untranscribed" \
+      --num-train "$((num_train / 3))" --num-untranscribed "$((num_train * 2 / 3))"
   fi
 fi
 if [ -f ../../../.venv/bin/activate ]; then . ../../../.venv/bin/activate; fi
@@ -93,8 +95,8 @@ if [ "$test" = true ]; then sets="dev test"; fi
 
 # one RUN SIZE SEED: make a student, train it to the end, decode it.
 one() {
-  local folder=$work_dir/exp/$1-$2/seed-$3 name=$1 size=$2 seed=$3 init=random sets=train
-  local cuts=$base/data/fbank changes=() change flags words set
+  local folder=$work_dir/exp/$1-$2/seed-$3 name=$1 size=$2 seed=$3 init=random
+  local cuts=$base/data/fbank train_sets=train changes=() change flags words set
   mkdir -p "$folder"
   if [ "${starts[$name]}" = slices ]; then init=teacher; fi
   for change in ${settings_of[$size]}; do changes+=(--set "$change"); done
@@ -105,12 +107,12 @@ one() {
   if [[ " ${words[*]} " = *" --kd-"* ]]; then cuts=$base/data/kd; fi
   case ${cuts_of[$name]} in
     part) cuts=$part/data/fbank ;;
-    both) cuts=$part/data/kd sets=train,train-labelled ;;
+    both) cuts=$part/data/kd train_sets=train,train-labelled ;;
   esac
-  train "$folder" 2 "$student_epochs" --manifest-dir "$cuts" --train-set "$sets" --bpe-model "$bpe" \
-    --seed "$seed" --num-threads "$num_threads" --sample-rate 16000 --avg "$avg" \
-    --max-duration 15 --lr-epochs 3.5 --save-every-n 1000000 --patience "$patience" \
-    "${flags[@]}" "${words[@]}"
+  train "$folder" 2 "$student_epochs" --manifest-dir "$cuts" \
+    --train-set "$train_sets" --bpe-model "$bpe" --seed "$seed" \
+    --num-threads "$num_threads" --sample-rate 16000 --avg "$avg" \
+    --patience "$patience" "${train_words[@]}" "${flags[@]}" "${words[@]}"
   for set in $sets; do decode "$folder" "$set"; done
 }
 
