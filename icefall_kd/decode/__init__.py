@@ -1,0 +1,27 @@
+"""Searches for the words in encoder output: the same as icefall's, and faster.
+
+A search is made once from a model, and then called with encoder output as often as
+needed, for whole utterances or chunk by chunk::
+
+    search = GreedySearch(model)                       # or BeamSearch(model, beam=4)
+    result = search(encoder_out, encoder_out_lens)     # (N, T, C), (N,)
+    for hypothesis in result.hypotheses:               # one for each utterance
+        hypothesis.tokens, hypothesis.frames, hypothesis.log_probs
+
+    states = None                                      # streaming
+    for chunk, lens in chunks:
+        result = search(chunk, lens, states)
+        states = result.states                         # one for each utterance
+        result.hypotheses                              # the new tokens of greedy search,
+                                                       # all so far of beam search
+
+The tensors may be on any device. Token ids, frames and log-probabilities come back as
+Python lists. Frames are counted from the first one of the utterance, across chunks.
+``result.report`` says which way was taken and what it cost (:class:`SearchReport`).
+
+:class:`GreedySearch` is exact: its tokens and frames are those of icefall's
+``greedy_search`` of each utterance alone, whatever else is in the batch, and with
+``draft`` it checks someone's guess instead of searching from nothing.
+:class:`BeamSearch` is icefall's ``modified_beam_search``.
+``skip_blanks`` takes out frames that the CTC head is sure of; that is not exact.
+"""
