@@ -23,8 +23,6 @@ _PUBLIC_NAMES = {
     "load_tokenizer": "icefall_kd.tokens",
     "encoder_frames": "icefall_kd.zipformer",
     "get_engine": "icefall_kd.rnnt",
-    "ctc_greedy": "icefall_kd.student.greedy",
-    "transducer_greedy": "icefall_kd.student.greedy",
     "Teacher": "icefall_kd.teacher.teacher",
     "TeacherSpec": "icefall_kd.teacher.spec",
     # Storing targets and reading them
@@ -61,6 +59,13 @@ _PUBLIC_NAMES = {
     "build_student": "icefall_kd.student.build",
     "select_important": "icefall_kd.student.importance",
     "score_heads": "icefall_kd.student.scores",
+    # Searches
+    "GreedySearch": "icefall_kd.decode",
+    "BeamSearch": "icefall_kd.decode",
+    "Hypothesis": "icefall_kd.decode",
+    "ctc_greedy": "icefall_kd.decode",
+    "transducer_greedy": "icefall_kd.decode",
+    "skip_blanks": "icefall_kd.decode",
     # The joint loss, and a new term of it
     "JointKDLoss": "icefall_kd.terms.joint",
     "CtcTerm": "icefall_kd.terms",

@@ -12,16 +12,38 @@ needed, for whole utterances or chunk by chunk::
     for chunk, lens in chunks:
         result = search(chunk, lens, states)
         states = result.states                         # one for each utterance
-        result.hypotheses                              # the new tokens of greedy search,
-                                                       # all so far of beam search
+        result.hypotheses       # greedy search: the new tokens; beam search: all so far
 
 The tensors may be on any device. Token ids, frames and log-probabilities come back as
 Python lists. Frames are counted from the first one of the utterance, across chunks.
 ``result.report`` says which way was taken and what it cost (:class:`SearchReport`).
 
 :class:`GreedySearch` is exact: its tokens and frames are those of icefall's
-``greedy_search`` of each utterance alone, whatever else is in the batch, and with
-``draft`` it checks someone's guess instead of searching from nothing.
+``greedy_search_batch``, or with ``max_sym_per_frame`` of its ``greedy_search``, for
+each utterance alone, whatever else is in the batch. With ``draft`` it checks someone's
+guess instead of searching from nothing.
 :class:`BeamSearch` is icefall's ``modified_beam_search``.
 ``skip_blanks`` takes out frames that the CTC head is sure of; that is not exact.
 """
+
+from icefall_kd.decode.beam import BeamSearch, BeamState
+from icefall_kd.decode.ctc import KeptFrames, ctc_greedy, skip_blanks
+from icefall_kd.decode.greedy import GreedySearch, GreedyState, transducer_greedy
+from icefall_kd.decode.speculation import ctc_draft, draft_of
+from icefall_kd.decode.types import Hypothesis, SearchReport, SearchResult
+
+__all__ = [
+    "BeamSearch",
+    "BeamState",
+    "GreedySearch",
+    "GreedyState",
+    "Hypothesis",
+    "KeptFrames",
+    "SearchReport",
+    "SearchResult",
+    "ctc_draft",
+    "ctc_greedy",
+    "draft_of",
+    "skip_blanks",
+    "transducer_greedy",
+]

@@ -7,9 +7,9 @@ import kaldialign
 import torch
 from torch import nn
 
+from icefall_kd.decode import GreedySearch, ctc_greedy
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.model_state import restoring_state
-from icefall_kd.student.greedy import ctc_greedy, transducer_greedy
 from icefall_kd.student.importance import FeatureBatch
 from icefall_kd.tap import ModelTap
 from icefall_kd.types import EncoderOut
@@ -96,11 +96,12 @@ def score_utterances(
     scores = {head: UtteranceScores() for head in heads}
     with restoring_state(model), ModelTap(model, with_ctc="ctc" in heads) as tap:
         model.eval()
+        search = GreedySearch(model) if "transducer" in heads else None
         for x, x_lens, y in batches:
             out = tap.encode(x, x_lens)
             references = [text.split() for text in sp.decode(y)]
             for head, of_head in scores.items():
-                losses, hypotheses = _score_batch(model, head, out, y, blank_id)
+                losses, hypotheses = _score_batch(model, head, out, y, blank_id, search)
                 texts = [text.split() for text in sp.decode(hypotheses)]
                 of_head.losses += losses
                 of_head.errors += [
@@ -120,6 +121,7 @@ def _score_batch(
     out: EncoderOut,
     labels: Sequence[Sequence[int]],
     blank_id: int,
+    search: Optional[GreedySearch],
 ) -> Tuple[List[float], List[List[int]]]:
     """The loss of each utterance of a batch, and the token ids that greedy finds."""
     lens, losses = out.encoder_out_lens, []
@@ -137,4 +139,5 @@ def _score_batch(
         losses.append(float(loss))
     if head == "ctc":
         return losses, ctc_greedy(out.ctc_logits, lens, blank_id)
-    return losses, transducer_greedy(model, out.encoder_out, lens)
+    found = search(out.encoder_out, lens).hypotheses
+    return losses, [hypothesis.tokens for hypothesis in found]

@@ -135,8 +135,8 @@ def decode(dev_wer, monkeypatch):
             return lambda *args: [left.pop(0) for _ in args[at]]
 
         greedy = sys.modules[dev_wer.recognise.__module__]
-        monkeypatch.setattr(greedy, "ctc_greedy_search", search(ctc, 1))
-        monkeypatch.setattr(greedy, "greedy_search", search(transducer, 2))
+        monkeypatch.setattr(greedy, "ctc_greedy", search(ctc, 1))
+        monkeypatch.setattr(greedy, "transducer_greedy", search(transducer, 2))
         batches = [
             {
                 "inputs": torch.zeros(len(part), 4, 2),

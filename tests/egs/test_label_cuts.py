@@ -3,11 +3,13 @@
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lhotse import CutSet
 
+from icefall_kd import Hypothesis
 from icefall_kd.tokens import load_tokenizer
 
 LOCAL = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "local"
@@ -30,11 +32,11 @@ def run(make_model, bpe_models, tmp_path, capsys, monkeypatch):
     sp = load_tokenizer(bpe_models.ab)
 
     def run(cuts, text="ab"):
-        monkeypatch.setattr(
-            label_cuts,
-            "greedy_search",
-            lambda model, out, lens: [sp.encode(text, out_type=int)] * len(lens),
-        )
+        def search(encoder_out, lens):
+            found = Hypothesis(sp.encode(text, out_type=int))
+            return SimpleNamespace(hypotheses=[found] * len(lens))
+
+        monkeypatch.setattr(label_cuts, "GreedySearch", lambda model: search)
         CutSet.from_cuts(cuts).to_file(tmp_path / "in.jsonl.gz")
         words = ["--exp-dir", "exp", "--epoch", "1", "--num-threads", "1"]
         words += ["--bpe-model", str(bpe_models.ab)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from icefall_kd import ModelTap
+from icefall_kd.decode import Hypothesis, ctc_greedy, transducer_greedy
 from icefall_kd.errors import KDError
 from icefall_kd.student import scores
-from icefall_kd.student.greedy import ctc_greedy, transducer_greedy
 from icefall_kd.student.scores import score_heads
 
 Y = [[3, 4, 9, 4], [5], [7, 7, 2]]
@@ -127,7 +127,8 @@ def test_the_blank_of_the_model(make_model, batch, features, blank_id):
 def test_word_error_rates_by_hand(model, batch, monkeypatch):
     said = [[3, 9, 4], [5, 5, 5], []]  # a deletion; two insertions; three deletions
     monkeypatch.setattr(scores, "ctc_greedy", lambda *args: said)
-    monkeypatch.setattr(scores, "transducer_greedy", lambda *args: Y)
+    right = SimpleNamespace(hypotheses=[Hypothesis(tokens) for tokens in Y])
+    monkeypatch.setattr(scores, "GreedySearch", lambda model: lambda *args: right)
     found = score_heads(model, [batch], Sp())
     assert found.ctc_wer == 100 * 6 / 8 and found.transducer_wer == 0
 

@@ -14,9 +14,8 @@ import torch
 from lhotse import CutSet
 from script_utils import run_script, staged_dir
 from teacher_utils import batches, load_teacher, memory_words, teacher_parser
-from zipformer.decode.search import greedy_search
 
-from icefall_kd import KDError
+from icefall_kd import GreedySearch, KDError
 from icefall_kd.memory import enough_memory
 
 
@@ -24,13 +23,13 @@ from icefall_kd.memory import enough_memory
 def main() -> None:
     args = teacher_parser(__doc__).parse_args()
     model, sp, cuts, usable = load_teacher(args)
-    labelled = []
+    labelled, search = [], GreedySearch(model)
     for batch, x, x_lens in batches(usable, "Labelling"):
         with enough_memory(*memory_words(batch)):
             out, lens = model.forward_encoder(x, x_lens)
-            hyps = greedy_search(model, out, lens)
-        for cut, tokens, frames in zip(batch, hyps, lens.tolist()):
-            text = sp.decode(tokens).strip()
+            hyps = search(out, lens).hypotheses
+        for cut, found, frames in zip(batch, hyps, lens.tolist()):
+            text = sp.decode(found.tokens).strip()
             if text and frames - 2 >= len(sp.encode(text)):
                 cut.supervisions[0].text = text
                 labelled.append(cut)

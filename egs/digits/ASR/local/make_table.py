@@ -24,9 +24,8 @@ import torch
 from lhotse import CutSet
 from script_utils import check_range, run_script, staged_dir
 from tqdm import tqdm
-from zipformer.decode.search import greedy_search
 
-from icefall_kd import KDError, load_checkpoint, load_model
+from icefall_kd import GreedySearch, KDError, load_checkpoint, load_model
 from icefall_kd.targets.cuts import ManifestCuts
 
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
@@ -67,13 +66,15 @@ def read_wer(exp_dir: Path, method: str, epoch: int, avg: int) -> float:
 
 
 @torch.no_grad()
-def one_round(model: torch.nn.Module, features: List[torch.Tensor]) -> float:
+def one_round(
+    model: torch.nn.Module, search: GreedySearch, features: List[torch.Tensor]
+) -> float:
     """Return the seconds that ``model`` takes from ``features`` to words."""
     begin = time.perf_counter()
     for x in features:
         lens = torch.tensor([x.size(1)])
         out, out_lens = model.forward_encoder(x, lens)
-        greedy_search(model, out, out_lens)
+        search(out, out_lens)
     return time.perf_counter() - begin
 
 
@@ -83,11 +84,12 @@ def measure_rtf(models: List[torch.nn.Module], cuts: CutSet) -> List[float]:
     features = [torch.from_numpy(c.load_features()).unsqueeze(0) for c in cuts]
     seconds = sum(c.duration for c in cuts)
     times: List[List[float]] = [[] for _ in models]
-    for model in models:
-        one_round(model, features[:2])
+    searches = [GreedySearch(model) for model in models]
+    for model, search in zip(models, searches):
+        one_round(model, search, features[:2])
     for _ in tqdm(range(ROUNDS), desc="RTF on one core", unit=" rounds"):
-        for model, durations in zip(models, times):
-            durations.append(one_round(model, features))
+        for model, search, durations in zip(models, searches, times):
+            durations.append(one_round(model, search, features))
     return [median(durations) / seconds for durations in times]
 
 

@@ -28,7 +28,7 @@ from script_utils import run_script
 from teacher_utils import RECIPE
 from tqdm import tqdm
 
-from icefall_kd import KDError, ModelTap, load_model, transducer_greedy
+from icefall_kd import GreedySearch, KDError, ModelTap, load_model
 from icefall_kd.report.bootstrap import Bootstrap
 
 FRAME_MS = 40
@@ -87,11 +87,12 @@ def recognise(
     sp.load(str(bpe_model))
     cuts = CutSet.from_file(manifest).to_eager()
     utterances: Dict[str, Utterance] = {}
+    search = GreedySearch(model)
     bar = tqdm(total=len(cuts), desc=f"Decoding with {exp_dir.name}", unit=" cuts")
     with ModelTap(model) as tap, bar:
         for batch in SimpleCutSampler(cuts, max_duration=200.0, shuffle=False):
             out = tap.encode(*collate_features(batch))
-            hyps = transducer_greedy(model, out.encoder_out, out.encoder_out_lens)
+            hyps = search(out.encoder_out, out.encoder_out_lens).hypotheses
             lens = out.encoder_out_lens.tolist()
             for cut, logits, n, hyp in zip(batch, out.ctc_logits, lens, hyps):
                 tokens = emissions(logits[:n], settings["blank_id"])
@@ -99,7 +100,7 @@ def recognise(
                     "reference": cut.supervisions[0].text.split(),
                     "tokens": tokens,
                     "ctc": sp.decode([s for s, _ in tokens]).split(),
-                    "transducer": sp.decode(hyp).split(),
+                    "transducer": sp.decode(hyp.tokens).split(),
                 }
             bar.update(len(batch))
     part = path.with_name(path.name + ".part")

@@ -3,7 +3,8 @@
 from typing import Dict, List, Sequence
 
 import torch
-from zipformer.decode.search import ctc_greedy_search, greedy_search
+
+from icefall_kd import ctc_greedy, transducer_greedy
 
 # Of the CTC head, and of the transducer head with one symbol a frame.
 METHODS = ("ctc-greedy-search", "greedy_search")
@@ -27,12 +28,12 @@ def recognise(
     words = {}
     for method in methods:
         if method == "ctc-greedy-search":
-            tokens = ctc_greedy_search(
+            tokens = ctc_greedy(
                 model.ctc_output(encoder_out),
                 encoder_out_lens,
                 sp.piece_to_id("<blk>"),
             )
         else:
-            tokens = greedy_search(model, encoder_out, encoder_out_lens)
+            tokens = transducer_greedy(model, encoder_out, encoder_out_lens)
         words[method] = [text.split() for text in sp.decode(tokens)]
     return words

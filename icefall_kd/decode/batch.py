@@ -1,0 +1,146 @@
+"""The frames of a batch, projected once, and the joiner's answers for some of them."""
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+
+from icefall_kd.decode.transducer import Context, Transducer
+from icefall_kd.errors import require
+
+# Two ways to sum the same products differ in the last bits: by less than this, in nats.
+# Where two tokens are no further apart, the frame is asked alone, as icefall does.
+MARGIN = 1e-4
+
+MAX_WINDOW = 64  # frames that an utterance is asked at once
+
+# Rows of a call of the joiner: on a CPU as many as its cache holds.
+CHUNK = {"cpu": 512, "other": 32768}
+
+
+class Batch:
+    """The projected frames of a batch, one utterance behind the other, unpadded.
+
+    Args:
+      transducer: The model's head.
+      encoder_out: (N, T, C).
+      encoder_out_lens: (N,), valid frames, 0 to T.
+      states: One for each utterance, or None; they are counted alone.
+      blank_penalty: It is subtracted from blank's logit.
+
+    Raises:
+      KDError: A dimension or a length does not fit.
+    """
+
+    def __init__(
+        self,
+        transducer: Transducer,
+        encoder_out: torch.Tensor,
+        encoder_out_lens: torch.Tensor,
+        states: Optional[Sequence[Any]] = None,
+        blank_penalty: float = 0.0,
+    ) -> None:
+        self.lengths = checked_lengths(encoder_out, encoder_out_lens, states)
+        self.transducer, self.encoder_out = transducer, encoder_out
+        self.blank_penalty = blank_penalty
+        self.begins: List[int] = []  # of each utterance, in the frames of all
+        total = 0
+        for n in self.lengths:
+            self.begins.append(total)
+            total += n
+        if all(n == encoder_out.size(1) for n in self.lengths):
+            self.valid = encoder_out.flatten(0, 1)  # (sum of lengths, C)
+        else:
+            rows = [x[:n] for x, n in zip(encoder_out, self.lengths)]
+            self.valid = torch.cat(rows)
+        self.frames = transducer.project(self.valid)  # (sum of lengths, J)
+        self.chunk = CHUNK["cpu" if encoder_out.device.type == "cpu" else "other"]
+        self.steps = torch.arange(MAX_WINDOW, device=encoder_out.device)
+        self._alone: Dict[int, torch.Tensor] = {}
+
+    def tensor(self, values: Sequence[Any]) -> torch.Tensor:
+        """Return integers as a tensor on the batch's device.
+
+        Args:
+          values: Integers, or rows of them.
+        """
+        device = self.encoder_out.device
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    def windows(self, at: List[int], window: int) -> torch.Tensor:
+        """Return (A, W, J), the frames that follow some places.
+
+        Args:
+          at: A places among the frames of all.
+          window: W. If there is one place, its window may be shorter at the end. Else
+            a window runs into what follows the utterance.
+        """
+        if len(at) == 1:
+            return self.frames[at[0] : at[0] + window].unsqueeze(0)
+        index = self.tensor(at).unsqueeze(1) + self.steps[:window]
+        index = index.clamp_(max=len(self.frames) - 1).flatten()
+        return self.frames.index_select(0, index).unflatten(0, (len(at), window))
+
+    def best_two(
+        self, frames: torch.Tensor, rows: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probabilities (..., 2) and ids of the joiner's two best tokens.
+
+        Args:
+          frames: (..., J), projected.
+          rows: (..., J), projected decoder output; broadcast against ``frames``.
+        """
+        logits = self.transducer.logits(frames, rows, self.blank_penalty)
+        return logits.log_softmax(-1).topk(2)
+
+    def ask_alone(self, n: int, frame: int, context: Context) -> int:
+        """Return the best token of one frame, computed as icefall computes it.
+
+        Args:
+          n: The utterance's row of the batch.
+          frame: Of this utterance.
+          context: The last tokens.
+        """
+        if n not in self._alone:
+            alone = self.encoder_out[n : n + 1, : self.lengths[n]]
+            self._alone[n] = self.transducer.project(alone)
+        return self.transducer.ask_alone(
+            self._alone[n], frame, context, self.blank_penalty
+        )
+
+
+def checked_lengths(
+    encoder_out: torch.Tensor, lens: torch.Tensor, states: Optional[Sequence[Any]]
+) -> List[int]:
+    """Refuse a batch whose parts do not fit, and return its lengths.
+
+    Args:
+      encoder_out: (N, T, C).
+      lens: (N,), valid frames.
+      states: One for each utterance, or None.
+
+    Raises:
+      KDError: A dimension or a length does not fit.
+    """
+    require(
+        encoder_out.dim() == 3,
+        f"`encoder_out` has {encoder_out.dim()} dimensions, give it as (N, T, C)",
+    )
+    n, t = encoder_out.shape[:2]
+    lengths = lens.tolist()
+    require(
+        len(lengths) == n,
+        f"`encoder_out_lens` has {len(lengths)} lengths, and `encoder_out` {n} "
+        "utterances: give one for each",
+    )
+    require(
+        all(0 <= length <= t for length in lengths),
+        f"`encoder_out_lens` is {min(lengths, default=0)} to "
+        f"{max(lengths, default=0)}, and `encoder_out` has {t} frames: give lengths "
+        f"from 0 to {t}",
+    )
+    require(
+        states is None or len(states) == n,
+        f"`states` has {len(states or [])} states for {n} utterances: give those that "
+        "the last chunk of the same utterances returned",
+    )
+    return lengths
