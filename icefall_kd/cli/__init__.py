@@ -8,9 +8,17 @@ from icefall_kd.files import run_in_utf8
 
 # The module of each command, which is imported when the command runs, and its help.
 MODULES = {
+    "cascade": (
+        "icefall_kd.cli.cascade",
+        "Choose the utterances that a student leaves to its teacher.",
+    ),
     "combine": (
         "icefall_kd.cli.combine",
         "Join the manifests that the jobs of a dump wrote.",
+    ),
+    "decode": (
+        "icefall_kd.cli.decode",
+        "Decode cuts with a model, teacher or student, and say what it cost.",
     ),
     "doctor": (
         "icefall_kd.cli.doctor",

@@ -159,6 +159,32 @@ def draw_rates(
         return _svg(figure, bbox_inches="tight")
 
 
+def draw_costs(
+    curves: Sequence[Tuple[str, Series]],
+    marks: Sequence[Tuple[str, Tuple[float, float]]],
+    x: str,
+    y: str,
+) -> str:
+    """Draw error rates by cost: a line for each curve, and single points.
+
+    Args:
+      curves: Names, and costs with their error rates.
+      marks: Names of single points, and their cost and error rate.
+      x: The label of the horizontal axis.
+      y: The label of the vertical axis.
+    """
+    with _figure(6.4, 4.0) as (figure, axes):
+        for i, (name, series) in enumerate(curves):
+            axes.plot(*zip(*thinned(series)), lw=1.6, label=name, **_line(i))
+        for i, (name, point) in enumerate(marks):
+            axes.plot(*point, ls="none", label=name, **{**_marker(i), "ms": 8})
+        axes.set_xlim(left=0)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+        return _svg(figure, bbox_inches="tight")
+
+
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Tuple[Any, Any]]:
     """A figure of ``width`` by ``height`` inches, and its axes."""

@@ -1,5 +1,7 @@
 """Reads word and character error rates, and the logs of decoding."""
 
+import glob
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -152,6 +154,10 @@ def read_decodings(exp: Path) -> List[Decoding]:
             decoding.folder = folder
             if decoding.suffix in logs:
                 decoding.log = _read_logs(logs[decoding.suffix])
+            measured = _read_measured(folder, decoding.suffix)
+            if measured and (decoding.log is None or decoding.log.date < measured.date):
+                decoding.log = measured
+            if decoding.log:
                 decoding.date = decoding.log.date
         decodings += results
     decodings.sort(key=lambda d: d.order, reverse=True)
@@ -198,6 +204,35 @@ def _read_logs(logs: List[Tuple[str, Path]]) -> DecodingLog:
         if (log.device, log.max_duration) == (newest.device, newest.max_duration):
             newest.seconds = {**log.seconds, **newest.seconds}
             newest.skipped += log.skipped
+    return newest
+
+
+def _read_measured(folder: Path, suffix: str) -> Optional[DecodingLog]:
+    """What `icefall-kd decode` measured, of the sets that were decoded as the newest.
+
+    It writes a file for each set. One that is damaged is left out.
+    """
+    found: List[DecodingLog] = []
+    for path in folder.glob(f"decoding-*-{glob.escape(suffix)}.json"):
+        try:
+            values = json.loads(path.read_text("utf8"))
+            seconds = values["seconds"]["encoder"] + values["seconds"]["search"]
+            log = DecodingLog(
+                values["date"],
+                {values["set"]: seconds},
+                values["device"],
+                values["max_duration"],
+                values["parameters"],
+            )
+        except (ValueError, LookupError, TypeError):
+            continue
+        found.append(log)
+    if not found:
+        return None
+    newest, *older = sorted(found, key=lambda log: log.date, reverse=True)
+    for log in older:
+        if (log.device, log.max_duration) == (newest.device, newest.max_duration):
+            newest.seconds = {**log.seconds, **newest.seconds}
     return newest
 
 

@@ -37,7 +37,12 @@ from icefall_kd.teacher import loader
 COMMANDS = {name: cli.get_command(None, name) for name in cli.list_commands(None)}
 PAIRS = 15  # of two bad values, for each command
 LENGTHS = {"c1": 47, "c2": 33}
-NEEDS = {"quantizer": "multi_quantization", "report": "matplotlib"}
+NEEDS = {
+    "quantizer": "multi_quantization",
+    "report": "matplotlib",
+    "decode": "kaldialign",
+    "cascade": "matplotlib",
+}
 
 
 @dataclass
@@ -130,6 +135,8 @@ def world(tmp_path_factory, teacher_exp, make_cut_in):
         "EXP": str(teacher_exp.folder),
         "BPE": str(teacher_exp.bpe_model),
     }
+    # Of a decoding's files.
+    names["STEM"] = "epoch-2_avg-1_context-2_max-sym-per-frame-1"
     (work / "a-folder").mkdir(parents=True)
     (work / "a-file").write_text("no manifest\n")
     before = os.getcwd()
@@ -150,8 +157,10 @@ def world(tmp_path_factory, teacher_exp, make_cut_in):
         {**base, "out_cuts": "jobs.jsonl.gz", "num_jobs": "2", "job": "0"},
         {**base, "out_cuts": "jobs.jsonl.gz", "num_jobs": "2", "job": "1"},
         {**BASE["student"], "student_dir": "student"},
+        {**BASE["decode"], "res_dir": "decoded"},
     ):
         name = "student" if "student_dir" in values else "dump"
+        name = "decode" if "res_dir" in values else name
         words = [name, *words_of(COMMANDS[name], values)]
         done = icefall_kd(words, names)
         assert done.status == 0 and not done.fault, done

@@ -45,7 +45,7 @@ elif name == "train.py":
         if Path("{calls}").with_name("stop").exists() and e == 4:
             sys.exit(1)
         checkpoint(Path(given("--exp-dir")) / f"epoch-{{e}}.pt", " ".join(words))
-elif name in ("decode.py", "ctc_decode.py"):
+elif name in ("decode.py", "ctc_decode.py") or words[0] == "decode":
     folder = Path(given("--exp-dir")) / given("--decoding-method")
     folder.mkdir(parents=True, exist_ok=True)
 """

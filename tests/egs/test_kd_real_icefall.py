@@ -163,11 +163,13 @@ def librispeech(icefall, tmp_path_factory, bpe_models):
 
 @pytest.fixture(scope="module")
 def make_teacher(librispeech):
-    def make(name, flags):
+    def make(name, flags, change=""):
         folder = librispeech.asr / "zipformer exp" / name
         words = [librispeech.asr / "zipformer", folder, librispeech.lang / "bpe.model"]
         words += [*SIZE.split(), *flags.split()]
-        _run(sys.executable, "-c", MAKE_TEACHER, *words, env=librispeech.env)
+        average = "average = "
+        script = MAKE_TEACHER.replace(average, f"{change}\n{average}", 1)
+        _run(sys.executable, "-c", script, *words, env=librispeech.env)
         return folder.relative_to(librispeech.asr)
 
     return make
@@ -277,3 +279,44 @@ def test_all_stages_pass(kd, librispeech, make_teacher, name):
             assert metadata["left_context_len"] == "64,32"
     report = (asr / f"exp,{name}:1" / "report" / "report.md").read_text()
     assert "with KD" in report and "test-other" in report and "with KD" in out
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--causal 1 --chunk-size 16 --left-context-frames 64"]
+)
+def test_icefall_kd_decodes_to_the_files_of_icefalls_own_scripts(
+    librispeech, make_teacher, flags
+):
+    """Cut by cut, as icefall lets the others of a batch influence an utterance."""
+    name = "causal" if flags else "whole"
+    less_blank = 'state["joiner.output_linear.bias"][0] -= 1'
+    causal = "--causal 1" if flags else ""
+    exp = make_teacher(f"decoded {name}", f"--use-ctc 1 {causal}", less_blank)
+    asr, lang, env = librispeech.asr, librispeech.lang, librispeech.env
+    model = ["--epoch", 2, "--avg", 1, *SIZE.split(), "--use-ctc", 1, *flags.split()]
+    one_by_one = ["--max-duration", 1, "--num-workers", 0]
+    searches = [
+        ("decode.py", "greedy_search"),
+        ("decode.py", "modified_beam_search"),
+        ("ctc_decode.py", "ctc-greedy-search"),
+    ]
+    for script, method in searches[: 1 if flags else 3]:
+        words = ["--exp-dir", exp, "--decoding-method", method]
+        words += ["--bpe-model", lang / "bpe.model", *model, *one_by_one]
+        more = ["--lang-dir", lang] if script == "ctc_decode.py" else []
+        script = [sys.executable, f"zipformer/{script}", *more]
+        _run(*script, *words, "--manifest-dir", "data/fbank", cwd=asr, env=env)
+        for test_set in ("test-clean", "test-other"):
+            cuts = f"data/fbank/librispeech_cuts_{test_set}.jsonl.gz"
+            where = ["--recipe", "zipformer", "--cuts", cuts, "--res-dir", asr / "ours"]
+            _run("icefall-kd", "decode", *where, *words, cwd=asr, env=env)
+            theirs = sorted((asr / exp / method).glob(f"*-{test_set}[-_]*.txt"))
+            assert len(theirs) == 3
+            for path in theirs:
+                ours = (asr / "ours" / path.name).read_text("utf8")
+                expected = path.read_text("utf8")
+                if path.name.startswith("errs-"):  # utterances in the order of batches
+                    ours, expected = (sorted(x.splitlines()) for x in (ours, expected))
+                assert ours == expected, path.name
+            (recogs,) = (asr / exp / method).glob(f"recogs-{test_set}[-_]*.txt")
+            assert "hyp=['" in recogs.read_text("utf8")

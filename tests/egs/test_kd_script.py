@@ -57,6 +57,41 @@ def test_all_stages_one_after_the_other(kd, calls, place):
     assert not (place / "data" / "kd" / "train.jsonl.gz").is_symlink()
 
 
+def test_icefall_kd_decodes_the_test_manifests_beside_the_recipes_scripts(
+    kd, calls, place
+):
+    for name in ("a", "b"):
+        (place / "data" / "fbank" / f"{name}.jsonl.gz").write_text(name)
+    decode = "decode.py:greedy_search icefall-kd:greedy_search"
+    options = {"decode": f"{decode} icefall-kd:ctc-greedy-search", "baseline": "false"}
+    done = kd(**options, test_manifests="a.jsonl.gz b.jsonl.gz", unit="CER")
+    assert done.returncode == 0, done.stderr
+    everything = calls()
+    rows = [r for r in everything if r[:2] == ["icefall-kd", "decode"]]
+    folders = ("zipformer/exp", "zipformer_kd/exp-s/kd")
+    assert [
+        tuple(given(r, f"--{x}") for x in ("exp-dir", "decoding-method", "cuts"))
+        for r in rows
+    ] == [
+        (folder, method, f"data/fbank/{name}.jsonl.gz")
+        for folder in folders
+        for method in ("greedy_search", "ctc-greedy-search")
+        for name in ("a", "b")
+    ]
+    assert {given(r, "--unit") for r in rows} == {"CER"}
+    assert {given(r, "--epoch") for r in rows} == {"30", "5"}
+    assert sum(r[0] == "decode.py" for r in everything) == 2
+    assert kd("--stage", 8, **options, test_manifests="a.jsonl.gz").returncode == 0
+    assert not any("decode" in " ".join(r[:2]) for r in calls())
+
+
+def test_a_missing_test_manifest_is_refused_before_the_training(kd, calls):
+    done = kd(decode="icefall-kd:greedy_search", test_manifests="no.jsonl.gz")
+    assert done.returncode == 1
+    assert "has no no.jsonl.gz: give --test-manifests" in done.stderr
+    assert not any(r[0] == "train.py" for r in calls())
+
+
 def test_a_second_run_does_nothing_again(kd, calls):
     assert kd().returncode == 0
     calls()

@@ -38,6 +38,8 @@ chunk_size=16                 # stack frames (50 Hz) of a causal model's chunk, 
 left_context_frames=128       # stack frames (50 Hz) of its left context, likewise
 baseline=true                 # true: also train the student without distillation
 decode="decode.py:greedy_search decode.py:modified_beam_search ctc_decode.py:ctc-greedy-search"  # SCRIPT:METHOD ...
+                              # icefall-kd:METHOD decodes by icefall-kd
+test_manifests="librispeech_cuts_test-clean.jsonl.gz librispeech_cuts_test-other.jsonl.gz"  # for icefall-kd
 decode_flags="--max-duration 600"  # of the decoding scripts
 ctc_decode_flags=             # flags of ctc_decode.py alone
 export=                       # default: export.py and the fitting export-onnx*.py

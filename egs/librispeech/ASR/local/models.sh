@@ -85,7 +85,7 @@ choose_scripts() {
   decodings=()
   split decode
   for d in "${words[@]}"; do
-    if has_head_of "${d%%:*}" "${student_model[@]}"; then decodings+=("$d"); fi
+    if has_head_for "$d" "${student_model[@]}"; then decodings+=("$d"); fi
   done
   [ "${#decodings[@]}" -gt 0 ] || [ "$stop_stage" -lt 8 ] || fail "--decode is" \
     "'$decode', and the student has no such head: give" \
@@ -99,8 +99,21 @@ choose_scripts() {
   if [ "$stop_stage" -ge 8 ]; then needed+=("${decodings[@]%%:*}"); fi
   if [ "$stop_stage" -ge 9 ]; then needed+=("${words[@]}"); fi
   for name in "${needed[@]}"; do
+    if [ "$name" = icefall-kd ]; then need_test_manifests; continue; fi
     [ -f "$recipe/$name" ] || fail "$asr_dir/$recipe has no $name: give --decode" \
       "(now $decode) and --export (now $export) scripts that it has"
+  done
+}
+
+# What icefall-kd is to decode must be there.
+need_test_manifests() {
+  local m
+  split test_manifests
+  [ "${#words[@]}" -gt 0 ] || fail "--test-manifests is empty: name those of" \
+    "$asr_dir/$manifest_dir that icefall-kd decodes"
+  for m in "${words[@]}"; do
+    [ -e "$manifest_dir/$m" ] || fail "$asr_dir/$manifest_dir has no $m: give" \
+      "--test-manifests (now $test_manifests) those that icefall-kd decodes"
   done
 }
 
@@ -115,12 +128,18 @@ decode_model() {
   fi
   for d in "${decodings[@]}"; do
     name=${d%%:*} method=${d##*:}
-    has_head_of "$name" "$@" || continue
+    has_head_for "$d" "$@" || continue
     mark=$folder/$method/$model_name.done
+    if [ "$name" = icefall-kd ]; then mark=${mark%.done}-icefall-kd.done; fi
     if [ -f "$mark" ]; then log "$folder: $method is done"; continue; fi
     log "$folder: $method"
     split decode_flags
     decode_words=("${words[@]}")
+    if [ "$name" = icefall-kd ]; then
+      decode_by_icefall_kd "$folder" "$method" "${flags[@]}" "${decode_words[@]}"
+      touch "$mark"
+      continue
+    fi
     if [ "$name" = ctc_decode.py ]; then
       split ctc_decode_flags
       decode_words=(--lang-dir "$(dirname "$tokens_file")" "${decode_words[@]}"
@@ -132,6 +151,21 @@ decode_model() {
       || fail "$name can't decode $asr_dir/$folder by $method: correct what its message names," \
         "and go on with --stage 8"
     touch "$mark"
+  done
+}
+
+# decode_by_icefall_kd FOLDER METHOD FLAG...: each of the test manifests.
+decode_by_icefall_kd() {
+  local folder=$1 method=$2 m test_words
+  shift 2
+  split test_manifests
+  test_words=("${words[@]}")
+  for m in "${test_words[@]}"; do
+    icefall-kd decode --recipe "./$recipe" --exp-dir "$folder" \
+      --decoding-method "$method" --cuts "$manifest_dir/$m" --unit "$unit" \
+      "${token_flags[@]}" "$@" \
+      || fail "icefall-kd can't decode $asr_dir/$folder by $method: correct what its" \
+        "message names, and go on with --stage 8"
   done
 }
 

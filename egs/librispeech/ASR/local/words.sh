@@ -32,6 +32,15 @@ has_ctc() { is_on use-ctc False "$@"; }
 has_transducer() { is_on use-transducer True "$@"; }
 is_causal() { is_on causal False "$@"; }
 
+# has_head_for DECODING FLAG...: whether the model has the head that a decoding reads,
+# SCRIPT:METHOD or icefall-kd:METHOD.
+has_head_for() {
+  local decoding=$1 name=${1%%:*}
+  shift
+  if [ "$name" = icefall-kd ]; then name=${decoding##*:}; fi
+  has_head_of "$name" "$@"
+}
+
 # has_head_of SCRIPT FLAG...: whether the model has the head that the script reads.
 has_head_of() {
   local name=$1

@@ -1,0 +1,365 @@
+"""Decodes cuts with a teacher or a student, and writes icefall's result files."""
+
+import json
+import os
+import reprlib
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import click
+import torch
+
+from icefall_kd.cli.options import (
+    MODEL_FLAGS,
+    MOST_THREADS,
+    Count,
+    Number,
+    Place,
+    Text,
+    YesNo,
+    command,
+    teacher_options,
+)
+from icefall_kd.cli.text_table import text_table
+from icefall_kd.errors import KDError, require
+from icefall_kd.files import check_new_folder, replacing
+from icefall_kd.report.transcripts import need_kaldialign
+from icefall_kd.student.count import count_multiply_adds
+from icefall_kd.targets.batches import FeatureReader
+from icefall_kd.targets.cuts import ManifestCuts
+from icefall_kd.targets.fingerprint import STREAMING
+from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
+from icefall_kd.transcripts.audio import AudioReader
+from icefall_kd.transcripts.cuts import CutsToDecode, hash_of_manifest, name_of_set
+from icefall_kd.transcripts.decoding import decode_cuts, rehearse, remedy_for_memory
+from icefall_kd.transcripts.first_answers import FirstAnswers
+from icefall_kd.transcripts.journal import Journal
+from icefall_kd.transcripts.outcome import Outcome, table_of
+from icefall_kd.transcripts.recognizer import (
+    BEAM,
+    CTC,
+    GREEDY,
+    METHODS,
+    Method,
+    Recognizer,
+)
+from icefall_kd.zipformer import has_ctc
+
+VERSION = 1  # of the journal's lines
+LONGEST_NAME = 100  # bytes of a set's name; file names have 255
+
+
+@command(context_settings=MODEL_FLAGS)
+@teacher_options()
+@click.option(
+    "--cuts",
+    type=Place(),
+    required=True,
+    metavar="CUTS",
+    help="A manifest of cuts with features, or the folder of a Lhotse Shar. Cuts "
+    "without a text are decoded and not scored.",
+)
+@click.option(
+    "--decoding-method",
+    type=click.Choice(METHODS),
+    default=GREEDY,
+    help="The search, by icefall's names; the last is for the CTC head.",
+)
+@click.option(
+    "--beam-size",
+    type=Count(1, 100),
+    default=4,
+    metavar="N",
+    help="Hypotheses that modified_beam_search keeps.",
+)
+@click.option(
+    "--max-sym-per-frame",
+    type=Count(1, 1000),
+    default=1,
+    metavar="N",
+    help="The most tokens of a frame that greedy_search finds.",
+)
+@click.option(
+    "--draft",
+    type=click.Choice(("auto", "ctc", "none")),
+    default="auto",
+    help="What greedy_search checks in place of searching from nothing: the CTC head's "
+    "tokens, or nothing, or what is faster. The result is the same.",
+)
+@click.option(
+    "--skip-blanks",
+    type=Number(0, 1),
+    default=None,
+    metavar="P",
+    help="Leave out frames to whose blank the CTC head gives a probability above P, "
+    "such as 0.99. It is faster, and not exact: a few utterances change.",
+)
+@click.option(
+    "--test-set",
+    type=Text(),
+    default="",
+    metavar="NAME",
+    help="The set's name in the names of result files. Default: what follows cuts_ in "
+    "the manifest's name.",
+)
+@click.option(
+    "--unit",
+    type=click.Choice(("WER", "CER")),
+    default="WER",
+    help="What the result files have: words or, as recipes for Chinese, characters.",
+)
+@click.option(
+    "--res-dir",
+    type=Place(optional=True),
+    default="",
+    metavar="FOLDER",
+    help="The folder of the results. Default: that of icefall's decode.py, the "
+    "method's in --exp-dir.",
+)
+@click.option(
+    "--on-the-fly-feats",
+    type=YesNo(),
+    default=False,
+    metavar="BOOL",
+    help="Compute lhotse's Fbank of the audio, in place of stored features. It is for "
+    "recipes that do so in training, without normalisation.",
+)
+@click.option(
+    "--sampling-rate",
+    type=Count(1000, 192_000),
+    default=16_000,
+    metavar="HZ",
+    help="The rate of the audio that --on-the-fly-feats takes.",
+)
+@click.option(
+    "--max-duration",
+    type=Number(0, 10**6),
+    default=200.0,
+    metavar="SECONDS",
+    help="Seconds of audio in a batch, padding counted. 0.01: one cut at a time.",
+)
+@click.option(
+    "--num-workers",
+    type=Count(0, MOST_THREADS),
+    default=1,
+    metavar="N",
+    help="Processes that read features. 0: the model's own.",
+)
+@click.option(
+    "--num-threads",
+    type=Count(0, MOST_THREADS),
+    default=0,
+    metavar="N",
+    help="CPU threads of the model. 0: one for each core.",
+)
+@click.option(
+    "--cascade",
+    type=Place(optional=True),
+    default="",
+    metavar="FILE",
+    help="Decode those cuts alone of which the student is unsure, by a cascade.json of "
+    "`icefall-kd cascade`.",
+)
+@click.option(
+    "--answers",
+    type=Place(optional=True),
+    default="",
+    metavar="FILE",
+    help="With --cascade: the student's utterances-*.jsonl of the same cuts.",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Decode anew what is decoded already.",
+)
+def decode(
+    teacher: TeacherSpec,
+    cuts: str,
+    decoding_method: str,
+    beam_size: int,
+    max_sym_per_frame: int,
+    draft: str,
+    skip_blanks: Optional[float],
+    test_set: str,
+    unit: str,
+    res_dir: str,
+    on_the_fly_feats: bool,
+    sampling_rate: int,
+    max_duration: float,
+    num_workers: int,
+    num_threads: int,
+    cascade: str,
+    answers: str,
+    overwrite: bool,
+) -> None:
+    """Decode cuts with a model, teacher or student, and say what it cost.
+
+    The results are icefall's recogs-, errs- and wer-summary- files, in the folder and
+    by the names of its decode.py, so that `icefall-kd report` shows them. The table at
+    the end, and the file decoding-*.json, have error rates, the real-time factors of
+    encoder and search (RTF, seconds for a second of audio), the latency of an
+    utterance, which is the time of its batch, and the peak of memory. The same command
+    continues a decoding that was stopped.
+
+    MODEL FLAGS are the model options of the recipe's decode.py, as for `icefall-kd
+    dump`. A causal model needs --chunk-size and --left-context-frames.
+    """
+    check_names(teacher, cascade, answers)
+    require(
+        skip_blanks is None or decoding_method != CTC,
+        f"--skip-blanks is for the transducer's searches, and --decoding-method is "
+        f"{CTC}: leave it out",
+    )
+    name_of_folder = "cascade" if cascade else decoding_method
+    folder = Path(res_dir or Path(teacher.one_folder("decode")) / name_of_folder)
+    test_set = test_set or name_of_set(cuts)
+    _check_outputs(folder, test_set)
+    method = Method(decoding_method, beam_size, max_sym_per_frame, draft, skip_blanks)
+    model = teacher.load_one("decode")
+    suffix = suffix_of(teacher, model.settings, method, cascade)
+    tokenizer = teacher.tokenizer(model.settings)
+    num_features = int(model.settings["feature_dim"])
+    rate = sampling_rate if on_the_fly_feats else None
+    known = CutsToDecode(cuts, num_features, rate).survey()
+    header = _header(model, method, known, rate)
+    first = None
+    if cascade:
+        first = FirstAnswers.read(Path(cascade), Path(answers), header, known.texts)
+        header["cascade"] = first.cascade.as_dict()
+    torch.set_num_threads(num_threads or os.cpu_count() or 1)
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    remedy = remedy_for_memory(max_duration)
+    reader: Any = FeatureReader(remedy)
+    if rate is not None:
+        reader = AudioReader(num_features, rate, remedy)
+    with ExitStack() as stack:
+        recognizer = Recognizer(model.model, model.settings, method, device)
+        stack.callback(recognizer.close)
+        # What can't be decoded is refused before there is a file.
+        short = next(c for c in ManifestCuts(cuts) if c.id == known.shortest[0])
+        rehearse(short, reader, recognizer, max_duration)
+        path = folder / f"utterances-{test_set}-{suffix}.jsonl"
+        journal = stack.enter_context(Journal(path, header, overwrite))
+        decode_cuts(
+            ManifestCuts(cuts),
+            reader,
+            recognizer,
+            journal,
+            max_duration,
+            num_workers,
+            list(known.texts) if first is None else first.asked,
+        )
+    outcome = Outcome(folder, test_set, suffix, method, known, journal, first)
+    errors = outcome.write(tokenizer, unit)
+    summary = outcome.summary(errors)
+    summary.update(
+        exp_dir=teacher.exp_dir,
+        parameters=sum(p.numel() for p in model.model.parameters()),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        max_duration=max_duration,
+        date=datetime.now().strftime("%Y-%m-%d-%H-%M-%S"),
+    )
+    name = f"{test_set}-{suffix}"
+    with replacing(folder / f"decoding-{name}.json", shared=True) as temporary:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n", "utf8")
+    click.echo(text_table(table_of(summary), left=2))
+    click.echo(f"Results: {folder}/*-{name}.*")
+
+
+def check_names(teacher: TeacherSpec, cascade: str, answers: str) -> None:
+    """Refuse options that don't go together.
+
+    Args:
+      teacher: Names the model.
+      cascade: The option --cascade.
+      answers: The option --answers.
+    """
+    require(
+        teacher.bpe_model,
+        "the text of tokens is needed: give --bpe-model the model's bpe.model or lang "
+        "folder",
+    )
+    require(
+        bool(cascade) == bool(answers),
+        "--cascade and --answers go together: give the threshold's cascade.json and "
+        "the student's utterances-*.jsonl",
+    )
+
+
+def _check_outputs(folder: Path, test_set: str) -> None:
+    """Refuse what can be refused before the model is loaded."""
+    is_name = "/" not in test_set and test_set.isprintable() and test_set.strip()
+    require(
+        is_name and len(os.fsencode(test_set)) <= LONGEST_NAME,
+        f"--test-set is {reprlib.repr(test_set)}, and must be a part of a file's name, "
+        "such as test-clean",
+    )
+    need_kaldialign()
+    check_new_folder(str(folder), "--res-dir")
+
+
+def suffix_of(
+    teacher: TeacherSpec, settings: Dict[str, Any], method: Method, cascade: str = ""
+) -> str:
+    """The end of the names of result files, which is that of icefall's decode.py.
+
+    Args:
+      teacher: Names the checkpoints.
+      settings: The model's.
+      method: The search.
+      cascade: The option --cascade, which icefall has not.
+
+    Raises:
+      KDError: a causal model without one size of chunks and left context.
+    """
+    number = f"epoch-{teacher.epoch}"
+    if teacher.iteration:
+        number = f"iter-{teacher.iteration}"
+    suffix = f"{number}_avg-{teacher.avg}"
+    if settings.get("causal"):
+        for option, text in zip(STREAMING, ("chunk", "left-context")):
+            value = str(settings.get(option))
+            require(
+                "," not in value,
+                f"--{option.replace('_', '-')} is {value} in training, and a causal "
+                "model is decoded with one size: give --chunk-size and "
+                "--left-context-frames, such as 32 and 128",
+            )
+            suffix += f"_{text}-{value}"
+    if method.name == BEAM:
+        suffix += f"__{BEAM}__beam-size-{method.beam_size}"
+    elif method.name == GREEDY:
+        suffix += f"_context-{settings.get('context_size', 2)}"
+        suffix += f"_max-sym-per-frame-{method.max_sym_per_frame}"
+    if method.name in (BEAM, GREEDY) and method.skip_blanks is not None:
+        suffix += f"_skip-blanks-{method.skip_blanks:g}"
+    if teacher.use_averaged_model:
+        suffix += "_use-averaged-model"
+    return suffix + ("_cascade" if cascade else "")
+
+
+def _header(
+    model: LoadedTeacher, method: Method, known: CutsToDecode, rate: Any
+) -> Dict[str, Any]:
+    """What the results depend on, and what a cascade asks of a decoding."""
+    return {
+        "decoding": VERSION,
+        "model": model.name(),
+        "method": method.options(),
+        "ctc": has_ctc(model.model),
+        "manifest": hash_of_manifest(known.path),
+        "sampling_rate": rate,
+        "multiply_adds": _multiply_adds(model.settings, known),
+    }
+
+
+def _multiply_adds(settings: Dict[str, Any], known: CutsToDecode) -> Optional[float]:
+    """For a second of audio, in utterances of the cuts' mean length; None: unknown."""
+    seconds = max(0.1, known.seconds / len(known.texts))
+    try:
+        return count_multiply_adds(settings, seconds)["all"]
+    except (KDError, KeyError):  # a model that is not counted, as with adapters
+        return None

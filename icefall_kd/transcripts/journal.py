@@ -1,0 +1,135 @@
+"""What was found in each batch, in a file that grows and survives ``kill -9``."""
+
+import errno
+import json
+import logging
+from pathlib import Path
+from typing import Any, Dict, List
+
+from icefall_kd.errors import KDError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
+
+class Journal:
+    """The results of a decoding, a line for each batch.
+
+    The first line is the header: what the results depend on. A process that is killed
+    leaves half a line at most, which the next one cuts off.
+
+    Args:
+      path: The file. Its folder is made.
+      header: What the results depend on. A file with another header is begun anew.
+      overwrite: Whether to begin anew in any case.
+
+    Raises:
+      KDError: another process writes the file.
+    """
+
+    def __init__(
+        self, path: Path, header: Dict[str, Any], overwrite: bool = False
+    ) -> None:
+        self.path, self.header = path, header
+        self.batches: List[Dict[str, Any]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b")
+        self._lock()
+        self._file.seek(0)
+        lines, end = _whole_lines(self._file.read())
+        if lines and not overwrite and lines[0] != header:
+            logging.warning(
+                f"{path} is of another model, manifest or other options, and is begun "
+                "anew"
+            )
+        if overwrite or not lines or lines[0] != header:
+            self._file.truncate(0)
+            self._write(header)
+        else:
+            self._file.truncate(end)
+            self.batches = lines[1:]
+        self.utterances: Dict[str, Dict[str, Any]] = {
+            utterance["id"]: utterance
+            for batch in self.batches
+            for utterance in batch["utterances"]
+        }
+
+    def append(self, batch: Dict[str, Any]) -> None:
+        """Add a batch.
+
+        Args:
+          batch: ``utterances``, a list of dictionaries with an ``id`` each, and more.
+        """
+        self._write(batch)
+        self.batches.append(batch)
+        self.utterances.update({u["id"]: u for u in batch["utterances"]})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def _write(self, value: Dict[str, Any]) -> None:
+        self._file.write(json.dumps(value, ensure_ascii=False).encode("utf8") + b"\n")
+        self._file.flush()
+
+    def _lock(self) -> None:
+        """Keep out a second process, where the system can."""
+        try:
+            if fcntl is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # a file system without locks
+            self._file.close()
+            raise KDError(
+                f"{self.path} is being written by another process: wait for it, or "
+                "give another --res-dir"
+            ) from None
+
+
+def read_journal(path: Path) -> List[Dict[str, Any]]:
+    """Read the header and the batches of a decoding.
+
+    Args:
+      path: The file of a :class:`Journal`.
+
+    Raises:
+      KDError: no such file, or another one.
+    """
+    try:
+        lines, _ = _whole_lines(path.read_bytes())
+    except OSError as e:
+        raise KDError(
+            f"{path} can't be read ({e.strerror}): give a file utterances-*.jsonl of "
+            "`icefall-kd decode`"
+        ) from None
+    if not lines or "decoding" not in lines[0]:
+        raise KDError(
+            f"{path} is no list of decoded utterances: give a file utterances-*.jsonl "
+            "of `icefall-kd decode`"
+        )
+    return lines
+
+
+def _whole_lines(data: bytes) -> tuple:
+    """The dictionaries of a file's whole lines, up to a damaged one, and their end."""
+    lines: List[Dict[str, Any]] = []
+    end = 0
+    for line in data.splitlines(keepends=True):
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or (lines and "utterances" not in value):
+            break
+        lines.append(value)
+        end += len(line)
+    return lines, end

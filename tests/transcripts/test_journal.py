@@ -1,0 +1,81 @@
+"""The file of decoded batches, after kills, damage and other settings."""
+
+import json
+import os
+
+import pytest
+
+from icefall_kd.errors import KDError
+from icefall_kd.transcripts.journal import Journal, read_journal
+
+HEADER = {"decoding": 1, "model": "a"}
+
+
+def batch(*ids):
+    return {"utterances": [{"id": i, "tokens": [1]} for i in ids]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "new" / "utterances-x.jsonl"
+
+
+def test_what_was_appended_is_there_when_it_is_opened_again(path):
+    with Journal(path, HEADER) as journal:
+        journal.append(batch("a", "b"))
+    with Journal(path, HEADER) as journal:
+        assert list(journal.utterances) == ["a", "b"]
+        journal.append(batch("c"))
+    assert read_journal(path) == [HEADER, batch("a", "b"), batch("c")]
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_half_a_line_of_a_killed_process_is_cut_off(path, cut):
+    with Journal(path, HEADER) as journal:
+        journal.append(batch("a"))
+        journal.append(batch("b", "ü"))
+    data = path.read_bytes()
+    path.write_bytes(data[:-cut])
+    with Journal(path, HEADER) as journal:
+        assert list(journal.utterances) == ["a"]
+        journal.append(batch("b", "ü"))
+    assert path.read_bytes() == data
+
+
+def test_a_header_that_was_half_written_is_written_again(path):
+    Journal(path, HEADER).close()
+    path.write_bytes(path.read_bytes()[:-3])
+    with Journal(path, HEADER) as journal:
+        assert journal.batches == []
+    assert read_journal(path) == [HEADER]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_of_another_model_is_begun_anew(path, caplog, overwrite):
+    with Journal(path, HEADER) as journal:
+        journal.append(batch("a"))
+    other = HEADER if overwrite else {**HEADER, "model": "b"}
+    with Journal(path, other, overwrite) as journal:
+        assert journal.utterances == {}
+    assert read_journal(path) == [other]
+    assert ("begun anew" in caplog.text) is not overwrite
+
+
+def test_a_second_process_is_refused(path, in_child):
+    with Journal(path, HEADER):
+
+        def other():
+            with pytest.raises(KDError, match="written by another process"):
+                Journal(path, HEADER)
+
+        assert in_child(other) == 0
+    os.stat(path)
+
+
+def test_another_file_is_refused(tmp_path):
+    with pytest.raises(KDError, match="can't be read"):
+        read_journal(tmp_path / "no-such")
+    for text in ("", "x", json.dumps({"a": 1}) + "\n"):
+        (tmp_path / "other").write_text(text)
+        with pytest.raises(KDError, match="no list of decoded utterances"):
+            read_journal(tmp_path / "other")
