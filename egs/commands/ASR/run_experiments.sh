@@ -151,6 +151,7 @@ report_on() {
 
 export OMP_NUM_THREADS=1
 mkdir -p "$work_dir/log"
+alone "$work_dir/log"
 if [ "$stage" -le 2 ] && [ "$stop_stage" -ge 2 ]; then
   . local/experiments.sh
   for seed in $seeds; do
