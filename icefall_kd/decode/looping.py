@@ -49,6 +49,7 @@ class Path:
     def __post_init__(self) -> None:
         self.begin, self.start = self.frame, self.context
         self.segments: List["Path"] = [self]  # of this utterance, in order
+        self.limit = self.end  # where the next segment begins
         # The path that this one has met, and how many tokens it has there.
         self.met: Optional[Tuple["Path", int]] = None
 
@@ -59,13 +60,14 @@ class Path:
           tokens: Their number.
         """
         c = len(self.start)
-        return (*self.start, *self.found.tokens[:tokens])[-c:]
+        last = self.found.tokens[max(tokens - c, 0) : tokens]
+        return (*self.start[len(last) :], *last)
 
     def meet(self) -> bool:
         """Return whether the path has met that of a later segment, and remember it."""
-        segments = self.segments
-        if segments[-1] is self or self.at_frame:
+        if self.frame < self.limit or self.limit == self.end:
             return False
+        segments = self.segments
         other = segments[bisect_left([s.begin for s in segments], self.frame + 1) - 1]
         if other is self or other.frame < self.frame:
             return False
@@ -141,6 +143,8 @@ class LabelLooping:
         for i in range(1, share):
             frame = path.frame + length * i // share
             path.segments.append(Path(path.row, self.transducer.start, path.end, frame))
+        for segment, following in zip(path.segments, path.segments[1:]):
+            segment.limit = following.begin
         for segment in path.segments:
             segment.segments = path.segments
         return path.segments
