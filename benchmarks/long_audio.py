@@ -10,7 +10,7 @@ are also encoded as a whole: what is then lost too is not the windows' fault.
 Usage, on a work folder of the commands recipe:
 
   benchmarks/long_audio.py --work-dir egs/commands/ASR --epoch 21 --avg 3 \\
-    --windows "16:1.6 8:0.8" --json long.json
+    --windows "8:0.8 16:1.6" --json long.json
 """
 
 import argparse
@@ -66,6 +66,7 @@ def get_args() -> argparse.Namespace:
     add("--recordings", type=int, default=100)
     add("--minutes", default="1 10", help="The shortest and the longest recording.")
     add("--pauses", default="0.3 2", help="Seconds, the shortest and the longest.")
+    add("--same-speaker", type=int, default=0, help="1: a recording has one speaker.")
     add("--windows", default=f"{WINDOW:g}:{OVERLAP:g}", help="window:overlap, seconds.")
     add("--mean", default="4", help=f"Of so many seconds, or {' or '.join(CONTROLS)}.")
     add("--batch-size", type=int, default=1, help="Windows that are encoded at once.")
@@ -295,10 +296,13 @@ def main() -> None:
     shortest, longest = (60 * float(x) for x in args.minutes.split())
     step = (longest - shortest) / max(args.recordings - 1, 1)
     pauses = tuple(map(float, args.pauses.split()))
-    recordings = [
-        make_recording(bench.cuts, shortest + i * step, pauses, rng)
-        for i in range(args.recordings)
-    ]
+    recordings = []
+    for i in range(args.recordings):
+        cuts = bench.cuts
+        if args.same_speaker:
+            speaker = rng.choice(cuts).supervisions[0].speaker
+            cuts = [cut for cut in cuts if cut.supervisions[0].speaker == speaker]
+        recordings.append(make_recording(cuts, shortest + i * step, pauses, rng))
     print("| decoded | WER % | ins, del, sub | frames encoded | encoder, s per s |")
     print("|---|---|---|---|---|")
     rows = []
