@@ -33,17 +33,17 @@ import torch
 from lhotse import CutSet, Fbank, FbankConfig
 from tqdm.auto import tqdm
 
-from icefall_kd import ModelTap, load_model, load_tokenizer
-from icefall_kd.decode.frames import FEATURE_FRAMES, Frames
-from icefall_kd.decode.greedy import GreedySearch
-from icefall_kd.decode.recording import feature_chunks
-from icefall_kd.decode.windows import (
-    OVERLAP,
-    WINDOW,
+from icefall_kd import (
+    GreedySearch,
+    ModelTap,
     WindowedEncoder,
-    mean_off,
+    load_model,
+    load_tokenizer,
     search_pieces,
 )
+from icefall_kd.decode.frames import FEATURE_FRAMES, Frames
+from icefall_kd.decode.recording import feature_chunks
+from icefall_kd.decode.windows import OVERLAP, WINDOW, mean_off
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of --mean: whose mean is taken off before. The bounds of utterances are then known.

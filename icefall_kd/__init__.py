@@ -66,6 +66,9 @@ _PUBLIC_NAMES = {
     "ctc_greedy": "icefall_kd.decode",
     "transducer_greedy": "icefall_kd.decode",
     "skip_blanks": "icefall_kd.decode",
+    "WindowedEncoder": "icefall_kd.decode.windows",
+    "StreamingEncoder": "icefall_kd.decode.streaming",
+    "search_pieces": "icefall_kd.decode.windows",
     # The joint loss, and a new term of it
     "JointKDLoss": "icefall_kd.terms.joint",
     "CtcTerm": "icefall_kd.terms",
