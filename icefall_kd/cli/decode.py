@@ -98,6 +98,14 @@ LONGEST_NAME = 100  # bytes of a set's name; file names have 255
     "at other frames, words are lost. Compare the error rates.",
 )
 @click.option(
+    "--window",
+    type=Number(0, 10**4),
+    default=None,
+    metavar="SECONDS",
+    help="Encode longer cuts in windows of so many seconds that overlap, such as 8. "
+    "Memory then hardly grows with a recording's length; the result is not exact.",
+)
+@click.option(
     "--test-set",
     type=Text(),
     default="",
@@ -183,6 +191,7 @@ def decode(
     max_sym_per_frame: int,
     draft: str,
     skip_blanks: Optional[float],
+    window: Optional[float],
     test_set: str,
     unit: str,
     res_dir: str,
@@ -219,12 +228,12 @@ def decode(
     _check_outputs(folder, test_set)
     method = Method(decoding_method, beam_size, max_sym_per_frame, draft, skip_blanks)
     model = teacher.load_one("decode")
-    suffix = suffix_of(teacher, model.settings, method, cascade)
+    suffix = suffix_of(teacher, model.settings, method, window, cascade)
     tokenizer = teacher.tokenizer(model.settings)
     num_features = int(model.settings["feature_dim"])
     rate = sampling_rate if on_the_fly_feats else None
     known = CutsToDecode(cuts, num_features, rate).survey()
-    header = _header(model, method, known, rate)
+    header = {**_header(model, method, known, rate), "window": window}
     first = None
     if cascade:
         first = FirstAnswers.read(Path(cascade), Path(answers), header, known.texts)
@@ -236,7 +245,7 @@ def decode(
     if rate is not None:
         reader = AudioReader(num_features, rate, remedy)
     with ExitStack() as stack:
-        recognizer = Recognizer(model.model, model.settings, method, device)
+        recognizer = Recognizer(model.model, model.settings, method, device, window)
         stack.callback(recognizer.close)
         # What can't be decoded is refused before there is a file.
         short = next(c for c in ManifestCuts(cuts) if c.id == known.shortest[0])
@@ -303,7 +312,11 @@ def _check_outputs(folder: Path, test_set: str) -> None:
 
 
 def suffix_of(
-    teacher: TeacherSpec, settings: Dict[str, Any], method: Method, cascade: str = ""
+    teacher: TeacherSpec,
+    settings: Dict[str, Any],
+    method: Method,
+    window: Optional[float] = None,
+    cascade: str = "",
 ) -> str:
     """The end of the names of result files, which is that of icefall's decode.py.
 
@@ -311,6 +324,7 @@ def suffix_of(
       teacher: Names the checkpoints.
       settings: The model's.
       method: The search.
+      window: The option --window, which icefall has not.
       cascade: The option --cascade, which icefall has not.
 
     Raises:
@@ -337,6 +351,8 @@ def suffix_of(
         suffix += f"_max-sym-per-frame-{method.max_sym_per_frame}"
     if method.name in (BEAM, GREEDY) and method.skip_blanks is not None:
         suffix += f"_skip-blanks-{method.skip_blanks:g}"
+    if window is not None:
+        suffix += f"_window-{window:g}"
     if teacher.use_averaged_model:
         suffix += "_use-averaged-model"
     return suffix + ("_cascade" if cascade else "")

@@ -120,9 +120,8 @@ def remedy_for_memory(max_duration: float) -> str:
       max_duration: Seconds of audio in a batch.
     """
     return (
-        f"give `max_duration` less than {max_duration:g}, or cut a long recording up "
-        "with `lhotse cut trim-to-supervisions`; the same command then goes on where "
-        "this one stopped"
+        f"give `max_duration` less than {max_duration:g}, or for a long recording "
+        "`window`, such as 8; the same command then goes on where this one stopped"
     )
 
 

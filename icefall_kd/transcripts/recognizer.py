@@ -10,6 +10,7 @@ from torch import nn
 
 from icefall_kd.decode import BeamSearch, GreedySearch, skip_blanks
 from icefall_kd.decode.types import Hypothesis, SearchReport, SearchResult
+from icefall_kd.decode.windows import OVERLAP, WindowedEncoder
 from icefall_kd.errors import require
 from icefall_kd.tap import ModelTap
 from icefall_kd.transcripts.audio import lengths_in_batch
@@ -20,6 +21,7 @@ CTC, GREEDY, BEAM = "ctc-greedy-search", "greedy_search", "modified_beam_search"
 METHODS = (GREEDY, BEAM, CTC)  # icefall's names
 # icefall's decoding lengthens the input of a causal model by frames of silence.
 CAUSAL_PADDING = 30
+FRAMES_PER_SECOND = 100  # of features
 SILENCE = math.log(1e-10)
 
 
@@ -168,9 +170,12 @@ class Recognizer:
       settings: Its recipe's params.
       method: The search.
       device: Where it runs.
+      window: Seconds; longer utterances are encoded in windows of this length that
+        overlap, which is not exact. None: all are encoded as a whole.
 
     Raises:
-      KDError: a model that lacks the head of the search.
+      KDError: a model that lacks the head of the search, or a window that it can't
+        take.
     """
 
     def __init__(
@@ -179,6 +184,7 @@ class Recognizer:
         settings: Dict[str, Any],
         method: Method,
         device: torch.device,
+        window: Optional[float] = None,
     ) -> None:
         self.model = model.eval().to(device).requires_grad_(False)
         self.device, self.method = device, method
@@ -188,6 +194,11 @@ class Recognizer:
         self.ctc = None
         if method.name != CTC and has_ctc(model):
             self.ctc = CtcSearch(self.model, blank_id)
+        self.windows, self.longest = None, math.inf
+        if window is not None:
+            overlap = min(OVERLAP, window)
+            self.windows = WindowedEncoder(self.model, window, overlap)
+            self.longest = window * FRAMES_PER_SECOND
         self.tap = ModelTap(self.model, with_ctc=False)
 
     def close(self) -> None:
@@ -213,9 +224,8 @@ class Recognizer:
             return found, cost
         x, x_lens = self._padded(x[rows], x_lens[rows])
         begin = self._now()
-        out = self.tap.encode(x, x_lens)
+        encoder_out, lens = self._encode(x, x_lens)
         cost.encoder = -(begin - (begin := self._now()))
-        encoder_out, lens = out.encoder_out, out.encoder_out_lens
         result = self.search(encoder_out, lens)
         cost.search = -(begin - (begin := self._now()))
         cost.report = result.report
@@ -237,6 +247,19 @@ class Recognizer:
                 found[i].ctc_tokens = list(heard.tokens)
                 found[i].ctc_log_prob = round(heard.score / n, 5)
         return found, cost
+
+    def _encode(
+        self, x: torch.Tensor, x_lens: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Encoder output (N, T, C) and lengths; in windows if an utterance is long."""
+        if x.size(1) <= self.longest:
+            out = self.tap.encode(x, x_lens)
+            return out.encoder_out, out.encoder_out_lens
+        rows = []
+        for features, n in zip(x, x_lens.tolist()):
+            rows.append(torch.cat(list(self.windows(features[:n])), 1).squeeze(0))
+        lens = torch.tensor([len(row) for row in rows], device=x.device)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), lens
 
     def _padded(
         self, x: torch.Tensor, x_lens: torch.Tensor

@@ -254,6 +254,7 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         **FALSE,
         "test_set": ("", "x", "nan", "-1", "a,b", ",", ":", ".", "a-folder", "a-file"),
         "res_dir": ("", ".", "a-folder", *NAMES),
+        "window": ("1.5",),
         "cascade": ("",),
         "answers": ("",),
         "on_the_fly_feats": ("0",),

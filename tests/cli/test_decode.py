@@ -341,6 +341,30 @@ def test_frames_that_the_ctc_head_calls_blank_are_left_out(
     assert not any(u["tokens"] for u in some)
 
 
+# Long recordings
+
+
+def test_long_cuts_are_encoded_in_windows_and_short_ones_as_they_are(
+    invoke, words, make_cut, tmp_path
+):
+    path = tmp_path / "some.jsonl"
+    CutSet.from_cuts([make_cut("long", 900), make_cut("short", 150)]).to_file(path)
+
+    def found(*more):
+        folder = tmp_path / "-".join(map(str, ("res", *more)))
+        words_ = words("--res-dir", folder, "--max-duration", 0.01, *more, cuts=path)
+        assert invoke(*words_).code == 0
+        (journal,) = folder.glob("utterances-*")
+        lines = journal.read_text("utf8").splitlines()[1:]
+        return {u["id"]: u for x in lines for u in json.loads(x)["utterances"]}
+
+    whole, windows = found(), found("--window", 2)
+    assert windows["short"] == whole["short"]
+    assert windows["long"]["num_frames"] == whole["long"]["num_frames"]
+    assert windows["long"]["tokens"] and windows["long"] != whole["long"]
+    assert found("--window", 20) == whole
+
+
 # Models that don't fit
 
 
