@@ -18,23 +18,24 @@ def factorised_kl(
     dtype: torch.dtype,
     out: Optional[torch.Tensor],
     *,
-    symbol_weight: float,
+    symbol_weight: float = 1.0,
+    blank_weight: float = 1.0,
     blank_id: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return KL_blank + W (1 - b) KL_symbols of each row, and its gradient.
+    """Return B KL_blank + W (1 - b) KL_symbols of each row, and its gradient.
 
     b is the teacher's probability of blank, KL_blank the divergence of the two classes
     blank and not blank, and KL_symbols that of the symbols given that it is not blank.
-    By the chain rule the sum is the plain KL at W = 1, to rounding.
+    By the chain rule the sum is the plain KL at B = W = 1, to rounding.
 
     A sparse teacher may have dropped blank, and then its b is not known. It is taken as
     the share of the tail that the student gives to blank among the tokens of the tail.
-    So the sum is the plain KL at W = 1 here too, and 0 for an equal student. In the
+    So the sum is the plain KL at B = W = 1 here too, and 0 for an equal student. In the
     gradient this b is a constant, as if a teacher had given it.
 
     With r the student's softmax over the symbols, s the teacher's, q the student's
-    probability of blank, the gradient towards student / T is q - b at blank and
-    r (b - q) + W (1 - b) (r - s) at the symbols.
+    probability of blank, the gradient towards student / T is B (q - b) at blank and
+    B r (b - q) + W (1 - b) (r - s) at the symbols.
 
     Args:
       student: (C, V), logits.
@@ -43,16 +44,25 @@ def factorised_kl(
       dtype: What is computed in.
       out: (C, V), memory for the gradient; None: new memory.
       symbol_weight: W, 0 or more.
+      blank_weight: B, 0 or more.
       blank_id: The token id of blank.
 
     Returns:
       (C,), and the gradient towards student / T, (C, V).
     """
     x = scaled_logits(student, temperature, dtype)  # (C, V)
+    weights = _Weights(blank_weight, symbol_weight)
     if is_sparse(teacher):
-        return _sparse(x, teacher, out, symbol_weight, blank_id)
+        return _sparse(x, teacher, out, weights, blank_id)
     y = scaled_logits(teacher, temperature, dtype)  # (C, V)
-    return _dense(x, y, out, symbol_weight, blank_id)
+    return _dense(x, y, out, weights, blank_id)
+
+
+class _Weights(NamedTuple):
+    """Of the two parts."""
+
+    blank: float  # B
+    symbols: float  # W
 
 
 class _Blank(NamedTuple):
@@ -85,7 +95,7 @@ def _dense(
     x: torch.Tensor,
     y: torch.Tensor,
     out: Optional[torch.Tensor],
-    symbol_weight: float,
+    weights: _Weights,
     blank_id: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """:func:`factorised_kl` of scaled logits, (C, V), which are overwritten.
@@ -97,11 +107,12 @@ def _dense(
     x_symbols, y_symbols = log_sum_exp(x, r), log_sum_exp(y, s)  # (C,)
     log_q, log_p = _Blank.of(x_blank, x_symbols), _Blank.of(y_blank, y_symbols)
     q, b = log_q.log_blank.exp(), log_p.log_blank.exp()
-    weight = symbol_weight * log_p.log_symbols.exp()  # W (1 - b)
+    weight = weights.symbols * log_p.log_symbols.exp()  # W (1 - b)
     kl = y.sub_(x).mul_(s).sum(-1).add_(x_symbols - y_symbols)  # of the symbols
-    kl = log_p.kl(log_q) + weight * kl.clamp_(min=0.0)
-    gradient = r.mul_((b - q + weight)[:, None]).sub_(s.mul_(weight[:, None]))
-    gradient[:, blank_id] = q - b
+    kl = weights.blank * log_p.kl(log_q) + weight * kl.clamp_(min=0.0)
+    of_blank = weights.blank * (q - b)
+    gradient = r.mul_((weight - of_blank)[:, None]).sub_(s.mul_(weight[:, None]))
+    gradient[:, blank_id] = of_blank
     return kl, gradient
 
 
@@ -109,7 +120,7 @@ def _sparse(
     x: torch.Tensor,
     teacher: SparseDistribution,
     out: Optional[torch.Tensor],
-    symbol_weight: float,
+    weights: _Weights,
     blank_id: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """:func:`factorised_kl` of scaled logits, (C, V), which are overwritten.
@@ -137,13 +148,14 @@ def _sparse(
     log_r = torch.cat((x_kept, x_tail[:, None]), -1) - x_symbols[:, None]
     log_s = torch.cat((kept, tail[:, None]), -1) - symbols.clamp(min=FLOOR)[:, None]
     r, s = log_r.exp(), log_s.exp()  # (C, K + 1)
-    weight = symbol_weight * log_b.log_symbols.exp()  # W (1 - b)
+    weight = weights.symbols * log_b.log_symbols.exp()  # W (1 - b)
     kl = (s * (log_s.clamp(min=FLOOR) - log_r.clamp(min=FLOOR))).sum(-1)
-    kl = log_b.kl(log_q) + weight * kl.clamp_(min=0.0)
-    of_classes = r * (b - q + weight)[:, None] - s * weight[:, None]
+    kl = weights.blank * log_b.kl(log_q) + weight * kl.clamp_(min=0.0)
+    of_blank = weights.blank * (q - b)
+    of_classes = r * (weight - of_blank)[:, None] - s * weight[:, None]
     gradient = shares.mul_(of_classes[:, -1:])
     gradient.scatter_add_(1, indices, of_classes[:, :-1])
-    gradient[:, blank_id] = q - b
+    gradient[:, blank_id] = of_blank
     return kl, gradient
 
 

@@ -350,6 +350,7 @@ def linear_kl(
     *,
     temperature: float = 1.0,
     weights: Optional[torch.Tensor] = None,
+    chunk_kl: ChunkKL = plain_kl,
 ) -> torch.Tensor:
     """Return :func:`row_kl` of ``linear(x)`` without making all of these logits.
 
@@ -359,9 +360,10 @@ def linear_kl(
       teacher: (M, V), logits or log-probabilities, or sparse.
       temperature: T, above 0.
       weights: (M,), w, 0 or more; by default 1.
+      chunk_kl: As for :func:`row_kl`.
 
     Returns:
       A scalar, in nats.
     """
-    pairs = _Pairs(teacher, float(temperature), None, None, weights)
+    pairs = _Pairs(teacher, float(temperature), None, None, weights, chunk_kl)
     return _LinearKL.apply(x, linear.weight, linear.bias, pairs)

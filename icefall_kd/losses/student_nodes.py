@@ -1,14 +1,14 @@
 """The student's transducer at the nodes of its teacher's lattice."""
 
 import copy
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import nn
 
 from icefall_kd.errors import KDError
 from icefall_kd.losses.checks import refuse_nan
-from icefall_kd.losses.kl import linear_kl, row_kl
+from icefall_kd.losses.kl import ChunkKL, linear_kl, plain_kl, row_kl
 from icefall_kd.types import Distribution, Nodes, is_sparse
 
 
@@ -91,6 +91,7 @@ class StudentNodes:
         *,
         temperature: float = 1.0,
         weights: Optional[torch.Tensor] = None,
+        chunk_kl: ChunkKL = plain_kl,
     ) -> torch.Tensor:
         """Return :func:`icefall_kd.losses.kl.row_kl` of the logits.
 
@@ -100,8 +101,13 @@ class StudentNodes:
           teacher: (R, V), or sparse.
           temperature: T, above 0.
           weights: (R,), of the nodes; None: 1.
+          chunk_kl: What is computed in place of the KL, see there.
         """
-        options = {"temperature": temperature, "weights": weights}
+        options: Dict[str, Any] = {
+            "temperature": temperature,
+            "weights": weights,
+            "chunk_kl": chunk_kl,
+        }
         if self._logits is not None:
             return row_kl(self._logits, teacher, **options)
         return linear_kl(self.states, self.joiner.output_linear, teacher, **options)

@@ -1,5 +1,7 @@
 """Distillation of the transducer head on the nodes of the teacher's pruned lattice."""
 
+import math
+from functools import partial
 from typing import NamedTuple, Optional, Tuple
 
 import torch
@@ -7,7 +9,8 @@ from torch import nn
 
 from icefall_kd.errors import KDError, require
 from icefall_kd.losses.checks import check_temperature, refuse_nan
-from icefall_kd.losses.kl import FLOOR, compute_dtype, linear_kl, row_kl
+from icefall_kd.losses.factorised import factorised_kl
+from icefall_kd.losses.kl import FLOOR, compute_dtype, linear_kl, plain_kl, row_kl
 from icefall_kd.losses.nodes import collapse
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.types import Distribution, Nodes, is_sparse
@@ -22,6 +25,7 @@ def nodes_kd_loss(
     temperature: float = 1.0,
     form: str = "nodes",
     node_weighting: str = "occupancy",
+    blank_weight: float = 1.0,
     blank_id: int = 0,
     generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
@@ -46,6 +50,11 @@ def nodes_kd_loss(
         probability above 1/510; others are no nodes. Each frame counts once, whatever
         ``node_weighting`` is.
 
+    With ``blank_weight`` B the divergence of a node of "nodes" and "sampled_u" is B
+    KL_blank + (1 - b) KL_symbols: whether a node emits counts B, and which symbol it
+    emits counts as in the plain divergence, which is that of B = 1
+    (:func:`icefall_kd.losses.factorised.factorised_kl`).
+
     Nodes of the best path alone (arXiv:2110.03334) come from
     :func:`icefall_kd.losses.nodes.path_nodes`, or from a store of a form ``path:...``.
 
@@ -54,7 +63,8 @@ def nodes_kd_loss(
       temperature: T, above 0. A sparse teacher is at this temperature already.
       form: One of FORMS.
       node_weighting: One of NODE_WEIGHTINGS, for w: "occupancy", or "equal", 1.
-      blank_id: The token id of blank, for "collapsed".
+      blank_weight: B, 0 or more; 1 for the other forms.
+      blank_id: The token id of blank, for "collapsed" and B.
       generator: Draws the nodes of "sampled_u"; None: torch's own.
 
     Returns:
@@ -62,8 +72,8 @@ def nodes_kd_loss(
       nodes.
 
     Raises:
-      KDError: A bad form, weighting or temperature, a sparse teacher for "mean_u", NaN
-        in the student.
+      KDError: A bad form, weighting, weight or temperature, a sparse teacher for
+        "mean_u", NaN in the student.
     """
     check_temperature(temperature)
     require(form in FORMS, f"`form` is {form!r}, and must be one of {', '.join(FORMS)}")
@@ -72,6 +82,7 @@ def nodes_kd_loss(
         f"`node_weighting` is {node_weighting!r}, and must be one of "
         f"{', '.join(NODE_WEIGHTINGS)}",
     )
+    check_blank_weight(blank_weight, form)
     if form == "mean_u":
         _require_dense(student.nodes.teacher, form)
         groups = _group_by_frame(student.nodes)
@@ -88,7 +99,14 @@ def nodes_kd_loss(
     nodes = student.nodes
     if form == "collapsed":
         nodes = collapse(nodes, blank_id, temperature)
-    return student.kl(nodes.teacher, temperature=temperature, weights=weights)
+    chunk_kl = plain_kl
+    if blank_weight != 1:
+        chunk_kl = partial(
+            factorised_kl, blank_weight=float(blank_weight), blank_id=blank_id
+        )
+    return student.kl(
+        nodes.teacher, temperature=temperature, weights=weights, chunk_kl=chunk_kl
+    )
 
 
 def transducer_kd_loss(
@@ -101,6 +119,7 @@ def transducer_kd_loss(
     temperature: float = 1.0,
     form: str = "nodes",
     node_weighting: str = "occupancy",
+    blank_weight: float = 1.0,
     blank_id: int = 0,
     generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
@@ -118,7 +137,8 @@ def transducer_kd_loss(
       temperature: T, above 0. A sparse teacher is at this temperature already.
       form: One of FORMS.
       node_weighting: One of NODE_WEIGHTINGS.
-      blank_id: The token id of blank, for "collapsed".
+      blank_weight: B.
+      blank_id: The token id of blank.
       generator: Draws the nodes of "sampled_u"; None: torch's own.
 
     Returns:
@@ -134,6 +154,7 @@ def transducer_kd_loss(
         temperature=temperature,
         form=form,
         node_weighting=node_weighting,
+        blank_weight=blank_weight,
         blank_id=blank_id,
         generator=generator,
     )
@@ -252,6 +273,29 @@ def _sample(
 
 
 # Refusals
+
+
+def check_blank_weight(blank_weight: float, form: str) -> None:
+    """Refuse a weight of blank that is none, or that ``form`` has no use for.
+
+    Args:
+      blank_weight: B of :func:`nodes_kd_loss`.
+      form: Its form.
+
+    Raises:
+      KDError: ``blank_weight`` is no finite number from 0 on, or other than 1 with a
+        form other than "nodes" and "sampled_u".
+    """
+    require(
+        isinstance(blank_weight, (int, float)) and 0 <= blank_weight < math.inf,
+        f"`blank_weight` is {blank_weight!r}, and must be a finite number from 0 on: "
+        "0 leaves out whether a node emits",
+    )
+    require(
+        blank_weight == 1 or form in ("nodes", "sampled_u"),
+        f"`blank_weight` is {blank_weight:g} and `form` {form}, which has no part of "
+        "its own for blank: give `form` nodes or sampled_u, or `blank_weight` 1",
+    )
 
 
 def _check_ctc(x: torch.Tensor, owner: str, groups: _Groups, v: int) -> None:

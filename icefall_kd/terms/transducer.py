@@ -32,6 +32,7 @@ class TransducerTerm(Term):
       shift: Frames by which a streaming student is later than its teacher.
       node_weighting: "occupancy", the probability that the teacher's alignment passes
         through a node; or "equal".
+      blank_weight: The weight of whether a node emits, beside which symbol, 0 or more.
 
     Raises:
       KDError: a parameter out of range, or a shift of the form "total".
@@ -78,6 +79,16 @@ class TransducerTerm(Term):
             "that the teacher's alignment passes through the node. equal: each node "
             "counts 1.",
         ),
+        Option(
+            "rnnt-blank-weight",
+            "blank_weight",
+            float,
+            1.0,
+            "Weight B, within the transducer's term, of whether a node emits: the term "
+            "is B times the divergence of blank and not blank, and that of the symbols "
+            "where the teacher has no blank. 1 is the plain divergence. 0 leaves it to "
+            "the student when it emits, and teaches what.",
+        ),
     )
 
     def __init__(
@@ -87,15 +98,17 @@ class TransducerTerm(Term):
         form: str = "nodes",
         shift: int = 0,
         node_weighting: str = "occupancy",
+        blank_weight: float = 1.0,
     ) -> None:
         from icefall_kd.losses.checks import check_temperature
-        from icefall_kd.losses.transducer import FORMS
+        from icefall_kd.losses.transducer import FORMS, check_blank_weight
 
         super().__init__(weight)
         check_temperature(temperature)
         self.require_one_of("form", form, (*FORMS, TOTAL))
         self.require_one_of("node_weighting", node_weighting, ("occupancy", "equal"))
         self.require_frames("shift", shift)
+        check_blank_weight(blank_weight, form)
         require(
             form != TOTAL or not shift,
             f"{self.parameter('shift')} is {shift} and the form is {TOTAL}, whose CTC "
@@ -103,6 +116,7 @@ class TransducerTerm(Term):
         )
         self.temperature = float(temperature)
         self.form, self.shift, self.node_weighting = form, shift, node_weighting
+        self.blank_weight = float(blank_weight)
         with_ctc = form == TOTAL
         self.kinds = ("ctc", "lattice") if with_ctc else ("lattice",)
         self.heads = ("transducer", "ctc") if with_ctc else ("transducer",)
@@ -113,6 +127,8 @@ class TransducerTerm(Term):
             note += f", shifted by {self.shift}"
         if self.node_weighting != "occupancy":
             note += f", {self.node_weighting} nodes"
+        if self.blank_weight != 1:
+            note += f", blank times {self.blank_weight:g}"
         return note
 
     def check_store(self, fingerprint: Fingerprint, store: str) -> None:
@@ -160,6 +176,7 @@ class TransducerTerm(Term):
                 temperature=self.temperature,
                 form=self.form,
                 node_weighting=self.node_weighting,
+                blank_weight=self.blank_weight,
                 blank_id=batch.blank_id,
             )
         return value, batch.count_frames(nodes.row.unique())

@@ -219,6 +219,30 @@ def test_the_loss_is_linear_in_the_weight_and_its_factors_are_not_negative(seed,
     torch.testing.assert_close(tripled, plain + 2 * (plain - blank))
 
 
+@given(seed=st.integers(0, 2**31), k=st.integers(0, 4), blank=st.integers(0, 4))
+def test_each_weight_multiplies_its_own_part(seed, k, blank):
+    """In value and gradient, so that the twins above hold for both weights."""
+    student, teacher, _ = batch(seed, 1, 7, 5)
+    rows = sparse_of(teacher[0], k, seed=seed) if k else teacher[0]
+
+    def parts(blank_weight, symbol_weight):
+        kl, gradient = factorised_kl(
+            student[0],
+            rows,
+            1.0,
+            torch.float64,
+            None,
+            blank_weight=blank_weight,
+            symbol_weight=symbol_weight,
+            blank_id=blank,
+        )
+        return torch.cat((kl[:, None], gradient), 1)
+
+    of_blank, of_symbols = parts(1.0, 0.0), parts(0.0, 1.0)
+    torch.testing.assert_close(parts(0.25, 3.0), 0.25 * of_blank + 3 * of_symbols)
+    assert parts(0.0, 0.0).eq(0).all()
+
+
 # Teacher and student equal, or only one factor wrong
 
 

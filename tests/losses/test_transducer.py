@@ -9,7 +9,8 @@ from icefall_kd.errors import KDError
 from icefall_kd.kinds.lattice import LatticeCodec
 from icefall_kd.lattice import passed_nodes
 from icefall_kd.losses.nodes import collapse, nodes_of, shift, stored_nodes
-from icefall_kd.losses.transducer import transducer_kd_loss
+from icefall_kd.losses.student_nodes import StudentNodes
+from icefall_kd.losses.transducer import nodes_kd_loss, transducer_kd_loss
 from icefall_kd.tap import ModelTap
 from icefall_kd.types import Nodes, PrunedLattice, SparseDistribution
 
@@ -63,9 +64,16 @@ def sparse_of(nodes, k, temperature):
 
 
 def naive(
-    joiner, states, nodes, temperature, form, blank_id=0, node_weighting="occupancy"
+    joiner,
+    states,
+    nodes,
+    temperature,
+    form,
+    blank_id=0,
+    node_weighting="occupancy",
+    blank_weight=1.0,
 ):
-    """Node by node, class by class."""
+    """Node by node, class by class; in two parts where blank has a weight."""
     encoder_out, _, decoder_out = states
     total = 0.0
     for r in range(len(nodes)):
@@ -82,7 +90,13 @@ def naive(
                 torch.stack([*(x[i] for i in alone), x[rest].sum()]) for x in (p, q)
             )
         weight = nodes.occupancy[r] if node_weighting == "occupancy" else 1.0
-        total = total + weight * temperature**2 * (p * (p / q).log()).sum()
+        kl = (p * (p / q).log()).sum()
+        if blank_weight != 1:
+            (b, b_q), symbols = (p[blank_id], q[blank_id]), torch.arange(7) != blank_id
+            p, q = p[symbols] / (1 - b), q[symbols] / (1 - b_q)
+            of_blank = b * (b / b_q).log() + (1 - b) * ((1 - b) / (1 - b_q)).log()
+            kl = blank_weight * of_blank + (1 - b) * (p * (p / q).log()).sum()
+        total = total + weight * temperature**2 * kl
     return total
 
 
@@ -112,6 +126,42 @@ def test_equals_the_naive_twin(
     torch.testing.assert_close(
         value_and_grads(found, inputs), value_and_grads(expected, inputs)
     )
+
+
+@pytest.mark.parametrize("blank_id", BLANKS)
+@pytest.mark.parametrize("blank_weight", [0.0, 0.3, 2])
+def test_a_weight_of_blank_equals_the_naive_twin(
+    joiner, states, nodes, blank_weight, blank_id
+):
+    """Also where the logits are computed already, and of a sparse teacher of all."""
+    inputs = (states[0], states[2], *joiner.parameters())
+    options = dict(blank_weight=blank_weight, blank_id=blank_id)
+    twin = naive(joiner, states, nodes, 2.5, "nodes", **options)
+    expected = value_and_grads(twin, inputs)
+    for given in (nodes, sparse_of(nodes, 7, 2.5)):
+        for keeps_logits in (False, True):
+            student = StudentNodes(joiner, states[0], states[2], given, states[1])
+            assert not keeps_logits or student.logits().size(1) == 7
+            found = nodes_kd_loss(student, temperature=2.5, **options)
+            torch.testing.assert_close(value_and_grads(found, inputs), expected)
+
+
+def test_without_a_weight_of_blank_a_student_may_emit_when_it_likes(
+    joiner, states, nodes
+):
+    """One that is wrong in blank alone learns nothing, and in the symbols something."""
+    h = joiner.encoder_proj(states[0])[nodes.row, nodes.frame]
+    h = (h + joiner.decoder_proj(states[2])[nodes.row, nodes.position]).tanh()
+    teacher = joiner.output_linear(h).detach()
+    teacher[:, 0] += torch.arange(5.0) - 2
+    late = dataclasses.replace(nodes, teacher=teacher)
+    args = (joiner, states[0], states[2])
+    value = transducer_kd_loss(*args, late, states[1], blank_weight=0)
+    grads = torch.autograd.grad(value, (states[0], states[2], *joiner.parameters()))
+    assert abs(float(value.detach())) < 1e-12
+    assert all(g.abs().max() < 1e-12 for g in grads)
+    assert transducer_kd_loss(*args, late, states[1]) > 0.01
+    assert transducer_kd_loss(*args, nodes, states[1], blank_weight=0) > 0.01
 
 
 @pytest.mark.parametrize("blank_id", BLANKS)
@@ -171,14 +221,16 @@ def test_gradcheck(joiner, states, nodes):
     )
 
 
-@pytest.mark.parametrize("form", ["nodes", "collapsed"])
-def test_an_equal_pair_gives_0_with_zero_gradient(joiner, states, nodes, form):
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "collapsed"}, {"blank_weight": 0.3}], ids=str
+)
+def test_an_equal_pair_gives_0_with_zero_gradient(joiner, states, nodes, options):
     encoder_out, lens, decoder_out = states
     h = joiner.encoder_proj(encoder_out)[nodes.row, nodes.frame]
     h = (h + joiner.decoder_proj(decoder_out)[nodes.row, nodes.position]).tanh()
     equal = dataclasses.replace(nodes, teacher=joiner.output_linear(h).detach())
     value = transducer_kd_loss(
-        joiner, states[0], states[2], equal, states[1], form=form
+        joiner, states[0], states[2], equal, states[1], **options
     )
     grads = torch.autograd.grad(value, (encoder_out, decoder_out, *joiner.parameters()))
     assert abs(float(value.detach())) < 1e-12
@@ -355,3 +407,8 @@ def test_bad_options_are_refused(joiner, states, nodes):
     refused(joiner, states, nodes, "form` is 'full'", form="full")
     refused(joiner, states, nodes, "node_weighting` is 'all'", node_weighting="all")
     refused(joiner, states, nodes, "temperature.? is 0", temperature=0)
+    for weight in (-0.5, float("inf"), float("nan"), "1"):
+        refused(joiner, states, nodes, "blank_weight` is", blank_weight=weight)
+    for form in ("collapsed", "mean_u"):
+        match = f"blank_weight` is 0 and `form` {form}"
+        refused(joiner, states, nodes, match, form=form, blank_weight=0)

@@ -633,6 +633,11 @@ def test_all_terms_under_autocast_are_near_those_in_float32(given):
             {"ctc_symbol_weight": 2.0, "ctc_delay": 1},
             "`symbol_weight` is 2 and `delay` 1, .* leave one of them out",
         ),
+        ({"rnnt_blank_weight": -1.0}, "`blank_weight` is -1.0, .* from 0 on"),
+        (
+            {"rnnt_blank_weight": 0.0, "rnnt_form": "total"},
+            "`blank_weight` is 0 and `form` total, .* give `form` nodes",
+        ),
         ({"hidden_distance": "l1"}, "`HiddenTerm.distance` is 'l1': .*mse, cosine"),
         ({"temperature": -1.0}, "temperature.* is -1.0"),
         (
@@ -700,6 +705,18 @@ def test_the_ctc_terms_symbol_weight_reaches_its_value(given):
     expected = ctc_kd_loss(*args, temperature=T, symbol_weight=3.0)
     assert info["kd_ctc_loss"] == pytest.approx(float(expected))
     assert expected > 1.01 * ctc_kd_loss(*args, temperature=T)
+
+
+def test_the_transducers_weight_of_blank_reaches_its_value(given):
+    values = {}
+    for weight in (0.0, 1.0, 2.0):
+        joint = joint_of("rnnt", rnnt_blank_weight=weight)
+        assert ("blank times" in str(joint)) == (weight != 1)
+        _, info = joint(hard(), leaves(given.said), given.targets, given.model)
+        values[weight] = info["kd_rnnt_loss"]
+    assert 0 < values[0.0] < values[1.0]
+    of_blank = values[1.0] - values[0.0]
+    assert values[2.0] - values[1.0] == pytest.approx(of_blank, rel=0.01)
 
 
 def test_the_full_sum_terms_form_reaches_its_value(given):

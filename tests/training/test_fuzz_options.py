@@ -106,6 +106,7 @@ ACCEPTED: Dict[str, Sequence[str]] = {
     "temperature": NUMBERS[1:],
     "ctc-delay": ("0",),
     "ctc-symbol-weight": NUMBERS,
+    "rnnt-blank-weight": NUMBERS,
     "rnnt-shift": ("0",),
     "stored-ranges": ("0",),
     "last-epochs": ("0", "1.5"),

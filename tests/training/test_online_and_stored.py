@@ -49,6 +49,7 @@ DENSE = [
     ctc(symbol_weight=0.0) | {"temperature": 2.0},
     *(rnnt(form) for form in ("nodes", "collapsed", "mean_u", "total")),
     rnnt("sampled_u"),
+    *(rnnt(kd_rnnt_blank_weight=b) for b in (0.0, 2.0)),
     *(rnnt(form, **EQUAL) for form in ("nodes", "collapsed", "mean_u", "sampled_u")),
     *(rnnt(form) | {"temperature": 3.0} for form in ("nodes", "mean_u", "total")),
     *(rnnt(form, kd_rnnt_shift=2) for form in ("nodes", "mean_u")),
@@ -96,6 +97,7 @@ STORES = {
         + [ctc(symbol_weight=w) for w in (0.0, 4.0)]
         + [SIMPLE]
         + [rnnt(), rnnt(**EQUAL), rnnt("sampled_u", **EQUAL), rnnt(kd_rnnt_shift=2)]
+        + [rnnt(kd_rnnt_blank_weight=0.0)]
         + ARCS,
         tolerance=5e-3,
     ),
