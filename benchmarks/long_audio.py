@@ -316,7 +316,9 @@ def main() -> None:
     peaks = []
     for minutes in args.memory_minutes.split():
         command = [sys.executable, *sys.argv, "--peak-of", minutes]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, encoding="utf-8", check=True
+        )
         peaks.append(json.loads(done.stdout.splitlines()[-1]))
         print(
             "{minutes:g} min: peak {MB:.0f} MB ({before:.0f} MB before), "
