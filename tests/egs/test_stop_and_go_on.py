@@ -27,9 +27,14 @@ def kd_script(tmp_path_factory):
 )
 def test_kd_script_goes_on_where_it_was_stopped(kd_script, moment):
     work, whole = kd_script
-    stop = stop_once(kd_sh(), work, moment, whole)
+    # Bash loses a Ctrl-C of the microseconds between the end of a command and its own
+    # going on (jobs.c, wait_for): then a person presses it again.
+    for _ in range(3):
+        stop = stop_once(kd_sh(), work, moment, whole)
+        assert stop.good, stop
+        if stop.status:
+            break
     assert stop.stopped and stop.status != 0
-    assert stop.good, stop
 
 
 # Writes a file in two halves, and takes it for done where it is there.
