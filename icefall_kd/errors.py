@@ -4,7 +4,7 @@ import errno
 import re
 import sys
 from contextlib import contextmanager
-from typing import Iterator, Mapping
+from typing import Iterator, Mapping, Sized
 
 # What a user can do about an operating system's error.
 _REMEDIES = {
@@ -129,14 +129,21 @@ def remedy_for(error: OSError) -> str:
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn an OSError, of a full disk or an impossible path, into a KDError."""
+def disk_errors(place: object = "", kept: Sized = ()) -> Iterator[None]:
+    """Turn an OSError, of a full disk or an impossible path, into a KDError.
+
+    Args:
+      place: The file or folder that is written, for errors that name none.
+      kept: The cuts that are done and stay so, counted at the error.
+    """
     try:
         yield
     except OSError as e:
-        place = f" ({e.filename})" if e.filename else ""
+        named = e.filename or place
+        where = f" ({named})" if named else ""
+        done = f" after {len(kept)} cuts, which are kept" if len(kept) else ""
         raise KDError(
-            f"{e.strerror or e}{place}: {remedy_for(e)}, then retry"
+            f"{e.strerror or e}{where}{done}: {remedy_for(e)}, then retry"
         ) from None
 
 

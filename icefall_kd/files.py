@@ -1,6 +1,7 @@
 """Files that are written completely or not at all, and their encoding."""
 
 import codecs
+import errno
 import locale
 import os
 import shutil
@@ -9,11 +10,17 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Sequence, Union
+from typing import BinaryIO, Iterator, List, Sequence, Union
 from uuid import uuid4
 
 from icefall_kd.errors import KDError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
+CAN_LOCK = fcntl is not None
 MANIFEST = (".jsonl.gz", ".jsonl")  # what Lhotse reads line by line
 
 
@@ -89,6 +96,32 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock_file(file: BinaryIO, remedy: str) -> None:
+    """Keep other processes that lock a file out, where its file system can.
+
+    The lock ends when the file is closed, at the latest with this process.
+
+    Args:
+      file: Open for writing; closed where it is refused.
+      remedy: What the user can do but wait.
+
+    Raises:
+      KDError: another process has locked the file.
+    """
+    if fcntl is None:
+        return
+    try:
+        # Not flock(): a killed run's data loading workers would hold it on.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in (errno.EAGAIN, errno.EACCES):
+            return  # a file system without locks
+        file.close()
+        raise KDError(
+            f"{file.name} is being written by another process: wait for it, or {remedy}"
+        ) from None
 
 
 def temporary_name(path: Path) -> Path:

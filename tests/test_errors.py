@@ -110,6 +110,17 @@ def test_a_failed_disk_is_a_refusal_that_names_the_file(tmp_path):
             (tmp_path / "no" / "file").write_text("x")
 
 
+def test_a_failed_disk_names_the_place_and_what_is_kept():
+    done = []
+    with pytest.raises(KDError) as e, disk_errors("/a/b", done):
+        done += ["cut 1", "cut 2"]
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(e.value) == (
+        "No space left on device (/a/b) after 2 cuts, which are kept: free space, then "
+        "retry"
+    )
+
+
 def test_a_refusal_is_one_line_whatever_a_files_name_holds():
     assert KDError("the file a\nb\r\x0bc is none").sentence == "the file a b  c is none"
 

@@ -23,7 +23,7 @@ from icefall_kd.cli.options import (
     teacher_options,
 )
 from icefall_kd.cli.text_table import text_table
-from icefall_kd.errors import KDError, require
+from icefall_kd.errors import KDError, disk_errors, require
 from icefall_kd.files import check_new_folder, replacing
 from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.student.count import count_multiply_adds
@@ -262,7 +262,8 @@ def decode(
             list(known.texts) if first is None else first.asked,
         )
     outcome = Outcome(folder, test_set, suffix, method, known, journal, first)
-    errors = outcome.write(tokenizer, unit)
+    with disk_errors(folder, outcome.utterances):
+        errors = outcome.write(tokenizer, unit)
     summary = outcome.summary(errors)
     summary.update(
         exp_dir=teacher.exp_dir,
@@ -273,8 +274,10 @@ def decode(
         date=datetime.now().strftime("%Y-%m-%d-%H-%M-%S"),
     )
     name = f"{test_set}-{suffix}"
-    with replacing(folder / f"decoding-{name}.json", shared=True) as temporary:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n", "utf8")
+    path = folder / f"decoding-{name}.json"
+    with disk_errors(path, outcome.utterances):
+        with replacing(path, shared=True) as temporary:
+            temporary.write_text(json.dumps(summary, indent=1) + "\n", "utf8")
     click.echo(text_table(table_of(summary), left=2))
     click.echo(f"Results: {folder}/*-{name}.*")
 

@@ -1,17 +1,21 @@
 """Writes a teacher's targets beside Lhotse cuts."""
 
-import errno
 import json
 import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, Set, Union
+from typing import Any, BinaryIO, ContextManager, Dict, List, Set, Union
 
 from lhotse.cut import Cut, MonoCut
 
-from icefall_kd.errors import KDError
-from icefall_kd.files import is_same_folder, missing_folders, replacing
+from icefall_kd.errors import KDError, disk_errors
+from icefall_kd.files import (
+    CAN_LOCK,
+    is_same_folder,
+    lock_file,
+    missing_folders,
+    replacing,
+)
 from icefall_kd.targets.fingerprint import FILENAME, Fingerprint
 from icefall_kd.targets.manifest import (
     cut_of,
@@ -29,11 +33,6 @@ from icefall_kd.targets.store import (
     parse_pointer,
     read_fingerprint,
 )
-
-try:
-    import fcntl
-except ImportError:  # Windows, where targets are read alone
-    fcntl = None
 
 SHAR_NOTES = ("shard_origin", "shar_epoch", "dataloading_info")
 
@@ -77,7 +76,7 @@ class TargetWriter:
             raise KDError(
                 f"the job is {job} of {num_jobs}, and must be 0 to {num_jobs - 1}"
             )
-        if fcntl is None:
+        if not CAN_LOCK:
             raise KDError(
                 f"targets can't be written on {sys.platform}, where Python has no file "
                 "locks (the module fcntl): dump them on Linux or macOS, and copy the "
@@ -112,7 +111,7 @@ class TargetWriter:
         self.manifest.parent.mkdir(parents=True, exist_ok=True)
         self.storage_dir.mkdir(parents=True, exist_ok=True)
         self._records = open(self._path, "ab")
-        self._lock()
+        lock_file(self._records, "give each of several jobs its own --job")
         try:
             if overwrite:  # first, lest another teacher's cuts be taken for these
                 self.manifest.unlink(missing_ok=True)
@@ -148,31 +147,9 @@ class TargetWriter:
                 "this manifest, or give --overwrite to lose those"
             )
 
-    def _lock(self) -> None:
-        """Keep out a second run of the same job, where the file system can."""
-        try:
-            # Not flock(): a killed run's data loading workers would hold it on.
-            fcntl.lockf(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno not in (errno.EAGAIN, errno.EACCES):
-                return  # a file system without locks
-            self._records.close()
-            raise KDError(
-                f"{self._path} is being written by another process: wait for it, or "
-                "give each of several jobs its own --job"
-            ) from None
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """Turn the error of a full or broken disk into one that tells what is left."""
-        try:
-            yield
-        except OSError as e:
-            raise KDError(
-                f"{self.storage_dir} or {self.manifest.parent} can't be written to "
-                f"({e.strerror or e}) after {len(self._done)} cuts, which are kept: "
-                "free space or mend the path, and give the same command again"
-            ) from None
+    def _disk_errors(self) -> ContextManager[None]:
+        place = f"{self.storage_dir} or {self.manifest.parent}"
+        return disk_errors(place, self._done)
 
     def _start_partial(self) -> int:
         """Begin the partial manifest with the whole lines of earlier runs.

@@ -1,17 +1,12 @@
 """What was found in each batch, in a file that grows and survives ``kill -9``."""
 
-import errno
 import json
 import logging
 from pathlib import Path
 from typing import Any, Dict, List
 
-from icefall_kd.errors import KDError
-
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
+from icefall_kd.errors import KDError, disk_errors
+from icefall_kd.files import lock_file
 
 
 class Journal:
@@ -26,7 +21,7 @@ class Journal:
       overwrite: Whether to begin anew in any case.
 
     Raises:
-      KDError: another process writes the file.
+      KDError: another process writes the file, or the disk is full.
     """
 
     def __init__(
@@ -34,9 +29,11 @@ class Journal:
     ) -> None:
         self.path, self.header = path, header
         self.batches: List[Dict[str, Any]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")
-        self._lock()
+        self.utterances: Dict[str, Dict[str, Any]] = {}
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b")
+        lock_file(self._file, "give another --res-dir")
         self._file.seek(0)
         lines, end = _whole_lines(self._file.read())
         if lines and not overwrite and lines[0] != header:
@@ -49,26 +46,31 @@ class Journal:
             self._write(header)
         else:
             self._file.truncate(end)
-            self.batches = lines[1:]
-        self.utterances: Dict[str, Dict[str, Any]] = {
-            utterance["id"]: utterance
-            for batch in self.batches
-            for utterance in batch["utterances"]
-        }
+            for batch in lines[1:]:
+                self._add(batch)
 
     def append(self, batch: Dict[str, Any]) -> None:
         """Add a batch.
 
         Args:
           batch: ``utterances``, a list of dictionaries with an ``id`` each, and more.
+
+        Raises:
+          KDError: the disk is full. The batches before are kept, here and in the file.
         """
         self._write(batch)
+        self._add(batch)
+
+    def _add(self, batch: Dict[str, Any]) -> None:
         self.batches.append(batch)
         self.utterances.update({u["id"]: u for u in batch["utterances"]})
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:
+            pass  # of a full disk; what counts was flushed
 
     def __enter__(self) -> "Journal":
         return self
@@ -77,22 +79,10 @@ class Journal:
         self.close()
 
     def _write(self, value: Dict[str, Any]) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False).encode("utf8") + b"\n")
-        self._file.flush()
-
-    def _lock(self) -> None:
-        """Keep out a second process, where the system can."""
-        try:
-            if fcntl is not None:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno not in (errno.EAGAIN, errno.EACCES):
-                return  # a file system without locks
-            self._file.close()
-            raise KDError(
-                f"{self.path} is being written by another process: wait for it, or "
-                "give another --res-dir"
-            ) from None
+        line = json.dumps(value, ensure_ascii=False).encode("utf8") + b"\n"
+        with disk_errors(self.path, self.utterances):
+            self._file.write(line)
+            self._file.flush()
 
 
 def read_journal(path: Path) -> List[Dict[str, Any]]:

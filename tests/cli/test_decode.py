@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import random
+import resource
+import shutil
 import signal
 import sys
 import threading
@@ -229,6 +231,44 @@ def test_a_decoding_that_is_killed_goes_on_to_the_same_result(
     lines = (tmp_path / "killed" / name).read_text("utf8").splitlines()
     ids = [u["id"] for line in lines[1:] for u in json.loads(line)["utterances"]]
     assert sorted(ids) == sorted(c.id for c in CutSet.from_file(many))
+
+
+def test_a_full_disk_is_one_sentence_and_loses_no_batch(
+    loaded_once, invoke, words, tmp_path, in_child
+):
+    """A limit on the size of files stands for the disk, at ever more bytes."""
+    assert invoke(*words("--res-dir", tmp_path / "whole")).code == 0
+    expected = results(tmp_path / "whole")
+    folder = tmp_path / "full"
+    journal = folder / f"utterances-dev-{SUFFIX[GREEDY]}.jsonl"
+
+    def said(limit):
+        def run():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            done = invoke(*words("--res-dir", folder))
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            assert done.code == 1
+            (tmp_path / "said").write_text(done.err[-1])
+
+        assert in_child(run) == 0
+        sentence = (tmp_path / "said").read_text()
+        assert sentence.startswith("icefall_kd: error: File too large (")
+        assert sentence.endswith(": free space, then retry")
+        return sentence
+
+    assert f"({journal}):" in said(100)  # no place for the header
+    assert f"({journal}) after 1 cuts, which are kept:" in said(1500)
+    assert f"({journal}) after 3 cuts, which are kept:" in said(2300)
+    shutil.copy(tmp_path / "whole" / journal.name, journal)
+    for limit in (0, 600):  # of recogs-, which is the first, and errs-
+        assert f"({folder}) after 4 cuts, which are kept:" in said(limit)
+    sentence = said(1000)
+    assert f"{folder}/decoding-" in sentence and "after 4 cuts" in sentence
+    assert not list(folder.glob("decoding-*")) and not list(folder.glob(".tmp*"))
+    done = invoke(*words("--res-dir", folder))
+    assert done.code == 0 and results(folder) == expected
 
 
 def test_what_is_decoded_is_decoded_anew_only_if_it_is_asked_or_the_model_is_another(

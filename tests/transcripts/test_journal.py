@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 
 import pytest
 
@@ -70,6 +72,50 @@ def test_a_second_process_is_refused(path, in_child):
 
         assert in_child(other) == 0
     os.stat(path)
+
+
+def limit_files(num_bytes):
+    """Let no file of this process become larger, which stands for a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+@pytest.mark.parametrize("more", [0, 1, 20, -1])
+def test_a_disk_that_is_full_at_any_byte_of_a_line_loses_no_batch(path, in_child, more):
+    """At the line's first byte, in its middle, and before its line break."""
+    with Journal(path, HEADER) as journal:
+        journal.append(batch("a", "b"))
+        before = path.stat().st_size
+        journal.append(batch("ü"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:before])
+
+    def run():
+        limit_files(before + more if more >= 0 else len(whole) + more)
+        with pytest.raises(KDError) as e, Journal(path, HEADER) as journal:
+            journal.append(batch("ü"))
+        assert str(e.value) == (
+            f"File too large ({path}) after 2 cuts, which are kept: free space, then "
+            "retry"
+        )
+        assert list(journal.utterances) == ["a", "b"]
+
+    assert in_child(run) == 0
+    with Journal(path, HEADER) as journal:
+        assert list(journal.utterances) == ["a", "b"]
+        journal.append(batch("ü"))
+    assert path.read_bytes() == whole
+
+
+def test_a_disk_without_place_for_the_header_is_refused(path, in_child):
+    def run():
+        limit_files(5)
+        with pytest.raises(KDError, match="^File too large .*: free space, then retry"):
+            Journal(path, HEADER)
+
+    assert in_child(run) == 0
+    with Journal(path, HEADER) as journal:
+        assert journal.batches == []
 
 
 def test_another_file_is_refused(tmp_path):
