@@ -135,23 +135,7 @@ def _chosen(
 ) -> Point:
     if max_cost is None and max_rate is None:
         max_rate = points[-1].rate + WITHIN  # where all are asked, it is the teacher's
-    point = choose(points, max_rate, max_cost)
-    lowest = min(p.rate for p in points)
-    require(
-        point is not None or max_rate is None,
-        (
-            f"--max-rate is {max_rate:g}, and the lowest error rate of the cascade is "
-            f"{lowest:.2f} %: give as much or more"
-            if max_rate is not None
-            else ""
-        ),
-    )
-    require(
-        point is not None,
-        f"--max-cost is {max_cost}, and the student alone costs {points[0].cost:.3f} "
-        "of the teacher: give as much or more",
-    )
-    return point
+    return choose(points, max_rate, max_cost)
 
 
 def _table(curves: Curves, pair: Pair, kind: str, measure: str, point: Point) -> str:
@@ -162,14 +146,14 @@ def _table(curves: Curves, pair: Pair, kind: str, measure: str, point: Point) ->
     head = ["measure", "mean", *(f"at {c:g}" for c in shares), "cost of the teacher's"]
     rows = [head]
     for name, points in sorted(curves.items(), key=lambda item: mean_rate(item[1])):
-        found = [choose(points, cost=c) for c in shares]
-        within = choose(points, rate=target)
+        at_shares = [choose(points, max_cost=c) for c in shares]
+        within = choose(points, max_rate=target)
         rows.append(
             [
                 name + (" *" if name == measure else ""),
                 f"{mean_rate(points):.2f}",
-                *(f"{p.rate:.2f}" for p in found),
-                f"{within.cost:.3f}" if within else "-",
+                *(f"{p.rate:.2f}" for p in at_shares),
+                f"{within.cost:.3f}",
             ]
         )
     count = len(pair.words)

@@ -255,23 +255,36 @@ def mean_rate(points: Sequence[Point]) -> float:
 
 
 def choose(
-    points: Sequence[Point], rate: Optional[float] = None, cost: Optional[float] = None
-) -> Optional[Point]:
+    points: Sequence[Point],
+    max_rate: Optional[float] = None,
+    max_cost: Optional[float] = None,
+) -> Point:
     """The threshold for a wish.
 
     Args:
       points: A curve.
-      rate: The highest error rate, in percent: the cheapest such point is chosen.
-      cost: Without ``rate``, the highest cost: the point of the lowest rate is chosen.
+      max_rate: The highest error rate, in percent: the cheapest such point is chosen.
+      max_cost: Without ``max_rate``, the highest cost: the point of the lowest rate is
+        chosen.
 
-    Returns:
-      The point; None where the curve has none such.
+    Raises:
+      KDError: the curve has no such point.
     """
-    if rate is not None:
-        fit = [p for p in points if p.rate <= rate + 1e-9]
-        return min(fit, key=lambda p: (p.cost, p.rate), default=None)
-    fit = [p for p in points if p.cost <= cost + 1e-9]
-    return min(fit, key=lambda p: (p.rate, p.cost), default=None)
+    if max_rate is not None:
+        fit = [p for p in points if p.rate <= max_rate + 1e-9]
+        require(
+            fit,
+            f"`max_rate` is {max_rate:g}, and the lowest error rate of the cascade is "
+            f"{min(p.rate for p in points):.2f} %: give more",
+        )
+        return min(fit, key=lambda p: (p.cost, p.rate))
+    fit = [p for p in points if p.cost <= max_cost + 1e-9]
+    require(
+        fit,
+        f"`max_cost` is {max_cost:g}, and the student alone costs "
+        f"{points[0].cost:.3f} of the teacher: give more",
+    )
+    return min(fit, key=lambda p: (p.rate, p.cost))
 
 
 @dataclass(frozen=True)

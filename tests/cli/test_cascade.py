@@ -130,7 +130,7 @@ def test_a_wish_that_no_threshold_fulfils_is_refused(refused, cascade_words):
     sentence = refused(*cascade_words("--max-cost", 0.0001))
     assert "--max-cost is 0.0001, and the student alone costs" in sentence
     sentence = refused(*cascade_words("--max-rate", 0))
-    assert "the lowest error rate of the cascade is" in sentence
+    assert "--max-rate is 0, and the lowest error rate of the cascade is" in sentence
     sentence = refused(*cascade_words("--max-rate", 1, "--max-cost", 1))
     assert "both given" in sentence
 

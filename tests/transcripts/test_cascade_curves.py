@@ -2,6 +2,7 @@
 
 import pytest
 
+from icefall_kd.errors import KDError
 from icefall_kd.transcripts.cascade import (
     MEASURES,
     Cascade,
@@ -88,12 +89,18 @@ def test_the_thresholds_of_a_curve_ask_for_what_it_says(pair):
 
 def test_choices(pair):
     points = pair.curve("token", "seconds")
-    assert choose(points, rate=15.0).asked == 1
-    assert choose(points, rate=14.9).asked == 3
-    assert choose(points, rate=9.0) is None
-    assert choose(points, cost=0.5).asked == 1
-    assert choose(points, cost=9.0).asked == 3  # the lowest rate, not the most
-    assert choose(points, cost=0.1) is None
+    assert choose(points, max_rate=15.0).asked == 1
+    assert choose(points, max_rate=14.9).asked == 3
+    assert choose(points, max_cost=0.5).asked == 1
+    assert choose(points, max_cost=9.0).asked == 3  # the lowest rate, not the most
+
+
+def test_a_wish_that_a_curve_has_no_point_for_is_refused(pair):
+    points = pair.curve("token", "seconds")
+    with pytest.raises(KDError, match="^`max_rate` is 9, and .* is 10.00 %: give more"):
+        choose(points, max_rate=9.0)
+    with pytest.raises(KDError, match="^`max_cost` is 0.1, .* 0.200 of the teacher: "):
+        choose(points, max_cost=0.1)
 
 
 def test_the_mean_of_a_curve_is_over_its_costs():
