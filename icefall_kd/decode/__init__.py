@@ -22,12 +22,13 @@ Python lists. Frames are counted from the first one of the utterance, across chu
 ``greedy_search_batch``, or with ``max_sym_per_frame`` of its ``greedy_search``, for
 each utterance alone, whatever else is in the batch. With ``draft`` it checks someone's
 guess instead of searching from nothing.
-:class:`BeamSearch` is icefall's ``modified_beam_search``.
+:class:`BeamSearch` is icefall's ``modified_beam_search``, and :class:`CtcSearch` its
+``ctc_greedy_search``.
 ``skip_blanks`` takes out frames that the CTC head is sure of; that is not exact.
 """
 
 from icefall_kd.decode.beam import BeamSearch, BeamState
-from icefall_kd.decode.ctc import KeptFrames, ctc_greedy, skip_blanks
+from icefall_kd.decode.ctc import CtcSearch, KeptFrames, ctc_greedy, skip_blanks
 from icefall_kd.decode.greedy import GreedySearch, GreedyState, transducer_greedy
 from icefall_kd.decode.speculation import ctc_draft, draft_of
 from icefall_kd.decode.types import Hypothesis, SearchReport, SearchResult
@@ -35,6 +36,7 @@ from icefall_kd.decode.types import Hypothesis, SearchReport, SearchResult
 __all__ = [
     "BeamSearch",
     "BeamState",
+    "CtcSearch",
     "GreedySearch",
     "GreedyState",
     "Hypothesis",

@@ -1,12 +1,15 @@
 """What the CTC head is good for: greedy search, and frames that can be left out."""
 
 from dataclasses import dataclass, replace
-from typing import List, Sequence
+from itertools import groupby
+from typing import Iterator, List, Sequence, Tuple
 
 import torch
+from torch import nn
 
-from icefall_kd.decode.types import Hypothesis
+from icefall_kd.decode.types import Hypothesis, SearchReport, SearchResult
 from icefall_kd.errors import require
+from icefall_kd.zipformer import ctc_linear
 
 
 def ctc_greedy(
@@ -22,11 +25,61 @@ def ctc_greedy(
     Returns:
       The token ids of each utterance.
     """
-    hypotheses = []
-    for best, n in zip(ctc_logits.argmax(-1), lengths.tolist()):
-        tokens = best[:n].unique_consecutive().tolist()
-        hypotheses.append([token for token in tokens if token != blank_id])
-    return hypotheses
+    rows = zip(ctc_logits.argmax(-1).tolist(), lengths.tolist())
+    return [[token for token, _, _ in _runs(best[:n], blank_id)] for best, n in rows]
+
+
+class CtcSearch:
+    """icefall's ``ctc_greedy_search``, with frames and log-probabilities of tokens.
+
+    Args:
+      model: A recipe's model with a CTC head, in eval mode.
+      blank_id: The token id of blank.
+    """
+
+    def __init__(self, model: nn.Module, blank_id: int = 0) -> None:
+        self.linear, self.blank_id = ctc_linear(model), blank_id
+
+    @torch.no_grad()
+    def __call__(
+        self, encoder_out: torch.Tensor, encoder_out_lens: torch.Tensor
+    ) -> SearchResult:
+        """Search whole utterances.
+
+        Args:
+          encoder_out: (N, T, C).
+          encoder_out_lens: (N,), valid frames.
+
+        Returns:
+          A hypothesis of each utterance. A token's frame is the first of its run, and
+          its log-probability the highest in the run. ``score`` is that of all frames'
+          best tokens.
+        """
+        log_probs = self.linear(encoder_out).float().log_softmax(-1)
+        best_log_probs, best = log_probs.max(-1)
+        lens = encoder_out_lens.tolist()
+        rows = zip(best.tolist(), best_log_probs.tolist(), lens)
+        hypotheses = [self._hypothesis(ids[:n], values[:n]) for ids, values, n in rows]
+        report = SearchReport("best token of each frame", frames=sum(lens))
+        return SearchResult(hypotheses, [None] * len(hypotheses), report)
+
+    def _hypothesis(self, best: List[int], log_probs: List[float]) -> Hypothesis:
+        hypothesis = Hypothesis(score=sum(log_probs))
+        for token, begin, end in _runs(best, self.blank_id):
+            hypothesis.tokens.append(token)
+            hypothesis.frames.append(begin)
+            hypothesis.log_probs.append(max(log_probs[begin:end]))
+        return hypothesis
+
+
+def _runs(best: Sequence[int], blank_id: int) -> Iterator[Tuple[int, int, int]]:
+    """Each run of a token but blank: the token, its first frame, the first behind."""
+    begin = 0
+    for token, frames in groupby(best):
+        end = begin + len(list(frames))
+        if token != blank_id:
+            yield token, begin, end
+        begin = end
 
 
 @dataclass

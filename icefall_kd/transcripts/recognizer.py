@@ -8,13 +8,12 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
-from icefall_kd.decode import BeamSearch, GreedySearch, skip_blanks
+from icefall_kd.decode import BeamSearch, CtcSearch, GreedySearch, skip_blanks
 from icefall_kd.decode.types import Hypothesis, SearchReport, SearchResult
 from icefall_kd.decode.windows import OVERLAP, WindowedEncoder
 from icefall_kd.errors import require
 from icefall_kd.tap import ModelTap
 from icefall_kd.transcripts.audio import lengths_in_batch
-from icefall_kd.transcripts.ctc_search import CtcSearch
 from icefall_kd.zipformer import MIN_FRAMES, ctc_linear, has_ctc, has_transducer
 
 CTC, GREEDY, BEAM = "ctc-greedy-search", "greedy_search", "modified_beam_search"

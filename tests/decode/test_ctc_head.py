@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from zipformer.decode.search import ctc_greedy_search
 
 from icefall_kd import KDError
-from icefall_kd.decode import GreedySearch, Hypothesis, ctc_greedy, skip_blanks
+from icefall_kd.decode import (
+    CtcSearch,
+    GreedySearch,
+    Hypothesis,
+    ctc_greedy,
+    skip_blanks,
+)
 
 
 def random(*size, seed=0):
@@ -30,6 +36,36 @@ def test_ctc_by_hand():
     assert ctc_greedy(logits, lengths) == [[2, 2, 1, 3], []]
     assert ctc_greedy(logits, lengths, blank_id=2) == [[0, 1, 3], [0]]
     assert ctc_greedy(logits, torch.tensor([0, 4])) == [[], [1]]
+
+
+@pytest.mark.parametrize("blank_id", [0, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_searchs_tokens_begin_with_their_run_and_have_its_highest_log_prob(
+    make_head, seed, blank_id
+):
+    """Of three tokens, so that many are repeated."""
+    head = make_head(vocab=3, seed=seed)
+    encoder_out, lens = random(4, 11, 12, seed=seed), torch.tensor([11, 5, 1, 0])
+    result = CtcSearch(head, blank_id)(encoder_out, lens)
+    assert result.report.frames == 17
+    with torch.no_grad():
+        log_probs = head.ctc_output(encoder_out)
+    found = result.hypotheses
+    assert [h.tokens for h in found] == ctc_greedy(log_probs, lens, blank_id)
+    assert any(len(h.tokens) > 1 for h in found)
+    for hypothesis, row, n in zip(found, log_probs, lens.tolist()):
+        expected, score = [], 0.0
+        for t in range(n):
+            best = int(row[t].argmax())
+            value = float(row[t, best])
+            score += value
+            if best != blank_id and (t == 0 or best != int(row[t - 1].argmax())):
+                expected.append([best, t, value])
+            elif best != blank_id:
+                expected[-1][2] = max(expected[-1][2], value)
+        triples = zip(hypothesis.tokens, hypothesis.frames, hypothesis.log_probs)
+        assert [list(triple) for triple in triples] == expected
+        assert hypothesis.score == score
 
 
 def test_frames_of_sure_blanks_are_left_out():
