@@ -39,6 +39,7 @@ from icefall_kd.transcripts.journal import Journal
 from icefall_kd.transcripts.outcome import Outcome, table_of
 from icefall_kd.transcripts.recognizer import (
     BEAM,
+    CAUSAL_PADDING,
     CTC,
     GREEDY,
     METHODS,
@@ -86,7 +87,7 @@ LONGEST_NAME = 100  # bytes of a set's name; file names have 255
     type=click.Choice(("auto", "ctc", "none")),
     default="auto",
     help="What greedy_search checks in place of searching from nothing: the CTC head's "
-    "tokens, or nothing, or what is faster. The result is the same.",
+    "tokens, or nothing, or what is faster, on a CPU nothing. The result is the same.",
 )
 @click.option(
     "--skip-blanks",
@@ -104,6 +105,15 @@ LONGEST_NAME = 100  # bytes of a set's name; file names have 255
     metavar="SECONDS",
     help="Encode longer cuts in windows of so many seconds that overlap, such as 8. "
     "Memory then hardly grows with a recording's length; the result is not exact.",
+)
+@click.option(
+    "--causal-padding",
+    type=Count(0, 1000),
+    default=CAUSAL_PADDING,
+    metavar="FRAMES",
+    help="Feature frames of silence behind each utterance for a causal model, as in "
+    "icefall's decoding. Give 0 if the recipe takes off the mean of each utterance: "
+    "silence is none there, and words are inserted.",
 )
 @click.option(
     "--test-set",
@@ -192,6 +202,7 @@ def decode(
     draft: str,
     skip_blanks: Optional[float],
     window: Optional[float],
+    causal_padding: int,
     test_set: str,
     unit: str,
     res_dir: str,
@@ -222,18 +233,20 @@ def decode(
         f"--skip-blanks is for the transducer's searches, and --decoding-method is "
         f"{CTC}: leave it out",
     )
-    name_of_folder = "cascade" if cascade else decoding_method
-    folder = Path(res_dir or Path(teacher.one_folder("decode")) / name_of_folder)
+    own = Path(teacher.one_folder("decode"))
+    folder = Path(res_dir or own / ("cascade" if cascade else decoding_method))
     test_set = test_set or name_of_set(cuts)
     _check_outputs(folder, test_set)
     method = Method(decoding_method, beam_size, max_sym_per_frame, draft, skip_blanks)
     model = teacher.load_one("decode")
-    suffix = suffix_of(teacher, model.settings, method, window, cascade)
+    suffix = suffix_of(teacher, model.settings, method, window, cascade, causal_padding)
     tokenizer = teacher.tokenizer(model.settings)
     num_features = int(model.settings["feature_dim"])
     rate = sampling_rate if on_the_fly_feats else None
     known = CutsToDecode(cuts, num_features, rate).survey()
     header = {**_header(model, method, known, rate), "window": window}
+    if causal_padding != CAUSAL_PADDING:
+        header["causal_padding"] = causal_padding
     first = None
     if cascade:
         first = FirstAnswers.read(Path(cascade), Path(answers), header, known.texts)
@@ -245,7 +258,8 @@ def decode(
     if rate is not None:
         reader = AudioReader(num_features, rate, remedy)
     with ExitStack() as stack:
-        recognizer = Recognizer(model.model, model.settings, method, device, window)
+        how = (method, device, window, causal_padding)
+        recognizer = Recognizer(model.model, model.settings, *how)
         stack.callback(recognizer.close)
         # What can't be decoded is refused before there is a file.
         short = next(c for c in ManifestCuts(cuts) if c.id == known.shortest[0])
@@ -290,11 +304,8 @@ def check_names(teacher: TeacherSpec, cascade: str, answers: str) -> None:
       cascade: The option --cascade.
       answers: The option --answers.
     """
-    require(
-        teacher.bpe_model,
-        "the text of tokens is needed: give --bpe-model the model's bpe.model or lang "
-        "folder",
-    )
+    remedy = "give --bpe-model the model's bpe.model or lang folder"
+    require(teacher.bpe_model, f"the text of tokens is needed: {remedy}")
     require(
         bool(cascade) == bool(answers),
         "--cascade and --answers go together: give the threshold's cascade.json and "
@@ -320,6 +331,7 @@ def suffix_of(
     method: Method,
     window: Optional[float] = None,
     cascade: str = "",
+    causal_padding: int = CAUSAL_PADDING,
 ) -> str:
     """The end of the names of result files, which is that of icefall's decode.py.
 
@@ -327,8 +339,9 @@ def suffix_of(
       teacher: Names the checkpoints.
       settings: The model's.
       method: The search.
-      window: The option --window, which icefall has not.
-      cascade: The option --cascade, which icefall has not.
+      window: The option --window. This and the next two icefall has not.
+      cascade: The option --cascade.
+      causal_padding: The option --causal-padding.
 
     Raises:
       KDError: a causal model without one size of chunks and left context.
@@ -347,6 +360,8 @@ def suffix_of(
                 "--left-context-frames, such as 32 and 128",
             )
             suffix += f"_{text}-{value}"
+        if causal_padding != CAUSAL_PADDING:
+            suffix += f"_causal-padding-{causal_padding}"
     if method.name == BEAM:
         suffix += f"__{BEAM}__beam-size-{method.beam_size}"
     elif method.name == GREEDY:

@@ -157,6 +157,11 @@ def table_of(summary: Dict[str, Any]) -> List[Tuple[str, str]]:
     search = "; ".join(summary["search"]["ways"]) or "none"
     if summary["method"]["skip_blanks"] is not None:
         search += f", in {100 * summary['search']['share']:.1f} % of the frames"
+    if summary["search"].get("drafted"):
+        drafted, accepted = (summary["search"][k] for k in ("drafted", "accepted"))
+        search += f", {accepted:,} of {drafted:,} drafted tokens accepted"
+        if summary["device"] == "cpu":
+            search += " (on a CPU --draft none is faster)"
     rows.append(("search", search))
     threads, seconds = summary["threads"], summary["max_duration"]
     where = f"{summary['device']}, {threads} threads, batches of {seconds:g} s"

@@ -161,8 +161,7 @@ class Recognizer:
     """A model with a search.
 
     Each utterance's encoder output is what it would be without the others of a batch
-    (:meth:`icefall_kd.tap.ModelTap.encode`). A causal model hears 30 frames of silence
-    behind each utterance, as in icefall's decoding.
+    (:meth:`icefall_kd.tap.ModelTap.encode`).
 
     Args:
       model: A recipe's model.
@@ -171,6 +170,10 @@ class Recognizer:
       device: Where it runs.
       window: Seconds; longer utterances are encoded in windows of this length that
         overlap, which is not exact. None: all are encoded as a whole.
+      causal_padding: Feature frames of silence that a causal model hears behind each
+        utterance; icefall's decoding has 30. They are of features without
+        normalisation: to a model that hears features less the mean of each utterance
+        they are no silence, and it wants 0.
 
     Raises:
       KDError: a model that lacks the head of the search, or a window that it can't
@@ -184,10 +187,11 @@ class Recognizer:
         method: Method,
         device: torch.device,
         window: Optional[float] = None,
+        causal_padding: int = CAUSAL_PADDING,
     ) -> None:
         self.model = model.eval().to(device).requires_grad_(False)
         self.device, self.method = device, method
-        self.padding = CAUSAL_PADDING if settings.get("causal") else 0
+        self.padding = causal_padding if settings.get("causal") else 0
         blank_id = int(settings.get("blank_id", 0))
         self.search = method.search(self.model, blank_id)
         self.ctc = None

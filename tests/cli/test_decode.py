@@ -381,6 +381,20 @@ def test_frames_that_the_ctc_head_calls_blank_are_left_out(
     assert not any(u["tokens"] for u in some)
 
 
+def test_a_draft_that_costs_time_is_said_to(invoke, words, tmp_path):
+    def said(draft):
+        more = ("--draft", draft, "--res-dir", tmp_path / draft, "--overwrite")
+        done = invoke(*words(*more))
+        assert done.code == 0
+        return done.out
+
+    out = said("ctc")
+    assert "drafted tokens accepted" in out
+    slower = "(on a CPU --draft none is faster)" in out
+    assert slower != torch.cuda.is_available()
+    assert "drafted" not in said("none")
+
+
 # Long recordings
 
 
@@ -403,6 +417,30 @@ def test_long_cuts_are_encoded_in_windows_and_short_ones_as_they_are(
     assert windows["long"]["num_frames"] == whole["long"]["num_frames"]
     assert windows["long"]["tokens"] and windows["long"] != whole["long"]
     assert found("--window", 20) == whole
+
+
+# Causal models
+
+
+def test_the_silence_behind_an_utterance_is_as_long_as_asked_for(
+    invoke, words, another_exp, tmp_path
+):
+    folder, _ = another_exp(causal=True)
+    more = ("--exp-dir", folder, "--chunk-size", 16, "--left-context-frames", 64)
+
+    def frames(name, *padding):
+        where = tmp_path / name
+        assert invoke(*words(*more, *padding, "--res-dir", where)).code == 0
+        (journal,) = where.glob("utterances-*")
+        assert ("_causal-padding-" in journal.name) == (name == "none")
+        lines = journal.read_text("utf8").splitlines()[1:]
+        utterances = [u for x in lines for u in json.loads(x)["utterances"]]
+        return [u["num_frames"] for u in utterances]
+
+    silent = frames("default")
+    assert frames("same", "--causal-padding", 30) == silent
+    shorter = frames("none", "--causal-padding", 0)
+    assert {a - b for a, b in zip(silent, shorter)} <= {7, 8}  # 30 / 4
 
 
 # Models that don't fit

@@ -703,6 +703,29 @@ def test_features_are_skipped_only_if_they_are_of_these_cuts(fbank, tmp_path):
     assert all_bytes(fbank / "data/fbank") == before
 
 
+def test_features_keep_their_mean_if_asked_and_are_not_taken_for_others(
+    fbank, tmp_path
+):
+    words = ["--extractor", "lhotse", "--output-dir", tmp_path / "fbank"]
+    run_well("compute_fbank.py", *words, "--mean", "none", cwd=fbank)
+
+    def array(folder):
+        (first, *_) = read_cuts(manifest(folder, "dev"))
+        return np.load(folder / "feats_dev" / first["features"]["storage_key"])
+
+    plain, less = array(tmp_path / "fbank"), array(fbank / "data/fbank")
+    assert np.abs(plain.mean(axis=0)).max() > 0.1
+    np.testing.assert_array_equal(plain - plain.mean(axis=0), less)
+    run_well("compute_fbank.py", *words, "--mean", "none", cwd=fbank)
+    done = run("compute_fbank.py", *words, cwd=fbank)
+    said = ("features of --mean none where utterance is asked for", "--overwrite true")
+    refused(done, "compute_fbank.py", *said)
+    for path in (tmp_path / "fbank/feats_dev").rglob("*.npy"):
+        path.unlink()
+    done = run("compute_fbank.py", *words, "--mean", "none", cwd=fbank)
+    refused(done, "compute_fbank.py", "does not exist", "--overwrite true")
+
+
 def test_overwrite_makes_features_again(corpus, tmp_path):
     words = ["--extractor", "lhotse", "--output-dir", tmp_path / "fbank"]
     run_well("compute_fbank.py", *words, cwd=corpus)

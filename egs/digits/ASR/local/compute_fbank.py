@@ -70,6 +70,15 @@ def get_args() -> argparse.Namespace:
         help="auto: kaldifeat where it is installed, else lhotse",
     )
     parser.add_argument(
+        "--mean",
+        type=str,
+        default="utterance",
+        choices=["utterance", "none"],
+        help="Whose mean is taken off: that of each cut, as speakers and microphones "
+        "differ most in it; or none, for streaming and long recordings, where an "
+        "utterance's mean is not known",
+    )
+    parser.add_argument(
         "--num-jobs", type=int, default=1, choices=[1, 2], help="Number of processes"
     )
     parser.add_argument(
@@ -151,11 +160,25 @@ def check_cuts(cuts: List[Cut], manifest: Path, rate: int) -> None:
             )
 
 
-def is_done(cuts: List[Cut], output: Path, extractor: str, num_mel_bins: int) -> bool:
+def whose_mean(features: Dict[str, Any], output: Path) -> str:
+    """Return the --mean with which ``features`` in ``output`` were made."""
+    folder = output.parent / Path(features["storage_path"]).name
+    path = folder / features["storage_key"]
+    if not path.is_file():
+        raise KDError(
+            f"{output} names {path}, which does not exist, give --overwrite true to "
+            "make the features again"
+        )
+    return "utterance" if np.abs(np.load(path).mean(axis=0)).max() < 1e-3 else "none"
+
+
+def is_done(
+    cuts: List[Cut], output: Path, extractor: str, num_mel_bins: int, mean: str
+) -> bool:
     """Return whether ``output`` holds the features of just these ``cuts``.
 
     It is refused if it holds those of other cuts, or others than ``num_mel_bins`` by
-    ``extractor``.
+    ``extractor`` less this ``mean``.
     """
     if not output.exists():
         return False
@@ -166,6 +189,8 @@ def is_done(cuts: List[Cut], output: Path, extractor: str, num_mel_bins: int) ->
     present = f"{features[0].get('num_features')} bins by {features[0].get('type')}"
     if present != wanted:
         difference = f"{present} where {wanted} are asked for"
+    elif (was := whose_mean(features[0], output)) != mean:
+        difference = f"features of --mean {was} where {mean} is asked for"
     elif len(old) != len(cuts):
         difference = f"{len(old)} cuts where there are now {len(cuts)}"
     elif old != cuts:
@@ -181,12 +206,19 @@ def is_done(cuts: List[Cut], output: Path, extractor: str, num_mel_bins: int) ->
 _extractor = None  # one for each process
 
 
-def init_process(extractor: str, num_mel_bins: int, rate: int) -> None:
-    """Make the process's own ``extractor``, as :func:`make_extractor` does."""
+_mean = "utterance"
+
+
+def init_process(extractor: str, num_mel_bins: int, rate: int, mean: str) -> None:
+    """Make the process's own ``extractor``, as :func:`make_extractor` does.
+
+    It is to take off this ``mean``.
+    """
     import torch
 
-    global _extractor
+    global _extractor, _mean
     torch.set_num_threads(1)
+    _mean = mean
     _extractor = make_extractor(extractor, num_mel_bins, rate)
 
 
@@ -204,8 +236,8 @@ def compute_features(cut: Cut, scratch: str, final: str) -> Cut:
             f"the audio of cut {cut['id']} cannot be read ({e}), make the corpus again"
         ) from e
     array = np.asarray(_extractor.extract(samples, item.sampling_rate))
-    # Mean normalisation: speakers and microphones differ most in the mean.
-    array -= array.mean(axis=0)
+    if _mean == "utterance":
+        array -= array.mean(axis=0)
     with NumpyFilesWriter(scratch) as writer:
         # Lhotse's own way would draw a random key.
         key = writer.write(cut["id"], array)
@@ -228,19 +260,21 @@ def compute_features(cut: Cut, scratch: str, final: str) -> Cut:
 
 @contextmanager
 def open_mapper(
-    num_jobs: int, extractor: str, num_mel_bins: int, rate: int
+    num_jobs: int, extractor: str, num_mel_bins: int, rate: int, mean: str
 ) -> Iterator[Mapper]:
     """Yield a lazy, ordered map over ``num_jobs`` processes.
 
-    Each has an ``extractor`` of ``num_mel_bins`` features of audio at ``rate``.
+    Each has an ``extractor`` of ``num_mel_bins`` features of audio at ``rate``, less
+    a ``mean``.
     """
     if num_jobs == 1:
-        init_process(extractor, num_mel_bins, rate)
+        init_process(extractor, num_mel_bins, rate, mean)
         yield map
         return
     # spawn: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(num_jobs, init_process, (extractor, num_mel_bins, rate)) as pool:
+    how = (extractor, num_mel_bins, rate, mean)
+    with context.Pool(num_jobs, init_process, how) as pool:
         yield partial(pool.imap, chunksize=16)
 
 
@@ -285,7 +319,7 @@ def main() -> None:
         output = args.output_dir / manifest.name
         split = manifest.name[len(prefix) : -len(suffix)]
         if not args.overwrite and is_done(
-            cuts, output, args.extractor, args.num_mel_bins
+            cuts, output, args.extractor, args.num_mel_bins, args.mean
         ):
             logging.info(f"{output} exists - skipping")
             continue
@@ -293,7 +327,7 @@ def main() -> None:
         todo.append((cuts, split, output))
     if not todo:
         return
-    how = args.extractor, args.num_mel_bins, args.sampling_rate
+    how = args.extractor, args.num_mel_bins, args.sampling_rate, args.mean
     with open_mapper(args.num_jobs, *how) as mapper:
         for cuts, split, output in todo:
             compute_split(mapper, cuts, split, output)
