@@ -1,16 +1,19 @@
 """Files to be written: places that can't be are refused; one is there whole, or the
 old one as it was, and nothing beside it."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from icefall_kd import files
 from icefall_kd.errors import KDError
 from icefall_kd.files import (
     MANIFEST,
     check_new_file,
     check_new_folder,
+    lock_file,
     missing_folders,
     replacing,
     temporary_name,
@@ -44,6 +47,41 @@ def test_two_writers_of_a_shared_file_do_not_meet(tmp_path):
         a.write_text("first")
         b.write_text("second")
     assert path.read_text() == "first"  # b leaves first
+
+
+def test_a_file_that_another_process_has_locked_is_refused(tmp_path, in_child):
+    with open(tmp_path / "a", "ab") as f:
+        lock_file(f, "give another")
+
+        def other():
+            again = open(tmp_path / "a", "ab")
+            with pytest.raises(KDError) as e:
+                lock_file(again, "give another")
+            assert str(e.value) == (
+                f"{tmp_path}/a is being written by another process: wait for it, or "
+                "give another"
+            )
+            assert again.closed
+
+        assert in_child(other) == 0
+        lock_file(f, "give another")  # a process does not keep itself out
+
+    def later():
+        lock_file(open(tmp_path / "a", "ab"), "give another")
+
+    assert in_child(later) == 0
+
+
+def test_where_there_are_no_locks_no_file_is_refused(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with open(tmp_path / "a", "ab") as f:
+        monkeypatch.setattr(files.fcntl, "lockf", refuse)
+        lock_file(f, "give another")
+        monkeypatch.setattr(files, "fcntl", None)
+        lock_file(f, "give another")
+        assert not f.closed
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "new/deep/a.b.jsonl"])

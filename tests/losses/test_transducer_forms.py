@@ -24,8 +24,15 @@ from icefall_kd.losses.transducer import (
 from icefall_kd.tap import ModelTap
 from icefall_kd.types import Nodes, PrunedLattice, SparseDistribution
 
-ALL = (*FORMS, "total")
-ROWWISE = ("nodes", "collapsed", "sampled_u")  # take a sparse teacher
+# Forms in which whether a node emits has a weight of its own.
+BLANK_WEIGHTS = {
+    "nodes without blank": ("nodes", 0.0),
+    "nodes, blank 3 times": ("nodes", 3.0),
+    "sampled_u without blank": ("sampled_u", 0.0),
+    "sampled_u, blank 0.3 times": ("sampled_u", 0.3),
+}
+ALL = (*FORMS, "total", *BLANK_WEIGHTS)
+ROWWISE = ("nodes", "collapsed", "sampled_u", *BLANK_WEIGHTS)  # take a sparse teacher
 SHARE = 0.3
 INF, NAN = math.inf, math.nan
 
@@ -65,10 +72,12 @@ class Case:
                 student, *ctc, temperature=temperature, ctc_share=SHARE
             )
         g = torch.Generator().manual_seed(seed)
+        form, blank_weight = BLANK_WEIGHTS.get(form, (form, 1.0))
         return nodes_kd_loss(
             student,
             temperature=temperature,
             form=form,
+            blank_weight=blank_weight,
             generator=g,
             node_weighting="occupancy" if occupancy else "equal",
         )
@@ -121,8 +130,14 @@ def value_and_grads(value, inputs):
     return value.detach(), [z if g is None else g for g, z in zip(grads, none)]
 
 
-def kl(teacher, student, temperature, classes=None):
+def kl(teacher, student, temperature, classes=None, blank_weight=1.0):
     p, q = ((x / temperature).softmax(-1) for x in (teacher, student))
+    if blank_weight != 1:
+        parts = [torch.stack((x[0], x[1:].sum())) for x in (p, q)]
+        of_blank = (parts[0] * (parts[0] / parts[1]).log()).sum()
+        r, s = (x[1:] / x[1:].sum() for x in (q, p))
+        of_symbols = p[1:].sum() * (s * (s / r).log()).sum()
+        return temperature**2 * (blank_weight * of_blank + of_symbols)
     if classes is not None:
         rest = [i for i in range(len(p)) if i not in classes]
         p, q = (
@@ -133,6 +148,7 @@ def kl(teacher, student, temperature, classes=None):
 
 def naive(c, form, temperature=1.0, occupancy=True, seed=5):
     """Node by node, frame by frame."""
+    form, blank_weight = BLANK_WEIGHTS.get(form, (form, 1.0))
     h = [
         c.joiner.encoder_proj(c.encoder_out[n, t])
         + c.joiner.decoder_proj(c.decoder_out[n, u])
@@ -160,13 +176,18 @@ def naive(c, form, temperature=1.0, occupancy=True, seed=5):
         elif form == "sampled_u":
             mass = weights[mine].double().cumsum(0)
             k = int((mass <= chance[i] * mass[-1]).sum())
-            total = total + mass[-1] * kl(taught[mine[k]], logits[mine[k]], temperature)
+            total = total + mass[-1] * kl(
+                taught[mine[k]],
+                logits[mine[k]],
+                temperature,
+                blank_weight=blank_weight,
+            )
         else:
             for r in mine:
                 label = int(c.nodes.label[r])
                 classes = None if form == "nodes" else [0] + [label] * (label >= 0)
                 total = total + weights[r] * kl(
-                    taught[r], logits[r], temperature, classes
+                    taught[r], logits[r], temperature, classes, blank_weight
                 )
     return total
 
