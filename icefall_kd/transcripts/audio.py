@@ -8,9 +8,12 @@ from lhotse.cut import Cut
 from lhotse.utils import LOG_EPSILON, supervision_to_frames
 from torch.nn.utils.rnn import pad_sequence
 
-from icefall_kd.errors import KDError, first_line
+from icefall_kd.decode.recording import feature_chunks, least_samples, load_audio
 from icefall_kd.memory import enough_memory
 from icefall_kd.targets.batches import DumpBatch
+
+# Seconds of audio whose features are computed at once; utterances are hardly longer.
+AT_ONCE = 60.0
 
 
 class AudioReader(torch.utils.data.Dataset):
@@ -38,24 +41,15 @@ class AudioReader(torch.utils.data.Dataset):
             return batch, x, torch.tensor(lens, dtype=torch.int32)
 
     def _features(self, cut: Cut) -> torch.Tensor:
-        if cut.num_samples < self.extractor.config.frame_length * cut.sampling_rate:
-            # Too short for one frame; Fbank would fail.
+        rate = cut.sampling_rate
+        if cut.num_samples < least_samples(self.extractor, rate):
             return torch.zeros(0, self.num_features)
-        try:
-            samples = cut.load_audio()
-        except MemoryError:
-            raise
-        except Exception as e:  # lhotse and what reads for it raise what they like
-            raise KDError(
-                f"the audio of cut {cut.id} can't be read ({first_line(e)}): mend the "
-                "file, or leave the cut out"
-            ) from None
-        x = self.extractor.extract(samples, cut.sampling_rate)
-        return torch.as_tensor(x).reshape(-1, self.num_features)
+        chunks = feature_chunks([load_audio(cut)], self.extractor, rate, AT_ONCE)
+        return torch.cat(list(chunks))
 
     def _frames(self, cut: Cut, num_frames: int) -> int:
         """As many frames as the supervision has, from the cut's first on."""
-        if len(cut.supervisions) != 1:
+        if not num_frames or len(cut.supervisions) != 1:
             return num_frames
         _, frames = supervision_to_frames(
             cut.supervisions[0],

@@ -6,8 +6,12 @@ import torch
 from lhotse import Fbank, FbankConfig, MonoCut, Recording
 
 from icefall_kd import KDError
-from icefall_kd.decode import recording
-from icefall_kd.decode.recording import OVERLAP, audio_chunks, feature_chunks
+from icefall_kd.decode.recording import (
+    OVERLAP,
+    audio_chunks,
+    feature_chunks,
+    load_audio,
+)
 
 RATE = 8000
 
@@ -26,26 +30,21 @@ def chunks_of(array, size):
     return [array[:, i : i + size] for i in range(0, array.shape[1], size)]
 
 
-@pytest.fixture
-def short_chunks(monkeypatch):
-    monkeypatch.setattr(recording, "SECONDS", 0.5)
-
-
 @pytest.mark.parametrize("count", [400, 4039, 4799, 4800, 4801, 8847, 20001])
 @pytest.mark.parametrize("snip_edges", [False, True])
-def test_features_are_those_of_the_whole(short_chunks, count, snip_edges):
+def test_features_are_those_of_the_whole(count, snip_edges):
     maker = extractor(snip_edges=snip_edges)
     audio = samples(count)[None]
     expected = maker.extract(audio, RATE)
-    parts = list(feature_chunks(chunks_of(audio, 733), maker, RATE))
+    parts = list(feature_chunks(chunks_of(audio, 733), maker, RATE, seconds=0.5))
     assert all(len(part) <= 50 + OVERLAP + 1 for part in parts)
     np.testing.assert_allclose(torch.cat(parts), expected, rtol=0, atol=1e-4)
 
 
-def test_audio_may_be_flat(short_chunks):
+def test_audio_may_be_flat():
     audio = samples(9001)
-    flat = torch.cat(list(feature_chunks([audio], extractor(), RATE)))
-    rows = torch.cat(list(feature_chunks([audio[None]], extractor(), RATE)))
+    flat = torch.cat(list(feature_chunks([audio], extractor(), RATE, 0.5)))
+    rows = torch.cat(list(feature_chunks([audio[None]], extractor(), RATE, 0.5)))
     assert torch.equal(flat, rows)
 
 
@@ -75,3 +74,20 @@ def test_a_cut_is_read_sample_by_sample_once(tmp_path, seconds):
     parts = list(audio_chunks(cut, seconds))
     assert len(parts) == -(-1.3 // seconds)
     assert np.array_equal(np.concatenate(parts, axis=1), cut.load_audio())
+
+
+@pytest.mark.parametrize("end", [0, 100])
+def test_audio_that_can_not_be_read_is_refused_by_its_cut(tmp_path, end):
+    """Also where it ends within the cut."""
+    import soundfile
+
+    path = tmp_path / "a.wav"
+    soundfile.write(path, samples(2 * RATE), RATE, subtype="FLOAT")
+    whole = Recording.from_file(path)
+    cut = MonoCut("cut 1", start=0.5, duration=1.3, channel=0, recording=whole)
+    path.write_bytes(path.read_bytes()[:end])
+    for read in (load_audio, lambda cut: list(audio_chunks(cut, 0.5))):
+        with pytest.raises(
+            KDError, match="^the audio of cut cut 1 can't be read .*mend"
+        ):
+            read(cut)
