@@ -502,16 +502,14 @@ def teacher_exp(tmp_path_factory, bpe_models):
             params.batch_idx_train = int(name.split("-")[1]) * (
                 10 if "epoch" in name else 1
             )
-            optimizer = train.ScaledAdam(
-                train.get_parameter_groups_with_lrs(model, lr=0.045, include_names=True)
-            )
+            optimizer = train.get_optimizer(params, model)
             train.save_checkpoint(
                 folder / f"{name}.pt",
                 params,
                 model,
                 model_avg,
                 optimizer,
-                train.Eden(optimizer, params.lr_batches, params.lr_epochs),
+                train.get_scheduler(params, optimizer),
                 SimpleCutSampler(CutSet.from_cuts([]), max_duration=1.0),
                 GradScaler(enabled=False),
             )

@@ -273,8 +273,9 @@ def without_kd_lines(folder):
         removed += len(lines) - len(kept)
         (folder / name).write_text("".join(kept))
     assert removed == 7  # five in train.py, two in the data module
-    for name in ("dev_wer.py", "greedy.py"):
-        shutil.copy(RECIPE / "zipformer" / name, folder)
+    for path in (RECIPE / "zipformer").glob("*.py"):
+        if not (folder / path.name).exists():
+            shutil.copy(path, folder)
     return folder / "train.py"
 
 

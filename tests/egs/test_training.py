@@ -1,17 +1,24 @@
 """What the digits recipe's training does at an epoch's borders."""
 
+import sys
+
 import pytest
 import torch
+from zipformer.modules.scaling import Whiten
 
 from icefall_kd.errors import KDError
+
+
+@pytest.fixture
+def checkpoint(recipe):
+    """The recipe's module of checkpoints."""
+    return sys.modules[recipe.save_checkpoint.__module__]
 
 
 def test_an_epoch_begins_with_what_a_training_has_that_goes_on(recipe, make_model):
     """No checkpoint keeps how often each activation is looked at."""
     fresh, trained = make_model(), make_model()
-    names = [
-        name for name, m in trained.named_modules() if isinstance(m, recipe.Whiten)
-    ]
+    names = [name for name, m in trained.named_modules() if isinstance(m, Whiten)]
     assert names
     for name in names:
         module = trained.get_submodule(name)
@@ -23,7 +30,9 @@ def test_an_epoch_begins_with_what_a_training_has_that_goes_on(recipe, make_mode
         assert trained.get_submodule(name).prob == prob
 
 
-def test_a_checkpoint_takes_its_place_when_it_is_whole(recipe, tmp_path, monkeypatch):
+def test_a_checkpoint_takes_its_place_when_it_is_whole(
+    checkpoint, tmp_path, monkeypatch
+):
     path = tmp_path / "epoch-1.pt"
     path.write_text("of before")
 
@@ -31,11 +40,11 @@ def test_a_checkpoint_takes_its_place_when_it_is_whole(recipe, tmp_path, monkeyp
         filename.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe, "save_checkpoint_impl", half)
+    monkeypatch.setattr(checkpoint, "save_checkpoint_impl", half)
     states = [torch.nn.Linear(1, 1), None, None, None]
     sampler = type("Sampler", (), {"state_dict": dict})()
     with pytest.raises(KeyboardInterrupt):
-        recipe.save_checkpoint(path, {}, *states, sampler, None)
+        checkpoint.save_checkpoint(path, {}, *states, sampler, None)
     assert path.read_text() == "of before" and list(tmp_path.iterdir()) == [path]
 
 
@@ -54,14 +63,16 @@ def params_of(recipe, *words):
     return recipe.AttributeDict(vars(recipe.get_parser().parse_args(words)))
 
 
-def test_another_average_period_is_refused_when_dev_cuts_are_to_be_decoded(recipe):
+def test_another_average_period_is_refused_when_dev_cuts_are_to_be_decoded(
+    recipe, checkpoint
+):
     params = params_of(recipe, "--patience", "1", "--average-period", "2")
     with pytest.raises(KDError, match="is 2, and .* had 10: give --average-period 10"):
-        recipe.check_average_period(params, {"average_period": 10})
-    recipe.check_average_period(params, {"average_period": 2})
-    recipe.check_average_period(params, {})
+        checkpoint.check_average_period(params, {"average_period": 10})
+    checkpoint.check_average_period(params, {"average_period": 2})
+    checkpoint.check_average_period(params, {})
     params.patience = 0
-    recipe.check_average_period(params, {"average_period": 10})
+    checkpoint.check_average_period(params, {"average_period": 10})
 
 
 def test_cr_ctc_has_the_masks_that_a_training_makes_once(recipe):

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any, Dict, Optional
 
+import sentencepiece as spm
 import torch
 from lhotse import CutSet, fix_random_seed
 from lhotse.dataset import (
@@ -182,3 +183,42 @@ class AsrDataModule:
 
     def test_cuts(self) -> CutSet:
         return self.cuts("test")
+
+
+def check_cuts(cuts: CutSet, sp: spm.SentencePieceProcessor) -> float:
+    """Refuse cuts that the losses can't take; return their duration in seconds."""
+    total = 0.0
+    for c in cuts:
+        problem = ""
+        if len(c.supervisions) != 1:
+            problem = f"has {len(c.supervisions)} supervisions and must have 1"
+        elif not (c.supervisions[0].text or "").strip():
+            problem = "has an empty text and must have a transcript"
+        else:
+            frames = ((c.num_frames - 7) // 2 + 1) // 2
+            tokens = len(sp.encode(c.supervisions[0].text))
+            if frames - 2 < tokens:
+                problem = (
+                    f"has {frames} frames after subsampling and needs "
+                    f"{tokens + 2} for its {tokens} tokens"
+                )
+        if problem:
+            raise KDError(
+                f"the cut {c.id} {problem}: mend it or leave it out "
+                "of the training cuts"
+            )
+        total += c.duration
+    if not total:
+        raise KDError("there are no training cuts: make the data")
+    return total
+
+
+def load_bpe_model(path: str) -> spm.SentencePieceProcessor:
+    if not Path(path).is_file():
+        raise KDError(
+            f"the BPE model {path} does not exist: run the token stage, or mend "
+            "--bpe-model"
+        )
+    sp = spm.SentencePieceProcessor()
+    sp.load(path)
+    return sp
