@@ -57,11 +57,11 @@ class Prefix:
         Args:
           token: Its id.
         """
-        found = self.longer.get(token)
-        if found is None:
-            found = Prefix((*self.context[1:], token), self.length + 1)
-            self.longer[token] = found
-        return found
+        longer = self.longer.get(token)
+        if longer is None:
+            longer = Prefix((*self.context[1:], token), self.length + 1)
+            self.longer[token] = longer
+        return longer
 
 
 @dataclass
@@ -75,15 +75,15 @@ class Active:
 
     def hypothesis(self) -> Hypothesis:
         """Return the tokens with their frames and log-probabilities."""
-        found, history = Hypothesis(score=self.score), self.history
+        hypothesis, history = Hypothesis(score=self.score), self.history
         while history is not None:
             history, token, frame, log_prob = history
-            found.tokens.append(token)
-            found.frames.append(frame)
-            found.log_probs.append(log_prob)
-        for values in (found.tokens, found.frames, found.log_probs):
+            hypothesis.tokens.append(token)
+            hypothesis.frames.append(frame)
+            hypothesis.log_probs.append(log_prob)
+        for values in (hypothesis.tokens, hypothesis.frames, hypothesis.log_probs):
             values.reverse()
-        return found
+        return hypothesis
 
 
 @dataclass

@@ -98,8 +98,8 @@ class KeptFrames:
           hypotheses: What a search found in the kept frames, one for each utterance.
         """
         return [
-            replace(found, frames=[frames[t] for t in found.frames])
-            for found, frames in zip(hypotheses, self.frames)
+            replace(hypothesis, frames=[frames[t] for t in hypothesis.frames])
+            for hypothesis, frames in zip(hypotheses, self.frames)
         ]
 
 

@@ -251,8 +251,8 @@ def search_pieces(
         if not whole.hypotheses or isinstance(search, BeamSearch):
             whole.hypotheses = result.hypotheses
         else:
-            found, more = whole.hypotheses[0], result.hypotheses[0]
-            found.tokens += more.tokens
-            found.frames += more.frames
-            found.log_probs += more.log_probs
+            so_far, more = whole.hypotheses[0], result.hypotheses[0]
+            so_far.tokens += more.tokens
+            so_far.frames += more.frames
+            so_far.log_probs += more.log_probs
         yield whole

@@ -313,8 +313,10 @@ class Cascade:
         Args:
           utterances: The student's.
         """
-        found = confidences(self.measure, utterances)
-        return [cut_id for cut_id, value in found.items() if value < self.threshold]
+        confidence_of = confidences(self.measure, utterances)
+        return [
+            cut_id for cut_id, value in confidence_of.items() if value < self.threshold
+        ]
 
 
 def identity(header: Dict[str, Any]) -> Dict[str, Any]:

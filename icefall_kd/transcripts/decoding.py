@@ -80,8 +80,8 @@ def decode_cuts(
         bar.update(len(journal.utterances))
         for batch, x, x_lens in loader:
             with enough_memory(f"the model's pass over {batch}", remedy):
-                found, cost = recognizer(x, x_lens)
-            journal.append(record_of(batch.cuts, found, cost, recognizer.device))
+                recognized, cost = recognizer(x, x_lens)
+            journal.append(record_of(batch.cuts, recognized, cost, recognizer.device))
             heap.after_batch()
             bar.update(len(batch.cuts))
             audio += sum(cut.duration for cut in batch.cuts)
@@ -126,19 +126,19 @@ def remedy_for_memory(max_duration: float) -> str:
 
 
 def record_of(
-    cuts: List[Cut], found: List[Recognized], cost: BatchCost, device: torch.device
+    cuts: List[Cut], recognized: List[Recognized], cost: BatchCost, device: torch.device
 ) -> Dict[str, Any]:
     """A batch as the journal has it.
 
     Args:
       cuts: Its cuts.
-      found: What was found in each.
+      recognized: What was found in each.
       cost: What it cost.
       device: Where the model runs.
     """
     utterances = [
-        {"id": cut.id, "duration": cut.duration, **vars(recognized)}
-        for cut, recognized in zip(cuts, found)
+        {"id": cut.id, "duration": cut.duration, **vars(of_cut)}
+        for cut, of_cut in zip(cuts, recognized)
     ]
     return {
         "seconds": {

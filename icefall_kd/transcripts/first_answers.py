@@ -55,17 +55,17 @@ class FirstAnswers:
             f"{answers} is of another student or another search than {path} is for: "
             f"decode the cuts with those that it was chosen for, as {same}",
         )
-        found = {u["id"]: u for batch in batches for u in batch["utterances"]}
+        utterances = {u["id"]: u for batch in batches for u in batch["utterances"]}
         order = list(ids)
-        missing = [cut_id for cut_id in order if cut_id not in found]
+        missing = [cut_id for cut_id in order if cut_id not in utterances]
         require(
             of_student["manifest"] == header["manifest"] and not missing,
             f"{answers} is of another manifest or lacks cuts of this one: decode the "
             "manifest with the student first, to its end",
         )
-        unsure = set(cascade.unsure(found))
+        unsure = set(cascade.unsure(utterances))
         asked = [cut_id for cut_id in order if cut_id in unsure]
-        return cls(cascade, batches, found, asked)
+        return cls(cascade, batches, utterances, asked)
 
 
 def read_cascade(path: Path) -> Cascade:

@@ -58,9 +58,9 @@ class Outcome:
         utterances = self.utterances
         for cut_id, text in self.known.texts.items():
             tokens = utterances[cut_id]["tokens"]
-            found = tokenizer.decode(tokens).split() if tokens else []
+            words = tokenizer.decode(tokens).split() if tokens else []
             reference = [] if text is None else text.split()
-            results[text is None].append(Result(cut_id, reference, found))
+            results[text is None].append(Result(cut_id, reference, words))
         return sorted(results[0]), sorted(results[1])
 
     def write(self, tokenizer: Any, unit: str) -> Dict[str, Errors]:
@@ -109,8 +109,8 @@ class Outcome:
             "cuts": len(texts),
             "untranscribed": sum(text is None for text in texts.values()),
             "too_short": sum(not u["num_frames"] for u in self.utterances.values()),
-            "errors": {kind: found.counts() for kind, found in errors.items()},
-            "percent": {kind: found.percent for kind, found in errors.items()},
+            "errors": {kind: of_kind.counts() for kind, of_kind in errors.items()},
+            "percent": {kind: of_kind.percent for kind, of_kind in errors.items()},
         }
         costs = sum_up(self.journal.batches, self.first.batches if self.first else ())
         frames = sum(u["num_frames"] for u in self.journal.utterances.values())

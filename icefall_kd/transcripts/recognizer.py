@@ -220,11 +220,11 @@ class Recognizer:
         Returns:
           What was found in each, and what it cost.
         """
-        found = [Recognized() for _ in x]
+        recognized = [Recognized() for _ in x]
         cost = BatchCost()
         rows = lengths_in_batch(x_lens, MIN_FRAMES)
         if not rows:
-            return found, cost
+            return recognized, cost
         x, x_lens = self._padded(x[rows], x_lens[rows])
         begin = self._now()
         encoder_out, lens = self._encode(x, x_lens)
@@ -240,16 +240,16 @@ class Recognizer:
         for i, hypothesis, heard, n in zip(
             rows, result.hypotheses, by_ctc, lens.tolist()
         ):
-            found[i] = Recognized(
+            recognized[i] = Recognized(
                 list(hypothesis.tokens),
                 list(hypothesis.frames),
                 [round(value, 4) for value in hypothesis.log_probs],
                 n,
             )
             if has_head:
-                found[i].ctc_tokens = list(heard.tokens)
-                found[i].ctc_log_prob = round(heard.score / n, 5)
-        return found, cost
+                recognized[i].ctc_tokens = list(heard.tokens)
+                recognized[i].ctc_log_prob = round(heard.score / n, 5)
+        return recognized, cost
 
     def _encode(
         self, x: torch.Tensor, x_lens: torch.Tensor
