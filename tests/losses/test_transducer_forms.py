@@ -3,7 +3,7 @@ evaluation for all, draws, the best path, the full lattice."""
 
 import math
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icefall_kd.errors import KDError
-from icefall_kd.kinds.lattice import LatticeCodec
-from icefall_kd.lattice import best_path
-from icefall_kd.losses.nodes import nodes_of, path_nodes, stored_nodes
+from icefall_kd.losses.nodes import nodes_of
 from icefall_kd.losses.student_nodes import StudentNodes
 from icefall_kd.losses.transducer import (
     FORMS,
@@ -22,7 +20,7 @@ from icefall_kd.losses.transducer import (
     transducer_kd_loss,
 )
 from icefall_kd.tap import ModelTap
-from icefall_kd.types import Nodes, PrunedLattice, SparseDistribution
+from icefall_kd.types import Nodes, SparseDistribution
 
 # Forms in which whether a node emits has a weight of its own.
 BLANK_WEIGHTS = {
@@ -425,15 +423,6 @@ def test_the_joiner_is_asked_at_the_drawn_nodes_alone():
 Y = [[3, 4, 3], [5, 6], [7]]
 
 
-@pytest.fixture
-def lattice_of(make_model, features):
-    def lattice(seed, s_range, ranges=None):
-        with ModelTap(make_model(seed=seed)) as hook:
-            return hook.lattice(hook.encode(*features), Y, s_range, ranges)
-
-    return lattice
-
-
 def full_logits(model, features):
     """(N, T, U + 1, V), by the joiner's own forward, and the lengths."""
     with ModelTap(model) as hook:
@@ -455,7 +444,7 @@ def test_a_range_over_all_labels_gives_the_full_lattices_loss(
     student = make_model(seed=2)
     states, logits = full_logits(student, features)
     _, taught = full_logits(make_model(seed=1), features)
-    nodes = nodes_of(lattice_of(1, s_range))
+    nodes = nodes_of(lattice_of(Y, 1, s_range))
     found = transducer_kd_loss(
         student.joiner,
         states[0],
@@ -479,45 +468,12 @@ def test_a_range_over_all_labels_gives_the_full_lattices_loss(
         student.joiner,
         states[0],
         states[2],
-        nodes_of(lattice_of(1, 2)),
+        nodes_of(lattice_of(Y, 1, 2)),
         states[1],
         form=form,
         node_weighting="equal",
     )
     assert float(pruned) != pytest.approx(expected, rel=1e-3)
-
-
-def test_path_nodes_are_the_best_alignment_and_count_1(lattice_of):
-    lattice = lattice_of(1, 3)
-    nodes, on_path = path_nodes(lattice, 0), best_path(lattice, 0)
-    assert nodes.occupancy.eq(1).all()
-    t, u = lattice.boundary[:, 3], lattice.boundary[:, 2]
-    assert nodes.row.bincount().tolist() == (t + u).tolist()
-    n, frame, s = on_path.nonzero(as_tuple=True)
-    assert torch.equal(nodes.frame, frame) and torch.equal(nodes.row, n)
-    assert torch.equal(nodes.position, lattice.ranges[n, frame, s])
-    assert torch.equal(nodes.teacher, lattice.logits[n, frame, s])
-    for row, y in enumerate(Y):  # a path goes on by a label or a blank
-        at = nodes.row == row
-        frame, position = nodes.frame[at], nodes.position[at]
-        steps = (frame + position).tolist()
-        assert steps == list(range(int(t[row]) + len(y)))
-        following = [*y, -1]
-        assert nodes.label[at].tolist() == [following[p] for p in position.tolist()]
-
-
-def test_path_nodes_are_those_of_a_path_store(lattice_of):
-    lattice = lattice_of(1, 3)
-    codec = LatticeCodec.parse("path:dense", 0)
-    stored = []
-    for i in range(3):
-        one = PrunedLattice(
-            *(getattr(lattice, f.name)[i : i + 1] for f in fields(lattice))
-        )
-        stored.append(codec.decode(codec.encode(one), lattice.logits.size(-1)))
-    found, expected = stored_nodes(stored), path_nodes(lattice, 0)
-    for name in ("row", "frame", "position", "label", "occupancy"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 # Refusals
