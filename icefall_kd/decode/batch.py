@@ -43,18 +43,18 @@ class Batch:
         self.transducer, self.encoder_out = transducer, encoder_out
         self.blank_penalty = blank_penalty
         self.begins: List[int] = []  # of each utterance, in the frames of all
-        total = 0
+        self.num_frames = 0
         for n in self.lengths:
-            self.begins.append(total)
-            total += n
+            self.begins.append(self.num_frames)
+            self.num_frames += n
         if all(n == encoder_out.size(1) for n in self.lengths):
             self.valid = encoder_out.flatten(0, 1)  # (sum of lengths, C)
         else:
             rows = [x[:n] for x, n in zip(encoder_out, self.lengths)]
             self.valid = torch.cat(rows)
         self.frames = transducer.project(self.valid)  # (sum of lengths, J)
+        self._padded: Optional[torch.Tensor] = None
         self.chunk = CHUNK["cpu" if encoder_out.device.type == "cpu" else "other"]
-        self.steps = torch.arange(MAX_WINDOW, device=encoder_out.device)
         self._alone: Dict[int, torch.Tensor] = {}
 
     def tensor(self, values: Sequence[Any]) -> torch.Tensor:
@@ -66,19 +66,34 @@ class Batch:
         device = self.encoder_out.device
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    def windows(self, at: List[int], window: int) -> torch.Tensor:
+    def ask(self, places: List[int], window: int, rows: torch.Tensor) -> torch.Tensor:
+        """Return the joiner's logits (A * W, V) for windows of frames.
+
+        Args:
+          places: A places among the frames of all, where the windows begin.
+          window: W, at most ``MAX_WINDOW``.
+          rows: (A, J), one context for each window.
+        """
+        if len(places) == 1 and places[0] + window <= self.num_frames:
+            frames = self.frames.narrow(0, places[0], window)
+            return self.transducer.logits(frames, rows, self.blank_penalty)
+        frames, rows = self.windows(places, window), rows.unsqueeze(1)
+        return self.transducer.logits(frames, rows, self.blank_penalty).flatten(0, 1)
+
+    def windows(self, places: List[int], window: int) -> torch.Tensor:
         """Return (A, W, J), the frames that follow some places.
 
         Args:
-          at: A places among the frames of all.
-          window: W. If there is one place, its window may be shorter at the end. Else
-            a window runs into what follows the utterance.
+          places: A places among the frames of all.
+          window: W, at most ``MAX_WINDOW``. A window may run into what follows the
+            utterance.
         """
-        if len(at) == 1:
-            return self.frames[at[0] : at[0] + window].unsqueeze(0)
-        index = self.tensor(at).unsqueeze(1) + self.steps[:window]
-        index = index.clamp_(max=len(self.frames) - 1).flatten()
-        return self.frames.index_select(0, index).unflatten(0, (len(at), window))
+        count, width = self.num_frames, self.frames.size(1)
+        if self._padded is None:  # so that no window ends behind the last row
+            rest = self.frames.new_zeros(MAX_WINDOW, width)
+            self._padded = torch.cat((self.frames, rest))
+        windows = self._padded.as_strided((count, window, width), (width, width, 1))
+        return windows.index_select(0, self.tensor(places))
 
     def best_two(
         self, frames: torch.Tensor, rows: torch.Tensor
@@ -92,19 +107,19 @@ class Batch:
         logits = self.transducer.logits(frames, rows, self.blank_penalty)
         return logits.log_softmax(-1).topk(2)
 
-    def ask_alone(self, n: int, frame: int, context: Context) -> int:
+    def ask_alone(self, n: int, place: int, context: Context) -> int:
         """Return the best token of one frame, computed as icefall computes it.
 
         Args:
           n: The utterance's row of the batch.
-          frame: Of this utterance.
+          place: The frame's, among the frames of all.
           context: The last tokens.
         """
         if n not in self._alone:
             alone = self.encoder_out[n : n + 1, : self.lengths[n]]
-            self._alone[n] = self.transducer.project(alone)
+            self._alone[n] = self.transducer.joiner.encoder_proj(alone)
         return self.transducer.ask_alone(
-            self._alone[n], frame, context, self.blank_penalty
+            self._alone[n], place - self.begins[n], context, self.blank_penalty
         )
 
 

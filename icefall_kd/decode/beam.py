@@ -284,7 +284,7 @@ class BeamSearch:
     def _search_alone(self, batch: Batch, n: int, state: BeamState) -> List[Active]:
         """Return the beam as icefall computes it, frame by frame, of one utterance."""
         model, transducer = self.transducer.model, self.transducer
-        projected = transducer.project(batch.encoder_out[n, : batch.lengths[n]])
+        projected = model.joiner.encoder_proj(batch.encoder_out[n, : batch.lengths[n]])
         device = projected.device
         beam = state.beam
         for t in range(batch.lengths[n]):

@@ -74,7 +74,7 @@ class GreedySearch:
         self.max_sym_per_frame = max_sym_per_frame
         self.blank_penalty = blank_penalty
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(
         self,
         encoder_out: torch.Tensor,
@@ -106,12 +106,14 @@ class GreedySearch:
         if states is None:
             states = [GreedyState(self.transducer.start) for _ in batch.lengths]
         paths = [
-            Path(row, state.context, length, emitted=state.emitted)
-            for row, (state, length) in enumerate(zip(states, batch.lengths))
+            Path(row, state.context, begin, begin + length, state.emitted)
+            for row, (state, begin, length) in enumerate(
+                zip(states, batch.begins, batch.lengths)
+            )
         ]
-        report = SearchReport("label looping", frames=len(batch.frames))
+        report = SearchReport("label looping", frames=batch.num_frames)
         auto = draft is None and self.draft == "auto"
-        if self.max_sym_per_frame is not None or not len(batch.frames):
+        if self.max_sym_per_frame is not None or not batch.num_frames:
             draft = None
         elif draft is None and self._shall_draft(batch):
             draft = self._ctc_draft(batch)
@@ -119,7 +121,7 @@ class GreedySearch:
             report.way = "speculation"
             self._speculate(batch, paths, draft, report, auto)
         LabelLooping(batch, report, self.max_sym_per_frame).follow(paths)
-        return self._result(paths, states, report)
+        return _result(batch, paths, states, report)
 
     def _search_stateful(
         self,
@@ -133,8 +135,10 @@ class GreedySearch:
             "label looping without tables, as the decoder has a state",
             frames=sum(lengths),
         )
-        found, after = search_each(self.stateful, encoder_out, lengths, states, report)
-        return SearchResult(found, after, report)
+        hypotheses, after = search_each(
+            self.stateful, encoder_out, lengths, states, report
+        )
+        return SearchResult(hypotheses, after, report)
 
     def _shall_draft(self, batch: Batch) -> bool:
         """Return whether the CTC head makes a draft of this batch.
@@ -145,7 +149,7 @@ class GreedySearch:
         """
         if self.draft != "auto":
             return self.draft == "ctc"
-        if not has_ctc(self.transducer.model) or batch.frames.device.type == "cpu":
+        if batch.frames.device.type == "cpu" or not has_ctc(self.transducer.model):
             return False
         return self._drafts < 4 or self._given_up < self._drafts / 2
 
@@ -171,20 +175,27 @@ class GreedySearch:
             report.way = "speculation, then label looping"
         if auto:
             self._drafts, self._given_up = self._drafts + 1, self._given_up + given_up
-        for path, (end, found) in zip(paths, speculation.known()):
-            path.found, path.frame, path.begin = found, end, end
-            path.context = path.context_at(len(found.tokens))
+        for path, (place, hypothesis) in zip(paths, speculation.known()):
+            path.hypothesis, path.place, path.begin = hypothesis, place, place
+            path.context = path.context_at(len(hypothesis.tokens))
 
-    def _result(
-        self, paths: List[Path], states: Sequence[GreedyState], report: SearchReport
-    ) -> SearchResult:
-        """Count frames from the utterance's first one, and make the next states."""
-        after = []
-        for path, state in zip(paths, states):
-            path.found.frames = [state.frame + t for t in path.found.frames]
-            emitted = state.emitted + len(path.found.tokens)
-            after.append(GreedyState(path.context, state.frame + path.end, emitted))
-        return SearchResult([path.found for path in paths], after, report)
+
+def _result(
+    batch: Batch,
+    paths: List[Path],
+    states: Sequence[GreedyState],
+    report: SearchReport,
+) -> SearchResult:
+    """Count frames from each utterance's first one, and make the next states."""
+    hypotheses, after = [], []
+    for path, state, begin in zip(paths, states, batch.begins):
+        hypothesis, shift = path.hypothesis, state.frame - begin
+        if shift:
+            hypothesis.frames = [place + shift for place in hypothesis.frames]
+        hypotheses.append(hypothesis)
+        emitted = state.emitted + len(hypothesis.tokens)
+        after.append(GreedyState(path.context, path.end + shift, emitted))
+    return SearchResult(hypotheses, after, report)
 
 
 def transducer_greedy(

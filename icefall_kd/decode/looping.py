@@ -22,32 +22,33 @@ import torch
 
 from icefall_kd.decode.batch import MARGIN, MAX_WINDOW, Batch
 from icefall_kd.decode.transducer import Context
-from icefall_kd.decode.types import Hypothesis, SearchReport
+from icefall_kd.decode.types import MAX_SYMBOLS, Hypothesis, SearchReport
 
-MAX_SYMBOLS = 1000  # in an utterance, of icefall's greedy_search
-
-# What a call of the joiner costs beside its rows, in multiply-adds of rows.
-CALL_COST = {"cpu": 8e6, "other": 1e9}
+# What a call of the joiner costs beside its rows, as a number of rows.
+CALL_ROWS = {"cpu": 40, "other": 4000}
 SEGMENT = 36  # frames at least
 # Paths that take their steps together at most, by cutting.
-ACTIVE = {"cpu": 12, "other": 256}
+ACTIVE = {"cpu": 20, "other": 256}
 WINDOWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, MAX_WINDOW)
 
 
 @dataclass
 class Path:
-    """The greedy path of an utterance or segment, as far as it is known."""
+    """The greedy path of an utterance or segment, as far as it is known.
+
+    Places are frames, counted from the first one of the batch.
+    """
 
     row: int  # of the batch
     context: Context
+    place: int  # the next one to be asked
     end: int  # of the utterance
-    frame: int = 0  # the next one to be asked
     emitted: int = 0  # tokens of earlier chunks
     at_frame: int = 0  # tokens that this frame has already
-    found: Hypothesis = field(default_factory=Hypothesis)
+    hypothesis: Hypothesis = field(default_factory=Hypothesis)
 
     def __post_init__(self) -> None:
-        self.begin, self.start = self.frame, self.context
+        self.begin, self.start = self.place, self.context
         self.segments: List["Path"] = [self]  # of this utterance, in order
         self.limit = self.end  # where the next segment begins
         # The path that this one has met, and how many tokens it has there.
@@ -60,18 +61,18 @@ class Path:
           tokens: Their number.
         """
         c = len(self.start)
-        last = self.found.tokens[max(tokens - c, 0) : tokens]
+        last = self.hypothesis.tokens[max(tokens - c, 0) : tokens]
         return (*self.start[len(last) :], *last)
 
     def meet(self) -> bool:
         """Return whether the path has met that of a later segment, and remember it."""
-        if self.frame < self.limit or self.limit == self.end:
+        if self.place < self.limit or self.limit == self.end:
             return False
         segments = self.segments
-        other = segments[bisect_left([s.begin for s in segments], self.frame + 1) - 1]
-        if other is self or other.frame < self.frame:
+        other = segments[bisect_left([s.begin for s in segments], self.place + 1) - 1]
+        if other is self or other.place < self.place:
             return False
-        tokens = bisect_left(other.found.frames, self.frame)
+        tokens = bisect_left(other.hypothesis.frames, self.place)
         if other.context_at(tokens) != self.context:
             return False
         self.met = (other, tokens)
@@ -98,8 +99,9 @@ class LabelLooping:
         self.transducer = batch.transducer
         self.max_sym_per_frame = max_sym_per_frame
         kind = "cpu" if batch.frames.device.type == "cpu" else "other"
-        size = batch.frames.size(1) * self.transducer.vocab_size
-        self.call_rows, self.max_active = int(CALL_COST[kind] / size), ACTIVE[kind]
+        self.call_rows, self.max_active = CALL_ROWS[kind], ACTIVE[kind]
+        # Frames and tokens of all steps so far, as if of a first token.
+        self.advanced, self.emitted = 8, 1
 
     def follow(self, paths: List[Path]) -> None:
         """Bring paths to the ends of their utterances.
@@ -115,123 +117,140 @@ class LabelLooping:
             active = [part for path in active for part in self._cut(path, share)]
         rows = self.transducer.decoder_rows([path.context for path in active])
         self.report.decoder_rows += len(active)
-        advanced, emitted = 8, 1  # frames and tokens so far, as if of a first token
         while active:
-            window = self._window(advanced // emitted, active)
-            before = sum([path.frame for path in active])
-            hits = self._step(active, rows, window)
-            advanced += sum([path.frame for path in active]) - before
-            emitted += len(hits)
-            if hits:
-                new = self.transducer.decoder_rows([active[i].context for i in hits])
-                self.report.decoder_rows += len(hits)
-                if len(hits) == len(active):
+            window = best_window(
+                self.advanced // self.emitted, len(active), self.call_rows
+            )
+            window = min(window, max([path.end - path.place for path in active]))
+            moved = self._step(active, rows, window)
+            if moved:
+                new = self.transducer.decoder_rows([active[i].context for i in moved])
+                self.report.decoder_rows += len(moved)
+                if len(moved) == len(active):
                     rows = new
                 else:
-                    rows[self.batch.tensor(hits)] = new
+                    rows.index_copy_(0, self.batch.tensor(moved), new)
             going = [i for i, path in enumerate(active) if not self._is_over(path)]
             if len(going) < len(active):
                 active = [active[i] for i in going]
-                rows = rows[self.batch.tensor(going)]
+                rows = rows.index_select(0, self.batch.tensor(going))
         for path in paths:
             _join(path)
 
     def _cut(self, path: Path, share: int) -> List[Path]:
         """Return ``share`` segments of a path or fewer, each long enough."""
-        length = path.end - path.frame
+        length = path.end - path.place
         share = max(min(share, length // SEGMENT), 1)
         for i in range(1, share):
-            frame = path.frame + length * i // share
-            path.segments.append(Path(path.row, self.transducer.start, path.end, frame))
+            place = path.place + length * i // share
+            path.segments.append(Path(path.row, self.transducer.start, place, path.end))
         for segment, following in zip(path.segments, path.segments[1:]):
             segment.limit = following.begin
         for segment in path.segments:
             segment.segments = path.segments
         return path.segments
 
-    def _window(self, frames_per_token: int, active: List[Path]) -> int:
-        """Return how many frames each of the active paths is asked next."""
-        left = max([path.end - path.frame for path in active])
-        return min(best_window(frames_per_token, len(active), self.call_rows), left)
-
     def _step(self, active: List[Path], rows: torch.Tensor, window: int) -> List[int]:
-        """Ask each path a window of frames; return which paths have a new token.
+        """Ask each active path's next frames, and move it on.
+
+        A path moves to its first token, or behind the window.
 
         Args:
           active: A paths.
           rows: (A, J), the decoder's output for their contexts.
           window: W.
-        """
-        begins = self.batch.begins
-        at = [begins[path.row] + path.frame for path in active]
-        values, tokens = self.batch.best_two(
-            self.batch.windows(at, window), rows.unsqueeze(1)
-        )  # (A, W, 2)
-        self.report.rounds += 1
-        self.report.joiner_rows += values.size(0) * values.size(1)
-        answers = zip(active, tokens.tolist(), values.tolist())
-        return [i for i, answer in enumerate(answers) if self._advance(*answer)]
 
-    def _advance(
-        self, path: Path, tokens: List[List[int]], values: List[List[float]]
-    ) -> bool:
-        """Move a path on to its first token in a window, or behind the window.
+        Returns:
+          Which of the paths have a new token.
+        """
+        logits = self.batch.ask([path.place for path in active], window, rows)
+        self.report.rounds += 1
+        self.report.joiner_rows += window * len(active)
+        leads = self.transducer.leads(logits, self.batch.blank_penalty).tolist()
+        stopped, asked_rows = [], []
+        begin = 0
+        for i, path in enumerate(active):
+            size = min(window, path.end - path.place)
+            row, end = begin, begin + size
+            while row < end and leads[row] < -MARGIN:  # surely none; false for NaN
+                row += 1
+            if row > begin:
+                path.place += row - begin
+                path.at_frame = 0
+            self.advanced += row - begin
+            if row < end:
+                stopped.append(i)
+                asked_rows.append(row)
+            begin += window
+        if not stopped:
+            return []
+        if len(stopped) == 1:
+            logits = logits.narrow(0, asked_rows[0], 1)
+        else:
+            logits = logits.index_select(0, self.batch.tensor(asked_rows))
+        values, tokens = logits.log_softmax(-1).topk(2)
+        moved = []
+        for i, row, (best, second), (token, _) in zip(
+            stopped, asked_rows, values.tolist(), tokens.tolist()
+        ):
+            # Both are false for NaN.
+            is_sure = abs(leads[row]) > MARGIN and best - second > MARGIN
+            if self._emit(active[i], token, best, is_sure):
+                moved.append(i)
+        return moved
+
+    def _emit(self, path: Path, token: int, log_prob: float, is_sure: bool) -> bool:
+        """Put the token of a path's next frame at its end; False if it has none.
 
         Args:
           path: It is moved on.
-          tokens: The two best tokens of each frame of the window.
-          values: Their log-probabilities.
-
-        Returns:
-          Whether there is a token.
+          token: The frame's best.
+          log_prob: The token's.
+          is_sure: Whether it is the best by more than rounding.
         """
-        for offset in range(min(len(tokens), path.end - path.frame)):
-            token, (best, second) = tokens[offset][0], values[offset]
-            if not best - second > MARGIN:  # also for NaN
-                self.report.asked_again += 1
-                frame = path.frame + offset
-                token = self.batch.ask_alone(path.row, frame, path.context)
-            if token not in self.transducer.silent:
-                self._emit(path, token, offset)
-                path.found.log_probs.append(best)
-                return True
-        path.frame = min(path.frame + len(tokens), path.end)
-        path.at_frame = 0
-        return False
-
-    def _emit(self, path: Path, token: int, offset: int) -> None:
-        """Put a token, found ``offset`` frames ahead, at the end of a path."""
-        path.frame += offset
-        path.found.tokens.append(token)
-        path.found.frames.append(path.frame)
-        path.at_frame = path.at_frame + 1 if offset == 0 else 1
+        if not is_sure:
+            self.report.asked_again += 1
+            token = self.batch.ask_alone(path.row, path.place, path.context)
+        self.advanced += 1
+        if token in self.transducer.silent:
+            path.place, path.at_frame = path.place + 1, 0
+            return False
+        hypothesis = path.hypothesis
+        hypothesis.tokens.append(token)
+        hypothesis.frames.append(path.place)
+        hypothesis.log_probs.append(log_prob)
+        self.emitted += 1
+        path.at_frame += 1
         if path.at_frame >= (self.max_sym_per_frame or 1):
-            path.frame, path.at_frame = path.frame + 1, 0
+            path.place, path.at_frame = path.place + 1, 0
         context = path.context
         if self.max_sym_per_frame is not None and context == self.transducer.start:
             # The empty context of icefall's greedy_search: blanks, once there is a
             # token.
             context = (self.transducer.blank_id,) * len(context)
         path.context = (*context[1:], token)
+        return True
 
     def _is_over(self, path: Path) -> bool:
         """Return whether a path needs no more steps."""
-        if path.frame >= path.end or self.max_sym_per_frame == 0 or path.meet():
+        if path.place >= path.limit and (path.place >= path.end or path.meet()):
             return True
-        emitted = path.emitted + len(path.found.tokens)
-        return self.max_sym_per_frame is not None and emitted >= MAX_SYMBOLS
+        if self.max_sym_per_frame is None:
+            return False
+        emitted = path.emitted + len(path.hypothesis.tokens)
+        return self.max_sym_per_frame == 0 or emitted >= MAX_SYMBOLS
 
 
 def _join(path: Path) -> None:
     """Put the tokens of the segments' paths that a path met behind its own."""
-    part, found = path, path.found
+    part, hypothesis = path, path.hypothesis
     while part.met is not None:
         part, known = part.met
-        found.tokens += part.found.tokens[known:]
-        found.frames += part.found.frames[known:]
-        found.log_probs += part.found.log_probs[known:]
+        hypothesis.tokens += part.hypothesis.tokens[known:]
+        hypothesis.frames += part.hypothesis.frames[known:]
+        hypothesis.log_probs += part.hypothesis.log_probs[known:]
     if part is not path:
-        path.context, path.frame = part.context, part.frame
+        path.context, path.place = part.context, part.place
 
 
 @lru_cache(maxsize=4096)

@@ -107,17 +107,19 @@ class Speculation:
         self.num_frames, self.blank_id = sum(lengths), transducer.blank_id
         self.powers, self.base = transducer.powers, transducer.base
         c = transducer.context_size
-        which = [n for n, length in enumerate(lengths) if length]
-        self.first = batch.tensor([batch.begins[n] for n in which])
+        # The rows of the batch that have frames, one for each `utterance`.
+        self.rows_of_batch = [n for n, length in enumerate(lengths) if length]
+        self.first = batch.tensor([batch.begins[n] for n in self.rows_of_batch])
         self.utterance = torch.repeat_interleave(
-            torch.arange(len(which), device=device),
-            batch.tensor([lengths[n] for n in which]),
+            torch.arange(len(self.first), device=device),
+            batch.tensor([lengths[n] for n in self.rows_of_batch]),
         )
-        self.before = batch.tensor([contexts[n] for n in which]).reshape(-1, c)
+        before = [contexts[n] for n in self.rows_of_batch]
+        self.before = batch.tensor(before).reshape(-1, c)
         self.tokens = self._flatten(draft.to(device), lengths)  # the draft
         drafted = self.tokens != self.blank_id
         self.answers = torch.full_like(self.tokens, self.blank_id)
-        self.asked = torch.full_like(self.tokens, -1)  # under which context
+        self.asked_contexts = torch.full_like(self.tokens, -1)  # one a frame
         self.sure = torch.zeros_like(drafted)
         self.log_probs = torch.zeros(self.num_frames, device=device)
         self.may_end = torch.zeros_like(drafted)  # the last frame of an utterance
@@ -185,7 +187,7 @@ class Speculation:
         """Ask and mend in rounds; False if that takes too many of them."""
         while self.num_frames:
             contexts = self.contexts()
-            todo = (contexts != self.asked).nonzero()[:, 0]
+            todo = (contexts != self.asked_contexts).nonzero()[:, 0]
             if len(todo):
                 rows = self.report.joiner_rows + len(todo)
                 most = MAX_ROWS * self.num_frames
@@ -203,22 +205,24 @@ class Speculation:
         """Ask the joiner some frames under their contexts."""
         report, transducer = self.report, self.transducer
         # Neighbours share a context.
-        different, which = torch.unique_consecutive(contexts, return_inverse=True)
+        different, row_of_frame = torch.unique_consecutive(
+            contexts, return_inverse=True
+        )
         rows = transducer.rows_of_numbers(different)
         report.rounds += 1
         report.joiner_rows += len(todo)
         report.decoder_rows += len(different)
         best = []
-        for part, of in zip(
-            todo.split(self.batch.chunk), which.split(self.batch.chunk)
-        ):
-            frames = self.batch.frames.index_select(0, part)
-            best.append(self.batch.best_two(frames, rows.index_select(0, of)))
+        chunk = self.batch.chunk
+        for places, row_of_place in zip(todo.split(chunk), row_of_frame.split(chunk)):
+            frames = self.batch.frames.index_select(0, places)
+            contexts_rows = rows.index_select(0, row_of_place)
+            best.append(self.batch.best_two(frames, contexts_rows))
         values, tokens = (torch.cat(x) for x in zip(*best))
         self.answers[todo] = self._silenced(tokens[:, 0])
         self.log_probs[todo] = values[:, 0]
         self.sure[todo] = values[:, 0] - values[:, 1] > MARGIN  # false for NaN
-        self.asked[todo] = contexts
+        self.asked_contexts[todo] = contexts
 
     def _mended(self) -> torch.Tensor:
         """Return the next draft: the answers, and unconfirmed tokens a frame later."""
@@ -227,7 +231,7 @@ class Speculation:
         blank = self.blank_id
         silent = self.answers == blank
         # A token that the context ends with was found a frame earlier: it is dropped.
-        last = self.asked % self.base - 1
+        last = self.asked_contexts % self.base - 1
         lost = silent & (self.tokens != last) & ~self.may_end
         moved = torch.full_like(self.tokens, blank)
         moved[1:] = self.tokens.masked_fill(~lost, blank)[:-1]
@@ -238,9 +242,10 @@ class Speculation:
         """Ask frames with a small margin alone; False if an answer has changed."""
         before = self.answers.clone()
         for frame in (~self.sure).nonzero()[:, 0].tolist():
-            n = self._row_of(frame)
             token = self.batch.ask_alone(
-                n, frame - self.batch.begins[n], self._context(contexts[frame])
+                self.rows_of_batch[int(self.utterance[frame])],
+                frame,
+                self._context(contexts[frame]),
             )
             self.report.asked_again += 1
             self.answers[frame] = (
@@ -249,30 +254,23 @@ class Speculation:
             self.sure[frame] = True
         return torch.equal(before, self.answers)
 
-    def _row_of(self, frame: int) -> int:
-        """Return which row of the batch a frame belongs to."""
-        begins, lengths = self.batch.begins, self.batch.lengths
-        return next(
-            n for n, b in enumerate(begins) if b <= frame < b + lengths[n]
-        )  # fmt: skip
-
     def _context(self, number: torch.Tensor) -> Context:
         powers, base = self.powers, self.base
         return tuple(int(number) // power % base - 1 for power in powers)
 
     def known(self) -> List[Tuple[int, Hypothesis]]:
-        """Return for each row up to which frame its path is right, and the path."""
+        """Return for each row up to which place its path is right, and the path."""
         right = self.tokens == self.answers
-        right &= self.sure & (self.contexts() == self.asked)
+        right &= self.sure & (self.contexts() == self.asked_contexts)
         right, tokens = right.tolist(), self.answers.tolist()
         log_probs, rows = self.log_probs.tolist(), []
         for begin, n in zip(self.batch.begins, self.batch.lengths):
-            end = next((t for t in range(n) if not right[begin + t]), n)
-            found = Hypothesis()
-            for t in range(end):
-                if tokens[begin + t] != self.blank_id:
-                    found.tokens.append(tokens[begin + t])
-                    found.frames.append(t)
-                    found.log_probs.append(log_probs[begin + t])
-            rows.append((end, found))
+            place, hypothesis = begin, Hypothesis()
+            while place < begin + n and right[place]:
+                if tokens[place] != self.blank_id:
+                    hypothesis.tokens.append(tokens[place])
+                    hypothesis.frames.append(place)
+                    hypothesis.log_probs.append(log_probs[place])
+                place += 1
+            rows.append((place, hypothesis))
         return rows

@@ -11,8 +11,7 @@ from typing import Any, List, Optional
 import torch
 from torch import nn
 
-from icefall_kd.decode.looping import MAX_SYMBOLS
-from icefall_kd.decode.types import Hypothesis, SearchReport
+from icefall_kd.decode.types import MAX_SYMBOLS, Hypothesis, SearchReport
 
 WINDOW = 8  # frames
 
@@ -55,7 +54,7 @@ class StatefulLooping:
           state: It is moved on.
           report: Where the cost is counted.
         """
-        found, t, at_frame = Hypothesis(), 0, 0
+        hypothesis, t, at_frame = Hypothesis(), 0, 0
         num_frames = encoder_out.size(1)
         if state.decoder_out is None:
             self._feed(self.blank_id, state, report)
@@ -68,9 +67,9 @@ class StatefulLooping:
                 if token in self.silent:
                     t, at_frame = t + 1, 0
                     continue
-                found.tokens.append(token)
-                found.frames.append(state.frame + t)
-                found.log_probs.append(values[offset])
+                hypothesis.tokens.append(token)
+                hypothesis.frames.append(state.frame + t)
+                hypothesis.log_probs.append(values[offset])
                 self._feed(token, state, report)
                 state.emitted += 1
                 at_frame += 1
@@ -78,7 +77,7 @@ class StatefulLooping:
                     t, at_frame = t + 1, 0
                 break
         state.frame += num_frames
-        return found
+        return hypothesis
 
     def _feed(self, token: int, state: StatefulState, report: SearchReport) -> None:
         """Let the decoder see a token."""
@@ -124,8 +123,8 @@ def search_each(
     after = [
         StatefulState(**vars(s)) for s in states or [StatefulState()] * len(lengths)
     ]
-    found = [
+    hypotheses = [
         looping.search(x[None, :n], state, report)
         for x, n, state in zip(encoder_out, lengths, after)
     ]
-    return found, after
+    return hypotheses, after

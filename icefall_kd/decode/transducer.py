@@ -6,9 +6,19 @@ It embeds them, and adds them up by a convolution over c positions, which is lin
     decoder(y_1, .., y_c) = relu(T_1[y_1] + .. + T_c[y_c])
 
 So c tables of (V + 1, D) numbers, made once, replace embedding and convolution. The
-last row of a table belongs to -1, no token, which stands before an utterance's first
+first row of a table belongs to -1, no token, which stands before an utterance's first
 one, and is 0. A decoder of context 1 has no convolution and no relu. Where all
 (V + 1)^c contexts are few enough, one table has the projected output of each.
+
+The joiner is tanh and a linear layer. A CPU has the sigmoid s in a fifth of the time
+that tanh takes, and tanh(z) = 2 s(2z) - 1, so
+
+    W tanh(f + r) + b = (2 W) s(2f + 2r) + (b - W 1)
+
+with all factors in the matrices: the products here give 2f and 2r. Blank's row of W and
+b is taken off all rows. So the logits are relative to blank's, which is 0. Neither the
+best token nor a probability changes, and the maximum of the others is the lead on
+blank.
 """
 
 from typing import List, Optional, Sequence, Tuple
@@ -16,6 +26,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
+from icefall_kd.decode.products import Product
 from icefall_kd.errors import KDError, require
 
 MAX_TABLE = 2**22  # numbers in the table of all contexts
@@ -65,14 +76,15 @@ class Transducer:
         # What an utterance begins with.
         self.start: Context = (-1,) * (self.context_size - 1) + (self.blank_id,)
         self.base = self.vocab_size + 1
-        # A context is one number: its tokens, -1 included, are the digits.
+        # A context is one number: its digits, to this base, are the tokens plus 1.
         self.powers = [
             self.base ** (self.context_size - 1 - i) for i in range(self.context_size)
         ]
+        self._silent_ids = torch.tensor(sorted(self.silent), device=self.device)
         with torch.no_grad():
+            self._make_products()
             self.tables = self._make_tables()
             self.all_rows = self._make_table_of_all()
-            self.plain_joiner = self._is_plain()
 
     @property
     def device(self) -> torch.device:
@@ -104,14 +116,13 @@ class Transducer:
                 )[0].t()
                 for i in range(self.context_size)
             ]  # fmt: skip
-        # A row of zeros at the end: a tensor's index -1 finds it.
-        tables = [torch.cat((t, t.new_zeros(1, t.size(1)))) for t in tables]
+        tables = [torch.cat((t.new_zeros(1, t.size(1)), t)) for t in tables]
         # Nothing is guessed: another decoder might do more than this.
         samples = torch.arange(16 * self.context_size, device=weight.device) * 7
         samples = (samples % self.vocab_size).reshape(16, self.context_size)
         samples[0] = torch.tensor(self.start)
         expected = self.decoder(samples, need_pad=False).squeeze(1)
-        found = self._look_up(tables, samples)
+        found = self._look_up(tables, samples + 1)
         return tables if _equal(found, expected) else []
 
     def _make_table_of_all(self) -> Optional[torch.Tensor]:
@@ -121,30 +132,50 @@ class Transducer:
         if not self.tables or count * width > MAX_TABLE:
             return None
         numbers = torch.arange(count, device=self.device)
-        # The digit V is the last row of a table, that of -1.
-        digits = [numbers // power % self.base for power in self.powers]
-        rows = self._look_up(self.tables, torch.stack(digits, 1))
-        return self.joiner.decoder_proj(rows)
+        return self._project_rows(self._look_up(self.tables, self._digits(numbers)))
 
-    def _is_plain(self) -> bool:
-        """Return whether the joiner is a tanh and a linear layer, as icefall's."""
-        width = self.joiner.output_linear.weight.size(1)
-        x = torch.linspace(-2, 2, 3 * width, device=self.device).reshape(3, width)
-        x = x.to(self.joiner.output_linear.weight.dtype)
-        expected = self.joiner(x, x.flip(0), project_input=False)
-        return _equal(self.joiner.output_linear(torch.tanh(x + x.flip(0))), expected)
+    def _make_products(self) -> None:
+        """Make the joiner's products; its own modules, where it is not as icefall's."""
+        joiner, linear = self.joiner, self.joiner.output_linear
+        own = joiner.encoder_proj, joiner.decoder_proj
+        self._project, self._project_rows = own
+        self.plain_joiner = all(
+            type(module) is nn.Linear and module.bias is not None
+            for module in (*own, linear)
+        )
+        if not self.plain_joiner:
+            return
+        x, y = (
+            torch.linspace(-2, 2, 64 * module.in_features, device=self.device)
+            .reshape(64, module.in_features)
+            .to(linear.weight.dtype)
+            for module in own
+        )
+        x, y = own[0](x), own[1](y.flip(0))
+        # Nothing is guessed: another joiner might do more than this.
+        expected = joiner(x, y, project_input=False)
+        expected = expected - expected[:, self.blank_id : self.blank_id + 1]
+        self._project, self._project_rows = (
+            Product(2 * module.weight, 2 * module.bias) for module in own
+        )
+        weight, bias = linear.weight, linear.bias
+        weight, bias = weight - weight[self.blank_id], bias - bias[self.blank_id]
+        self._output = Product(2 * weight, bias - weight.sum(1))
+        if not _equal(self.logits(2 * x, 2 * y), expected):
+            self.plain_joiner = False
+            self._project, self._project_rows = own
 
     def _look_up(
-        self, tables: Sequence[torch.Tensor], contexts: torch.Tensor
+        self, tables: Sequence[torch.Tensor], digits: torch.Tensor
     ) -> torch.Tensor:
-        """Return (R, D): the decoder's output for contexts (R, c)."""
-        total = tables[0][contexts[:, 0]]
+        """Return (R, D): the decoder's output for contexts, their digits (R, c)."""
+        total = tables[0].index_select(0, digits[:, 0])
         for i in range(1, len(tables)):
-            total += tables[i][contexts[:, i]]
+            total += tables[i].index_select(0, digits[:, i])
         return total.relu_() if len(tables) > 1 else total
 
     def project(self, encoder_out: torch.Tensor) -> torch.Tensor:
-        """Return the joiner's projection of encoder output.
+        """Return what :meth:`logits` takes of encoder output.
 
         Args:
           encoder_out: (..., C).
@@ -152,10 +183,10 @@ class Transducer:
         Returns:
           (..., J).
         """
-        return self.joiner.encoder_proj(encoder_out)
+        return self._project(encoder_out)
 
     def decoder_rows(self, contexts: Sequence[Context]) -> torch.Tensor:
-        """Return the projected decoder output for each of some contexts.
+        """Return what :meth:`logits` takes of contexts.
 
         Args:
           contexts: R of them, each the last c tokens; -1 for none.
@@ -165,15 +196,15 @@ class Transducer:
         """
         if self.all_rows is not None:
             numbers = [
-                sum(y % self.base * power for y, power in zip(context, self.powers))
+                sum([(y + 1) * power for y, power in zip(context, self.powers)])
                 for context in contexts
             ]
             if len(numbers) == 1:
-                return self.all_rows[numbers[0]].unsqueeze(0)
+                return self.all_rows.narrow(0, numbers[0], 1)
             index = torch.tensor(numbers, dtype=torch.int64, device=self.device)
             return self.all_rows.index_select(0, index)
         tokens = torch.tensor(contexts, dtype=torch.int64, device=self.device)
-        return self._rows_of(tokens.reshape(len(contexts), self.context_size))
+        return self._rows_of(tokens.reshape(len(contexts), self.context_size) + 1)
 
     def rows_of_numbers(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return (R, J), as :meth:`decoder_rows`.
@@ -182,21 +213,28 @@ class Transducer:
           numbers: (R,), contexts as numbers: the digits, to base V + 1, are the tokens
             plus 1.
         """
-        digits = [numbers // power % self.base - 1 for power in self.powers]
-        return self._rows_of(torch.stack(digits, 1))
+        if self.all_rows is not None:
+            return self.all_rows.index_select(0, numbers)
+        return self._rows_of(self._digits(numbers))
 
-    def _rows_of(self, contexts: torch.Tensor) -> torch.Tensor:
-        """Return (R, J) for contexts (R, c)."""
+    def _digits(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the digits (R, c) of contexts (R,)."""
+        return torch.stack([numbers // p % self.base for p in self.powers], 1)
+
+    def _rows_of(self, digits: torch.Tensor) -> torch.Tensor:
+        """Return (R, J) for contexts, their digits (R, c)."""
         if self.tables:
-            rows = self._look_up(self.tables, contexts)
+            rows = self._look_up(self.tables, digits)
         else:
-            rows = self.decoder(contexts, need_pad=False).squeeze(1)
-        return self.joiner.decoder_proj(rows)
+            rows = self.decoder(digits - 1, need_pad=False).squeeze(1)
+        return self._project_rows(rows)
 
     def logits(
         self, frames: torch.Tensor, contexts: torch.Tensor, blank_penalty: float = 0.0
     ) -> torch.Tensor:
         """Return the joiner's logits for pairs of a frame and a context.
+
+        A number may be missing from all logits of a pair.
 
         Args:
           frames: (..., J), of :meth:`project`.
@@ -207,14 +245,27 @@ class Transducer:
           (..., V).
         """
         if self.plain_joiner:
-            linear = self.joiner.output_linear
-            x = torch.add(frames, contexts).tanh_()
-            logits = torch.nn.functional.linear(x, linear.weight, linear.bias)
+            logits = self._output(torch.add(frames, contexts).sigmoid_())
         else:
             logits = self.joiner(frames, contexts, project_input=False)
         if blank_penalty:
             logits[..., self.blank_id] -= blank_penalty
         return logits
+
+    def leads(self, logits: torch.Tensor, blank_penalty: float = 0.0) -> torch.Tensor:
+        """Return how far the best token that is emitted is above the others, (R,).
+
+        Args:
+          logits: (R, V), of :meth:`logits`.
+          blank_penalty: That which they were computed with.
+        """
+        if self.silent == {0}:
+            emitted = logits.narrow(1, 1, logits.size(1) - 1).amax(-1)
+            if self.plain_joiner and not blank_penalty:  # blank's logit is 0
+                return emitted
+            return emitted - logits.select(1, 0)
+        emitted = logits.index_fill(1, self._silent_ids, float("-inf")).amax(-1)
+        return emitted - logits.index_select(1, self._silent_ids).amax(-1)
 
     def ask_alone(
         self,
@@ -226,7 +277,7 @@ class Transducer:
         """Return the best token of one frame, computed as icefall's loop does.
 
         Args:
-          projected: (1, T, J), the projection of this utterance alone.
+          projected: (1, T, J), the joiner's projection of this utterance alone.
           frame: Its number, below T.
           context: The last c tokens.
           blank_penalty: It is subtracted from blank's logit.

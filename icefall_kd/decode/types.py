@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, List
 
+MAX_SYMBOLS = 1000  # in an utterance, of icefall's greedy_search
+
 
 @dataclass
 class Hypothesis:

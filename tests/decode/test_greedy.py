@@ -11,6 +11,7 @@ from icefall_kd.decode import (
     ctc_draft,
     draft_of,
     looping,
+    products,
     speculation,
     transducer_greedy,
 )
@@ -175,8 +176,10 @@ def test_rows_without_frames_and_empty_batches(head, make_batch):
         )
 
 
-def test_equal_tokens_are_asked_alone(head, make_batch):
+@pytest.mark.parametrize("packed_from", [0, 2**60])
+def test_equal_tokens_are_asked_alone(head, make_batch, monkeypatch, packed_from):
     """Tokens 1 and 2 are equal twins: the last bit would decide, and icefall does."""
+    monkeypatch.setattr(products, "PACKED_FROM", packed_from)
     with torch.no_grad():
         linear = head.joiner.output_linear
         linear.bias[1] += 2.0  # so that it is found
@@ -189,6 +192,18 @@ def test_equal_tokens_are_asked_alone(head, make_batch):
         assert result.report.asked_again > 0
         for x, n, found in zip(encoder_out, lens.tolist(), result.hypotheses):
             assert (found.tokens, found.frames) == icefalls_alone(head, x, n)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_frames_that_are_not_finite_are_asked_alone(head, make_batch, value):
+    """A NaN is no reason to call a frame silent: icefall's argmax decides."""
+    encoder_out, lens = make_batch(3, 30)
+    encoder_out[:, ::5] = float(value)
+    result = GreedySearch(head, 1)(encoder_out, lens)
+    for x, n, found in zip(encoder_out, lens.tolist(), result.hypotheses):
+        assert (found.tokens, found.frames) == icefalls_alone(head, x, n)
+    if value == "nan":
+        assert result.report.asked_again > 0
 
 
 def test_no_graph_is_kept(head, make_batch):

@@ -20,7 +20,7 @@ from typing import Dict, List, TextIO, Tuple
 import kaldialign
 import torch
 from asr_datamodule import AsrDataModule
-from greedy import METHODS, recognise
+from greedy import METHODS, Recogniser
 from tqdm import tqdm
 from train import load_bpe_model
 from zipformer.utils import AttributeDict, setup_logger, store_transcripts, str2bool
@@ -67,8 +67,9 @@ def decode_dataset(
     ``params`` has the method, and ``sp`` decodes tokens.
     """
     method, results = params.decoding_method, []
+    recognise = Recogniser(model, sp, [method])
     for batch in tqdm(dl, desc=f"Decoding {params.test_set}", unit=" batches"):
-        hyps = recognise(model, sp, batch, [method])[method]
+        hyps = recognise(batch)[method]
         cuts = batch["supervisions"]["cut"]
         texts = batch["supervisions"]["text"]
         for cut, text, hyp in zip(cuts, texts, hyps):

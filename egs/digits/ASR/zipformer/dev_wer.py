@@ -8,7 +8,7 @@ from typing import List, NamedTuple, Tuple
 
 import kaldialign
 import torch
-from greedy import METHODS, recognise
+from greedy import METHODS, Recogniser
 from zipformer.utils import AttributeDict
 
 from icefall_kd import KDError, load_model
@@ -102,10 +102,11 @@ def decode_dev(model, dev_dl, sp) -> Tuple[float, float]:
       sp: The tokens.
     """
     num_words, errors = 0, dict.fromkeys(METHODS, 0)
+    recognise = Recogniser(model, sp)
     for batch in dev_dl:
         references = [text.split() for text in batch["supervisions"]["text"]]
         num_words += sum(map(len, references))
-        for method, hyps in recognise(model, sp, batch).items():
+        for method, hyps in recognise(batch).items():
             for reference, hyp in zip(references, hyps):
                 errors[method] += kaldialign.edit_distance(reference, hyp)["total"]
     if not num_words:
