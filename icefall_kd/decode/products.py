@@ -26,7 +26,7 @@ class Product:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         weight, self.bias = weight.detach(), bias.detach()
         self.size, self.transposed = weight.size(0), weight.t().contiguous()
-        self.packed = _packed(weight)
+        self.packed = _packed(weight, self.bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product (..., O).
@@ -35,21 +35,27 @@ class Product:
           x: (..., I).
         """
         if self.packed is not None and x.numel() * self.size >= PACKED_FROM:
-            return torch.ops.mkldnn._linear_pointwise(
-                x, self.packed, self.bias, "none", [], ""
-            )
+            return _packed_product(x, self.packed, self.bias)
         if x.dim() == 2:
             return torch.addmm(self.bias, x, self.transposed)
         product = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.transposed)
         return product.view(*x.shape[:-1], self.size)
 
 
-def _packed(weight: torch.Tensor) -> Optional[torch.Tensor]:
+def _packed_product(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor) -> Optional[torch.Tensor]:
     """Return a matrix as oneDNN wants it, or None where PyTorch has no such product."""
     usable = weight.device.type == "cpu" and weight.dtype == torch.float32
     if not (usable and torch.backends.mkldnn.is_available()):
         return None
     try:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 64)
-    except (AttributeError, RuntimeError):  # before PyTorch 2, or another processor
-        return None
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 64)
+        _packed_product(weight[:1], packed, bias)  # the names are not public ones
+    except (AttributeError, RuntimeError, TypeError):
+        return None  # before PyTorch 2, or another processor
+    return packed

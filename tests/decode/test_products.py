@@ -45,6 +45,16 @@ def test_without_packed_matrices_products_are_pytorchs_own(monkeypatch):
     assert products.Product(torch.ones(8, 8), torch.ones(8)).packed is None
 
 
+def test_a_pytorch_whose_packed_product_has_changed_takes_its_own(monkeypatch):
+    def changed(x, packed, bias):
+        raise RuntimeError("_linear_pointwise() expected at most 2 arguments")
+
+    monkeypatch.setattr(products, "_packed_product", changed)
+    monkeypatch.setattr(products, "PACKED_FROM", 0)
+    product = products.Product(torch.ones(8, 8), torch.ones(8))
+    assert torch.equal(product(torch.ones(2, 8)), torch.full((2, 8), 9.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_are_the_joiners(make_head, way, dtype):
     head = make_head(vocab=31).to(dtype)
