@@ -25,6 +25,7 @@ SCRIPTS = (
     "egs/digits/ASR/run_ablation.sh",
     "egs/digits/ASR/run_slices.sh",
     "egs/digits/ASR/run_streaming.sh",
+    "egs/commands/ASR/run_experiments.sh",
 )
 # Shares the script of another recipe; its own file has the defaults that differ.
 SHARING = "egs/commands/ASR/run.sh"
@@ -126,7 +127,7 @@ def renamed_rows() -> Iterator[Row]:
         yield "train.py of a plugged recipe", f"--kd-{old}", f"--kd-{new}"
     for path in SCRIPTS:
         pairs = re.search(r'^renamed="([^"]*)"', (ROOT / path).read_text("utf8"), re.M)
-        for pair in pairs[1].split():
+        for pair in pairs[1].split() if pairs else ():
             old, new = (f"--{name.replace('_', '-')}" for name in pair.split(":"))
             yield path, old, new
 
