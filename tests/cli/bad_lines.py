@@ -255,6 +255,7 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "test_set": ("", "x", "nan", "-1", "a,b", ",", ":", ".", "a-folder", "a-file"),
         "res_dir": ("", ".", "a-folder", *NAMES),
         "window": ("1.5",),
+        "causal_padding": ("0",),
         "cascade": ("",),
         "answers": ("",),
         "on_the_fly_feats": ("0",),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from lhotse import CutSet, load_manifest
 from lhotse.dataset import K2SpeechRecognitionDataset
+from zipformer.bin.train import load_checkpoint_if_available
 
 from icefall_kd import ModelTap, build_student
 from icefall_kd.cli import cli
@@ -765,7 +766,7 @@ def test_student_end_to_end(
     params.update(vars(args))
     params.update(vocab_size=25, blank_id=0, sos_id=1, eos_id=1, exp_dir=folder)
     model = recipe.get_model(params)
-    recipe.load_checkpoint_if_available(params=params, model=model, model_avg=None)
+    load_checkpoint_if_available(params=params, model=model, model_avg=None)
     for name, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert params.batch_idx_train == 0
