@@ -134,8 +134,8 @@ def test_seconds_are_those_of_training_in_the_checkpoint(work):
         for epoch, _, seconds, *_ in (line.split(",") for line in lines):
             path = work / f"exp/{name}/epoch-{epoch}.pt"
             saved = torch.load(path, weights_only=False)["train_seconds"]
-            assert before < float(seconds) == round(saved, 1)
-            before = float(seconds)
+            assert before < saved and float(seconds) == round(saved, 1)
+            before = saved
     # A student's first checkpoint was made from its teacher's settings.
     first = torch.load(work / "exp/student/epoch-1.pt", weights_only=False)
     assert first["batch_idx_train"] == 0
