@@ -14,6 +14,15 @@ digits = [
     "torchaudio",
 ]
 
+# What icefall-kd export writes and checks with.
+export = [
+    "onnx>=1.13",
+    "onnxruntime>=1.14",
+    "onnxconverter-common>=1.13",
+    "sherpa-onnx>=1.10",
+    "kaldialign>=0.7",
+]
+
 setup(
     name="icefall_kd",
     version="0.1.0",
@@ -34,9 +43,11 @@ setup(
     ],
     extras_require={
         "digits": digits,
+        "export": export,
         "mvq": ["multi_quantization"],
         "report": ["kaldialign>=0.7", "matplotlib>=3.6"],
         "test": digits
+        + export
         + [
             "matplotlib>=3.6",
             "multi_quantization",

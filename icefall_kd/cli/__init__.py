@@ -25,6 +25,10 @@ MODULES = {
         "Show what is installed, and whether teacher, cuts and student fit together.",
     ),
     "dump": ("icefall_kd.cli.dump", "Store a teacher's targets of cuts."),
+    "export": (
+        "icefall_kd.cli.export",
+        "Write a model, teacher or student, as files for where it runs.",
+    ),
     "forecast": (
         "icefall_kd.cli.forecast",
         "Say before a training whether distillation has something to gain.",

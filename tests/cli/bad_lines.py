@@ -59,6 +59,13 @@ BASE: Dict[str, Dict[str, str]] = {
         "num_workers": "0",
         "num_threads": "1",
     },
+    # Its cuts have no audio.
+    "export": {
+        **TEACHER,
+        "export_dir": "new-export",
+        "cuts": "in.jsonl.gz",
+        "on_the_fly_feats": "1",
+    },
     "cascade": {
         "out_dir": "new-cascade",
         "student": "decoded/utterances-dev-STEM.jsonl",
@@ -262,6 +269,11 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "max_duration": ("1.5",),
         "num_workers": ("0",),
         "num_threads": ("0",),
+    },
+    "export": {
+        **FALSE,
+        "export_dir": (".", "a-folder", *NAMES),
+        "heads": ("",),
     },
     "cascade": {"out_dir": (".", "a-folder", *NAMES), "max_cost": ("1.5",)},
     # The targets are still where the manifest says.

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exporting import speak  # noqa: F401
 from lhotse import CutSet
 from report_folders import KD, write_exp
 

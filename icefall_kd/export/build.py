@@ -1,0 +1,151 @@
+"""Exports the parts of a model, form by form, into a folder."""
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Sequence, Tuple
+
+from icefall_kd.errors import require
+from icefall_kd.export.features import UTTERANCE, FeatureSettings
+from icefall_kd.export.files import (
+    CTC,
+    DECODER,
+    ENCODER,
+    JOINER,
+    inputs_and_outputs,
+    write_offline,
+    write_torchscript,
+)
+from icefall_kd.export.folder import (
+    FP32,
+    TOKENS,
+    ExportFolder,
+    file_name,
+    tokens_of,
+    versions,
+    write_tokens,
+)
+from icefall_kd.export.graph import exportable
+from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
+from icefall_kd.zipformer import has_ctc, has_transducer, subsampling_factor
+
+TORCHSCRIPT, ONNX = "torchscript", "onnx"
+FORMS = (TORCHSCRIPT, ONNX)
+TRANSDUCER_HEAD, CTC_HEAD = "transducer", "ctc"
+PARTS = {TRANSDUCER_HEAD: (ENCODER, DECODER, JOINER), CTC_HEAD: (CTC,)}
+JIT = "jit_script.pt"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is exported.
+
+    Args:
+      forms: Of :data:`FORMS`.
+      heads: transducer, ctc or both.
+      opset: The version of ONNX's operators.
+    """
+
+    forms: Tuple[str, ...]
+    heads: Tuple[str, ...]
+    opset: int = 13
+
+
+def heads_of(model: Any, asked: Sequence[str]) -> Tuple[str, ...]:
+    """The heads that are exported.
+
+    Args:
+      model: A recipe's model.
+      asked: Those that are asked for; none: all that the model has.
+
+    Raises:
+      KDError: One that the model lacks.
+    """
+    there = [
+        name
+        for name, has in ((TRANSDUCER_HEAD, has_transducer), (CTC_HEAD, has_ctc))
+        if has(model)
+    ]
+    for name in asked:
+        require(
+            name in there,
+            f"`heads` has {name}, and the model {type(model).__name__} has "
+            f"{' and '.join(there) or 'none'}: give {','.join(there) or 'another'}",
+        )
+    return tuple(asked or there)
+
+
+def checkpoint_name(teacher: TeacherSpec) -> str:
+    """The part of file names that says which checkpoint, as icefall's export does.
+
+    Args:
+      teacher: Names the checkpoints.
+    """
+    number = f"epoch-{teacher.epoch}"
+    if teacher.iteration:
+        number = f"iter-{teacher.iteration}"
+    return f"{number}-avg-{teacher.avg}"
+
+
+def describe(
+    teacher: TeacherSpec,
+    loaded: LoadedTeacher,
+    names: List[str],
+    features: FeatureSettings,
+) -> Dict[str, Any]:
+    """What metadata.json says of a model, its tokens and its features.
+
+    Args:
+      teacher: Names the checkpoints.
+      loaded: The model.
+      names: Its tokens in the order of their ids.
+      features: Of the recipe.
+    """
+    settings = loaded.settings
+    shift = subsampling_factor(settings) * features.frame_shift
+    return {
+        "model": loaded.name(),
+        "checkpoint": {
+            "name": checkpoint_name(teacher),
+            "use_averaged_model": teacher.use_averaged_model,
+        },
+        "tokens": tokens_of(names, settings),
+        "features": features.as_dict(),
+        "frame_rate": round(1 / shift, 6),
+        "feature_frame_rate": round(1 / features.frame_shift, 6),
+        "versions": versions(),
+    }
+
+
+def export(
+    loaded: LoadedTeacher,
+    wanted: Wanted,
+    names: List[str],
+    features: FeatureSettings,
+    folder: ExportFolder,
+) -> None:
+    """Write the files of a model and note them in its folder.
+
+    Args:
+      loaded: The model.
+      wanted: What is exported.
+      names: The tokens in the order of their ids.
+      features: Of the recipe.
+      folder: Begun.
+
+    Raises:
+      KDError: a model that can't be exported, or a package that is not installed.
+    """
+    takes_mean = features.mean == UTTERANCE
+    suffix = folder.metadata["checkpoint"]["name"]
+    model = exportable(loaded.model)
+    if TORCHSCRIPT in wanted.forms:
+        write_torchscript(model, folder.path / JIT, takes_mean)
+        folder.add(JIT, "all", TORCHSCRIPT)
+    if ONNX in wanted.forms:
+        for part in (part for head in wanted.heads for part in PARTS[head]):
+            name = file_name(part, suffix)
+            path = folder.path / name
+            options = {"takes_mean": takes_mean, "opset": wanted.opset}
+            write_offline(model, loaded.settings, part, path, **options)
+            folder.add(name, part, FP32, **inputs_and_outputs(path))
+    write_tokens(folder.path / TOKENS, names)
+    folder.finish()

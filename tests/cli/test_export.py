@@ -1,0 +1,283 @@
+"""icefall-kd export: the files say what the recipe's own model says."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from exporting import encoded
+from lhotse import CutSet
+
+from icefall_kd.cli import cli
+from icefall_kd.export import build
+from icefall_kd.export.folder import hash_of_file, read_tokens
+from icefall_kd.teacher.loader import load_recipe_model
+from icefall_kd.tokens import load_tokenizer, token_names
+
+pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+SUFFIX = "epoch-2-avg-1"
+PARTS = ("encoder", "decoder", "joiner", "model")
+
+
+@pytest.fixture(scope="session")
+def spoken(tmp_path_factory, speak):
+    """Manifests of cuts with audio, whose features have their mean or have it not."""
+    folder = tmp_path_factory.mktemp("spoken")
+    for mean in ("none", "utterance"):
+        cuts = [speak(f"{mean}-{i}", n, mean) for i, n in enumerate((43, 61))]
+        CutSet.from_cuts(cuts).to_file(folder / f"{mean}.jsonl.gz")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_words(teacher_exp, spoken):
+    """``export`` of the small model into a folder."""
+
+    def words(folder, *more, mean="utterance"):
+        return [
+            *("export", "--recipe", teacher_exp.recipe, "--exp-dir"),
+            *(teacher_exp.folder, "--epoch", 2, "--use-averaged-model", 0),
+            *("--bpe-model", teacher_exp.bpe_model, "--export-dir", folder),
+            *("--cuts", spoken / f"{mean}.jsonl.gz", *more),
+        ]
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, export_words):
+    """The small model in all forms, which takes the mean off by itself."""
+    folder = tmp_path_factory.mktemp("exported") / "files"
+    words = export_words(folder, "--forms", "torchscript,onnx")
+    with pytest.raises(SystemExit) as e:
+        cli([str(w) for w in words], prog_name="icefall-kd")
+    assert e.value.code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def session_of(exported):
+    def session(part):
+        path = exported / f"{part}-{SUFFIX}.onnx"
+        return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    sessions = {part: session(part) for part in PARTS}
+    return sessions.__getitem__
+
+
+@pytest.fixture(scope="session")
+def model(teacher_exp):
+    return load_recipe_model(teacher_exp.recipe, teacher_exp.folder, epoch=2)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_frames", [9, 58, 2100])
+def test_onnx_says_what_torch_says(session_of, model, num_frames):
+    """2100 feature frames, 21 s, are more than the recipe's table of encodings."""
+    x, x_lens = torch.randn(1, num_frames, 20) + 4, torch.tensor([num_frames])
+    out, lens = encoded(model, x - x.mean(1, keepdim=True), x_lens)
+    inputs = {"x": x.numpy(), "x_lens": x_lens.numpy()}
+    found, found_lens = session_of("encoder").run(None, inputs)
+    expected = model.joiner.encoder_proj(out)
+    assert found_lens.tolist() == lens.tolist() == [expected.size(1)]
+    assert np.abs(found - expected.numpy()).max() < 1e-4
+    found, _ = session_of("model").run(None, inputs)
+    assert np.abs(found - model.ctc_output(out).numpy()).max() < 1e-4
+
+
+@torch.no_grad()
+def test_decoder_and_joiner_say_what_torch_says(session_of, model):
+    y = torch.tensor([[-1, 0], [0, 3], [7, 24], [11, 11]])
+    expected = model.joiner.decoder_proj(model.decoder(y, need_pad=False)[:, 0])
+    (found,) = session_of("decoder").run(None, {"y": y.numpy()})
+    assert np.abs(found - expected.numpy()).max() < 1e-5
+    frames = torch.randn(4, expected.size(1))
+    inputs = {"encoder_out": frames.numpy(), "decoder_out": found}
+    (found,) = session_of("joiner").run(None, inputs)
+    expected = model.joiner(frames, expected, project_input=False)
+    assert np.abs(found - expected.numpy()).max() < 1e-5
+
+
+@torch.no_grad()
+def test_torchscript_says_what_torch_says(exported, model):
+    script = torch.jit.load(str(exported / "jit_script.pt"))
+    for num_frames in (9, 90):
+        x, x_lens = torch.randn(1, num_frames, 20) + 4, torch.tensor([num_frames])
+        expected, _ = encoded(model, x - x.mean(1, keepdim=True), x_lens)
+        # By the names of icefall's jit_pretrained.py.
+        out, lens = script.encoder(features=x, feature_lengths=x_lens)
+        assert lens.tolist() == [expected.size(1)]
+        assert torch.allclose(out, expected, atol=1e-4)
+    y = torch.tensor([[0, 3]])
+    decoded = model.decoder(y, need_pad=False)
+    assert torch.allclose(script.decoder(y, need_pad=False), decoded, atol=1e-6)
+    logits = model.joiner(expected[:, :1], decoded)
+    assert torch.allclose(script.joiner(expected[:, :1], decoded), logits, atol=1e-5)
+
+
+def test_the_metadata_are_those_that_sherpa_onnx_reads(session_of):
+    def of(part):
+        return session_of(part).get_modelmeta().custom_metadata_map
+
+    assert of("decoder") == {"context_size": "2", "vocab_size": "25"}
+    assert of("joiner") == {"joiner_dim": "20"}
+    kinds = {"encoder": "zipformer2", "model": "zipformer2_ctc"}
+    for part, kind in kinds.items():
+        values = of(part)
+        assert values["model_type"] == kind and values["version"] == "1"
+        assert len(session_of(part).get_inputs()) == 2  # else it is no offline model
+
+
+def test_metadata_json_says_what_is_in_the_folder(exported, teacher_exp):
+    values = json.loads((exported / "metadata.json").read_text("utf8"))
+    names = {f"{part}-{SUFFIX}.onnx" for part in PARTS} | {"jit_script.pt"}
+    assert set(values["files"]) == names
+    there = {p.name for p in exported.iterdir()}
+    assert there == names | {"metadata.json", "tokens.txt"}
+    for name, of_file in values["files"].items():
+        assert of_file["sha256"] == hash_of_file(exported / name)
+    features = values["features"]
+    assert (features["num_mel_bins"], features["sampling_rate"]) == (20, 8000)
+    assert features["mean"] == "utterance"
+    assert (values["frame_rate"], values["feature_frame_rate"]) == (25, 100)
+    shapes = values["files"][f"encoder-{SUFFIX}.onnx"]["inputs"]
+    assert [v["shape"] for v in shapes] == [["N", "T", 20], ["N"]]
+    tokens = token_names(load_tokenizer(teacher_exp.bpe_model))
+    assert read_tokens(exported / "tokens.txt") == tokens
+    assert values["tokens"]["number"] == 25
+    assert {"torch", "onnx", "icefall_kd"} <= set(values["versions"])
+
+
+# What is refused
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The files that would be written: nothing is traced."""
+    names = []
+
+    def write(model, settings, part, path, **options):
+        path.write_bytes(b"1")
+        names.append(path.name)
+
+    monkeypatch.setattr(build, "write_offline", write)
+    monkeypatch.setattr(build, "inputs_and_outputs", lambda path: {})
+    return names
+
+
+def test_one_head_alone_can_be_asked_for(invoke, export_words, written, tmp_path):
+    done = invoke(*export_words(tmp_path / "a", "--heads", "ctc", mean="none"))
+    assert done.code == 0 and written == [f"model-{SUFFIX}.onnx"]
+    assert "mean taken off: none" in done.out
+
+
+def test_a_model_with_a_ctc_head_alone_has_one_file(
+    invoke,
+    refused,
+    export_words,
+    written,
+    tmp_path,
+    monkeypatch,
+    teacher_exp,
+    make_model,
+):
+    settings = {"vocab_size": 25, "use_transducer": False, "use_ctc": True}
+    ctc = make_model(**settings).eval()
+    known = {**teacher_exp.settings, **settings}
+    monkeypatch.setattr(
+        "icefall_kd.teacher.loader.load_recipe_model", lambda *args: (ctc, known)
+    )
+    words = export_words(tmp_path / "a")
+    sentence = refused(*words, "--heads", "transducer")
+    assert (
+        "--heads has transducer, and the model AsrModel has ctc: give ctc" in sentence
+    )
+    assert invoke(*words).code == 0
+    assert written == [f"model-{SUFFIX}.onnx"]
+
+
+def test_characters_are_tokens_too(
+    invoke, export_words, written, tmp_path, monkeypatch, teacher_exp
+):
+    lang = tmp_path / "lang_char"
+    lang.mkdir()
+    names = [
+        "<blk>",
+        "<sos/eos>",
+        "<unk>",
+        *"一二三四五六七八九十百千万上下左右前后东西南",
+    ]
+    assert len(names) == 25
+    text = "".join(f"{name} {i}\n" for i, name in enumerate(names))
+    (lang / "tokens.txt").write_text(text + "#0 25\n", "utf8")
+    done = invoke(*export_words(tmp_path / "a"), "--bpe-model", lang)
+    assert done.code == 0, done
+    assert read_tokens(tmp_path / "a" / "tokens.txt") == names
+
+
+def test_a_folder_of_another_model_is_refused(
+    invoke, refused, export_words, written, tmp_path
+):
+    assert invoke(*export_words(tmp_path / "a")).code == 0
+    sentence = refused(*export_words(tmp_path / "a"), "--epoch", 1)
+    assert f"holds files of another model ({SUFFIX}, parameters" in sentence
+    assert "epoch-1-avg-1" in sentence and sentence.count("--export-dir") == 1
+    sentence = refused(*export_words(tmp_path / "a", mean="none"))
+    assert "other features (mean utterance and not none)" in sentence
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--forms", "onnx,tflite"], "--forms is 'onnx,tflite', and must be of torch"),
+        (["--heads", "attention"], "--heads is 'attention', and must be of transducer"),
+        (["--opset", 12], "--opset is 12, and must be a whole number from 13 to 17"),
+        (["--bpe-model", ""], "the tokens are exported too: give --bpe-model"),
+        (["--export-dir", __file__], "--export-dir is"),
+    ],
+    ids=lambda value: value[0][2:] if isinstance(value, list) else "",
+)
+def test_what_cant_be_exported_is_refused(
+    refused, export_words, tmp_path, words, sentence
+):
+    assert sentence in refused(*export_words(tmp_path / "a"), *words)
+
+
+def test_cuts_without_audio_are_refused(refused, export_words, in_cuts, tmp_path):
+    sentence = refused(*export_words(tmp_path / "a"), "--cuts", in_cuts)
+    assert (
+        "give cuts of the recipe that have both stored features and audio" in sentence
+    )
+
+
+def test_a_causal_model_is_refused(
+    refused, export_words, tmp_path, monkeypatch, teacher_exp
+):
+    known = SimpleNamespace(model=teacher_exp.models["epoch-2"])
+    settings = {**teacher_exp.settings, "causal": True}
+    monkeypatch.setattr(
+        "icefall_kd.teacher.loader.load_recipe_model",
+        lambda *args: (known.model, settings),
+    )
+    assert "the model is causal" in refused(*export_words(tmp_path / "a"))
+
+
+def test_a_package_that_is_missing_is_named(
+    refused, export_words, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    sentence = refused(*export_words(tmp_path / "a"))
+    assert sentence.endswith("run `pip install onnx`")
+
+
+def test_nothing_is_left_where_torch_cant_trace(
+    refused, export_words, tmp_path, monkeypatch
+):
+    def fail(*args, **options):
+        raise RuntimeError("no\nsuch operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    sentence = refused(*export_words(tmp_path / "a", "--heads", "ctc"))
+    assert "can't make ONNX of this model (RuntimeError: no such operator)" in sentence

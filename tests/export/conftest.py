@@ -1,0 +1,1 @@
+from exporting import speak  # noqa: F401
