@@ -74,8 +74,8 @@ class Batch:
           window: W, at most ``MAX_WINDOW``.
           rows: (A, J), one context for each window.
         """
-        if len(places) == 1 and places[0] + window <= self.num_frames:
-            frames = self.frames.narrow(0, places[0], window)
+        frames = self._only_window(places, window)
+        if frames is not None:
             return self.transducer.logits(frames, rows, self.blank_penalty)
         frames, rows = self.windows(places, window), rows.unsqueeze(1)
         return self.transducer.logits(frames, rows, self.blank_penalty).flatten(0, 1)
@@ -88,14 +88,21 @@ class Batch:
           window: W, at most ``MAX_WINDOW``. A window may run into what follows the
             utterance.
         """
-        if len(places) == 1 and places[0] + window <= self.num_frames:
-            return self.frames.narrow(0, places[0], window).unsqueeze(0)
+        frames = self._only_window(places, window)
+        if frames is not None:
+            return frames.unsqueeze(0)
         count, width = self.num_frames, self.frames.size(1)
         if self._padded is None:  # so that no window ends behind the last row
             rest = self.frames.new_zeros(MAX_WINDOW, width)
             self._padded = torch.cat((self.frames, rest))
         windows = self._padded.as_strided((count, window, width), (width, width, 1))
         return windows.index_select(0, self.tensor(places))
+
+    def _only_window(self, places: List[int], window: int) -> Optional[torch.Tensor]:
+        """Return (W, J) without a copy: one window that ends in the frames, or None."""
+        if len(places) == 1 and places[0] + window <= self.num_frames:
+            return self.frames.narrow(0, places[0], window)
+        return None
 
     def best_two(
         self, frames: torch.Tensor, rows: torch.Tensor

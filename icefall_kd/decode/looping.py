@@ -122,14 +122,15 @@ class LabelLooping:
                 self.advanced // self.emitted, len(active), self.call_rows
             )
             window = min(window, max([path.end - path.place for path in active]))
-            moved = self._step(active, rows, window)
-            if moved:
-                new = self.transducer.decoder_rows([active[i].context for i in moved])
-                self.report.decoder_rows += len(moved)
-                if len(moved) == len(active):
+            extended = self._step(active, rows, window)
+            if extended:
+                contexts = [active[i].context for i in extended]
+                new = self.transducer.decoder_rows(contexts)
+                self.report.decoder_rows += len(extended)
+                if len(extended) == len(active):
                     rows = new
                 else:
-                    rows.index_copy_(0, self.batch.tensor(moved), new)
+                    rows.index_copy_(0, self.batch.tensor(extended), new)
             going = [i for i, path in enumerate(active) if not self._is_over(path)]
             if len(going) < len(active):
                 active = [active[i] for i in going]
@@ -167,7 +168,39 @@ class LabelLooping:
         self.report.rounds += 1
         self.report.joiner_rows += window * len(active)
         leads = self.transducer.leads(logits, self.batch.blank_penalty).tolist()
-        stopped, asked_rows = [], []
+        stopped, stop_rows = self._pass_blanks(active, leads, window)
+        if not stopped:
+            return []
+        if len(stopped) == 1:
+            logits = logits.narrow(0, stop_rows[0], 1)
+        else:
+            logits = logits.index_select(0, self.batch.tensor(stop_rows))
+        values, tokens = logits.log_softmax(-1).topk(2)
+        extended = []
+        for i, row, (best, second), (token, _) in zip(
+            stopped, stop_rows, values.tolist(), tokens.tolist()
+        ):
+            # Both are false for NaN.
+            is_sure = abs(leads[row]) > MARGIN and best - second > MARGIN
+            if self._emit(active[i], token, best, is_sure):
+                extended.append(i)
+        return extended
+
+    def _pass_blanks(
+        self, active: List[Path], leads: List[float], window: int
+    ) -> Tuple[List[int], List[int]]:
+        """Move each path over the frames of its window that surely have no token.
+
+        Args:
+          active: A paths.
+          leads: (A * W,), how far a token is above blank.
+          window: W.
+
+        Returns:
+          Which of the paths stopped within their windows, and the row of ``leads`` of
+          the frame before which each stopped.
+        """
+        stopped, stop_rows = [], []
         begin = 0
         for i, path in enumerate(active):
             size = min(window, path.end - path.place)
@@ -180,24 +213,9 @@ class LabelLooping:
             self.advanced += row - begin
             if row < end:
                 stopped.append(i)
-                asked_rows.append(row)
+                stop_rows.append(row)
             begin += window
-        if not stopped:
-            return []
-        if len(stopped) == 1:
-            logits = logits.narrow(0, asked_rows[0], 1)
-        else:
-            logits = logits.index_select(0, self.batch.tensor(asked_rows))
-        values, tokens = logits.log_softmax(-1).topk(2)
-        moved = []
-        for i, row, (best, second), (token, _) in zip(
-            stopped, asked_rows, values.tolist(), tokens.tolist()
-        ):
-            # Both are false for NaN.
-            is_sure = abs(leads[row]) > MARGIN and best - second > MARGIN
-            if self._emit(active[i], token, best, is_sure):
-                moved.append(i)
-        return moved
+        return stopped, stop_rows
 
     def _emit(self, path: Path, token: int, log_prob: float, is_sure: bool) -> bool:
         """Put the token of a path's next frame at its end; False if it has none.
