@@ -16,7 +16,6 @@ It needs k2 and a checkout of icefall:
 
 import argparse
 import json
-import math
 import random
 import sys
 import types
@@ -27,8 +26,8 @@ import torch
 from lhotse import CutSet
 
 from icefall_kd import BeamSearch, GreedySearch, StreamingEncoder, search_pieces
+from icefall_kd.transcripts.recognizer import CAUSAL_PADDING, SILENCE
 
-SILENCE, TAIL = math.log(1e-10), 30  # icefall's streaming_decode.py appends so many
 LOOK_AHEAD = 13  # feature frames that a chunk needs beyond its own
 
 
@@ -74,7 +73,7 @@ def load(args: argparse.Namespace) -> Tuple[Any, torch.nn.Module, Any]:
 def by_icefall(params, model, module, x: torch.Tensor):
     """Return tokens, their frames, encoder output, and the features with silence."""
     stream = module.DecodeStream(params, "", module.get_init_states(model))
-    stream.set_features(x, tail_pad_len=TAIL)
+    stream.set_features(x, tail_pad_len=CAUSAL_PADDING)
     outs: List[torch.Tensor] = []
     frames: List[int] = []
     search = module.greedy_search

@@ -237,16 +237,21 @@ def decode(
     folder = Path(res_dir or own / ("cascade" if cascade else decoding_method))
     test_set = test_set or name_of_set(cuts)
     _check_outputs(folder, test_set)
-    method = Method(decoding_method, beam_size, max_sym_per_frame, draft, skip_blanks)
+    method = Method(
+        decoding_method,
+        beam_size,
+        max_sym_per_frame,
+        draft,
+        skip_blanks,
+        causal_padding,
+    )
     model = teacher.load_one("decode")
-    suffix = suffix_of(teacher, model.settings, method, window, cascade, causal_padding)
+    suffix = suffix_of(teacher, model.settings, method, window, cascade)
     tokenizer = teacher.tokenizer(model.settings)
     num_features = int(model.settings["feature_dim"])
     rate = sampling_rate if on_the_fly_feats else None
     known = CutsToDecode(cuts, num_features, rate).survey()
     header = {**_header(model, method, known, rate), "window": window}
-    if causal_padding != CAUSAL_PADDING:
-        header["causal_padding"] = causal_padding
     first = None
     if cascade:
         first = FirstAnswers.read(Path(cascade), Path(answers), header, known.texts)
@@ -258,8 +263,7 @@ def decode(
     if rate is not None:
         reader = AudioReader(num_features, rate, remedy)
     with ExitStack() as stack:
-        how = (method, device, window, causal_padding)
-        recognizer = Recognizer(model.model, model.settings, *how)
+        recognizer = Recognizer(model.model, model.settings, method, device, window)
         stack.callback(recognizer.close)
         # What can't be decoded is refused before there is a file.
         short = next(c for c in ManifestCuts(cuts) if c.id == known.shortest[0])
@@ -289,9 +293,8 @@ def decode(
     )
     name = f"{test_set}-{suffix}"
     path = folder / f"decoding-{name}.json"
-    with disk_errors(path, outcome.utterances):
-        with replacing(path, shared=True) as temporary:
-            temporary.write_text(json.dumps(summary, indent=1) + "\n", "utf8")
+    with disk_errors(path, outcome.utterances), replacing(path, shared=True) as new:
+        new.write_text(json.dumps(summary, indent=1) + "\n", "utf8")
     click.echo(text_table(table_of(summary), left=2))
     click.echo(f"Results: {folder}/*-{name}.*")
 
@@ -331,7 +334,6 @@ def suffix_of(
     method: Method,
     window: Optional[float] = None,
     cascade: str = "",
-    causal_padding: int = CAUSAL_PADDING,
 ) -> str:
     """The end of the names of result files, which is that of icefall's decode.py.
 
@@ -339,9 +341,8 @@ def suffix_of(
       teacher: Names the checkpoints.
       settings: The model's.
       method: The search.
-      window: The option --window. This and the next two icefall has not.
+      window: The option --window. This and the next one icefall has not.
       cascade: The option --cascade.
-      causal_padding: The option --causal-padding.
 
     Raises:
       KDError: a causal model without one size of chunks and left context.
@@ -360,8 +361,8 @@ def suffix_of(
                 "--left-context-frames, such as 32 and 128",
             )
             suffix += f"_{text}-{value}"
-        if causal_padding != CAUSAL_PADDING:
-            suffix += f"_causal-padding-{causal_padding}"
+        if method.causal_padding != CAUSAL_PADDING:
+            suffix += f"_causal-padding-{method.causal_padding}"
     if method.name == BEAM:
         suffix += f"__{BEAM}__beam-size-{method.beam_size}"
     elif method.name == GREEDY:

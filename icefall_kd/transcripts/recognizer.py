@@ -35,6 +35,10 @@ class Method:
       draft: Where ``greedy_search`` takes its draft from; see ``GreedySearch``.
       skip_blanks: The transducer's searches leave out frames to whose blank the CTC
         head gives a probability above this, which is not exact; None: no frame.
+      causal_padding: Feature frames of silence that a causal model hears behind each
+        utterance; icefall's decoding has 30. They are of features without
+        normalisation: to a model that hears features less the mean of each utterance
+        they are no silence, and it wants 0.
     """
 
     name: str = GREEDY
@@ -42,15 +46,22 @@ class Method:
     max_sym_per_frame: int = 1
     draft: str = "auto"
     skip_blanks: Optional[float] = None
+    causal_padding: int = CAUSAL_PADDING
 
     def options(self) -> Dict[str, Any]:
-        """The options of this search, without those of others."""
+        """The options of this search, without those of others.
+
+        icefall's padding is left out, as in journals and cascades of former versions.
+        """
         names = {
             GREEDY: ("name", "max_sym_per_frame", "draft", "skip_blanks"),
             BEAM: ("name", "beam_size", "skip_blanks"),
             CTC: ("name",),
         }
-        return {name: getattr(self, name) for name in names[self.name]}
+        options = {name: getattr(self, name) for name in names[self.name]}
+        if self.causal_padding != CAUSAL_PADDING:
+            options["causal_padding"] = self.causal_padding
+        return options
 
     @property
     def setting(self) -> str:
@@ -170,10 +181,6 @@ class Recognizer:
       device: Where it runs.
       window: Seconds; longer utterances are encoded in windows of this length that
         overlap, which is not exact. None: all are encoded as a whole.
-      causal_padding: Feature frames of silence that a causal model hears behind each
-        utterance; icefall's decoding has 30. They are of features without
-        normalisation: to a model that hears features less the mean of each utterance
-        they are no silence, and it wants 0.
 
     Raises:
       KDError: a model that lacks the head of the search, or a window that it can't
@@ -187,11 +194,10 @@ class Recognizer:
         method: Method,
         device: torch.device,
         window: Optional[float] = None,
-        causal_padding: int = CAUSAL_PADDING,
     ) -> None:
         self.model = model.eval().to(device).requires_grad_(False)
         self.device, self.method = device, method
-        self.padding = causal_padding if settings.get("causal") else 0
+        self.padding = method.causal_padding if settings.get("causal") else 0
         blank_id = int(settings.get("blank_id", 0))
         self.search = method.search(self.model, blank_id)
         self.ctc = None

@@ -442,6 +442,12 @@ def test_the_silence_behind_an_utterance_is_as_long_as_asked_for(
     assert frames("same", "--causal-padding", 30) == silent
     shorter = frames("none", "--causal-padding", 0)
     assert {a - b for a, b in zip(silent, shorter)} <= {7, 8}  # 30 / 4
+    # The header names another padding alone: journals without the option go on.
+    (journal,) = (tmp_path / "same").glob("utterances-*")
+    assert "causal_padding" not in journal.read_text("utf8")
+    (journal,) = (tmp_path / "none").glob("utterances-*")
+    header = json.loads(journal.read_text("utf8").splitlines()[0])
+    assert header["method"]["causal_padding"] == 0
 
 
 # Models that don't fit

@@ -18,9 +18,9 @@ Y = [[3, 4, 3], [5, 6], [7]]  # labels of the three utterances of a batch
 
 def test_a_shift_moves_nodes_and_drops_those_beyond_the_end(nodes):
     lengths = torch.tensor([5, 4])
-    moved = shift(nodes, 1, lengths)
-    assert moved.row.tolist() == [0, 1, 1] and moved.frame.tolist() == [1, 3, 1]
-    assert torch.equal(moved.teacher, nodes.teacher[[0, 3, 4]])
+    shifted = shift(nodes, 1, lengths)
+    assert shifted.row.tolist() == [0, 1, 1] and shifted.frame.tolist() == [1, 3, 1]
+    assert torch.equal(shifted.teacher, nodes.teacher[[0, 3, 4]])
     with pytest.raises(KDError, match="shift is -1"):
         shift(nodes, -1, lengths)
 
