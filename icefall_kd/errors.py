@@ -141,7 +141,8 @@ def disk_errors(place: object = "", kept: Sized = ()) -> Iterator[None]:
     except OSError as e:
         named = e.filename or place
         where = f" ({named})" if named else ""
-        done = f" after {len(kept)} cuts, which are kept" if len(kept) else ""
+        cuts = "1 cut, which is" if len(kept) == 1 else f"{len(kept)} cuts, which are"
+        done = f" after {cuts} kept" if len(kept) else ""
         raise KDError(
             f"{e.strerror or e}{where}{done}: {remedy_for(e)}, then retry"
         ) from None

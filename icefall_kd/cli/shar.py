@@ -14,7 +14,7 @@ from lhotse.serialization import load_jsonl
 from tqdm.auto import tqdm
 
 from icefall_kd.cli.options import Place, command
-from icefall_kd.errors import KDError, require
+from icefall_kd.errors import KDError, disk_errors, require
 from icefall_kd.files import is_same_folder
 from icefall_kd.targets.cuts import ManifestCuts, shards_of
 from icefall_kd.targets.places import SHAR_STORE, copy_small_files
@@ -25,6 +25,9 @@ from icefall_kd.targets.store import (
     is_left_out,
     read_fingerprint,
 )
+
+# What reading a damaged file raises.
+DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, ValueError, KeyError, TypeError)
 
 
 class _Values:
@@ -124,31 +127,27 @@ def shar(cuts_path: str, shar_dir: str, storage_dir: str) -> None:
     # Hidden folders would be fields to Lhotse: so the new shards wait outside.
     waiting = folder.with_name(f".tmp.{folder.name}.{FIELD}")
     shutil.rmtree(waiting, ignore_errors=True)  # of a run that was killed
-    waiting.mkdir()
     written, n, values = [], 0, _Values(storage_dir)
-    try:
-        for shard in tqdm(shards, desc="Shards", unit=" shards"):
-            name = FIELD + shard.name.split(".jsonl")[0][len("cuts") :] + ".jsonl.gz"
-            written.append(waiting / name)
-            n += _write_shard(shard, written[-1], cuts, values)
-        surplus = next(cuts, None)
-        if surplus is not None:
+    with disk_errors(folder):
+        waiting.mkdir()
+        try:
+            for shard in tqdm(shards, desc="Shards", unit=" shards"):
+                number = shard.name.split(".jsonl")[0][len("cuts") :]
+                written.append(waiting / f"{FIELD}{number}.jsonl.gz")
+                n += _write_shard(shard, written[-1], cuts, values)
+            surplus = next(cuts, None)
+            if surplus is not None:
+                raise KDError(
+                    f"the cut {surplus.id} of {cuts_path} is not in {folder}: both "
+                    "need the same cuts in the same order; dump the Shar itself"
+                )
+            _put_small_files(folder, storage_dir, values.first)
+            for path in written:
+                path.replace(folder / path.name)
+        except DAMAGE as e:
             raise KDError(
-                f"the cut {surplus.id} of {cuts_path} is not in {folder}: both need "
-                "the same cuts in the same order; dump the Shar itself"
-            )
-        _put_small_files(folder, storage_dir, values.first)
-        for path in written:
-            path.replace(folder / path.name)
-    except (EOFError, zlib.error, ValueError, KeyError, TypeError) as e:
-        raise KDError(
-            f"{shard} or {cuts_path} is damaged ({type(e).__name__}): make it again"
-        ) from None
-    except OSError as e:
-        raise KDError(
-            f"{folder} can't be written to ({e.strerror or e}): free space or mend the "
-            "path, and give the same command again"
-        ) from None
-    finally:
-        shutil.rmtree(waiting, ignore_errors=True)
+                f"{shard} or {cuts_path} is damaged ({type(e).__name__}): make it again"
+            ) from None
+        finally:
+            shutil.rmtree(waiting, ignore_errors=True)
     click.echo(f"{folder}: targets of {n} cuts in {len(written)} shards of {FIELD}")

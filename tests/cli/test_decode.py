@@ -259,7 +259,7 @@ def test_a_full_disk_is_one_sentence_and_loses_no_batch(
         return sentence
 
     assert f"({journal}):" in said(100)  # no place for the header
-    assert f"({journal}) after 1 cuts, which are kept:" in said(1500)
+    assert f"({journal}) after 1 cut, which is kept:" in said(1500)
     assert f"({journal}) after 3 cuts, which are kept:" in said(2300)
     shutil.copy(tmp_path / "whole" / journal.name, journal)
     for limit in (0, 600):  # of recogs-, which is the first, and errs-

@@ -1,5 +1,6 @@
 """Targets in a Lhotse Shar: ``icefall-kd dump SHAR CUTS``, ``icefall-kd shar``."""
 
+import errno
 import gzip
 import json
 import re
@@ -495,6 +496,23 @@ def _records(folder):
 def test_cuts_without_targets_are_refused(left_alone, in_cuts, folder):
     error = left_alone(in_cuts, folder)
     assert f"cut c1 has no targets ({FIELD})" in error and "icefall-kd dump" in error
+
+
+def test_a_shard_that_is_no_gzip_file_is_damaged(left_alone, dumped, folder):
+    shard = min(folder.glob("cuts.*.jsonl.gz"))
+    shard.write_bytes(b"{}")
+    assert f"{shard} or {dumped} is damaged (" in left_alone(dumped, folder)
+
+
+def test_a_full_disk_is_said_as_in_every_command(
+    left_alone, dumped, folder, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("icefall_kd.cli.shar._put_small_files", full)
+    expected = f"No space left on device ({folder}): free space, then retry"
+    assert expected in left_alone(dumped, folder)
 
 
 def test_damaged_records_are_refused(left_alone, dumped, folder, tmp_path):
