@@ -190,6 +190,13 @@ def joined(head: Head, rows: List[torch.Tensor], args) -> torch.Tensor:
     return frames.reshape(count, -1, frames.size(1))
 
 
+def filled_up(x: torch.Tensor) -> torch.Tensor:
+    """Utterances (N, T, C), again from the first until they fill the largest batch."""
+    # Nothing is remembered of an utterance, so some may come again.
+    most = max(BATCHES)
+    return x.repeat(-(-most // len(x)), 1, 1)[: max(most, len(x))]
+
+
 def measure_greedy(head: Head, x: torch.Tensor, args) -> List[Dict[str, Any]]:
     """Greedy search of utterances (N, T, C), for each batch size."""
     icefalls = icefalls_greedy(args.icefall)
@@ -381,12 +388,10 @@ def main() -> None:
     sizes = sizes_of(parameters)
     small, large = (Head(parameters, s).to(args.device) for s in (sizes, M))
     shortest = sorted(map(len, rows))[len(rows) // 2]
-    single = torch.stack([row[:shortest] for row in rows if len(row) >= shortest])
-    long = joined(small, rows, args)
+    single = [row[:shortest] for row in rows if len(row) >= shortest]
+    single = filled_up(torch.stack(single))
+    long = filled_up(joined(small, rows, args))
     long = F.pad(long, (0, M["encoder"] - long.size(2)))
-    # Nothing is remembered of an utterance, so some may come again.
-    most = max(BATCHES)
-    long = long.repeat(-(-most // len(long)), 1, 1)[: max(most, len(long))]
     figures = {"device": args.device, "sizes": sizes, "frames": single.size(1)}
     for name, head, x in (("M", large, long), ("own", small, single)):
         figures[f"greedy, {name}"] = measure_greedy(head, x, args)

@@ -2,7 +2,7 @@
 # The tables of decode.py and shortcuts.py on a GPU, within ten minutes.
 # Usage: benchmarks/decode_gpu.sh OUT_DIR OPTIONS
 # OPTIONS are those of both: --exp-dir, --epoch, --bpe-model, --manifest, and others.
-# With DEVICE=cpu and --num-cuts 40, about the least, it tries out the same on a CPU.
+# With DEVICE=cpu and --num-cuts 8 it tries out the same on a CPU.
 set -eou pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 if [ $# -lt 2 ]; then

@@ -19,7 +19,7 @@ thread, on a GPU of seconds. Digits and commands recipe alike:
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from decode import in_turn, wer_of
@@ -30,6 +30,7 @@ from zipformer.decode.search import modified_beam_search
 from icefall_kd import (
     BeamSearch,
     GreedySearch,
+    Hypothesis,
     KDError,
     ModelTap,
     load_model,
@@ -37,9 +38,11 @@ from icefall_kd import (
     skip_blanks,
 )
 from icefall_kd.decode.speculation import draft_of
+from icefall_kd.decode.types import SearchResult
 from icefall_kd.errors import require
 
 Encoded = Tuple[torch.Tensor, torch.Tensor]  # (N, T, C), and (N,) frames
+Ways = Dict[str, Callable[[], List[Any]]]  # what is timed, for all batches
 
 
 def get_args() -> argparse.Namespace:
@@ -87,41 +90,50 @@ def batches_of(cuts: List[Any], n: int, device: str) -> Iterator[Encoded]:
         yield x.to(device), lens.to(device)
 
 
+def draft_ways(
+    teacher: Model, student: Optional[Model], inputs: List[Encoded]
+) -> Tuple[Ways, Ways]:
+    """Return the search of all batches by draft, and what makes the draft before it.
+
+    What is made before costs time beside the teacher's encoder and its search.
+    """
+    outs = [teacher.encode(batch) for batch in inputs]
+    alone = GreedySearch(teacher.model, draft="none")
+    checking = GreedySearch(teacher.model, draft="ctc")
+    searches: Ways = {
+        "none": lambda: [alone(*out) for out in outs],
+        "CTC": lambda: [checking(*out) for out in outs],
+    }
+    if student is None:
+        return searches, {}
+    own = GreedySearch(student.model)
+
+    def make_drafts() -> List[torch.Tensor]:
+        results = [own(*student.encode(batch)) for batch in inputs]
+        pairs = zip(results, outs)
+        return [draft_of(r.hypotheses, out.size(1)) for r, (out, _) in pairs]
+
+    drafts = make_drafts()
+    pairs = list(zip(outs, drafts))
+    searches["student"] = lambda: [checking(*out, draft=d) for out, d in pairs]
+    return searches, {"student": make_drafts}
+
+
 def measure_drafts(
     teacher: Model, student: Optional[Model], cuts: List[Any], n: int, args
 ) -> Iterator[Dict[str, Any]]:
     """Yield the figures of each draft, in batches of ``n`` utterances."""
     inputs = list(batches_of(cuts, n, args.device))
-    outs = [teacher.encode(batch) for batch in inputs]
-    alone = GreedySearch(teacher.model, draft="none")
-    checking = GreedySearch(teacher.model, draft="ctc")
-    searches = {"none": lambda i: alone(*outs[i]), "CTC": lambda i: checking(*outs[i])}
-    # What a way costs beside the teacher's encoder and its search.
-    before: Dict[str, Any] = {}
-    if student is not None:
-        own = GreedySearch(student.model)
-
-        def draft(i: int) -> torch.Tensor:
-            result = own(*student.encode(inputs[i]))
-            return draft_of(result.hypotheses, outs[i][0].size(1))
-
-        drafts = [draft(i) for i in range(len(inputs))]
-        before["student"] = draft
-        searches["student"] = lambda i: checking(*outs[i], draft=drafts[i])
-    every = range(len(inputs))
-    ways = {name: lambda f=f: [f(i) for i in every] for name, f in searches.items()}
-    ways["encoder"] = lambda: [teacher.encode(batch) for batch in inputs]
-    for name, work in before.items():
-        ways[f"before {name}"] = lambda f=work: [f(i) for i in every]
+    searches, before = draft_ways(teacher, student, inputs)
+    ways = {**searches, "encoder": lambda: [teacher.encode(batch) for batch in inputs]}
+    ways.update({f"before {name}": way for name, way in before.items()})
     seconds = in_turn(ways, args.repeats, torch.device(args.device))
-    expected = [h for r in ways["none"]() for h in r.hypotheses]
-    for name in searches:
-        results = ways[name]()
+    expected = paths_of(searches["none"]())
+    for name, search in searches.items():
+        results = search()
         report = results[0].report
         for result in results[1:]:
             report.add(result.report)
-        found = [h for r in results for h in r.hypotheses]
-        paths = [[(h.tokens, h.frames) for h in some] for some in (found, expected)]
         whole = seconds["encoder"] + seconds[name]
         yield {
             "batch": n, "draft": name, "search": seconds[name],
@@ -129,8 +141,13 @@ def measure_drafts(
             "calls": report.rounds / len(results),
             "rows": report.joiner_rows / report.frames,
             "drafted": report.drafted, "accepted": report.accepted,
-            "differ": sum(a != b for a, b in zip(*paths)),
+            "differ": sum(a != b for a, b in zip(paths_of(results), expected)),
         }  # fmt: skip
+
+
+def paths_of(results: List[SearchResult]) -> List[Tuple[List[int], List[int]]]:
+    """Return tokens and frames of each utterance of all batches."""
+    return [(h.tokens, h.frames) for result in results for h in result.hypotheses]
 
 
 def say_drafts(rows: List[Dict[str, Any]], seconds: float) -> None:
@@ -149,52 +166,59 @@ def say_drafts(rows: List[Dict[str, Any]], seconds: float) -> None:
     print(f"Times are shares of those without a draft, of {seconds:.0f} s of audio.")
 
 
+def search_kept(
+    model: torch.nn.Module, search: BeamSearch, out: Encoded, threshold: float
+) -> Tuple[float, List[Hypothesis]]:
+    """Return the share of frames that are kept, and what is found in these alone."""
+    head = model.ctc_output(out[0])
+    kept = skip_blanks(*out, head, threshold)
+    result = search(kept.encoder_out, kept.encoder_out_lens)
+    return kept.share, kept.restore(result.hypotheses)
+
+
+def times_of_skipping(
+    teacher: Model, cuts: List[Any], n: int, thresholds: List[float], args
+) -> Dict[float, float]:
+    """Return how many times faster than icefall's it is, in batches of ``n``."""
+    model, search = teacher.model, BeamSearch(teacher.model, args.beam)
+    outs = [teacher.encode(batch) for batch in batches_of(cuts, n, args.device)]
+    ways: Dict[Any, Callable] = {
+        "icefall": lambda: [
+            modified_beam_search(model, *out, beam=args.beam) for out in outs
+        ],
+        1.0: lambda: [search(*out) for out in outs],
+    }
+    for p in thresholds:
+        ways[p] = lambda p=p: [search_kept(model, search, out, p) for out in outs]
+    seconds = in_turn(ways, args.repeats, torch.device(args.device))
+    return {p: seconds["icefall"] / seconds[p] for p in (1.0, *thresholds)}
+
+
 def measure_skipping(
     teacher: Model, cuts: List[Any], sp: Any, args
 ) -> Iterator[Dict[str, Any]]:
     """Yield frames kept, utterances changed, WER, and times, by threshold."""
-    search = BeamSearch(teacher.model, args.beam)
-    outs = [teacher.encode(batch) for batch in batches_of(cuts, 16, args.device)]
-
-    def skipping(out: torch.Tensor, lens: torch.Tensor, threshold: float):
-        head = teacher.model.ctc_output(out)
-        kept = skip_blanks(out, lens, head, threshold)
-        result = search(kept.encoder_out, kept.encoder_out_lens)
-        return kept.share, kept.restore(result.hypotheses)
-
-    timed = {
-        n: [
-            teacher.encode(b)
-            for b in batches_of(cuts[: args.timed_cuts], n, args.device)
-        ]
+    thresholds = [float(x) for x in args.thresholds.split()]
+    timed = cuts[: args.timed_cuts]
+    times = {
+        n: times_of_skipping(teacher, timed, n, thresholds, args)
         for n in map(int, args.batches.split())
     }
-    thresholds = [float(x) for x in args.thresholds.split()]
-    times: Dict[Any, Dict[int, float]] = {}
-    for n, batches in timed.items():
-        ways: Dict[Any, Any] = {
-            "icefall": lambda b=batches: [
-                modified_beam_search(teacher.model, *out, beam=args.beam) for out in b
-            ],
-            1.0: lambda b=batches: [search(*out) for out in b],
-        }
-        for p in thresholds:
-            ways[p] = lambda b=batches, p=p: [skipping(*out, p) for out in b]
-        seconds = in_turn(ways, args.repeats, torch.device(args.device))
-        for name, value in seconds.items():
-            times.setdefault(name, {})[n] = seconds["icefall"] / value
+    search = BeamSearch(teacher.model, args.beam)
+    outs = [teacher.encode(batch) for batch in batches_of(cuts, 16, args.device)]
     whole = [h.tokens for out in outs for h in search(*out).hypotheses]
     frames = sum(int(lens.sum()) for _, lens in outs)
     for p in (1.0, *thresholds):
-        found, kept = [], 0.0
+        tokens, kept = [], 0.0
         for out in outs:
-            share, hypotheses = skipping(*out, p)
+            share, hypotheses = search_kept(teacher.model, search, out, p)
             kept += share * int(out[1].sum())
-            found += [h.tokens for h in hypotheses]
+            tokens += [h.tokens for h in hypotheses]
         yield {
             "threshold": p, "kept": kept / frames,
-            "changed": sum(a != b for a, b in zip(found, whole)) / len(whole),
-            "wer": wer_of(sp, found, cuts), "times": times[p],
+            "changed": sum(a != b for a, b in zip(tokens, whole)) / len(whole),
+            "wer": wer_of(sp, tokens, cuts),
+            "times": {n: of_batch[p] for n, of_batch in times.items()},
         }  # fmt: skip
 
 
