@@ -46,6 +46,8 @@ def refusal(done):
         (["--runs", "none kd none"], "--runs names none twice"),
         (["--sizes", "s m"], "--sizes names m, and must be of s and xs"),
         (["--sizes", ""], "--sizes is empty"),
+        (["--runs", "kd slices"], "--runs names slices, whose students start from"),
+        (["--runs", "slices-kd", "--sizes", "xs"], "and --sizes names xs, whose heads"),
         (["--seeds", "1 1 2"], "--seeds names 1 twice"),
         (["--seeds", "1 x"], "--seeds is '1 x', and must be"),
         (["--test", "yes"], "--test is 'yes', and must be true or false"),

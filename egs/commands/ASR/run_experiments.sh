@@ -13,7 +13,7 @@ stage=1             # first stage
 stop_stage=3        # last stage
 corpus_dir=         # your clone of the corpus
 work_dir=work       # results go here
-runs="none cr-ctc kd kd-cr-ctc part part-kd slices slices-kd"  # names in conf/runs.txt
+runs="none cr-ctc kd kd-cr-ctc part part-kd"  # names in conf/runs.txt
 sizes="s xs"        # of students: s has 0.15 M parameters, xs 0.07 M
 seeds="1 2 3"       # of the students
 test=false          # true: decode the test speakers too, when all is decided
@@ -66,6 +66,13 @@ encoder-unmasked-dim=16,24,24 num-encoder-layers=1,1,1 feedforward-dim=48,64,64 
 decoder-dim=32 joiner-dim=32 num-heads=2,2,2 query-head-dim=8 value-head-dim=8"
 for size in $sizes; do
   [ -n "${settings_of[$size]-}" ] || fail "--sizes names $size, and must be of s and xs"
+  # Slices keep the width of the teacher's heads.
+  [[ ${settings_of[$size]} = *-head-dim=* ]] || continue
+  for name in $runs; do
+    [ "${starts[$name]}" != slices ] || fail "--runs names $name, whose students start" \
+      "from slices of the teacher, and --sizes names $size, whose heads are narrower" \
+      "than the teacher's: leave one of them out"
+  done
 done
 
 # Twelve of the training speakers have no transcripts in the second experiment.
