@@ -161,7 +161,11 @@ def check_cuts(cuts: List[Cut], manifest: Path, rate: int) -> None:
 
 
 def whose_mean(features: Dict[str, Any], output: Path) -> str:
-    """Return the --mean with which ``features`` in ``output`` were made."""
+    """Return the --mean with which ``features`` in ``output`` were made.
+
+    The array says it: its mean is 0 but for rounding, or that of logarithms of energy.
+    The manifest can't: Lhotse mixes only cuts whose type of features it knows.
+    """
     folder = output.parent / Path(features["storage_path"]).name
     path = folder / features["storage_key"]
     if not path.is_file():
@@ -204,8 +208,6 @@ def is_done(
 
 
 _extractor = None  # one for each process
-
-
 _mean = "utterance"
 
 
@@ -273,8 +275,8 @@ def open_mapper(
         return
     # spawn: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    how = (extractor, num_mel_bins, rate, mean)
-    with context.Pool(num_jobs, init_process, how) as pool:
+    settings = (extractor, num_mel_bins, rate, mean)
+    with context.Pool(num_jobs, init_process, settings) as pool:
         yield partial(pool.imap, chunksize=16)
 
 
@@ -327,8 +329,8 @@ def main() -> None:
         todo.append((cuts, split, output))
     if not todo:
         return
-    how = args.extractor, args.num_mel_bins, args.sampling_rate, args.mean
-    with open_mapper(args.num_jobs, *how) as mapper:
+    settings = args.extractor, args.num_mel_bins, args.sampling_rate, args.mean
+    with open_mapper(args.num_jobs, *settings) as mapper:
         for cuts, split, output in todo:
             compute_split(mapper, cuts, split, output)
             logging.info(f"{split}: {len(cuts)} cuts in {output}, {args.extractor}")
