@@ -312,29 +312,69 @@ def test_with_kd_weight_zero_losses_and_parameters_are_those_of_the_plain_recipe
     assert all(torch.equal(model[k], kd_model[k]) for k in model)
 
 
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["--kd-ctc-weight", "-1"], ["--kd-ctc-weight is -1"]),
-        (
-            ["--kd-ctc-weight", "1", "--kd-hard-weight", "nan"],
-            ["--kd-hard-weight is nan"],
-        ),
-        (["--kd-ctc-weight", "1", "--kd-temperature", "0"], ["temperature", "0"]),
-        (["--kd-ctc-weight", "1", "--kd-time-warp", "on"], ["--kd-time-warp is on"]),
-        (["--manifest-dir", "nowhere"], ["nowhere", "--manifest-dir"]),
-    ],
-)
-def test_options_out_of_range_are_refused_in_one_sentence(work, tmp_path, words, said):
-    words = ["--manifest-dir", work / "data/kd", "--exp-dir", tmp_path, *words]
-    refused(train_py(RECIPE / "zipformer/train.py", work / "data", *words), *said)
-    assert not list(tmp_path.glob("*.pt"))
+# A process imports all, which takes most of the time, once for several command lines.
+# Each has a process of its own, forked from it, and says all in a file.
+TRAIN_EACH = """
+import json, os, sys
+sys.path.insert(0, "zipformer")
+import torch, train
+if hasattr(torch, "compile"):
+    import torch._dynamo  # as the model's functions do
+for number, words in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        said = os.open(f"{sys.argv[2]}/{number}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 1), os.dup2(said, 2)
+        sys.argv = ["train.py", "--num-threads", "1", *words]
+        sys.exit(train.main())
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 
 
-def changed_manifests(work, tmp_path, change):
-    """A copy of data/kd whose first training cut was changed."""
-    shutil.copytree(work / "data/kd", tmp_path / "kd")
-    path = tmp_path / "kd/cuts_train.jsonl.gz"
+@pytest.fixture
+def train_each(tmp_path):
+    """Run train.py with several command lines; return how each ended."""
+
+    def run(lines):
+        (tmp_path / "said").mkdir()
+        words = json.dumps([list(map(str, line)) for line in lines])
+        command = [sys.executable, "-c", TRAIN_EACH, words, tmp_path / "said"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=RECIPE, env=ENV
+        )
+        assert done.returncode == 0, done.stderr
+        said = [(tmp_path / "said" / str(i)).read_text() for i in range(len(lines))]
+        return [
+            subprocess.CompletedProcess(line, int(status), "", text)
+            for line, status, text in zip(lines, done.stdout.split(), said)
+        ]
+
+    return run
+
+
+OUT_OF_RANGE = [
+    (["--kd-ctc-weight", "-1"], ["--kd-ctc-weight is -1"]),
+    (["--kd-ctc-weight", "1", "--kd-hard-weight", "nan"], ["--kd-hard-weight is nan"]),
+    (["--kd-ctc-weight", "1", "--kd-temperature", "0"], ["temperature", "0"]),
+    (["--kd-ctc-weight", "1", "--kd-time-warp", "on"], ["--kd-time-warp is on"]),
+    (["--manifest-dir", "nowhere"], ["nowhere", "--manifest-dir"]),
+]
+
+
+def test_options_out_of_range_are_refused_in_one_sentence(work, tmp_path, train_each):
+    exp, data = tmp_path / "exp", work / "data"
+    common = ["--bpe-model", data / "lang_bpe_54/bpe.model", "--exp-dir", exp]
+    common += ["--manifest-dir", data / "kd"]
+    ended = train_each([[*common, *words] for words, _ in OUT_OF_RANGE])
+    for done, (_, said) in zip(ended, OUT_OF_RANGE, strict=True):
+        refused(done, *said)
+    assert not list(exp.glob("*.pt"))
+
+
+def changed_manifests(work, folder, change):
+    """A copy of data/kd whose first training cut was changed; the cut's id."""
+    shutil.copytree(work / "data/kd", folder)
+    path = folder / "cuts_train.jsonl.gz"
     with gzip.open(path, "rt") as f:
         cuts = [json.loads(line) for line in f]
     change(cuts[0])
@@ -343,25 +383,25 @@ def changed_manifests(work, tmp_path, change):
     return cuts[0]["id"]
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda c: c.update(supervisions=[]), "0 supervisions"),
-        (lambda c: c["supervisions"][0].update(text=" "), "empty text"),
-        (lambda c: c["supervisions"][0].update(text="NINE " * 60), "tokens"),
-        (lambda c: c["custom"].clear(), "1 of 240 training cuts have no targets"),
-    ],
-)
-def test_bad_cuts_are_refused_in_one_sentence(work, tmp_path, change, said):
-    cut_id = changed_manifests(work, tmp_path, change)
-    done = train_py(
-        RECIPE / "zipformer/train.py",
-        work / "data",
-        *["--manifest-dir", tmp_path / "kd", "--exp-dir", tmp_path / "exp"],
-        *["--kd-ctc-weight", "1"],
-    )
-    refused(done, cut_id, said)
-    assert not list((tmp_path / "exp").glob("*.pt"))
+BAD_CUTS = [
+    (lambda c: c.update(supervisions=[]), "0 supervisions"),
+    (lambda c: c["supervisions"][0].update(text=" "), "empty text"),
+    (lambda c: c["supervisions"][0].update(text="NINE " * 60), "tokens"),
+    (lambda c: c["custom"].clear(), "1 of 240 training cuts have no targets"),
+]
+
+
+def test_bad_cuts_are_refused_in_one_sentence(work, tmp_path, train_each):
+    exp, bpe_model = tmp_path / "exp", work / "data/lang_bpe_54/bpe.model"
+    common = ["--bpe-model", bpe_model, "--exp-dir", exp, "--kd-ctc-weight", "1"]
+    lines, ids = [], []
+    for i, (change, _) in enumerate(BAD_CUTS):
+        ids.append(changed_manifests(work, tmp_path / f"kd-{i}", change))
+        lines.append([*common, "--manifest-dir", tmp_path / f"kd-{i}"])
+    ended = train_each(lines)
+    for done, cut_id, (_, said) in zip(ended, ids, BAD_CUTS, strict=True):
+        refused(done, cut_id, said)
+    assert not list(exp.glob("*.pt"))
 
 
 def test_a_bpe_model_of_another_size_is_refused(work, tmp_path):
