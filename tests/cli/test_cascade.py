@@ -177,6 +177,8 @@ def test_answers_and_models_that_are_not_the_cascades_are_refused(
     assert "for another teacher" in no(experiments[0], *words)
     of_ctc = ("--decoding-method", "ctc-greedy-search")
     assert "or another search than this one" in no(experiments[1], *words, *of_ctc)
+    padded = ("--causal-padding", 0)
+    assert "or another search than this one" in no(experiments[1], *words, *padded)
     words = ("--cascade", path, "--answers", teacher)
     assert "is of another student" in no(experiments[1], *words)
     assert "go together" in no(experiments[1], "--cascade", path)
