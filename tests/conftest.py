@@ -127,7 +127,7 @@ def run_python(tmp_path):
             env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
 
     return run

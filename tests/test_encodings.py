@@ -143,7 +143,7 @@ def run_in(tmp_path):
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         env = {**os.environ, "PYTHONPATH": path, **env}
         return subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, timeout=300
+            command, cwd=tmp_path, env=env, capture_output=True, timeout=600
         )
 
     return run

@@ -17,7 +17,7 @@ with replacing(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     try:
         print("begun", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     finally:
         print("cleans up", flush=True)
         time.sleep(float(sys.argv[2]))
@@ -40,7 +40,7 @@ def started(path, cleaning=0.0, before=""):
 def test_a_stopped_command_removes_what_it_was_writing(tmp_path, name):
     process = started(tmp_path / "out")
     process.send_signal(getattr(signal, name))
-    process.communicate(timeout=50)
+    process.communicate(timeout=600)
     assert process.returncode not in (0, None)
     assert list(tmp_path.iterdir()) == []
 
@@ -52,7 +52,7 @@ def test_a_second_signal_does_not_break_off_the_cleaning(tmp_path, second):
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "cleans up\n"
     process.send_signal(getattr(signal, second))
-    process.communicate(timeout=50)
+    process.communicate(timeout=600)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -63,7 +63,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path):
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=50)
+    process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM
 
 

@@ -33,7 +33,7 @@ from stop_scenarios import Scenario, scenarios, tree  # noqa: E402
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")
 PATIENCE = 600.0  # seconds for any one run
-END = 10.0  # seconds that a stopped command's processes may take to end
+END = 120.0  # seconds that a stopped command's processes may take to end
 
 
 @dataclass

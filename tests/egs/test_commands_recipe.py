@@ -181,7 +181,7 @@ def test_students_that_were_killed_go_on_and_end_the_same(work, clone, copy_unti
         assert process.poll() is None, "it ended before"
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait(60) != 0
+    assert process.wait(600) != 0
     assert not (copy / "exp/student-kd/dev-wer.csv").exists()
     done = run_well(copy, *words)
     assert "student-kd: training from epoch 3 to 3" in done.stdout

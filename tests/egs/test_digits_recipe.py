@@ -149,7 +149,7 @@ def stopped_sh(work_dir, file, number, *words):
         assert process.poll() is None, "it ended before"
         time.sleep(0.005)
     os.killpg(process.pid, number)
-    assert process.wait(60) != 0
+    assert process.wait(600) != 0
 
 
 def same_parameters(a, b):

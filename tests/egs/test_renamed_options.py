@@ -30,7 +30,7 @@ def test_both_kinds_of_scripts_have_renamed_options():
 @pytest.mark.parametrize("script, old, new", PAIRS, ids=lambda x: getattr(x, "name", x))
 def test_an_old_name_is_refused_by_one_sentence_with_the_new_one(script, old, new):
     done = subprocess.run(
-        [script, option(old), "1"], capture_output=True, text=True, timeout=60
+        [script, option(old), "1"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()

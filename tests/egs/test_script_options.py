@@ -39,7 +39,7 @@ def refusal(tmp_path):
             [str(recipe / f"{script}.sh"), "--work-dir", str(work), *words],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
         assert done.returncode == 1 and done.stdout == ""
         assert contents() == before

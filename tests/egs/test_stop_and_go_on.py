@@ -5,7 +5,7 @@ import sys
 import pytest
 import stop_and_go_on
 from stop_and_go_on import Moment, stop_once, undisturbed
-from stop_scenarios import Scenario, kd_sh
+from stop_scenarios import Scenario, kd_sh, tree
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,11 @@ from pathlib import Path
 out = Path(sys.argv[1])
 if not out.exists():
     with open(out, "w") as file:
-        for word in ("first ", "second "):
-            file.write(word)
-            file.flush()
-            print(word, flush=True)
-            time.sleep(0.5)
+        file.write("first ")
+        file.flush()
+        print("first", flush=True)
+        time.sleep(600)
+        file.write("second ")
 """
 
 
@@ -58,9 +58,18 @@ def test_a_command_that_takes_half_a_file_for_done_is_found_out(tmp_path):
         lambda folder: folder.mkdir(parents=True),
         lambda folder: [sys.executable, "-c", CARELESS, str(folder / "out")],
     )
-    whole = undisturbed(careless, tmp_path)
-    stop = stop_once(careless, tmp_path, Moment("SIGKILL", True, output=0.2), whole)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/out").write_text("first second ")
+    whole = tree(tmp_path / "whole"), 0.0, len("first\n")
+    stop = stop_once(careless, tmp_path, Moment("SIGKILL", True, output=1.0), whole)
     assert stop.stopped and stop.differs == ["out"] and not stop.good
+
+
+# Leaves a process behind when it is stopped. The next one ends that, and has no work.
+LEAVES = """
+if [ -f "$0/left" ]; then kill -9 "$(cat "$0/left")"; exit 0; fi
+(trap '' TERM; echo $BASHPID > "$0/left"; echo begun; exec sleep 600) & wait
+"""
 
 
 def test_what_lives_on_is_found_out(tmp_path, monkeypatch):
@@ -68,8 +77,9 @@ def test_what_lives_on_is_found_out(tmp_path, monkeypatch):
     leaves = Scenario(
         "leaves",
         lambda folder: folder.mkdir(parents=True),
-        lambda folder: ["bash", "-c", "(trap '' TERM; echo begun; sleep 3) & wait"],
+        lambda folder: ["bash", "-c", LEAVES, str(folder)],
     )
-    whole = undisturbed(leaves, tmp_path)
-    stop = stop_once(leaves, tmp_path, Moment("SIGTERM", True, output=0.9), whole)
-    assert stop.stopped and "sleep 3" in stop.left and not stop.good
+    whole = {}, 0.0, len("begun\n")
+    stop = stop_once(leaves, tmp_path, Moment("SIGTERM", True, output=1.0), whole)
+    assert stop.stopped and any("sleep 600" in words for words in stop.left)
+    assert not stop.good

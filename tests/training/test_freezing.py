@@ -28,7 +28,7 @@ from icefall_kd.training import session
 from icefall_kd.training.clock import EpochClock
 
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR" / "zipformer"
-TOO_LONG = timedelta(seconds=120)  # a process that waits for ever fails by then
+TOO_LONG = timedelta(seconds=600)  # a process that waits for ever fails by then
 ALL = slice(0, 4)
 
 

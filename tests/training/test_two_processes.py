@@ -39,7 +39,7 @@ WEIGHTS = dict(zip(TERMS, (0.7, 0.5, 0.3, 0.2, 0.6, 0.4)))
 FALLING = "0:0.9,0.5:0"  # 0.9 where an epoch begins, 0 from its middle on
 SEEN = (0.0, 0.6)  # epochs that each process takes to be done
 ALL = slice(0, 4)
-TOO_LONG = timedelta(seconds=120)  # a process that waits for ever fails by then
+TOO_LONG = timedelta(seconds=600)  # a process that waits for ever fails by then
 
 
 def rows_of(rank):
