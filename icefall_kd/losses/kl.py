@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
+from icefall_kd.rounding import factors
 from icefall_kd.types import Distribution, SparseDistribution, index_rows, is_sparse
 
 FLOOR = -1e30  # in place of -inf: 0 * FLOOR is 0
@@ -366,4 +367,5 @@ def linear_kl(
       A scalar, in nats.
     """
     pairs = _Pairs(teacher, float(temperature), None, None, weights, chunk_kl)
-    return _LinearKL.apply(x, linear.weight, linear.bias, pairs)
+    x, weight = factors(linear, x)
+    return _LinearKL.apply(x, weight, linear.bias, pairs)

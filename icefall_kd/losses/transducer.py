@@ -13,6 +13,7 @@ from icefall_kd.losses.factorised import factorised_kl
 from icefall_kd.losses.kl import FLOOR, compute_dtype, linear_kl, plain_kl, row_kl
 from icefall_kd.losses.nodes import collapse
 from icefall_kd.losses.student_nodes import StudentNodes
+from icefall_kd.rounding import factors
 from icefall_kd.types import Distribution, Nodes, is_sparse
 
 FORMS = ("nodes", "collapsed", "mean_u", "sampled_u")
@@ -208,9 +209,9 @@ def total_kd_loss(
     student_ctc = ctc_logits[groups.row, groups.frame]  # (G, V)
     refuse_nan(student_ctc, "CTC logits at the lattice's frames")
     with torch.autocast(student_ctc.device.type, enabled=False):
-        states = _means(student.states, groups)  # (G, J)
+        states, weight = factors(layer, _means(student.states, groups))  # (G, J)
         bias = None if layer.bias is None else layer.bias.to(states.dtype)
-        means = nn.functional.linear(states, layer.weight.to(states.dtype), bias)
+        means = nn.functional.linear(states, weight.to(states.dtype), bias)
         return row_kl(
             _mix(student_ctc, means, ctc_share),
             _mix(teacher_ctc, _means(nodes.teacher, groups), ctc_share),

@@ -15,8 +15,8 @@ and in its data module, once the training dataset exists::
 
 ``icefall-kd plug`` puts these lines, and their import, into a copy of a recipe.
 
-With all weights of KD terms at 0 and nothing to freeze, the default, all of them leave
-everything as it is.
+With all weights of KD terms at 0, nothing to freeze and nothing to round, the default,
+all of them leave everything as it is.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _current: Optional[Session] = None
 
 
 class Session:
-    """Distillation and frozen parts in one training process.
+    """Distillation, frozen parts and rounded layers in one training process.
 
     Args:
       params: The recipe's params.
@@ -53,6 +53,7 @@ class Session:
       clock: Counts the epochs.
       checkpoint: The file ``kd.pt``.
       freezing: The frozen parts, or None.
+      int8: The student's rounded layers, or None.
       distillation: The distillation, or None where all weights of terms are 0.
 
     Raises:
@@ -67,7 +68,7 @@ class Session:
         self.clock = EpochClock(params)
         self.checkpoint = KDCheckpoint(params, self.clock)
         parts = params, model, self.clock, self.checkpoint
-        self.freezing = self.distillation = None
+        self.freezing = self.int8 = self.distillation = None
         if params["kd_freeze"]:
             from icefall_kd.training.freezing import Freezing
 
@@ -77,15 +78,21 @@ class Session:
 
             self.distillation = Distillation(*parts)
             logging.info(f"Distillation is on: loss = {self.distillation.joint}")
+        if params["kd_int8_from"]:
+            from icefall_kd.training.int8 import Int8Awareness
+
+            self.int8 = Int8Awareness(params, model, self.clock)
         has_state = self.distillation is not None and self.distillation.has_state
-        if has_state or (self.freezing is not None and self.freezing.freezer.pending):
+        thaws = self.freezing is not None and self.freezing.freezer.pending
+        begins_later = self.int8 is not None and self.int8.first_epoch > 0
+        if has_state or thaws or begins_later:
             self.checkpoint.start()
         if self.freezing is not None:
             self.freezing.start()
 
     def close(self) -> None:
-        """Take all hooks off the model, thaw its parts and write ``kd.pt`` no more."""
-        for part in (self.distillation, self.freezing, self.checkpoint):
+        """Leave the model as it was before, and write ``kd.pt`` no more."""
+        for part in (self.distillation, self.freezing, self.int8, self.checkpoint):
             if part is not None:
                 part.close()
 
@@ -123,7 +130,7 @@ def attach(params: Dict[str, Any], model: torch.nn.Module) -> None:
     global _current
     detach()
     install_excepthook(flags_of_parameters())
-    if not (distils(params) or params["kd_freeze"]):
+    if not (distils(params) or params["kd_freeze"] or params["kd_int8_from"]):
         return
     if text_encoding() != "utf-8":
         logging.warning(
@@ -134,7 +141,8 @@ def attach(params: Dict[str, Any], model: torch.nn.Module) -> None:
 
 
 def current() -> Optional[Session]:
-    """Return the session of this process; None where nothing is distilled or frozen."""
+    """Return the session of this process; None where nothing is distilled,
+    frozen or rounded."""
     return _current
 
 
@@ -181,10 +189,11 @@ def wrap_dataset(
 
     # All processes look at all cuts at once; the first one shows the progress.
     first_look = FirstLook(cuts, silent=rank_and_world_size()[0] != 0)
-    clock, freezing = _current.clock, _current.freezing
+    clock, parts = _current.clock, (_current.freezing, _current.int8)
     if _current.distillation is not None:
         dataset = _current.distillation.wrap_dataset(dataset, first_look)
-    if freezing is not None and freezing.needs_fractions and not clock.cuts_per_epoch:
+    needs_fractions = any(part is not None and part.needs_fractions for part in parts)
+    if needs_fractions and not clock.cuts_per_epoch:
         clock.cuts_per_epoch = first_look.all()
     return dataset
 

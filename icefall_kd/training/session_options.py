@@ -54,6 +54,17 @@ SESSION_OPTIONS = (
         "without distillation.",
     ),
     Option(
+        "int8-from",
+        "int8_from",
+        str,
+        "",
+        "The number of epochs after which the student's linear layers compute in "
+        "training with weights and activations rounded as onnxruntime's "
+        "quantize_dynamic rounds them: 0 from the first batch on, 1.5 from the middle "
+        "of the second epoch on. Without a value they never do. Validation and the "
+        "checkpoints stay in float32. It also works without distillation.",
+    ),
+    Option(
         "missing",
         "missing",
         str,

@@ -30,6 +30,7 @@ EXTRA = {
     "ctc-weight": ("1:1,0:1", "0:nan,1:1", "0:1,1", "1:1:1", "0:1,,", "0:-1,1:1", LONG),
     "hidden-layers": ("²", "1:2:3", "9", "out:1", "1:1,1:1", LONG),
     "freeze": ("encoder.9", "decoder:nan", "decoder:-1", "decoder decoder", "out"),
+    "int8-from": ("-1", "nan", "inf", "1,5", "true", LONG),
     "teacher-keep": ("top:0", "dense@2", f"top:{LONG}", "adaptive:2:9", "none"),
     "teacher-exp-dir": ("EXP,", ",EXP", "EXP,no-such"),
 }
@@ -111,6 +112,7 @@ ACCEPTED: Dict[str, Sequence[str]] = {
     "stored-ranges": ("0",),
     "last-epochs": ("0", "1.5"),
     "freeze": ("", " "),
+    "int8-from": ("", *NUMBERS),
     "teacher-exp-dir": ("",),
     "teacher-iter": ("0",),
     "teacher-use-averaged-model": ("0",),
