@@ -1,7 +1,7 @@
 """Linear layers that compute what onnxruntime's int8 model of them computes.
 
 ``onnxruntime.quantization.quantize_dynamic`` replaces each product with a constant
-matrix by a product of 8-bit numbers. What that changes is that both factors are rounded:
+matrix by one of 8-bit numbers. What that changes is that both factors are rounded:
 
 * a weight once, to -127..127 times one scale, max|w| / 127 (QInt8, symmetric, one scale
   for the whole matrix);
