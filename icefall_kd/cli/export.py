@@ -1,6 +1,7 @@
 """Exports a teacher or a student for where it runs."""
 
-from typing import Tuple
+import json
+from typing import List, Tuple
 
 import click
 
@@ -18,10 +19,14 @@ from icefall_kd.errors import KDError, require
 from icefall_kd.export.build import FORMS, ONNX, PARTS, Wanted, describe
 from icefall_kd.export.build import export as write_files
 from icefall_kd.export.build import heads_of
+from icefall_kd.export.check import check, check_files, utterances_of
 from icefall_kd.export.features import features_of
 from icefall_kd.export.files import OPSETS
-from icefall_kd.export.folder import ExportFolder
+from icefall_kd.export.folder import FP16, PARITY, ExportFolder, versions
 from icefall_kd.export.packages import need
+from icefall_kd.export.parity import Account, broken, table_of
+from icefall_kd.files import replacing
+from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.teacher.spec import TeacherSpec
 from icefall_kd.tokens import token_names
 
@@ -36,12 +41,33 @@ from icefall_kd.tokens import token_names
     help="The folder of the files, of this model alone.",
 )
 @click.option(
+    "--check",
+    "check_cuts",
+    type=Place(optional=True),
+    default="",
+    metavar="CUTS",
+    help="Give the utterances of these cuts, with features and audio, to the recipe's "
+    "model and to all files, and to sherpa-onnx, and compare what they say.",
+)
+@click.option(
+    "--only-check",
+    is_flag=True,
+    help="Write no files, and check those that are there.",
+)
+@click.option(
+    "--sherpa",
+    type=YesNo(),
+    default=True,
+    metavar="BOOL",
+    help="With --check: give the audio to sherpa-onnx too.",
+)
+@click.option(
     "--cuts",
-    type=Place(),
-    required=True,
+    type=Place(optional=True),
+    default="",
     metavar="CUTS",
     help="A manifest of some of the recipe's cuts, with features and audio: a model is "
-    "exported for features as these.",
+    "exported for features as these. Default: those of --check.",
 )
 @click.option(
     "--forms",
@@ -49,7 +75,15 @@ from icefall_kd.tokens import token_names
     default=ONNX,
     metavar="FORMS",
     help="What is written, separated by commas: torchscript as icefall's export.py "
-    "does, and onnx, in fp32, as sherpa-onnx loads it.",
+    "does, onnx, in fp32, as sherpa-onnx loads it, and fp16.",
+)
+@click.option(
+    "--int8",
+    type=Text(),
+    default="",
+    metavar="PARTS",
+    help="Parts that are written in int8 too, separated by commas: encoder, decoder, "
+    "joiner, and model for the CTC head's.",
 )
 @click.option(
     "--heads",
@@ -77,8 +111,12 @@ from icefall_kd.tokens import token_names
 def export(
     teacher: TeacherSpec,
     export_dir: str,
+    check_cuts: str,
+    only_check: bool,
+    sherpa: bool,
     cuts: str,
     forms: str,
+    int8: str,
     heads: str,
     opset: int,
     on_the_fly_feats: bool,
@@ -91,33 +129,70 @@ def export(
     tokens, versions. Where a recipe takes the mean of each utterance off its features,
     which no runtime does, the encoder's graph does it.
 
+    --check shows for each form how far its outputs are from torch's, in how many
+    utterances its tokens are the same, its WER, size and real-time factor. The status
+    is 1 where fp32 differs by more than 1e-4, sherpa-onnx in fp32 has other tokens, or
+    a smaller form's WER is more than 0.2 points higher.
+
     MODEL FLAGS are the model options of the recipe's decode.py, as for `icefall-kd
     dump`.
     """
     asked = _words(forms, FORMS, "--forms")
     of_heads = _words(heads, tuple(PARTS), "--heads") if heads else ()
+    parts = tuple(part for head in PARTS.values() for part in head)
+    of_int8 = _words(int8, parts, "--int8") if int8 else ()
+    require(
+        check_cuts or not only_check,
+        "--only-check is given without --check: give it the cuts to check with",
+    )
+    require(
+        cuts or check_cuts,
+        "it is not known what features the model is exported for: give --check or "
+        "--cuts some of the recipe's cuts, with features and audio",
+    )
     require(
         teacher.bpe_model,
         "the tokens are exported too: give --bpe-model the model's bpe.model or lang "
         "folder",
     )
     teacher.one_folder("export")
-    if ONNX in asked:
-        need("onnx", "the form onnx")
+    _need_packages(asked, of_int8, bool(check_cuts), sherpa)
     folder = ExportFolder(export_dir)
     loaded = teacher.load_one("export")
     settings = loaded.settings
-    wanted = Wanted(asked, heads_of(loaded.model, of_heads), opset)
+    of_heads = heads_of(loaded.model, of_heads)
+    known = [part for head in of_heads for part in PARTS[head]]
+    for part in of_int8:
+        require(
+            part in known,
+            f"--int8 has {part}, and what is exported has {', '.join(known)}: give "
+            "some of these",
+        )
+    wanted = Wanted(asked, of_heads, of_int8, opset)
     require(
         not settings.get("causal"),
         "the model is causal, and whole utterances are what is exported: give a model "
         "that was trained with --causal 0",
     )
-    names = token_names(teacher.tokenizer(settings))
-    features = features_of(cuts, int(settings["feature_dim"]), on_the_fly_feats)
-    folder.begin(describe(teacher, loaded, names, features))
-    with folder.writing():
-        write_files(loaded, wanted, names, features, folder)
+    tokenizer = teacher.tokenizer(settings)
+    names = token_names(tokenizer)
+    num_features = int(settings["feature_dim"])
+    features = features_of(cuts or check_cuts, num_features, on_the_fly_feats)
+    utterances = []
+    if check_cuts:  # before there is a file
+        utterances = utterances_of(check_cuts, features, on_the_fly_feats)
+    values = describe(teacher, loaded, names, features)
+    if only_check:
+        require(
+            folder.metadata,
+            f"--export-dir {export_dir} has no metadata.json, so there is nothing to "
+            "check: leave --only-check out",
+        )
+        folder.same_model(values)
+    else:
+        folder.begin(values)
+        with folder.writing():
+            write_files(loaded, wanted, names, features, folder)
     rows = [("file", "MB")]
     for name, values in folder.metadata["files"].items():
         rows.append((name, f"{values['bytes'] / 1e6:.2f}"))
@@ -126,6 +201,60 @@ def export(
         f"Features: {features.num_mel_bins} bins at {features.sampling_rate} Hz, mean "
         f"taken off: {features.mean}"
     )
+    if check_cuts:
+        check_files(folder, names)
+        accounts = check(loaded, folder, utterances, tokenizer, names, sherpa)
+        _check(folder, accounts, check_cuts)
+
+
+def _need_packages(
+    forms: Tuple[str, ...], int8: Tuple[str, ...], checks: bool, sherpa: bool
+) -> None:
+    """Refuse what a package is missing for, before a model is loaded."""
+    if set(forms) & {ONNX, FP16} or int8:
+        need("onnx", "the form onnx")
+    if FP16 in forms:
+        need("onnxconverter_common", "the form fp16")
+    if int8:
+        need("onnxruntime.quantization", "the form int8")
+    if checks:
+        need("onnxruntime", "--check")
+        need_kaldialign()
+    if checks and sherpa:
+        need("sherpa_onnx", "--check, without --sherpa 0,")
+
+
+def _check(folder: ExportFolder, accounts: List[Account], cuts: str) -> None:
+    """Show and write what was compared, and refuse what is wrong.
+
+    Args:
+      folder: The folder.
+      accounts: Of all heads and forms.
+      cuts: The manifest.
+    """
+    click.echo(text_table(table_of(accounts), left=2))
+    sentences = []
+    for head in PARTS:
+        of_head = [row for row in accounts if row.head == head]
+        sentences += broken(of_head) if of_head else []
+    result = {
+        "cuts": cuts,
+        "versions": versions(),
+        "broken": sentences,
+        "forms": [row.as_dict() for row in accounts],
+    }
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    with replacing(folder.path / PARITY, shared=True) as temporary:
+        temporary.write_text(text, "utf8")
+    folder.metadata["checked"] = {
+        "file": PARITY,
+        "utterances": accounts[0].cuts,
+        "broken": len(sentences),
+    }
+    folder.finish()
+    if sentences:
+        more = f" (and {len(sentences) - 1} more in {folder.path / PARITY})"
+        raise KDError(sentences[0] + (more if len(sentences) > 1 else ""))
 
 
 def _words(value: str, known: Tuple[str, ...], option: str) -> Tuple[str, ...]:

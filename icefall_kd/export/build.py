@@ -1,6 +1,7 @@
 """Exports the parts of a model, form by form, into a folder."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 from icefall_kd.errors import require
@@ -15,7 +16,9 @@ from icefall_kd.export.files import (
     write_torchscript,
 )
 from icefall_kd.export.folder import (
+    FP16,
     FP32,
+    INT8,
     TOKENS,
     ExportFolder,
     file_name,
@@ -24,11 +27,12 @@ from icefall_kd.export.folder import (
     write_tokens,
 )
 from icefall_kd.export.graph import exportable
+from icefall_kd.export.quantize import write_fp16, write_int8
 from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
 from icefall_kd.zipformer import has_ctc, has_transducer, subsampling_factor
 
 TORCHSCRIPT, ONNX = "torchscript", "onnx"
-FORMS = (TORCHSCRIPT, ONNX)
+FORMS = (TORCHSCRIPT, ONNX, FP16)
 TRANSDUCER_HEAD, CTC_HEAD = "transducer", "ctc"
 PARTS = {TRANSDUCER_HEAD: (ENCODER, DECODER, JOINER), CTC_HEAD: (CTC,)}
 JIT = "jit_script.pt"
@@ -41,11 +45,13 @@ class Wanted:
     Args:
       forms: Of :data:`FORMS`.
       heads: transducer, ctc or both.
+      int8: The parts that are written in int8 too.
       opset: The version of ONNX's operators.
     """
 
     forms: Tuple[str, ...]
     heads: Tuple[str, ...]
+    int8: Tuple[str, ...] = ()
     opset: int = 13
 
 
@@ -115,6 +121,21 @@ def describe(
     }
 
 
+def _write_smaller(
+    wanted: Wanted, part: str, source: Path, suffix: str, folder: ExportFolder
+) -> None:
+    """Write a part in fp16 and int8, where it is asked for."""
+    smaller = []
+    if FP16 in wanted.forms:
+        smaller.append((FP16, write_fp16))
+    if part in wanted.int8:
+        smaller.append((INT8, write_int8))
+    for precision, write in smaller:
+        name = file_name(part, suffix, precision)
+        write(source, folder.path / name)
+        folder.add(name, part, precision, **inputs_and_outputs(folder.path / name))
+
+
 def export(
     loaded: LoadedTeacher,
     wanted: Wanted,
@@ -147,5 +168,6 @@ def export(
             options = {"takes_mean": takes_mean, "opset": wanted.opset}
             write_offline(model, loaded.settings, part, path, **options)
             folder.add(name, part, FP32, **inputs_and_outputs(path))
+            _write_smaller(wanted, part, path, suffix, folder)
     write_tokens(folder.path / TOKENS, names)
     folder.finish()

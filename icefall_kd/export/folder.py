@@ -17,7 +17,9 @@ from icefall_kd.tokens import hash_tokens
 METADATA = "metadata.json"
 TOKENS = "tokens.txt"
 FORMAT = 1  # of metadata.json
-FP32 = "fp32"
+FP32, FP16, INT8 = "fp32", "fp16", "int8"
+PRECISIONS = (FP32, FP16, INT8)
+PARITY = "parity.json"
 # What says whether files belong together, beside the checkpoint.
 _ALIKE = ("model", "tokens", "features")
 _OURS = ("*.onnx", "jit_script*.pt", TOKENS)

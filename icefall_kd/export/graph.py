@@ -166,8 +166,9 @@ def less_mean(x: Tensor, x_lens: Tensor, silence: float = SILENCE) -> Tensor:
     """
     frames = torch.arange(x.size(1), device=x.device)
     valid = (frames < x_lens.unsqueeze(1)).unsqueeze(-1)
-    total = x.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True)
-    mean = total / x_lens.to(x.dtype).unsqueeze(-1).unsqueeze(-1)
+    # Weighted before they are summed: the sum of a minute is too large for fp16.
+    weights = valid / x_lens.to(x.dtype).unsqueeze(-1).unsqueeze(-1)
+    mean = (x * weights).sum(dim=1, keepdim=True)
     return (x - mean).masked_fill(~valid, silence)
 
 

@@ -274,6 +274,9 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         **FALSE,
         "export_dir": (".", "a-folder", *NAMES),
         "heads": ("",),
+        "int8": ("",),
+        "check_cuts": ("",),
+        "sherpa": ("0",),
     },
     "cascade": {"out_dir": (".", "a-folder", *NAMES), "max_cost": ("1.5",)},
     # The targets are still where the manifest says.

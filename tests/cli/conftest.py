@@ -108,6 +108,16 @@ def loaded_once(monkeypatch, _loaded):
 
 
 @pytest.fixture(scope="session")
+def talking_exp(teacher_exp, tmp_path_factory):
+    """The small model, untrained, with less of blank: its transducer finds tokens."""
+    folder = tmp_path_factory.mktemp("talking")
+    checkpoint = torch.load(teacher_exp.folder / "epoch-2.pt", weights_only=False)
+    checkpoint["model"]["joiner.output_linear.bias"][0] -= 2
+    torch.save(checkpoint, folder / "epoch-2.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def another_exp(teacher_exp, make_model, tmp_path_factory):
     """An experiment folder with epoch 2 of another model, and that model."""
     made = {}

@@ -30,16 +30,6 @@ CTC, GREEDY = "ctc-greedy-search", "greedy_search"
 SUFFIX = {CTC: "epoch-2_avg-1", GREEDY: "epoch-2_avg-1_context-2_max-sym-per-frame-1"}
 
 
-@pytest.fixture(scope="session")
-def talking_exp(teacher_exp, tmp_path_factory):
-    """The small model, untrained, with less of blank: its transducer finds tokens."""
-    folder = tmp_path_factory.mktemp("talking")
-    checkpoint = torch.load(teacher_exp.folder / "epoch-2.pt", weights_only=False)
-    checkpoint["model"]["joiner.output_linear.bias"][0] -= 2
-    torch.save(checkpoint, folder / "epoch-2.pt")
-    return folder
-
-
 @pytest.fixture
 def talking(talking_exp, teacher_exp):
     return load_recipe_model(teacher_exp.recipe, talking_exp, epoch=2)[0]

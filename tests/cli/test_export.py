@@ -1,6 +1,7 @@
 """icefall-kd export: the files say what the recipe's own model says."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,9 @@ from lhotse import CutSet
 
 from icefall_kd.cli import cli
 from icefall_kd.export import build
-from icefall_kd.export.folder import hash_of_file, read_tokens
+from icefall_kd.export.files import write_offline
+from icefall_kd.export.folder import hash_of_file, read_tokens, write_tokens
+from icefall_kd.export.graph import exportable
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens import load_tokenizer, token_names
 
@@ -281,3 +284,150 @@ def test_nothing_is_left_where_torch_cant_trace(
     monkeypatch.setattr(torch.onnx, "export", fail)
     sentence = refused(*export_words(tmp_path / "a", "--heads", "ctc"))
     assert "can't make ONNX of this model (RuntimeError: no such operator)" in sentence
+
+
+# What is checked
+
+
+@pytest.fixture
+def checked(tmp_path, exported, export_words, spoken):
+    """The words that check a copy of the exported files with --check alone."""
+    folder = tmp_path / "files"
+    shutil.copytree(exported, folder)
+    cuts = spoken / "utterance.jsonl.gz"
+    words = export_words(folder, "--check", cuts, "--only-check", "--sherpa", 0)
+    return SimpleNamespace(folder=folder, words=words)
+
+
+def rewrite(folder, name, change):
+    """Change a file of ONNX, and its hash in metadata.json: as exported wrongly."""
+    import onnx
+
+    model = onnx.load(str(folder / name))
+    change(model)
+    onnx.save(model, str(folder / name))
+    path = folder / "metadata.json"
+    values = json.loads(path.read_text("utf8"))
+    values["files"][name]["sha256"] = hash_of_file(folder / name)
+    path.write_text(json.dumps(values), "utf8")
+
+
+def flip(model):
+    """Turn the sign of one weight, the largest of a matrix product."""
+    import onnx
+
+    products = [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm")]
+    names = [node.input[1] for node in products]
+    tensor = next(t for t in model.graph.initializer if t.name in names)
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    place = np.unravel_index(np.abs(array).argmax(), array.shape)
+    array[place] *= -1
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def test_files_that_are_the_model_pass(invoke, checked):
+    done = invoke(*checked.words)
+    assert done.code == 0, done
+    rows = [line.split() for line in done.out.splitlines()]
+    forms = [row[:2] for row in rows if row[1:2] in (["transducer"], ["ctc"])]
+    both = ("transducer", "ctc")
+    assert forms == [[f, h] for h in both for f in ("torch", "torchscript", "fp32")]
+    result = json.loads((checked.folder / "parity.json").read_text("utf8"))
+    assert result["broken"] == []
+    for row in result["forms"]:
+        assert row["same"] == row["cuts"] == 2
+        assert row["form"] == "torch" or row["encoder"] < 1e-4
+    values = json.loads((checked.folder / "metadata.json").read_text("utf8"))
+    assert values["checked"]["broken"] == 0 and values["checked"]["utterances"] == 2
+
+
+@pytest.mark.parametrize(
+    "part, head",
+    [("encoder", "transducer"), ("joiner", "transducer"), ("model", "ctc")],
+)
+def test_a_flipped_weight_is_found(invoke, checked, part, head):
+    rewrite(checked.folder, f"{part}-{SUFFIX}.onnx", flip)
+    done = invoke(*checked.words)
+    where = "encoder" if part == "model" else part
+    assert done.code == 1 and len(done.err) == 1
+    sentence = f"the form fp32 ({head}) is not the model: its {where} differs by"
+    assert sentence in done.err[0]
+
+
+def test_a_file_that_has_changed_is_found(invoke, checked):
+    path = checked.folder / f"joiner-{SUFFIX}.onnx"
+    path.write_bytes(path.read_bytes() + b"\n")
+    done = invoke(*checked.words)
+    assert done.code == 1 and "is not the file that was exported" in done.err[0]
+    path.unlink()
+    assert "is missing: export again" in invoke(*checked.words).err[0]
+
+
+def test_a_decoder_of_another_epoch_is_found(
+    invoke, checked, export_words, tmp_path, teacher_exp
+):
+    other = load_recipe_model(teacher_exp.recipe, teacher_exp.folder, epoch=1)[0]
+    path = checked.folder / f"decoder-{SUFFIX}.onnx"
+    options = {"takes_mean": True, "opset": 13}
+    write_offline(exportable(other), teacher_exp.settings, "decoder", path, **options)
+    rewrite(checked.folder, path.name, lambda model: None)
+    done = invoke(*checked.words)
+    assert done.code == 1 and "is not the model: its decoder differs by" in done.err[0]
+
+
+def test_tokens_of_another_model_are_found(invoke, checked):
+    path = checked.folder / "tokens.txt"
+    names = read_tokens(path)
+    names[3], names[4] = names[4], names[3]
+    write_tokens(path, names)
+    done = invoke(*checked.words)
+    assert done.code == 1
+    assert (
+        f"tokens.txt is not of this model: its token 3 is {names[3]!r}" in done.err[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "name, value", [("dither", 1.0), ("high_freq", 0.0), ("mean", "none")]
+)
+def test_swapped_feature_settings_are_found(invoke, checked, name, value):
+    path = checked.folder / "metadata.json"
+    values = json.loads(path.read_text("utf8"))
+    values["features"][name] = value
+    path.write_text(json.dumps(values), "utf8")
+    done = invoke(*checked.words)
+    assert done.code == 1 and f"other features ({name} {value} and not" in done.err[0]
+
+
+def test_a_check_needs_files_and_cuts(invoke, refused, export_words, spoken, tmp_path):
+    words = export_words(tmp_path / "a", "--only-check")
+    assert "--only-check is given without --check" in refused(*words)
+    words += ["--check", spoken / "utterance.jsonl.gz"]
+    assert "has no metadata.json, so there is nothing to check" in refused(*words)
+    words = export_words(tmp_path / "a", "--cuts", "")
+    assert "it is not known what features the model" in refused(*words)
+    words = export_words(tmp_path / "a", "--heads", "ctc", "--int8", "joiner")
+    assert "--int8 has joiner, and what is exported has model" in refused(*words)
+
+
+@pytest.mark.slow
+def test_sherpa_onnx_finds_what_torch_finds(
+    invoke, export_words, spoken, talking_exp, tmp_path
+):
+    """In all precisions, from the audio; so does int8 of an untrained model."""
+    pytest.importorskip("sherpa_onnx")
+    pytest.importorskip("onnxconverter_common")
+    words = export_words(tmp_path / "a", "--check", spoken / "utterance.jsonl.gz")
+    more = ["--forms", "onnx,fp16", "--int8", "encoder,joiner,model"]
+    done = invoke(*words, "--exp-dir", talking_exp, *more)
+    result = json.loads((tmp_path / "a" / "parity.json").read_text("utf8"))
+    rows = {(row["form"], row["head"]): row for row in result["forms"]}
+    for head in ("transducer", "ctc"):
+        for form in ("fp32", "sherpa-onnx fp32", "sherpa-onnx fp32, batch 8"):
+            assert rows[form, head]["same"] == 2, (form, head)
+        for form in ("fp16", "int8", "sherpa-onnx fp16", "sherpa-onnx int8"):
+            assert (form, head) in rows
+    assert {f"int8 {part} alone" for part in ("encoder", "joiner")} <= {
+        form for form, _ in rows
+    }
+    assert done.code == bool(result["broken"])

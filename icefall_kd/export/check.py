@@ -1,0 +1,209 @@
+"""Checks the files of a folder against the recipe's model, on cuts."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import numpy as np
+
+from icefall_kd.errors import KDError, require
+from icefall_kd.export.build import CTC_HEAD, PARTS, TORCHSCRIPT
+from icefall_kd.export.features import FeatureSettings, comparable
+from icefall_kd.export.folder import (
+    FP32,
+    PRECISIONS,
+    TOKENS,
+    ExportFolder,
+    hash_of_file,
+    read_tokens,
+)
+from icefall_kd.export.parity import Account, Comparison, Reference, Utterance
+from icefall_kd.export.sherpa import recognize
+from icefall_kd.export.sides import Side, onnx_side, script_side, torch_side
+from icefall_kd.teacher.spec import LoadedTeacher
+from icefall_kd.zipformer import MIN_FRAMES
+
+BATCH = 8  # utterances that sherpa-onnx decodes at once, beside one by one
+
+
+def check_files(folder: ExportFolder, names: Sequence[str]) -> None:
+    """Refuse files that are not those that were written.
+
+    Args:
+      folder: With its metadata.json.
+      names: The model's tokens in the order of their ids.
+
+    Raises:
+      KDError: A file is missing or has changed, or tokens are not the model's.
+    """
+    require(folder.metadata["files"], f"{folder.path} holds no file of a model")
+    for name, values in folder.metadata["files"].items():
+        path = folder.path / name
+        require(path.is_file(), f"{path} is missing: export again")
+        require(
+            hash_of_file(path) == values.get("sha256"),
+            f"{path} is not the file that was exported (metadata.json has the hash "
+            f"{str(values.get('sha256'))[:8]}, and it has {hash_of_file(path)[:8]}): "
+            "export again",
+        )
+    found = read_tokens(folder.path / TOKENS)
+    for i, (was, now) in enumerate(zip(found, names)):
+        require(
+            was == now,
+            f"{folder.path / TOKENS} is not of this model: its token {i} is {was!r} "
+            f"and the model's is {now!r}: export again",
+        )
+    require(
+        len(found) == len(names),
+        f"{folder.path / TOKENS} has {len(found)} tokens and the model {len(names)}: "
+        "export again",
+    )
+
+
+def utterances_of(
+    cuts: str, features: FeatureSettings, on_the_fly: bool
+) -> List[Utterance]:
+    """The utterances of a manifest that both sides can be given.
+
+    Args:
+      cuts: The manifest.
+      features: How features are computed.
+      on_the_fly: Whether they are computed of the audio, and not stored.
+
+    Raises:
+      KDError: A cut that can't be read, or none that is long enough.
+    """
+    utterances = []
+    for cut in comparable(cuts, on_the_fly):
+        try:
+            audio = np.asarray(cut.load_audio())[0].astype(np.float32)
+            array = features.compute(cut) if on_the_fly else cut.load_features()
+        except Exception as e:  # whatever lhotse and its backends raise
+            raise KDError(
+                f"the cut {cut.id} of {cuts} can't be read ({type(e).__name__}: "
+                f"{' '.join(str(e).split())[:150]}): give cuts with features and audio"
+            ) from None
+        if len(array) < MIN_FRAMES:
+            continue
+        text = cut.supervisions[0].text if cut.supervisions else None
+        x = np.ascontiguousarray(array, dtype=np.float32)[None]
+        utterances.append(Utterance(cut.id, x, text, cut.duration, audio))
+    require(
+        utterances,
+        f"{cuts} has no cut of one channel, with audio and features, of {MIN_FRAMES} "
+        "feature frames or more: give others",
+    )
+    return utterances
+
+
+def check(
+    loaded: LoadedTeacher,
+    folder: ExportFolder,
+    utterances: List[Utterance],
+    tokenizer: Any,
+    names: Sequence[str],
+    sherpa: bool,
+) -> List[Account]:
+    """Give the utterances of cuts to all forms of a model.
+
+    Args:
+      loaded: The model.
+      folder: With its files.
+      utterances: One or more.
+      tokenizer: Makes text of tokens.
+      names: The tokens in the order of their ids.
+      sherpa: Whether sherpa-onnx gets the audio too.
+
+    Returns:
+      An account of each form, by head, torch's first.
+
+    Raises:
+      KDError: Files or packages with which nothing can be compared.
+    """
+    model = loaded.model.cpu().eval()
+    accounts: List[Account] = []
+    for head, sides in _sides(folder).items():
+        reference = Reference(model, loaded.settings, head)
+        try:
+            comparison = Comparison(reference, torch_side(model), sides, tokenizer)
+            comparison.run(utterances)
+        finally:
+            reference.close()
+        accounts += comparison.accounts()
+        if sherpa:
+            audio = [utterance.audio for utterance in utterances]
+            accounts += _of_sherpa(folder, head, comparison, audio, names)
+    return accounts
+
+
+def _sides(folder: ExportFolder) -> Dict[str, List[Side]]:
+    """The forms in a folder, by head."""
+    heads: Dict[str, List[Side]] = {}
+    scripts = list(folder.files(TORCHSCRIPT).values())
+    for head, parts in PARTS.items():
+        sides = []
+        for path in scripts:
+            side = script_side(path)
+            if (side.log_probs if head == CTC_HEAD else side.encode) is not None:
+                sides.append(side)
+        for name, files in forms_of(folder, parts):
+            sides.append(onnx_side(name, files))
+        if sides:
+            heads[head] = sides
+    return heads
+
+
+def forms_of(
+    folder: ExportFolder, parts: Sequence[str]
+) -> List[Tuple[str, Dict[str, Path]]]:
+    """The files of each precision, with those of fp32 for parts that have no other.
+
+    Args:
+      folder: The folder.
+      parts: Of a head.
+
+    Returns:
+      The names of forms, and their files by part. Where several parts are in int8, each
+      is there alone too, to see which of them pays.
+    """
+    whole = {p: f for p, f in folder.files(FP32).items() if p in parts}
+    if set(whole) != set(parts):
+        return []
+    forms = [(FP32, whole)]
+    for precision in PRECISIONS[1:]:
+        smaller = {p: f for p, f in folder.files(precision).items() if p in parts}
+        if smaller:
+            forms.append((precision, {**whole, **smaller}))
+        if len(smaller) > 1 and precision == "int8":
+            for part, path in smaller.items():
+                forms.append((f"{precision} {part} alone", {**whole, part: path}))
+    return forms
+
+
+def _of_sherpa(
+    folder: ExportFolder,
+    head: str,
+    comparison: Comparison,
+    audio: List[np.ndarray],
+    names: Sequence[str],
+) -> List[Account]:
+    """The accounts of sherpa-onnx, from the audio, utterance by utterance and not."""
+    # It writes the mark of a word's beginning as a space.
+    ids = {name.replace("▁", " "): i for i, name in enumerate(names)}
+    accounts = []
+    features = folder.metadata["features"]
+    for form, files in forms_of(folder, PARTS[head]):
+        if " " in form:  # the parts of a form
+            continue
+        for batch in (1, BATCH):
+            with tempfile.TemporaryDirectory() as scratch:
+                tokens = folder.path / TOKENS
+                where = Path(scratch)
+                found = recognize(files, tokens, features, audio, where, batch)
+            texts = found["tokens"]
+            rows = [[ids.get(t.replace("▁", " "), -1) for t in row] for row in texts]
+            name = f"sherpa-onnx {form}" + (f", batch {batch}" if batch > 1 else "")
+            account = comparison.add(name, rows, found["seconds"])
+            account.bytes = sum(path.stat().st_size for path in files.values())
+            accounts.append(account)
+    return accounts

@@ -1,0 +1,298 @@
+"""Whether the forms of a model say the same of the same utterances."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from icefall_kd.export.sides import Side, contexts, ctc_tokens, greedy
+from icefall_kd.tap import ModelTap
+from icefall_kd.transcripts.recognizer import CTC as CTC_SEARCH
+from icefall_kd.transcripts.recognizer import GREEDY, Method
+from icefall_kd.transcripts.scores import Result, count_errors
+
+FP32_BOUND = 1e-4  # the largest difference of an output in fp32
+WER_BOUND = 0.2  # percentage points by which a smaller form's error rate may be higher
+EXACT = ("torchscript", "fp32")  # forms with the first bound; others have the second
+TRANSDUCER, CTC = "transducer", "ctc"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What is given to both sides.
+
+    Args:
+      id: The cut's.
+      features: (1, T, F), those of the recipe.
+      text: The transcript; None for none.
+      seconds: Of audio.
+      audio: Samples (T,) in [-1, 1].
+    """
+
+    id: str
+    features: np.ndarray
+    text: Optional[str]
+    seconds: float
+    audio: np.ndarray
+
+
+@dataclass
+class Account:
+    """What a form said, against torch.
+
+    Args:
+      form: Its name.
+      head: transducer or ctc.
+      encoder: The largest difference of the encoder's output, of a CTC head of its
+        log-probabilities; None where it isn't seen. So are the next two.
+      decoder: Of the decoder's.
+      joiner: Of the joiner's, of torch's own outputs of encoder and decoder.
+      cuts: Utterances.
+      same: Utterances with the same tokens.
+      wer: Percent; None without transcripts.
+      bytes: Of its files.
+      rtf: Seconds for a second of audio, one thread.
+    """
+
+    form: str
+    head: str
+    encoder: Optional[float] = None
+    decoder: Optional[float] = None
+    joiner: Optional[float] = None
+    cuts: int = 0
+    same: int = 0
+    wer: Optional[float] = None
+    bytes: int = 0
+    rtf: float = 0.0
+    differ: List[str] = field(default_factory=list)  # cut ids
+
+    def as_dict(self) -> Dict[str, Any]:
+        """As parity.json has it."""
+        return asdict(self)
+
+
+class Reference:
+    """The recipe's own model, with the searches of this package, batch 1.
+
+    Args:
+      model: In eval mode, on the CPU.
+      settings: The recipe's params.
+      head: transducer or ctc.
+    """
+
+    def __init__(self, model: nn.Module, settings: Dict[str, Any], head: str) -> None:
+        self.model, self.head = model, head
+        self.blank_id = int(settings.get("blank_id", 0))
+        name = CTC_SEARCH if head == CTC else GREEDY
+        self.search = Method(name, draft="none").search(model, self.blank_id)
+        self.tap = ModelTap(model, with_ctc=False)
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        self.tap.close()
+
+    @torch.no_grad()
+    def __call__(self, features: np.ndarray) -> Tuple[np.ndarray, List[int]]:
+        """What a form's encoder should give, and the tokens.
+
+        Args:
+          features: (1, T, F).
+        """
+        x = torch.from_numpy(features)
+        out = self.tap.encode(x, torch.tensor([x.size(1)]))
+        (found,) = self.search(out.encoder_out, out.encoder_out_lens).hypotheses
+        if self.head == CTC:
+            rows = self.model.ctc_output(out.encoder_out)
+        else:
+            rows = self.model.joiner.encoder_proj(out.encoder_out)
+        return rows.squeeze(0).numpy(), list(found.tokens)
+
+
+class Comparison:
+    """Compares forms with torch, utterance by utterance.
+
+    Args:
+      reference: The recipe's own model.
+      torch_side: The same by its parts, for decoder and joiner.
+      sides: The forms.
+      tokenizer: Makes text of tokens.
+    """
+
+    def __init__(
+        self, reference: Reference, torch_side: Side, sides: List[Side], tokenizer: Any
+    ) -> None:
+        self.reference, self.torch_side, self.sides = reference, torch_side, sides
+        self.tokenizer, self.head = tokenizer, reference.head
+        self.seconds = {side.name: 0.0 for side in [torch_side, *sides]}
+        self.tokens: Dict[str, List[List[int]]] = {name: [] for name in self.seconds}
+        self.encoder = {side.name: 0.0 for side in sides}
+        self.audio = 0.0
+        self.utterances: List[Tuple[str, Optional[str]]] = []
+
+    def run(self, utterances: Iterable[Utterance]) -> None:
+        """Give utterances to all sides.
+
+        Args:
+          utterances: They are read once.
+        """
+        for utterance in utterances:
+            begin = time.perf_counter()
+            expected, tokens = self.reference(utterance.features)
+            self._note(self.torch_side.name, tokens, begin)
+            for side in self.sides:
+                begin = time.perf_counter()
+                found, tokens = self._recognize(side, utterance.features)
+                self._note(side.name, tokens, begin)
+                difference = largest(found, expected)
+                self.encoder[side.name] = max(self.encoder[side.name], difference)
+            if not self.utterances:
+                self.first = expected
+            self.utterances.append((utterance.id, utterance.text))
+            self.audio += utterance.seconds
+
+    def _note(self, name: str, tokens: List[int], begin: float) -> None:
+        self.seconds[name] += time.perf_counter() - begin
+        self.tokens[name].append(tokens)
+
+    def _recognize(self, side: Side, x: np.ndarray) -> Tuple[np.ndarray, List[int]]:
+        blank_id = self.reference.blank_id
+        if self.head == CTC:
+            rows = side.log_probs(x)
+            return rows, ctc_tokens(rows, blank_id)
+        rows = side.encode(x)
+        context_size = int(self.reference.model.decoder.context_size)
+        return rows, greedy(side, rows, context_size, blank_id)
+
+    def accounts(self) -> List[Account]:
+        """Torch's, and that of each form."""
+        rows = [self.account(self.torch_side.name)]
+        for side in self.sides:
+            row = self.account(side.name)
+            row.encoder, row.bytes = self.encoder[side.name], side.bytes
+            if self.head == TRANSDUCER:
+                row.decoder, row.joiner = self._of_parts(side)
+            rows.append(row)
+        return rows
+
+    def _of_parts(self, side: Side) -> Tuple[float, float]:
+        """The largest differences of decoder and joiner, each with torch's inputs."""
+        decoder = self.reference.model.decoder
+        size = decoder.embedding.num_embeddings
+        y = contexts(size, int(decoder.context_size), self.reference.blank_id)
+        rows = self.torch_side.decode(y)
+        frames = np.resize(self.first, rows.shape).astype(np.float32)
+        logits = self.torch_side.join(frames, rows)
+        decoded = largest(side.decode(y), rows)
+        return decoded, largest(side.join(frames, rows), logits)
+
+    def add(self, name: str, tokens: List[List[int]], seconds: float) -> Account:
+        """The account of a form that gives tokens alone.
+
+        Args:
+          name: The form.
+          tokens: Of each utterance.
+          seconds: For all of them.
+        """
+        self.tokens[name], self.seconds[name] = tokens, seconds
+        return self.account(name)
+
+    def account(self, name: str) -> Account:
+        """The account of tokens and time of a form.
+
+        Args:
+          name: The form.
+        """
+        found, expected = self.tokens[name], self.tokens[self.torch_side.name]
+        ids = [cut_id for cut_id, _ in self.utterances]
+        differ = [i for i, a, b in zip(ids, found, expected) if a != b]
+        return Account(
+            name,
+            self.head,
+            cuts=len(ids),
+            same=len(ids) - len(differ),
+            wer=self._wer(found),
+            rtf=self.seconds[name] / max(self.audio, 1e-9),
+            differ=differ,
+        )
+
+    def _wer(self, tokens: List[List[int]]) -> Optional[float]:
+        results = [
+            Result(cut_id, text.split(), self.tokenizer.decode(found).split())
+            for (cut_id, text), found in zip(self.utterances, tokens)
+            if text
+        ]
+        return round(count_errors(results).percent, 4) if results else None
+
+
+def largest(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference of two arrays; infinite where shapes differ or for NaN.
+
+    Args:
+      found: The one.
+      expected: The other.
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    difference = float(np.abs(found - expected).max()) if found.size else 0.0
+    return difference if difference == difference else float("inf")
+
+
+def broken(accounts: Sequence[Account]) -> List[str]:
+    """What is wrong with forms, a sentence each.
+
+    Args:
+      accounts: Of a head, torch's first.
+    """
+    reference, sentences = accounts[0], []
+    for row in accounts[1:]:
+        form = f"the form {row.form} ({row.head})"
+        if row.form in EXACT:
+            for part in ("encoder", "decoder", "joiner"):
+                value = getattr(row, part)
+                if value is not None and not value <= FP32_BOUND:
+                    sentences.append(
+                        f"{form} is not the model: its {part} differs by {value:.2g} "
+                        f"from torch, and {FP32_BOUND:g} is the bound: export again"
+                    )
+        elif row.form.startswith("sherpa-onnx fp32"):
+            if row.differ:
+                sentences.append(
+                    f"{form} has other tokens than torch in {len(row.differ)} of "
+                    f"{row.cuts} utterances, first in {row.differ[0]}: compare the "
+                    "features of metadata.json with the recipe's"
+                )
+        elif row.wer is not None and reference.wer is not None:
+            if row.wer > reference.wer + WER_BOUND:
+                sentences.append(
+                    f"{form} has a WER of {row.wer:.2f} %, torch {reference.wer:.2f} "
+                    f"%, and {WER_BOUND} points are the bound: keep the part that pays "
+                    "in fp32, or train with int8 in view"
+                )
+    return sentences
+
+
+def table_of(accounts: Sequence[Account]) -> List[Tuple[str, ...]]:
+    """The rows of the table that a user sees.
+
+    Args:
+      accounts: Of all heads and forms.
+    """
+    head = ("form", "head", "encoder", "decoder", "joiner")
+    rows: List[Tuple[str, ...]] = [(*head, "same tokens", "WER %", "MB", "RTF")]
+    for row in accounts:
+        differences = [
+            "" if value is None else f"{value:.1e}"
+            for value in (row.encoder, row.decoder, row.joiner)
+        ]
+        rows.append(
+            (
+                *(row.form, row.head, *differences, f"{row.same} of {row.cuts}"),
+                "" if row.wer is None else f"{row.wer:.2f}",
+                f"{row.bytes / 1e6:.2f}" if row.bytes else "",
+                f"{row.rtf:.4f}",
+            )
+        )
+    return rows
