@@ -52,7 +52,7 @@ setup(
             "matplotlib>=3.6",
             "multi_quantization",
             "pytest>=7",
-            "pytest-xdist>=3",
+            "pytest-xdist>=3.7",
             "hypothesis>=6",
             "black==25.1.0",
             "isort==5.13.2",

@@ -626,6 +626,7 @@ def check_processes(many, tmp_path, one_process, bpe_models):
     return check
 
 
+@pytest.mark.slow
 def test_two_jobs_at_once_equal_one_bit_for_bit(
     dump_words, many, one_process, check_processes
 ):
@@ -642,6 +643,7 @@ def test_two_jobs_at_once_equal_one_bit_for_bit(
     check_processes()
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_equal_one_bit_for_bit(
     dump_words, many, tmp_path, one_process, check_processes
 ):
@@ -668,6 +670,7 @@ def test_under_torchrun_each_process_is_a_job(monkeypatch):
     assert job_of(1, 0) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_dump_killed_30_times_goes_on_to_the_same_targets(
     invoke, dump_words, many, tmp_path, in_child
 ):

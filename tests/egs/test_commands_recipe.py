@@ -1,6 +1,6 @@
 """The recipe of Arabic commands in miniature, on tones in place of speech.
 
-By default it runs up to its tokens and trains for two epochs; whole runs are slow.
+All of these are slow: the digits recipe, whose scripts it shares, runs by default.
 """
 
 import gzip
@@ -24,7 +24,7 @@ ENV = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 
-pytestmark = pytest.mark.recipe
+pytestmark = [pytest.mark.recipe, pytest.mark.slow]
 
 
 def words_of(work_dir, *words, **options):
@@ -111,7 +111,6 @@ def same_training(a, b, last):
             assert torch.equal(value, b[part][name]), (part, name)
 
 
-@pytest.mark.slow
 def test_the_table_has_the_best_epochs_of_three_trainings(work):
     rows = json.loads((work / "exp/summary.json").read_text())
     assert [r["model"] for r in rows] == ["teacher", "student", "student-kd"]
@@ -126,7 +125,6 @@ def test_the_table_has_the_best_epochs_of_three_trainings(work):
         assert last["sample_rate"] == 16000 and last["avg"] == 2
 
 
-@pytest.mark.slow
 def test_seconds_are_those_of_training_in_the_checkpoint(work):
     for name in ("teacher", "student", "student-kd"):
         lines = (work / f"exp/{name}/dev-wer.csv").read_text().splitlines()[1:]
@@ -141,7 +139,6 @@ def test_seconds_are_those_of_training_in_the_checkpoint(work):
     assert first["batch_idx_train"] == 0
 
 
-@pytest.mark.slow
 def test_a_run_that_is_done_does_nothing(work, clone):
     before = (work / "exp/student-kd/dev-wer.csv").stat().st_mtime_ns
     done = run_well(work, corpus_dir=clone)
@@ -160,7 +157,6 @@ def test_other_settings_in_the_same_folder_are_refused(begun, clone, name, value
     refused(done, "other settings", f"{name}={value}", "--work-dir")
 
 
-@pytest.mark.slow
 def test_students_that_were_killed_go_on_and_end_the_same(work, clone, copy_until):
     copy = copy_until(7)
     for name in ("student", "student-kd"):
@@ -248,7 +244,6 @@ def test_a_damaged_dev_wer_is_refused_before_any_training(begun, tmp_path):
     assert not list(tmp_path.glob("*.pt"))
 
 
-@pytest.mark.slow
 def test_speakers_without_transcripts_are_in_no_train_cut_beside_a_teacher_of_all(
     work, clone, tmp_path
 ):
@@ -269,7 +264,6 @@ def test_speakers_without_transcripts_are_in_no_train_cut_beside_a_teacher_of_al
     assert speakers["train-untranscribed"] == without
 
 
-@pytest.mark.slow
 def test_a_teacher_whose_training_is_not_over_is_refused(work, clone, copy_until):
     copy = copy_until(4)
     done = run_sh(copy.parent / "new", corpus_dir=clone, teacher_work_dir=copy)
