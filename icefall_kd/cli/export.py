@@ -1,13 +1,14 @@
 """Exports a teacher or a student for where it runs."""
 
 import json
-from typing import List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import click
 
 from icefall_kd.cli.options import (
     MODEL_FLAGS,
     Count,
+    Number,
     Place,
     Text,
     YesNo,
@@ -15,8 +16,8 @@ from icefall_kd.cli.options import (
     teacher_options,
 )
 from icefall_kd.cli.text_table import text_table
-from icefall_kd.errors import KDError, require
-from icefall_kd.export.build import FORMS, ONNX, PARTS, Wanted, describe
+from icefall_kd.errors import KDError, naming_flags, require
+from icefall_kd.export.build import FORMS, ONNX, PARTS, PLAIN, Wanted, describe
 from icefall_kd.export.build import export as write_files
 from icefall_kd.export.build import heads_of
 from icefall_kd.export.check import check, check_files, utterances_of
@@ -29,6 +30,13 @@ from icefall_kd.files import replacing
 from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.teacher.spec import TeacherSpec
 from icefall_kd.tokens import token_names
+from icefall_kd.zipformer import MIN_FRAMES
+
+_PLAIN_FLAGS = {
+    "mask": "--plain-mask",
+    "decoder": "--plain-decoder",
+    "table_mb": "--plain-table-mb",
+}
 
 
 @command(name="export", context_settings=MODEL_FLAGS)
@@ -75,7 +83,8 @@ from icefall_kd.tokens import token_names
     default=ONNX,
     metavar="FORMS",
     help="What is written, separated by commas: torchscript as icefall's export.py "
-    "does, onnx, in fp32, as sherpa-onnx loads it, and fp16.",
+    "does, onnx, in fp32, as sherpa-onnx loads it, and fp16. plain: for chips, "
+    "ONNX for one length without gather, loops or shapes that are not numbers.",
 )
 @click.option(
     "--int8",
@@ -101,6 +110,35 @@ from icefall_kd.tokens import token_names
     help="The version of ONNX's operators.",
 )
 @click.option(
+    "--num-frames",
+    type=Count(MIN_FRAMES, 10**6),
+    default=None,
+    metavar="N",
+    help="The length of the form plain, in feature frames (100 a second).",
+)
+@click.option(
+    "--plain-mask",
+    type=YesNo(),
+    default=True,
+    metavar="BOOL",
+    help="The plain encoder takes a mask of the utterance's frames, with which a "
+    "shorter one comes out as alone.",
+)
+@click.option(
+    "--plain-decoder",
+    type=click.Choice(("embedding", "table")),
+    default="embedding",
+    help="The plain decoder: embedding for a graph that takes rows of "
+    "token_embedding.npy, or table for a row for each context.",
+)
+@click.option(
+    "--plain-table-mb",
+    type=Number(0.0, 1e6),
+    default=16.0,
+    metavar="MB",
+    help="The largest table of all contexts that is written.",
+)
+@click.option(
     "--on-the-fly-feats",
     type=YesNo(),
     default=False,
@@ -119,6 +157,10 @@ def export(
     int8: str,
     heads: str,
     opset: int,
+    num_frames: Optional[int],
+    plain_mask: bool,
+    plain_decoder: str,
+    plain_table_mb: float,
     on_the_fly_feats: bool,
 ) -> None:
     """Write a model, teacher or student, as files for where it runs.
@@ -157,6 +199,7 @@ def export(
     )
     teacher.one_folder("export")
     _need_packages(asked, of_int8, bool(check_cuts), sherpa)
+    plain = _plain_of(asked, num_frames, plain_mask, plain_decoder, plain_table_mb)
     folder = ExportFolder(export_dir)
     loaded = teacher.load_one("export")
     settings = loaded.settings
@@ -168,7 +211,7 @@ def export(
             f"--int8 has {part}, and what is exported has {', '.join(known)}: give "
             "some of these",
         )
-    wanted = Wanted(asked, of_heads, of_int8, opset)
+    wanted = Wanted(asked, of_heads, of_int8, opset, plain)
     require(
         not settings.get("causal"),
         "the model is causal, and whole utterances are what is exported: give a model "
@@ -178,7 +221,7 @@ def export(
     names = token_names(tokenizer)
     num_features = int(settings["feature_dim"])
     features = features_of(cuts or check_cuts, num_features, on_the_fly_feats)
-    utterances = []
+    utterances, told = [], []
     if check_cuts:  # before there is a file
         utterances = utterances_of(check_cuts, features, on_the_fly_feats)
     values = describe(teacher, loaded, names, features)
@@ -191,12 +234,14 @@ def export(
         folder.same_model(values)
     else:
         folder.begin(values)
-        with folder.writing():
-            write_files(loaded, wanted, names, features, folder)
+        with folder.writing(), naming_flags(_PLAIN_FLAGS):
+            told = write_files(loaded, wanted, names, features, folder)
     rows = [("file", "MB")]
     for name, values in folder.metadata["files"].items():
         rows.append((name, f"{values['bytes'] / 1e6:.2f}"))
     click.echo(text_table(rows, left=1))
+    for line in told:
+        click.echo(line)
     click.echo(
         f"Features: {features.num_mel_bins} bins at {features.sampling_rate} Hz, mean "
         f"taken off: {features.mean}"
@@ -207,12 +252,39 @@ def export(
         _check(folder, accounts, check_cuts)
 
 
+def _plain_of(
+    forms: Tuple[str, ...],
+    num_frames: Optional[int],
+    mask: bool,
+    decoder: str,
+    table_mb: float,
+) -> Dict[str, Any]:
+    """What is asked of the plain form, as fields of PlainForm; empty without it."""
+    if PLAIN not in forms:
+        require(
+            num_frames is None,
+            f"--num-frames is {num_frames}, and only the form plain has a length: give "
+            "plain among --forms, or leave --num-frames out",
+        )
+        return {}
+    require(
+        num_frames,
+        "--forms has plain, which is for one length: give --num-frames, the feature "
+        "frames of the longest utterance",
+    )
+    fields = {"num_frames": num_frames, "mask": mask, "decoder": decoder}
+    return {**fields, "table_mb": table_mb}
+
+
 def _need_packages(
     forms: Tuple[str, ...], int8: Tuple[str, ...], checks: bool, sherpa: bool
 ) -> None:
     """Refuse what a package is missing for, before a model is loaded."""
     if set(forms) & {ONNX, FP16} or int8:
         need("onnx", "the form onnx")
+    if PLAIN in forms:
+        need("onnx", "the form plain")
+        need("onnxruntime", "the form plain")
     if FP16 in forms:
         need("onnxconverter_common", "the form fp16")
     if int8:

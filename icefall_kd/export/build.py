@@ -1,6 +1,6 @@
 """Exports the parts of a model, form by form, into a folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -31,8 +31,8 @@ from icefall_kd.export.quantize import write_fp16, write_int8
 from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
 from icefall_kd.zipformer import has_ctc, has_transducer, subsampling_factor
 
-TORCHSCRIPT, ONNX = "torchscript", "onnx"
-FORMS = (TORCHSCRIPT, ONNX, FP16)
+TORCHSCRIPT, ONNX, PLAIN = "torchscript", "onnx", "plain"
+FORMS = (TORCHSCRIPT, ONNX, FP16, PLAIN)
 TRANSDUCER_HEAD, CTC_HEAD = "transducer", "ctc"
 PARTS = {TRANSDUCER_HEAD: (ENCODER, DECODER, JOINER), CTC_HEAD: (CTC,)}
 JIT = "jit_script.pt"
@@ -47,12 +47,14 @@ class Wanted:
       heads: transducer, ctc or both.
       int8: The parts that are written in int8 too.
       opset: The version of ONNX's operators.
+      plain: Of the plain form, some fields of PlainForm.
     """
 
     forms: Tuple[str, ...]
     heads: Tuple[str, ...]
     int8: Tuple[str, ...] = ()
     opset: int = 13
+    plain: Dict[str, Any] = field(default_factory=dict)
 
 
 def heads_of(model: Any, asked: Sequence[str]) -> Tuple[str, ...]:
@@ -142,7 +144,7 @@ def export(
     names: List[str],
     features: FeatureSettings,
     folder: ExportFolder,
-) -> None:
+) -> List[str]:
     """Write the files of a model and note them in its folder.
 
     Args:
@@ -152,9 +154,13 @@ def export(
       features: Of the recipe.
       folder: Begun.
 
+    Returns:
+      What a user is told of the plain form.
+
     Raises:
       KDError: a model that can't be exported, or a package that is not installed.
     """
+    told: List[str] = []
     takes_mean = features.mean == UTTERANCE
     suffix = folder.metadata["checkpoint"]["name"]
     model = exportable(loaded.model)
@@ -169,5 +175,18 @@ def export(
             write_offline(model, loaded.settings, part, path, **options)
             folder.add(name, part, FP32, **inputs_and_outputs(path))
             _write_smaller(wanted, part, path, suffix, folder)
+    if PLAIN in wanted.forms:
+        from icefall_kd.export.plain import PlainForm
+        from icefall_kd.export.plain_folder import add_plain, sentences
+
+        form = PlainForm(
+            feature_dim=features.num_mel_bins,
+            heads=wanted.heads,
+            takes_mean=takes_mean,
+            opset=wanted.opset,
+            **wanted.plain,
+        )
+        told = sentences(add_plain(loaded, form, names, folder))
     write_tokens(folder.path / TOKENS, names)
     folder.finish()
+    return told

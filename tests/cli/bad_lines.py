@@ -277,6 +277,9 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "int8": ("",),
         "check_cuts": ("",),
         "sherpa": ("0",),
+        # Of the form plain, which is not asked for.
+        "plain_mask": ("0",),
+        "plain_table_mb": ("1.5",),
     },
     "cascade": {"out_dir": (".", "a-folder", *NAMES), "max_cost": ("1.5",)},
     # The targets are still where the manifest says.
