@@ -14,7 +14,7 @@ from icefall_kd.student.presets import PRESETS, preset, preset_names
 SECONDS = 10.0  # length of the utterance whose multiply-adds are counted
 
 # The settings that a recipe adds to a preset: librispeech's, with both heads.
-_RECIPE = {
+RECIPE = {
     "feature_dim": 80,
     "context_size": 2,
     "use_transducer": True,
@@ -37,7 +37,7 @@ def _rows(vocab_size: int) -> Dict[str, Dict[str, Any]]:
         raise KDError(f"the vocabulary size is {vocab_size}, and must be 1 or more")
     rows = {}
     for name in preset_names():
-        settings = {**_RECIPE, "vocab_size": vocab_size, **preset(name)}
+        settings = {**RECIPE, "vocab_size": vocab_size, **preset(name)}
         rows[name] = {
             "settings": settings,
             "parameters": count_parameters(settings),

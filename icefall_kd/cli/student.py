@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Any, ContextManager, Dict, List, Sequence
+from typing import Any, ContextManager, Dict, List, Optional, Sequence
 
 import click
 import torch
@@ -14,10 +14,18 @@ from icefall_kd.cli.options import (
     MODEL_FLAGS,
     MOST_SEED,
     Count,
+    Number,
     Place,
     Text,
     command,
     teacher_options,
+)
+from icefall_kd.cli.preset_times import (
+    TIMES,
+    changes_for_rtf,
+    check_rtf,
+    measure_presets,
+    rtf_account,
 )
 from icefall_kd.cli.student_size import changes_of, check_goal, check_random
 from icefall_kd.errors import naming_flags, require
@@ -120,6 +128,19 @@ def _select(
 @click.option("--list", "listed", is_flag=True, help="Print a table of the presets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the presets as JSON.")
 @click.option(
+    "--measure",
+    is_flag=True,
+    help="Time each preset on this machine too, with --list or --json, and write the "
+    "times into --times. It needs --recipe.",
+)
+@click.option(
+    "--times",
+    type=Place(optional=True),
+    default="",
+    metavar="FILE",
+    help=f"The file of times that --measure writes and --rtf reads. Default: {TIMES}.",
+)
+@click.option(
     "--vocab-size",
     type=Count(1, 10**6),
     default=500,
@@ -156,6 +177,13 @@ def _select(
     metavar="FACTOR",
     help="Build a student of so many times fewer multiply-adds than the teacher, such "
     "as 3x. The measured speed-up may differ.",
+)
+@click.option(
+    "--rtf",
+    type=Number(0, 1000),
+    metavar="R",
+    help="Build a student that takes so many seconds of one CPU thread for a second of "
+    "audio, such as 0.02, by the times in --times (onnxruntime, fp32).",
 )
 @click.option(
     "--set",
@@ -211,6 +239,8 @@ def _select(
 def student(
     listed: bool,
     as_json: bool,
+    measure: bool,
+    times: str,
     vocab_size: int,
     teacher: TeacherSpec,
     **options: Any,
@@ -224,25 +254,35 @@ def student(
     if listed or as_json:
         if teacher.model_flags:
             raise click.UsageError(f"--list takes no {teacher.model_flags[0]!r}.")
+        if measure:
+            if not teacher.recipe:
+                raise click.UsageError("Missing option '--recipe', of --measure.")
+            measure_presets(teacher.recipe, times or TIMES, vocab_size, as_json)
+            return
+        require(not times, "--times goes with --measure or --rtf: give one of them")
         from icefall_kd.cli.presets import list_presets
 
         list_presets(as_json, vocab_size)
         return
+    if measure:
+        raise click.UsageError("--measure goes with --list or --json.")
     needed = {"--recipe": teacher.recipe, "--exp-dir": teacher.exp_dir}
     needed["--student-dir"] = options["student_dir"]
     for name, value in needed.items():
         if not value:
             raise click.UsageError(f"Missing option '{name}'.")
-    _build(teacher, **options)
+    _build(teacher, times=times, **options)
 
 
 @naming_flags({"goal": "--params or --speed"})
 def _build(
     teacher: TeacherSpec,
+    times: str,
     student_dir: str,
     preset: str,
     params_goal: str,
     speed: str,
+    rtf: Optional[float],
     changes: Sequence[str],
     init: str,
     layers: str,
@@ -253,6 +293,12 @@ def _build(
 ) -> None:
     """Build and write the student; the parameters are those of :func:`student`."""
     check_goal(preset, params_goal, speed)
+    require(not times or rtf, "--times goes with --measure or --rtf: give one of them")
+    measured = None
+    if rtf:
+        sizes = {"--preset": preset, "--params": params_goal, "--speed": speed}
+        others = [f"{option} {value}" for option, value in sizes.items() if value]
+        measured = check_rtf(rtf, others, times or TIMES)
     important = "important" in (layers, channels)
     require(
         not important or init != "random",
@@ -282,7 +328,9 @@ def _build(
     params.update({k: v for k, v in settings.items() if k not in fresh})
     if "embed_channels" in defaults:  # which a teacher from before that option had
         params.setdefault("embed_channels", ",".join(map(str, presets.EMBED_CHANNELS)))
+    by_time = changes_for_rtf(rtf, measured, params) if measured else {}
     new = changes_of(params, preset, params_goal or speed, changes)
+    new = {**by_time, **new}
     selection = None
     if init == "teacher":
         sliced = check_slices(loaded.model, params, new)
@@ -303,6 +351,8 @@ def _build(
     text = account(
         loaded.model, model, params, student_params, selection, scores, count
     )
+    if measured:
+        text += "\n\n" + rtf_account(rtf, measured, params, student_params)
     line = flags_of(student_params, defaults)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, words in ((FLAGS, line), (ACCOUNT, text)):

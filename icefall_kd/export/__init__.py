@@ -3,5 +3,5 @@
 ``graph`` makes a copy of a model whose parts a graph can hold, ``files`` writes its
 forms, ``features`` finds what a recipe's features are, and ``folder`` keeps the files
 of one model together with ``metadata.json``. ``plain`` writes the plain form for
-chips.
+chips, and ``timing`` times presets.
 """
