@@ -38,9 +38,7 @@ from icefall_kd.transcripts.first_answers import FirstAnswers
 from icefall_kd.transcripts.journal import Journal
 from icefall_kd.transcripts.outcome import Outcome, table_of
 from icefall_kd.transcripts.recognizer import (
-    BEAM,
     CAUSAL_PADDING,
-    CTC,
     GREEDY,
     METHODS,
     Method,
@@ -105,6 +103,15 @@ LONGEST_NAME = 100  # bytes of a set's name; file names have 255
     metavar="SECONDS",
     help="Encode longer cuts in windows of so many seconds that overlap, such as 8. "
     "Memory then hardly grows with a recording's length; the result is not exact.",
+)
+@click.option(
+    "--reset-context-after",
+    type=Number(0, 10**4),
+    default=None,
+    metavar="SECONDS",
+    help="For recordings of several utterances: greedy_search begins anew after so "
+    "many seconds without a token, such as 0.6, as if an utterance began there. Choose "
+    "it on other cuts than those of the test: too short a pause doubles words.",
 )
 @click.option(
     "--causal-padding",
@@ -202,6 +209,7 @@ def decode(
     draft: str,
     skip_blanks: Optional[float],
     window: Optional[float],
+    reset_context_after: Optional[float],
     causal_padding: int,
     test_set: str,
     unit: str,
@@ -228,15 +236,6 @@ def decode(
     dump`. A causal model needs --chunk-size and --left-context-frames.
     """
     check_names(teacher, cascade, answers)
-    require(
-        skip_blanks is None or decoding_method != CTC,
-        f"--skip-blanks is for the transducer's searches, and --decoding-method is "
-        f"{CTC}: leave it out",
-    )
-    own = Path(teacher.one_folder("decode"))
-    folder = Path(res_dir or own / ("cascade" if cascade else decoding_method))
-    test_set = test_set or name_of_set(cuts)
-    _check_outputs(folder, test_set)
     method = Method(
         decoding_method,
         beam_size,
@@ -244,7 +243,12 @@ def decode(
         draft,
         skip_blanks,
         causal_padding,
+        reset_context_after,
     )
+    own = Path(teacher.one_folder("decode"))
+    folder = Path(res_dir or own / ("cascade" if cascade else decoding_method))
+    test_set = test_set or name_of_set(cuts)
+    _check_outputs(folder, test_set)
     model = teacher.load_one("decode")
     suffix = suffix_of(teacher, model.settings, method, window, cascade)
     tokenizer = teacher.tokenizer(model.settings)
@@ -363,13 +367,7 @@ def suffix_of(
             suffix += f"_{text}-{value}"
         if method.causal_padding != CAUSAL_PADDING:
             suffix += f"_causal-padding-{method.causal_padding}"
-    if method.name == BEAM:
-        suffix += f"__{BEAM}__beam-size-{method.beam_size}"
-    elif method.name == GREEDY:
-        suffix += f"_context-{settings.get('context_size', 2)}"
-        suffix += f"_max-sym-per-frame-{method.max_sym_per_frame}"
-    if method.name in (BEAM, GREEDY) and method.skip_blanks is not None:
-        suffix += f"_skip-blanks-{method.skip_blanks:g}"
+    suffix += method.suffix(settings.get("context_size", 2))
     if window is not None:
         suffix += f"_window-{window:g}"
     if teacher.use_averaged_model:

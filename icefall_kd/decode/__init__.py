@@ -24,6 +24,8 @@ each utterance alone, whatever else is in the batch. With ``draft`` it checks so
 guess instead of searching from nothing.
 :class:`BeamSearch` is icefall's ``modified_beam_search``, and :class:`CtcSearch` its
 ``ctc_greedy_search``.
+Its ``reset_after`` is for recordings of several utterances: the context begins anew
+behind a pause, which is not icefall's search.
 ``skip_blanks`` takes out frames that the CTC head is sure of; that is not exact.
 """
 

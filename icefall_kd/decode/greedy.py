@@ -26,6 +26,10 @@ class GreedyState:
     context: Context  # the last tokens
     frame: int = 0  # frames of the chunks so far
     emitted: int = 0  # tokens so far
+    # Where contexts are reset: the frame of the last token since the context began, and
+    # whether it was the first behind a pause.
+    last_frame: Optional[int] = None
+    is_first: bool = False
 
 
 class GreedySearch:
@@ -42,6 +46,10 @@ class GreedySearch:
       blank_penalty: It is subtracted from blank's logit, also in ``log_probs``.
       draft: ``ctc`` to check a draft of the model's CTC head, ``none`` for label
         looping, ``auto`` for what is expected to be faster.
+      reset_after: Frames; after so many without a token the context is again that of an
+        utterance's beginning, and the first token behind such a pause can't follow upon
+        itself without one. It is for recordings of several utterances, is not
+        icefall's search, and takes no draft. None: the context is never reset.
 
     Raises:
       KDError: The model has no transducer head, or an impossible value.
@@ -53,6 +61,7 @@ class GreedySearch:
         max_sym_per_frame: Optional[int] = None,
         blank_penalty: float = 0.0,
         draft: str = "auto",
+        reset_after: Optional[int] = None,
     ) -> None:
         require(
             max_sym_per_frame is None or max_sym_per_frame >= 0,
@@ -64,9 +73,19 @@ class GreedySearch:
             f"`draft` is ctc, and the model {type(model).__name__} has no CTC head "
             "(ctc_output): give auto or none",
         )
-        self.draft = draft
+        require(
+            reset_after is None or reset_after >= 1,
+            f"`reset_after` is {reset_after} frames: give 1 or more, or None",
+        )
+        self.draft, self.reset_after = draft, reset_after
         self.stateful = None
         if getattr(model, "decoder", None) is not None and not is_stateless(model):
+            require(
+                reset_after is None,
+                f"`reset_after` is {reset_after}, and the decoder "
+                f"{type(model.decoder).__name__} has a state in place of a context of "
+                "a few tokens: give None",
+            )
             self.stateful = StatefulLooping(model, max_sym_per_frame, blank_penalty)
             return
         self.transducer = Transducer(model)
@@ -90,7 +109,8 @@ class GreedySearch:
           states: Those that the chunk before returned; None for an utterance's first.
           draft: (N, T), a guess of each frame's token, blank for none; see
             :func:`~icefall_kd.decode.speculation.draft_of`. None for the CTC head's,
-            or none, as the search was made. With ``max_sym_per_frame`` it is not used.
+            or none, as the search was made. With ``max_sym_per_frame`` or
+            ``reset_after`` it is not used.
 
         Returns:
           The tokens of each utterance, of a chunk those that it added.
@@ -106,21 +126,23 @@ class GreedySearch:
         if states is None:
             states = [GreedyState(self.transducer.start) for _ in batch.lengths]
         paths = [
-            Path(row, state.context, begin, begin + length, state.emitted)
+            _path(row, state, begin, length)
             for row, (state, begin, length) in enumerate(
                 zip(states, batch.begins, batch.lengths)
             )
         ]
         report = SearchReport("label looping", frames=batch.num_frames)
         auto = draft is None and self.draft == "auto"
-        if self.max_sym_per_frame is not None or not batch.num_frames:
+        one_a_frame = self.max_sym_per_frame is None
+        if not one_a_frame or self.reset_after is not None or not batch.num_frames:
             draft = None
         elif draft is None and self._shall_draft(batch):
             draft = self._ctc_draft(batch)
         if draft is not None:
             report.way = "speculation"
             self._speculate(batch, paths, draft, report, auto)
-        LabelLooping(batch, report, self.max_sym_per_frame).follow(paths)
+        how = (self.max_sym_per_frame, self.reset_after)
+        LabelLooping(batch, report, *how).follow(paths)
         return _result(batch, paths, states, report)
 
     def _search_stateful(
@@ -180,6 +202,15 @@ class GreedySearch:
             path.context = path.context_at(len(hypothesis.tokens))
 
 
+def _path(row: int, state: GreedyState, begin: int, length: int) -> Path:
+    """Return the path that goes on where an utterance's last chunk ended."""
+    path = Path(row, state.context, begin, begin + length, state.emitted)
+    if state.last_frame is not None:
+        path.last_place = state.last_frame - state.frame + begin
+        path.is_first = state.is_first
+    return path
+
+
 def _result(
     batch: Batch,
     paths: List[Path],
@@ -194,7 +225,9 @@ def _result(
             hypothesis.frames = [place + shift for place in hypothesis.frames]
         hypotheses.append(hypothesis)
         emitted = state.emitted + len(hypothesis.tokens)
-        after.append(GreedyState(path.context, path.end + shift, emitted))
+        last = None if path.last_place is None else path.last_place + shift
+        frame = path.end + shift
+        after.append(GreedyState(path.context, frame, emitted, last, path.is_first))
     return SearchResult(hypotheses, after, report)
 
 

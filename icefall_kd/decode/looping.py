@@ -45,6 +45,11 @@ class Path:
     end: int  # of the utterance
     emitted: int = 0  # tokens of earlier chunks
     at_frame: int = 0  # tokens that this frame has already
+    # Of the last token since the context began; None if there is none. It is known
+    # where contexts are reset, and so is whether that token was the first behind a
+    # pause.
+    last_place: Optional[int] = None
+    is_first: bool = False
     hypothesis: Hypothesis = field(default_factory=Hypothesis)
 
     def __post_init__(self) -> None:
@@ -87,6 +92,8 @@ class LabelLooping:
       report: Where the cost is counted.
       max_sym_per_frame: None for one token a frame; see
         :class:`~icefall_kd.decode.greedy.GreedySearch`.
+      reset_after: After so many frames without a token the context begins anew; None:
+        never.
     """
 
     def __init__(
@@ -94,10 +101,13 @@ class LabelLooping:
         batch: Batch,
         report: SearchReport,
         max_sym_per_frame: Optional[int] = None,
+        reset_after: Optional[int] = None,
     ) -> None:
         self.batch, self.report = batch, report
         self.transducer = batch.transducer
-        self.max_sym_per_frame = max_sym_per_frame
+        self.max_sym_per_frame, self.reset_after = max_sym_per_frame, reset_after
+        # Segments' paths meet where their contexts are the same, if no more counts.
+        self.may_cut = max_sym_per_frame is None and reset_after is None
         kind = "cpu" if batch.frames.device.type == "cpu" else "other"
         self.call_rows, self.max_active = CALL_ROWS[kind], ACTIVE[kind]
         # Frames and tokens of all steps so far, as if of a first token.
@@ -112,7 +122,9 @@ class LabelLooping:
         active = [path for path in paths if not self._is_over(path)]
         if not active:
             return
-        if self.max_sym_per_frame is None and len(active) <= self.max_active // 2:
+        if self.reset_after is not None:
+            self._forget(active)
+        if self.may_cut and len(active) <= self.max_active // 2:
             share = self.max_active // len(active)
             active = [part for path in active for part in self._cut(path, share)]
         rows = self.transducer.decoder_rows([path.context for path in active])
@@ -121,22 +133,47 @@ class LabelLooping:
             window = best_window(
                 self.advanced // self.emitted, len(active), self.call_rows
             )
-            window = min(window, max([path.end - path.place for path in active]))
-            extended = self._step(active, rows, window)
-            if extended:
-                contexts = [active[i].context for i in extended]
+            window = min(window, max([self._reach(path) for path in active]))
+            changed = self._step(active, rows, window)
+            if self.reset_after is not None:
+                changed = sorted(changed + self._forget(active))
+            if changed:
+                contexts = [active[i].context for i in changed]
                 new = self.transducer.decoder_rows(contexts)
-                self.report.decoder_rows += len(extended)
-                if len(extended) == len(active):
+                self.report.decoder_rows += len(changed)
+                if len(changed) == len(active):
                     rows = new
                 else:
-                    rows.index_copy_(0, self.batch.tensor(extended), new)
+                    rows.index_copy_(0, self.batch.tensor(changed), new)
             going = [i for i, path in enumerate(active) if not self._is_over(path)]
             if len(going) < len(active):
                 active = [active[i] for i in going]
                 rows = rows.index_select(0, self.batch.tensor(going))
         for path in paths:
             _join(path)
+
+    def _reach(self, path: Path) -> int:
+        """Return how many of a path's next frames can be asked with its context."""
+        if self.reset_after is None or path.last_place is None:
+            return path.end - path.place
+        return min(path.end, path.last_place + self.reset_after + 1) - path.place
+
+    def _forget(self, active: List[Path]) -> List[int]:
+        """Begin the contexts anew of paths whose last token is long ago.
+
+        Args:
+          active: A paths.
+
+        Returns:
+          Which of the paths these are.
+        """
+        forgetful = []
+        for i, path in enumerate(active):
+            last = path.last_place
+            if last is not None and path.place - last > self.reset_after:
+                path.context, path.last_place = self.transducer.start, None
+                forgetful.append(i)
+        return forgetful
 
     def _cut(self, path: Path, share: int) -> List[Path]:
         """Return ``share`` segments of a path or fewer, each long enough."""
@@ -203,7 +240,7 @@ class LabelLooping:
         stopped, stop_rows = [], []
         begin = 0
         for i, path in enumerate(active):
-            size = min(window, path.end - path.place)
+            size = min(window, self._reach(path))
             row, end = begin, begin + size
             while row < end and leads[row] < -MARGIN:  # surely none; false for NaN
                 row += 1
@@ -230,9 +267,18 @@ class LabelLooping:
             self.report.asked_again += 1
             token = self.batch.ask_alone(path.row, path.place, path.context)
         self.advanced += 1
-        if token in self.transducer.silent:
+        if token in self.transducer.silent or (
+            # The first token behind a pause, heard once more.
+            path.last_place is not None
+            and path.is_first
+            and token == path.context[-1]
+        ):
             path.place, path.at_frame = path.place + 1, 0
             return False
+        if self.reset_after is not None:
+            is_begin = path.emitted + len(path.hypothesis.tokens) == 0
+            path.is_first = path.last_place is None and not is_begin
+            path.last_place = path.place
         hypothesis = path.hypothesis
         hypothesis.tokens.append(token)
         hypothesis.frames.append(path.place)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from icefall_kd.decode import BeamSearch, CtcSearch, GreedySearch, skip_blanks
+from icefall_kd.decode.frames import Frames
 from icefall_kd.decode.types import Hypothesis, SearchReport, SearchResult
 from icefall_kd.decode.windows import OVERLAP, WindowedEncoder
 from icefall_kd.errors import require
@@ -39,6 +40,12 @@ class Method:
         utterance; icefall's decoding has 30. They are of features without
         normalisation: to a model that hears features less the mean of each utterance
         they are no silence, and it wants 0.
+      reset_context_after: Seconds without a token after which the context of
+        ``greedy_search`` begins anew, rounded to frames, one at least; None: never. See
+        ``GreedySearch``.
+
+    Raises:
+      KDError: options that are not for this search, or don't go together.
     """
 
     name: str = GREEDY
@@ -47,11 +54,29 @@ class Method:
     draft: str = "auto"
     skip_blanks: Optional[float] = None
     causal_padding: int = CAUSAL_PADDING
+    reset_context_after: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.skip_blanks is None or self.name != CTC,
+            "`skip_blanks` is for the transducer's searches, and `decoding_method` is "
+            f"{CTC}: leave it out",
+        )
+        require(
+            self.reset_context_after is None or self.name == GREEDY,
+            f"`reset_context_after` is for {GREEDY}, and `decoding_method` is "
+            f"{self.name}: leave it out",
+        )
+        require(
+            self.reset_context_after is None or self.skip_blanks is None,
+            "`reset_context_after` counts frames without a token, and `skip_blanks` "
+            "leaves such frames out: give one of them",
+        )
 
     def options(self) -> Dict[str, Any]:
         """The options of this search, without those of others.
 
-        icefall's padding is left out, as in journals and cascades of former versions.
+        Defaults that journals and cascades of former versions do not have are left out.
         """
         names = {
             GREEDY: ("name", "max_sym_per_frame", "draft", "skip_blanks"),
@@ -61,12 +86,32 @@ class Method:
         options = {name: getattr(self, name) for name in names[self.name]}
         if self.causal_padding != CAUSAL_PADDING:
             options["causal_padding"] = self.causal_padding
+        if self.reset_context_after is not None:
+            options["reset_context_after"] = self.reset_context_after
         return options
 
     @property
     def setting(self) -> str:
         """icefall's name of the setting in a summary of error rates."""
         return f"{BEAM}_beam-size-{self.beam_size}" if self.name == BEAM else self.name
+
+    def suffix(self, context_size: int) -> str:
+        """Return what the names of result files have of the search.
+
+        Args:
+          context_size: The decoder's.
+        """
+        suffix = ""
+        if self.name == BEAM:
+            suffix = f"__{BEAM}__beam-size-{self.beam_size}"
+        elif self.name == GREEDY:
+            suffix = f"_context-{context_size}"
+            suffix += f"_max-sym-per-frame-{self.max_sym_per_frame}"
+        if self.skip_blanks is not None:
+            suffix += f"_skip-blanks-{self.skip_blanks:g}"
+        if self.reset_context_after is not None:
+            suffix += f"_reset-context-after-{self.reset_context_after:g}"
+        return suffix
 
     def search(self, model: nn.Module, blank_id: int) -> Any:
         """Make the search.
@@ -101,7 +146,11 @@ class Method:
             # One token a frame: icefall's decode.py calls greedy_search_batch then.
             most = None if self.max_sym_per_frame == 1 else self.max_sym_per_frame
             draft = "none" if skips else self.draft
-            search = GreedySearch(model, max_sym_per_frame=most, draft=draft)
+            reset = None
+            if self.reset_context_after is not None:
+                frame = Frames(model).seconds(1)
+                reset = max(1, round(self.reset_context_after / frame))
+            search = GreedySearch(model, most, draft=draft, reset_after=reset)
         if skips:
             return SkippingSearch(model, search, self.skip_blanks, blank_id)
         return search

@@ -21,6 +21,7 @@ from icefall_kd.report.results import read_decodings
 from icefall_kd.tap import ModelTap
 from icefall_kd.teacher.loader import load_recipe_model
 from icefall_kd.tokens import load_tokenizer
+from icefall_kd.transcripts import recognizer
 from icefall_kd.transcripts.cuts import name_of_set
 from icefall_kd.zipformer import ctc_linear
 
@@ -408,6 +409,31 @@ def test_long_cuts_are_encoded_in_windows_and_short_ones_as_they_are(
     assert windows["long"]["num_frames"] == whole["long"]["num_frames"]
     assert windows["long"]["tokens"] and windows["long"] != whole["long"]
     assert found("--window", 20) == whole
+
+
+def test_seconds_without_a_token_become_frames_of_the_search(
+    invoke, words, tmp_path, monkeypatch
+):
+    frames = []
+
+    class Search(recognizer.GreedySearch):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            frames.append(self.reset_after)
+
+    def header_of(*more):
+        folder = tmp_path / "-".join(map(str, ("res", *more)))
+        assert invoke(*words("--res-dir", folder, *more)).code == 0
+        (path,) = folder.glob("utterances-*")
+        assert ("_reset-context-after-" in path.name) == bool(more)
+        return json.loads(path.read_text("utf8").splitlines()[0])
+
+    monkeypatch.setattr(recognizer, "GreedySearch", Search)
+    assert "reset_context_after" not in header_of()["method"]
+    header = header_of("--reset-context-after", 0.59)
+    assert header["method"]["reset_context_after"] == 0.59
+    header_of("--reset-context-after", 0.001)
+    assert frames == [None, 15, 1]
 
 
 # Causal models
