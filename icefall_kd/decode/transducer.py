@@ -21,7 +21,7 @@ best token nor a probability changes, and the maximum of the others is the lead 
 blank.
 """
 
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from icefall_kd.decode.products import Product
 from icefall_kd.errors import KDError, require
 
 MAX_TABLE = 2**22  # numbers in the table of all contexts
+MAX_SEEN = 2**24  # numbers in the rows of contexts that are remembered
 
 Context = Tuple[int, ...]  # the last c tokens, -1 for none
 
@@ -85,6 +86,10 @@ class Transducer:
             self._make_products()
             self.tables = self._make_tables()
             self.all_rows = self._make_table_of_all()
+        # Where these are too many: the rows of contexts seen so far, and their places.
+        self._seen: Dict[Context, int] = {}
+        weight = self.joiner.output_linear.weight
+        self._seen_rows = weight.new_empty(MAX_SEEN // weight.size(1), weight.size(1))
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +208,25 @@ class Transducer:
                 return self.all_rows.narrow(0, numbers[0], 1)
             index = torch.tensor(numbers, dtype=torch.int64, device=self.device)
             return self.all_rows.index_select(0, index)
+        if len(contexts) > len(self._seen_rows):
+            return self._rows_of_contexts(contexts)
+        seen = self._seen
+        new = list(dict.fromkeys([y for y in contexts if y not in seen]))
+        if len(seen) + len(new) > len(self._seen_rows):
+            seen.clear()  # all are forgotten where there is no place for more
+            new = list(dict.fromkeys(contexts))
+        if new:
+            begin, end = len(seen), len(seen) + len(new)
+            self._seen_rows[begin:end] = self._rows_of_contexts(new)
+            seen.update(zip(new, range(begin, end)))
+        places = [seen[context] for context in contexts]
+        if len(places) == 1:
+            return self._seen_rows.narrow(0, places[0], 1).clone()
+        index = torch.tensor(places, dtype=torch.int64, device=self.device)
+        return self._seen_rows.index_select(0, index)
+
+    def _rows_of_contexts(self, contexts: Sequence[Context]) -> torch.Tensor:
+        """Return (R, J), computed now."""
         tokens = torch.tensor(contexts, dtype=torch.int64, device=self.device)
         return self._rows_of(tokens.reshape(len(contexts), self.context_size) + 1)
 

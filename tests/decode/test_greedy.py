@@ -13,6 +13,7 @@ from icefall_kd.decode import (
     looping,
     products,
     speculation,
+    transducer,
     transducer_greedy,
 )
 
@@ -379,3 +380,30 @@ def test_the_function_gives_tokens(head, make_batch):
     batch = make_batch(4, 20)
     found = transducer_greedy(head, *batch)
     assert found == [tokens for tokens, _ in icefalls(head, *batch)]
+
+
+def test_rows_of_contexts_are_remembered_as_long_as_there_is_place(
+    make_head, make_batch, monkeypatch
+):
+    """Contexts of 5000 tokens have no table; what is remembered never shows."""
+    head = make_head(vocab=5000, rate=0.5)
+    batches = [make_batch(3, 40, seed) for seed in range(3)]
+    expected = [icefalls(head, *batch) for batch in batches]
+    for places in (transducer.MAX_SEEN // 20, 9, 2, 0):
+        monkeypatch.setattr(transducer, "MAX_SEEN", 20 * places)
+        search, computed = GreedySearch(head, draft="none"), []
+        rows_of = search.transducer._rows_of_contexts
+
+        def counted(contexts, rows_of=rows_of, computed=computed):
+            computed.append(len(contexts))
+            return rows_of(contexts)
+
+        search.transducer._rows_of_contexts = counted
+        for _ in range(2):
+            assert [found_by(search, *batch) for batch in batches] == expected
+        seen = search.transducer._seen
+        if places > 9:  # each was computed once
+            different = sum(computed)
+            assert different == len(seen)
+        else:
+            assert sum(computed) > different and len(seen) <= places
