@@ -30,6 +30,8 @@ from torch.nn import functional as F
 
 # The parts that an export has; the simple joiner's projections are for training alone.
 EXPORTED = ("encoder_embed", "encoder", "decoder", "joiner", "ctc_output")
+# In an export, encoder_proj is part of the encoder.
+_BY_ROW = ("joiner.decoder_proj", "joiner.output_linear")
 _OFFSETS = {"SwooshL": (4.0, 0.035), "SwooshR": (1.0, 0.313261687)}  # Zipformer's
 
 
@@ -51,11 +53,13 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def round_weight(weight: torch.Tensor) -> torch.Tensor:
+def round_weight(weight: torch.Tensor, by_row: bool = False) -> torch.Tensor:
     """Return w as quantize_dynamic keeps it: s round(w / s), s = max|w| / 127.
 
     Args:
       weight: (out, in), of a linear layer.
+      by_row: Whether each row has a scale of its own, as with ``per_channel=True``, in
+        place of one for the matrix.
 
     Returns:
       The rounded weight, of the same type; its gradient is the weight's.
@@ -63,7 +67,8 @@ def round_weight(weight: torch.Tensor) -> torch.Tensor:
     if not weight.numel():
         return weight
     wide = _wide(weight)
-    scale = wide.abs().amax() / 127
+    scale = wide.abs().amax(1, keepdim=True) if by_row else wide.abs().amax()
+    scale = scale / 127
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     rounded = (wide / scale).round_().mul_(scale)
     return _StraightThrough.apply(weight, rounded.to(weight.dtype))
@@ -166,9 +171,9 @@ class RoundedLinears:
     The parameters stay the model's own, and its state dict has no other keys. A deep
     copy or a pickle of the model does not round.
 
-    In the joiner each row has a range of its own, as a search asks it for one frame at
-    a time. Elsewhere a range is that of the whole batch, at least as wide as that of
-    each utterance alone, which a runtime sees.
+    Where a search asks for one frame or one context at a time, in the joiner behind
+    ``encoder_proj``, each row has a range of its own. Elsewhere a range is that of the
+    whole batch, at least as wide as that of each utterance alone, which a runtime sees.
 
     Args:
       model: A recipe's model, in DDP or not.
@@ -183,7 +188,7 @@ class RoundedLinears:
         self._layers: List[nn.Module] = []
         self.names: List[str] = []
         for name, layer in exported_linears(model):
-            by_row = name.startswith("joiner.")
+            by_row = name in _BY_ROW
             layer.forward = MethodType(_rounding_forward(layer, is_on, by_row), layer)
             self._layers.append(layer)
             self.names.append(name)
