@@ -99,8 +99,8 @@ _PLAIN_FLAGS = {
     type=Text(),
     default="",
     metavar="HEADS",
-    help="transducer, ctc or both, separated by a comma. Default: all that the model "
-    "has.",
+    help="Heads that are exported: transducer, ctc or both, separated by a comma. "
+    "Default: all that the model has.",
 )
 @click.option(
     "--opset",

@@ -175,7 +175,9 @@ def half_done(work, tmp_path):
     return copy
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_teacher_that_was_stopped_goes_on_at_its_next_epoch(work, half_done, number):
     copy = half_done(4)
     teacher, stage = copy / "exp/teacher", ("--stage", 4, "--stop-stage", 4)
@@ -216,6 +218,7 @@ def test_students_that_were_stopped_go_on_with_projectors_and_all(work, half_don
     assert all(torch.equal(projectors[k], again[k]) for k in projectors)
 
 
+@pytest.mark.slow
 def test_a_redo_that_was_stopped_is_not_begun_anew(work, half_done):
     copy = half_done(10)
     words = ("--stage", 6, "--stop-stage", 7, "--redo", "true")
