@@ -118,7 +118,7 @@ def test_the_report_names_presets_slower_than_their_multiply_adds_promise():
     (row,) = (
         line.split() for line in lines if line.startswith("s  ") and "x" not in line
     )
-    assert row == ["s", "0.80", *["60.00", "20.00"] * 4]
+    assert row == ["s", "0.80", *["60.00", "+", "20.00"] * 4]
 
 
 def test_equal_promises_and_times_are_named_none():
