@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import numpy as np
 
 from icefall_kd.errors import KDError, require
-from icefall_kd.export.build import CTC_HEAD, PARTS, TORCHSCRIPT
+from icefall_kd.export.build import CTC_HEAD, PARTS, PLAIN, TORCHSCRIPT
 from icefall_kd.export.features import FeatureSettings, comparable
 from icefall_kd.export.folder import (
     FP32,
@@ -148,6 +148,10 @@ def _sides(folder: ExportFolder) -> Dict[str, List[Side]]:
                 sides.append(side)
         for name, files in forms_of(folder, parts):
             sides.append(onnx_side(name, files))
+        if folder.files(PLAIN):
+            from icefall_kd.export.plain_folder import plain_sides  # it needs onnx
+
+            sides += plain_sides(folder, head)
         if sides:
             heads[head] = sides
     return heads

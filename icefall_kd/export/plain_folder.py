@@ -1,10 +1,15 @@
 """The plain form as a folder within that of a model's exported files."""
 
-from typing import List, Sequence
+from typing import Dict, List, Sequence
+
+import numpy as np
 
 from icefall_kd.export.build import PLAIN
 from icefall_kd.export.folder import TOKENS, ExportFolder, write_tokens
 from icefall_kd.export.plain import PlainForm, PlainReport, write_plain
+from icefall_kd.export.plain_model import CTC
+from icefall_kd.export.plain_reader import PlainReader
+from icefall_kd.export.sides import Side
 from icefall_kd.teacher.spec import LoadedTeacher
 
 # What both metadata.json say.
@@ -40,6 +45,47 @@ def add_plain(
         more = {"operators": operators} if operators else {}
         folder.add(f"{place}/{path.name}", path.stem, PLAIN, **more)
     return report
+
+
+def plain_sides(folder: ExportFolder, head: str) -> List[Side]:
+    """Return the plain forms of a folder, to be compared with others.
+
+    Args:
+      folder: With its files.
+      head: transducer or ctc.
+    """
+    sizes: Dict[str, int] = {}
+    for name, values in folder.metadata["files"].items():
+        if values.get("precision") == PLAIN:
+            place = name.split("/")[0]
+            sizes[place] = sizes.get(place, 0) + values["bytes"]
+    sides = []
+    for place, size in sizes.items():
+        reader = PlainReader(folder.path / place)
+        if head in reader.metadata["heads"]:
+            sides.append(_side(place, reader, head, size))
+    return sides
+
+
+def _side(name: str, reader: PlainReader, head: str, size: int) -> Side:
+    """A plain form of one head; its graphs take one context or frame at a time."""
+
+    def encode(x: np.ndarray) -> np.ndarray:
+        return reader.encode(x[0])["encoder_out"]
+
+    def decode(contexts: np.ndarray) -> np.ndarray:
+        return np.concatenate([reader.decoder_out(row.tolist()) for row in contexts])
+
+    def join(encoder_out: np.ndarray, decoder_out: np.ndarray) -> np.ndarray:
+        pairs = zip(encoder_out, decoder_out)
+        return np.concatenate([reader.logits(a[None], b[None]) for a, b in pairs])
+
+    def log_probs(x: np.ndarray) -> np.ndarray:
+        return reader.encode(x[0])["ctc_log_probs"]
+
+    if head == CTC:
+        return Side(name, log_probs=log_probs, bytes=size)
+    return Side(name, encode, decode, join, bytes=size)
 
 
 def sentences(report: PlainReport) -> List[str]:

@@ -5,7 +5,7 @@ It is the proof that the files suffice, and an example for a program on a chip.
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 import onnxruntime
@@ -110,14 +110,26 @@ class PlainReader:
         )
         blank, size = self.metadata["blank_id"], self.metadata["context_size"]
         tokens = [-1] * (size - 1) + [blank]
-        decoder_out = self._decoder_out(tuple(tokens))
+        decoder_out = self.decoder_out(tokens)
         for row in self.encode(features)["encoder_out"]:
-            inputs = {"encoder_out": row[None], "decoder_out": decoder_out}
-            token = int(self._joiner.run(None, inputs)[0].argmax())
+            token = int(self.logits(row[None], decoder_out).argmax())
             if token not in self.metadata["silent"]:
                 tokens.append(token)
-                decoder_out = self._decoder_out(tuple(tokens[-size:]))
+                decoder_out = self.decoder_out(tokens[-size:])
         return tokens[size:]
+
+    def logits(self, encoder_out: np.ndarray, decoder_out: np.ndarray) -> np.ndarray:
+        """Return the joiner's logits of a frame.
+
+        Args:
+          encoder_out: (1, joiner's width).
+          decoder_out: (1, joiner's width).
+
+        Returns:
+          (1, V).
+        """
+        inputs = {"encoder_out": encoder_out, "decoder_out": decoder_out}
+        return self._joiner.run(None, inputs)[0]
 
     def ctc_greedy(self, features: np.ndarray) -> List[int]:
         """Take the best token of each frame, without repeats and blanks.
@@ -140,8 +152,15 @@ class PlainReader:
         blank = self.metadata["blank_id"]
         return [int(token) for token in best[changes] if token != blank]
 
-    def _decoder_out(self, context: Tuple[int, ...]) -> np.ndarray:
-        """(1, width) of the last tokens, -1 for none."""
+    def decoder_out(self, context: Sequence[int]) -> np.ndarray:
+        """Return what the decoder says after some tokens.
+
+        Args:
+          context: The last tokens, as many as the decoder sees, -1 for none.
+
+        Returns:
+          (1, joiner's width).
+        """
         if self.metadata["decoder"] == "table":
             index = 0
             for token in context:

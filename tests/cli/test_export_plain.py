@@ -93,3 +93,16 @@ def test_what_can_not_be_had_is_refused_and_leaves_nothing(
 def test_the_length_is_asked_for(refused, words, tmp_path):
     without = words(tmp_path / "a")[:-2]
     assert "for one length: give --num-frames" in refused(*without)
+
+
+def test_check_compares_the_plain_form_too(invoke, words, tmp_path):
+    given = words(tmp_path / "a", "--heads", "ctc", "--sherpa", 0)
+    cuts = given[given.index("--cuts") + 1]
+    done = invoke(*given, "--check", cuts)
+    assert done.code == 0, done
+    (row,) = [line for line in done.out.splitlines() if line.startswith("plain-61  ")]
+    assert "ctc" in row
+    encoder = tmp_path / "a" / "plain-61" / "encoder.onnx"
+    encoder.write_bytes(encoder.read_bytes() + b"\0")
+    done = invoke(*given, "--check", cuts, "--only-check")
+    assert done.code == 1 and "plain-61/encoder.onnx" in done.err[-1]
