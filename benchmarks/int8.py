@@ -35,8 +35,14 @@ from zipformer.modules import model as zipformer_model
 from zipformer.modules.optim import ScaledAdam
 from zipformer.utils import get_parameter_groups_with_lrs
 
-from icefall_kd import KDError, get_engine, import_train, load_model, load_tokenizer
-from icefall_kd.errors import one_sentence
+from icefall_kd import (
+    KDError,
+    get_engine,
+    import_train,
+    load_model,
+    load_tokenizer,
+    one_sentence,
+)
 from icefall_kd.export.files import write_offline
 from icefall_kd.export.graph import exportable
 from icefall_kd.export.quantize import write_int8
