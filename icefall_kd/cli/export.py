@@ -17,10 +17,20 @@ from icefall_kd.cli.options import (
 )
 from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError, naming_flags, require
-from icefall_kd.export.build import FORMS, ONNX, PARTS, PLAIN, Wanted, describe
+from icefall_kd.export.build import (
+    CTC_HEAD,
+    FORMS,
+    ONNX,
+    PARTS,
+    PLAIN,
+    Wanted,
+    check_form,
+    chunk_encoder,
+    describe,
+)
 from icefall_kd.export.build import export as write_files
 from icefall_kd.export.build import heads_of
-from icefall_kd.export.check import check, check_files, utterances_of
+from icefall_kd.export.check import check, check_files, sherpa_can, utterances_of
 from icefall_kd.export.features import features_of
 from icefall_kd.export.files import OPSETS
 from icefall_kd.export.folder import FP16, PARITY, ExportFolder, versions
@@ -177,12 +187,18 @@ def export(
     a smaller form's WER is more than 0.2 points higher.
 
     MODEL FLAGS are the model options of the recipe's decode.py, as for `icefall-kd
-    dump`.
+    dump`. A causal model is exported for streaming, with one --chunk-size and
+    --left-context-frames, and with --chunk-size -1 for whole utterances.
     """
     asked = _words(forms, FORMS, "--forms")
     of_heads = _words(heads, tuple(PARTS), "--heads") if heads else ()
     parts = tuple(part for head in PARTS.values() for part in head)
     of_int8 = _words(int8, parts, "--int8") if int8 else ()
+    require(
+        ONNX in asked or not (FP16 in asked or of_int8),
+        f"--forms is {forms} and fp16 or --int8 is asked for, and they are made of the "
+        "files in fp32: give onnx among the forms",
+    )
     require(
         check_cuts or not only_check,
         "--only-check is given without --check: give it the cuts to check with",
@@ -212,18 +228,15 @@ def export(
             "some of these",
         )
     wanted = Wanted(asked, of_heads, of_int8, opset, plain)
-    require(
-        not settings.get("causal"),
-        "the model is causal, and whole utterances are what is exported: give a model "
-        "that was trained with --causal 0",
-    )
     tokenizer = teacher.tokenizer(settings)
     names = token_names(tokenizer)
     num_features = int(settings["feature_dim"])
     features = features_of(cuts or check_cuts, num_features, on_the_fly_feats)
+    check_form(settings, wanted, features)
+    chunks = chunk_encoder(loaded)
     utterances, told = [], []
     if check_cuts:  # before there is a file
-        utterances = utterances_of(check_cuts, features, on_the_fly_feats)
+        utterances = utterances_of(check_cuts, features, on_the_fly_feats, chunks)
     values = describe(teacher, loaded, names, features)
     if only_check:
         require(
@@ -248,7 +261,12 @@ def export(
     )
     if check_cuts:
         check_files(folder, names)
-        accounts = check(loaded, folder, utterances, tokenizer, names, sherpa)
+        if sherpa and CTC_HEAD in of_heads and not sherpa_can(CTC_HEAD, chunks):
+            click.echo(
+                "sherpa-onnx streams CTC models of 80 Mel bins alone, and this one has "
+                f"{num_features}: it is not asked."
+            )
+        accounts = check(loaded, folder, utterances, tokenizer, names, sherpa, chunks)
         _check(folder, accounts, check_cuts)
 
 

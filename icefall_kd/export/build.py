@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from torch import nn
 
 from icefall_kd.errors import require
 from icefall_kd.export.features import UTTERANCE, FeatureSettings
@@ -28,6 +30,8 @@ from icefall_kd.export.folder import (
 )
 from icefall_kd.export.graph import exportable
 from icefall_kd.export.quantize import write_fp16, write_int8
+from icefall_kd.export.streaming import ChunkEncoder, chunks_of, write_streaming
+from icefall_kd.targets.fingerprint import STREAMING
 from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
 from icefall_kd.zipformer import has_ctc, has_transducer, subsampling_factor
 
@@ -55,6 +59,58 @@ class Wanted:
     int8: Tuple[str, ...] = ()
     opset: int = 13
     plain: Dict[str, Any] = field(default_factory=dict)
+
+
+def streaming_of(settings: Dict[str, Any]) -> Tuple[int, int]:
+    """Chunk size and left context of a model; (-1, -1) for whole utterances.
+
+    Args:
+      settings: The recipe's params.
+
+    Raises:
+      KDError: A causal model with several of them, as in training.
+    """
+    return chunks_of(settings) if settings.get("causal") else (-1, -1)
+
+
+def chunk_encoder(loaded: LoadedTeacher) -> Optional[ChunkEncoder]:
+    """The recipe's own encoder, chunk by chunk; None for whole utterances.
+
+    Args:
+      loaded: The model.
+    """
+    if streaming_of(loaded.settings)[0] <= 0:
+        return None
+    return ChunkEncoder(loaded.model, nn.Identity()).eval()
+
+
+def check_form(
+    settings: Dict[str, Any], wanted: Wanted, features: FeatureSettings
+) -> None:
+    """Refuse what can't be streamed.
+
+    Args:
+      settings: The recipe's params.
+      wanted: What is exported.
+      features: Of the recipe.
+
+    Raises:
+      KDError: features that need the end of an utterance, or a form for whole ones.
+    """
+    if streaming_of(settings)[0] <= 0:
+        return
+    remedy = "give --chunk-size -1 to export it for whole utterances"
+    require(
+        features.mean != UTTERANCE,
+        "the recipe takes the mean of each utterance off its features, which is known "
+        f"at the end, so its model can't be streamed: {remedy}, or train it without",
+    )
+    for form in (TORCHSCRIPT, PLAIN):
+        require(
+            form not in wanted.forms,
+            f"--forms has {form}, and a stream is exported as onnx: leave it out, or "
+            f"{remedy}",
+        )
 
 
 def heads_of(model: Any, asked: Sequence[str]) -> Tuple[str, ...]:
@@ -117,6 +173,7 @@ def describe(
         },
         "tokens": tokens_of(names, settings),
         "features": features.as_dict(),
+        "streaming": dict(zip(STREAMING, streaming_of(settings))),
         "frame_rate": round(1 / shift, 6),
         "feature_frame_rate": round(1 / features.frame_shift, 6),
         "versions": versions(),
@@ -163,6 +220,9 @@ def export(
     told: List[str] = []
     takes_mean = features.mean == UTTERANCE
     suffix = folder.metadata["checkpoint"]["name"]
+    chunk_size, left_context = streaming_of(loaded.settings)
+    if chunk_size > 0:
+        suffix += f"-chunk-{chunk_size}-left-{left_context}"
     model = exportable(loaded.model)
     if TORCHSCRIPT in wanted.forms:
         write_torchscript(model, folder.path / JIT, takes_mean)
@@ -172,7 +232,10 @@ def export(
             name = file_name(part, suffix)
             path = folder.path / name
             options = {"takes_mean": takes_mean, "opset": wanted.opset}
-            write_offline(model, loaded.settings, part, path, **options)
+            if chunk_size > 0 and part in (ENCODER, CTC):
+                write_streaming(model, loaded.settings, part, path, wanted.opset)
+            else:
+                write_offline(model, loaded.settings, part, path, **options)
             folder.add(name, part, FP32, **inputs_and_outputs(path))
             _write_smaller(wanted, part, path, suffix, folder)
     if PLAIN in wanted.forms:

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -20,9 +20,13 @@ from icefall_kd.export.folder import (
 from icefall_kd.export.parity import Account, Comparison, Reference, Utterance
 from icefall_kd.export.sherpa import recognize
 from icefall_kd.export.sides import Side, onnx_side, script_side, torch_side
+from icefall_kd.export.streaming import ChunkEncoder, padded
 from icefall_kd.teacher.spec import LoadedTeacher
 from icefall_kd.zipformer import MIN_FRAMES
 
+# sherpa-onnx 2.0.1 takes the states of a streaming CTC model's front end to be so wide,
+# as those of 80 Mel bins are.
+SHERPA_WIDTH = 19
 BATCH = 8  # utterances that sherpa-onnx decodes at once, beside one by one
 
 
@@ -61,7 +65,10 @@ def check_files(folder: ExportFolder, names: Sequence[str]) -> None:
 
 
 def utterances_of(
-    cuts: str, features: FeatureSettings, on_the_fly: bool
+    cuts: str,
+    features: FeatureSettings,
+    on_the_fly: bool,
+    chunks: Optional[ChunkEncoder] = None,
 ) -> List[Utterance]:
     """The utterances of a manifest that both sides can be given.
 
@@ -69,6 +76,8 @@ def utterances_of(
       cuts: The manifest.
       features: How features are computed.
       on_the_fly: Whether they are computed of the audio, and not stored.
+      chunks: The encoder for streaming, which gets audio with silence behind it; None
+        for whole utterances.
 
     Raises:
       KDError: A cut that can't be read, or none that is long enough.
@@ -77,7 +86,13 @@ def utterances_of(
     for cut in comparable(cuts, on_the_fly):
         try:
             audio = np.asarray(cut.load_audio())[0].astype(np.float32)
-            array = features.compute(cut) if on_the_fly else cut.load_features()
+            if chunks is not None:
+                audio = padded(audio, features.sampling_rate, chunks.num_frames)
+                array = features.of_samples(audio[None])
+            elif on_the_fly:
+                array = features.compute(cut)
+            else:
+                array = cut.load_features()
         except Exception as e:  # whatever lhotse and its backends raise
             raise KDError(
                 f"the cut {cut.id} of {cuts} can't be read ({type(e).__name__}: "
@@ -103,6 +118,7 @@ def check(
     tokenizer: Any,
     names: Sequence[str],
     sherpa: bool,
+    chunks: Optional[ChunkEncoder] = None,
 ) -> List[Account]:
     """Give the utterances of cuts to all forms of a model.
 
@@ -113,6 +129,7 @@ def check(
       tokenizer: Makes text of tokens.
       names: The tokens in the order of their ids.
       sherpa: Whether sherpa-onnx gets the audio too.
+      chunks: The encoder for streaming; None for whole utterances.
 
     Returns:
       An account of each form, by head, torch's first.
@@ -122,21 +139,35 @@ def check(
     """
     model = loaded.model.cpu().eval()
     accounts: List[Account] = []
-    for head, sides in _sides(folder).items():
-        reference = Reference(model, loaded.settings, head)
+    for head, sides in _sides(folder, chunks).items():
+        reference = Reference(model, loaded.settings, head, chunks)
         try:
             comparison = Comparison(reference, torch_side(model), sides, tokenizer)
             comparison.run(utterances)
         finally:
             reference.close()
         accounts += comparison.accounts()
-        if sherpa:
+        if sherpa and sherpa_can(head, chunks):
             audio = [utterance.audio for utterance in utterances]
             accounts += _of_sherpa(folder, head, comparison, audio, names)
     return accounts
 
 
-def _sides(folder: ExportFolder) -> Dict[str, List[Side]]:
+def sherpa_can(head: str, chunks: Optional[ChunkEncoder]) -> bool:
+    """Whether sherpa-onnx has a reader for such files.
+
+    Args:
+      head: transducer or ctc.
+      chunks: The encoder for streaming; None for whole utterances.
+    """
+    if head != CTC_HEAD or chunks is None:
+        return True
+    return int(chunks.encoder_embed.out_width) == SHERPA_WIDTH
+
+
+def _sides(
+    folder: ExportFolder, chunks: Optional[ChunkEncoder]
+) -> Dict[str, List[Side]]:
     """The forms in a folder, by head."""
     heads: Dict[str, List[Side]] = {}
     scripts = list(folder.files(TORCHSCRIPT).values())
@@ -147,7 +178,7 @@ def _sides(folder: ExportFolder) -> Dict[str, List[Side]]:
             if (side.log_probs if head == CTC_HEAD else side.encode) is not None:
                 sides.append(side)
         for name, files in forms_of(folder, parts):
-            sides.append(onnx_side(name, files))
+            sides.append(onnx_side(name, files, chunks))
         if folder.files(PLAIN):
             from icefall_kd.export.plain_folder import plain_sides  # it needs onnx
 
@@ -199,11 +230,12 @@ def _of_sherpa(
     for form, files in forms_of(folder, PARTS[head]):
         if " " in form:  # the parts of a form
             continue
-        for batch in (1, BATCH):
+        streams = comparison.reference.chunks is not None
+        for batch in (1,) if streams else (1, BATCH):
             with tempfile.TemporaryDirectory() as scratch:
                 tokens = folder.path / TOKENS
                 where = Path(scratch)
-                found = recognize(files, tokens, features, audio, where, batch)
+                found = recognize(files, tokens, features, audio, where, batch, streams)
             texts = found["tokens"]
             rows = [[ids.get(t.replace("▁", " "), -1) for t in row] for row in texts]
             name = f"sherpa-onnx {form}" + (f", batch {batch}" if batch > 1 else "")

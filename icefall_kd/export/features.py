@@ -79,6 +79,14 @@ class FeatureSettings:
         Args:
           cut: A cut with audio.
         """
+        return self.of_samples(cut.load_audio())
+
+    def of_samples(self, samples: np.ndarray) -> np.ndarray:
+        """The features (T, F) of samples, before the mean is taken off.
+
+        Args:
+          samples: (1, T), in [-1, 1].
+        """
         config = FbankConfig(
             sampling_rate=self.sampling_rate,
             num_mel_bins=self.num_mel_bins,
@@ -89,8 +97,7 @@ class FeatureSettings:
             low_freq=self.low_freq,
             high_freq=self.high_freq,
         )
-        samples = cut.load_audio()
-        return np.asarray(Fbank(config).extract(samples, cut.sampling_rate))
+        return np.asarray(Fbank(config).extract(samples, self.sampling_rate))
 
 
 def features_of(path: str, num_features: int, on_the_fly: bool) -> FeatureSettings:

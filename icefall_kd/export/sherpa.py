@@ -22,6 +22,7 @@ def recognize(
     audio: Sequence[np.ndarray],
     scratch: Path,
     batch: int = 1,
+    streams: bool = False,
 ) -> Dict[str, Any]:
     """What sherpa-onnx finds in utterances, by greedy search with one thread.
 
@@ -32,6 +33,7 @@ def recognize(
       audio: Samples of each utterance, (T,) in [-1, 1].
       scratch: A folder for temporary files.
       batch: Utterances that are decoded at once.
+      streams: Whether the files are for streaming.
 
     Returns:
       "tokens" of each utterance, as texts, and "seconds" for all of them.
@@ -48,13 +50,14 @@ def recognize(
         "num_mel_bins": features["num_mel_bins"],
         "audio": str(path),
         "batch": batch,
+        "streams": streams,
         "out": str(scratch / "found.json"),
     }
     done = subprocess.run(
         [sys.executable, "-m", "icefall_kd.export.sherpa"],
         input=json.dumps(work),
         capture_output=True,
-        text=True,
+        encoding="utf8",
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -77,12 +80,32 @@ def _recognizer(work: Dict[str, Any]) -> Any:
         "feature_dim": work["num_mel_bins"],
         "decoding_method": "greedy_search",
     }
+    if work["streams"]:
+        kind = sherpa_onnx.OnlineRecognizer
+        if "model" in files:
+            return kind.from_zipformer2_ctc(model=files["model"], **shared)
+        parts = {part: files[part] for part in ("encoder", "decoder", "joiner")}
+        return kind.from_transducer(**parts, **shared)
     if "model" in files:
         make = sherpa_onnx.OfflineRecognizer.from_zipformer_ctc
         return make(model=files["model"], **shared)
     return sherpa_onnx.OfflineRecognizer.from_transducer(
         **{part: files[part] for part in ("encoder", "decoder", "joiner")}, **shared
     )
+
+
+def _stream(recognizer: Any, samples: np.ndarray, sampling_rate: int) -> List[str]:
+    """The tokens of an utterance that comes in pieces of a tenth of a second."""
+    stream = recognizer.create_stream()
+    for begin in range(0, len(samples), sampling_rate // 10):
+        piece = samples[begin : begin + sampling_rate // 10]
+        stream.accept_waveform(sampling_rate, piece)
+        while recognizer.is_ready(stream):
+            recognizer.decode_stream(stream)
+    stream.input_finished()
+    while recognizer.is_ready(stream):
+        recognizer.decode_stream(stream)
+    return list(recognizer.tokens(stream))
 
 
 def _main() -> None:
@@ -92,7 +115,9 @@ def _main() -> None:
         audio = [arrays[name] for name in arrays.files]
     found: List[List[str]] = []
     begin = time.perf_counter()
-    for i in range(0, len(audio), work["batch"]):
+    for samples in audio if work["streams"] else ():
+        found.append(_stream(recognizer, samples, work["sampling_rate"]))
+    for i in () if work["streams"] else range(0, len(audio), work["batch"]):
         streams = []
         for samples in audio[i : i + work["batch"]]:
             streams.append(recognizer.create_stream())

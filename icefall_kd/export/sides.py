@@ -5,7 +5,7 @@ same plain greedy search, so that whatever differs is the form's.
 """
 
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from icefall_kd.errors import KDError
 from icefall_kd.export.packages import need
+from icefall_kd.export.streaming import ChunkEncoder
 
 Call = Callable[..., np.ndarray]
 
@@ -112,20 +113,27 @@ def _heads(model: Any, encoded: Callable) -> Dict[str, Any]:
     return heads
 
 
-def onnx_side(name: str, files: Mapping[str, Path]) -> Side:
+def onnx_side(
+    name: str, files: Mapping[str, Path], chunks: Optional[ChunkEncoder] = None
+) -> Side:
     """Files of ONNX, in onnxruntime with one thread.
 
     Args:
       name: Of the form.
       files: By part.
+      chunks: The encoder of torch where the files are for streaming, for its sizes and
+        first states; None for whole utterances.
 
     Raises:
       KDError: onnxruntime is missing, or a file that it can't load.
     """
     calls: Dict[str, Any] = {}
     for part, path in files.items():
-        run = session(path)
-        if part in ("encoder", "model"):
+        run = session(path, chunks is not None and part in ("encoder", "model"))
+        if part in ("encoder", "model") and chunks is not None:
+            role = "encode" if part == "encoder" else "log_probs"
+            calls[role] = lambda x, run=run: chunks.encode(run, x)
+        elif part in ("encoder", "model"):
             role = "encode" if part == "encoder" else "log_probs"
             calls[role] = lambda x, run=run: run(x, np.array([x.shape[1]]))[0]
         else:
@@ -135,11 +143,12 @@ def onnx_side(name: str, files: Mapping[str, Path]) -> Side:
     return Side(name, bytes=size, **calls)
 
 
-def session(path: Path) -> Call:
+def session(path: Path, all_outputs: bool = False) -> Callable[..., Any]:
     """A function of a file of ONNX: its inputs in their order to its first output.
 
     Args:
       path: The file.
+      all_outputs: Whether it gives all outputs, as a list.
 
     Raises:
       KDError: onnxruntime is missing, or can't load it.
@@ -157,7 +166,9 @@ def session(path: Path) -> Call:
     inputs = [value.name for value in loaded.get_inputs()]
     first = loaded.get_outputs()[0].name
 
-    def run(*arrays: np.ndarray) -> np.ndarray:
+    def run(*arrays: np.ndarray) -> Any:
+        if all_outputs:
+            return loaded.run(None, dict(zip(inputs, arrays)))
         return loaded.run([first], dict(zip(inputs, arrays)))[0]
 
     return run

@@ -237,6 +237,7 @@ def test_a_folder_of_another_model_is_refused(
         (["--forms", "onnx,tflite"], "--forms is 'onnx,tflite', and must be of torch"),
         (["--heads", "attention"], "--heads is 'attention', and must be of transducer"),
         (["--opset", 12], "--opset is 12, and must be a whole number from 13 to 17"),
+        (["--forms", "fp16"], "they are made of the files in fp32: give onnx among"),
         (["--bpe-model", ""], "the tokens are exported too: give --bpe-model"),
         (["--export-dir", __file__], "--export-dir is"),
     ],
@@ -255,16 +256,17 @@ def test_cuts_without_audio_are_refused(refused, export_words, in_cuts, tmp_path
     )
 
 
-def test_a_causal_model_is_refused(
+def test_a_causal_model_needs_one_chunk_size(
     refused, export_words, tmp_path, monkeypatch, teacher_exp
 ):
-    known = SimpleNamespace(model=teacher_exp.models["epoch-2"])
     settings = {**teacher_exp.settings, "causal": True}
+    settings["chunk_size"] = "16,32"
     monkeypatch.setattr(
         "icefall_kd.teacher.loader.load_recipe_model",
-        lambda *args: (known.model, settings),
+        lambda *args: (teacher_exp.models["epoch-2"], settings),
     )
-    assert "the model is causal" in refused(*export_words(tmp_path / "a"))
+    sentence = refused(*export_words(tmp_path / "a"))
+    assert "--chunk-size is 16,32 in training, and a causal model" in sentence
 
 
 def test_a_package_that_is_missing_is_named(
