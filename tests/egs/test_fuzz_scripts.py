@@ -53,13 +53,23 @@ def load(monkeypatch):
                 module.main()
         return module, parsed.value.args[0]
 
-    yield load_script
-    for name in [n for n, m in sys.modules.items() if _is_local(m)]:
+    # Other tests patch those that they have imported, so these are put back.
+    before = local_modules()
+    for name in before:
         del sys.modules[name]
+    yield load_script
+    for name in local_modules():
+        del sys.modules[name]
+    sys.modules.update(before)
 
 
-def _is_local(module: Any) -> bool:
-    return Path(getattr(module, "__file__", None) or "/").parent in LOCAL
+def local_modules() -> Dict[str, Any]:
+    """The scripts that are imported now, by name."""
+    return {
+        name: module
+        for name, module in sys.modules.items()
+        if Path(getattr(module, "__file__", None) or "/").parent in LOCAL
+    }
 
 
 def lines_of(name: str, parser: argparse.ArgumentParser) -> Iterator[Tuple[str, List]]:
