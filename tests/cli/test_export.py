@@ -404,7 +404,7 @@ def test_swapped_feature_settings_are_found(invoke, checked, name, value):
 def test_a_check_needs_files_and_cuts(invoke, refused, export_words, spoken, tmp_path):
     words = export_words(tmp_path / "a", "--only-check")
     assert "--only-check is given without --check" in refused(*words)
-    words += ["--check", spoken / "utterance.jsonl.gz"]
+    words += ["--check", spoken / "utterance.jsonl.gz", "--sherpa", 0]
     assert "has no metadata.json, so there is nothing to check" in refused(*words)
     words = export_words(tmp_path / "a", "--cuts", "")
     assert "it is not known what features the model" in refused(*words)
