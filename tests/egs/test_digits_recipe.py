@@ -175,9 +175,8 @@ def half_done(work, tmp_path):
     return copy
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_teacher_that_was_stopped_goes_on_at_its_next_epoch(work, half_done, number):
     copy = half_done(4)
     teacher, stage = copy / "exp/teacher", ("--stage", 4, "--stop-stage", 4)
@@ -196,6 +195,7 @@ def test_a_teacher_that_was_stopped_goes_on_at_its_next_epoch(work, half_done, n
     assert not list(copy.rglob(".tmp*"))
 
 
+@pytest.mark.slow
 def test_students_that_were_stopped_go_on_with_projectors_and_all(work, half_done):
     copy = half_done(7)
     student, stage = copy / "exp/student-kd", ("--stage", 7, "--stop-stage", 7)
@@ -233,6 +233,7 @@ def test_a_redo_that_was_stopped_is_not_begun_anew(work, half_done):
     assert (copy / "exp/student/epoch-1.pt").stat().st_mtime_ns > start
 
 
+@pytest.mark.slow
 def test_settings_bind_no_folder_that_has_no_results(tmp_path):
     nothing = ["--corpus", "fsdd", "--corpus-dir", "/nowhere"]
     for seed in (1, 2):
