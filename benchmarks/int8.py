@@ -249,11 +249,11 @@ def show(row: Dict[str, Any]) -> None:
 def main() -> None:
     args = get_args()
     torch.set_num_threads(args.num_threads)
-    print("| model | seed | CTC fp32 | int8 | ratio | transducer fp32 | int8 | ratio |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
     with one_sentence():
         if args.factor < 1 or args.factor & (args.factor - 1):
             raise KDError(f"--factor is {args.factor}: give a power of two")
+        heads = "CTC fp32 | int8 | ratio | transducer fp32 | int8 | ratio"
+        print(f"| model | seed | {heads} |\n|{'---|' * 8}", flush=True)
         rows = run(args)
     for name in dict.fromkeys(row["model"] for row in rows):
         of_name = [row for row in rows if row["model"] == name]

@@ -190,12 +190,12 @@ def export(
     dump`. A causal model is exported for streaming, with one --chunk-size and
     --left-context-frames, and with --chunk-size -1 for whole utterances.
     """
-    asked = _words(forms, FORMS, "--forms")
+    form_names = _words(forms, FORMS, "--forms")
     of_heads = _words(heads, tuple(PARTS), "--heads") if heads else ()
     parts = tuple(part for head in PARTS.values() for part in head)
     of_int8 = _words(int8, parts, "--int8") if int8 else ()
     require(
-        ONNX in asked or not (FP16 in asked or of_int8),
+        ONNX in form_names or not (FP16 in form_names or of_int8),
         f"--forms is {forms} and fp16 or --int8 is asked for, and they are made of the "
         "files in fp32: give onnx among the forms",
     )
@@ -214,8 +214,8 @@ def export(
         "folder",
     )
     teacher.one_folder("export")
-    _need_packages(asked, of_int8, bool(check_cuts), sherpa)
-    plain = _plain_of(asked, num_frames, plain_mask, plain_decoder, plain_table_mb)
+    _need_packages(form_names, of_int8, bool(check_cuts), sherpa)
+    plain = _plain_of(form_names, num_frames, plain_mask, plain_decoder, plain_table_mb)
     folder = ExportFolder(export_dir)
     loaded = teacher.load_one("export")
     settings = loaded.settings
@@ -227,14 +227,14 @@ def export(
             f"--int8 has {part}, and what is exported has {', '.join(known)}: give "
             "some of these",
         )
-    wanted = Wanted(asked, of_heads, of_int8, opset, plain)
+    wanted = Wanted(form_names, of_heads, of_int8, opset, plain)
     tokenizer = teacher.tokenizer(settings)
     names = token_names(tokenizer)
     num_features = int(settings["feature_dim"])
     features = features_of(cuts or check_cuts, num_features, on_the_fly_feats)
     check_form(settings, wanted, features)
     chunks = chunk_encoder(loaded)
-    utterances, told = [], []
+    utterances, of_plain = [], []
     if check_cuts:  # before there is a file
         utterances = utterances_of(check_cuts, features, on_the_fly_feats, chunks)
     values = describe(teacher, loaded, names, features)
@@ -248,12 +248,12 @@ def export(
     else:
         folder.begin(values)
         with folder.writing(), naming_flags(_PLAIN_FLAGS):
-            told = write_files(loaded, wanted, names, features, folder)
+            of_plain = write_files(loaded, wanted, names, features, folder)
     rows = [("file", "MB")]
     for name, values in folder.metadata["files"].items():
         rows.append((name, f"{values['bytes'] / 1e6:.2f}"))
     click.echo(text_table(rows, left=1))
-    for line in told:
+    for line in of_plain:
         click.echo(line)
     click.echo(
         f"Features: {features.num_mel_bins} bins at {features.sampling_rate} Hz, mean "

@@ -88,8 +88,10 @@ class Transducer:
             self.all_rows = self._make_table_of_all()
         # Where these are too many: the rows of contexts seen so far, and their places.
         self._seen: Dict[Context, int] = {}
-        weight = self.joiner.output_linear.weight
-        self._seen_rows = weight.new_empty(MAX_SEEN // weight.size(1), weight.size(1))
+        if self.all_rows is None:
+            weight = self.joiner.output_linear.weight
+            width = weight.size(1)
+            self._seen_rows = weight.new_empty(MAX_SEEN // width, width)
 
     @property
     def device(self) -> torch.device:

@@ -121,20 +121,25 @@ def heads_of(model: Any, asked: Sequence[str]) -> Tuple[str, ...]:
       asked: Those that are asked for; none: all that the model has.
 
     Raises:
-      KDError: One that the model lacks.
+      KDError: One that the model lacks, or a model without heads.
     """
     there = [
         name
         for name, has in ((TRANSDUCER_HEAD, has_transducer), (CTC_HEAD, has_ctc))
         if has(model)
     ]
+    require(
+        there,
+        f"the model {type(model).__name__} has neither a CTC head nor a transducer "
+        "head: train it with one",
+    )
     for name in asked:
         require(
             name in there,
             f"`heads` has {name}, and the model {type(model).__name__} has "
-            f"{' and '.join(there) or 'none'}: give {','.join(there) or 'another'}",
+            f"{' and '.join(there)}: give {','.join(there)}",
         )
-    return tuple(asked or there)
+    return tuple(name for name in there if not asked or name in asked)
 
 
 def checkpoint_name(teacher: TeacherSpec) -> str:
@@ -217,7 +222,7 @@ def export(
     Raises:
       KDError: a model that can't be exported, or a package that is not installed.
     """
-    told: List[str] = []
+    of_plain: List[str] = []  # sentences
     takes_mean = features.mean == UTTERANCE
     suffix = folder.metadata["checkpoint"]["name"]
     chunk_size, left_context = streaming_of(loaded.settings)
@@ -249,7 +254,7 @@ def export(
             opset=wanted.opset,
             **wanted.plain,
         )
-        told = sentences(add_plain(loaded, form, names, folder))
+        of_plain = sentences(add_plain(loaded, form, names, folder))
     write_tokens(folder.path / TOKENS, names)
     folder.finish()
-    return told
+    return of_plain

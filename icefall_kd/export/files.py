@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Sequence, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from icefall_kd.errors import KDError
 from icefall_kd.export.graph import (
@@ -223,13 +223,3 @@ def inputs_and_outputs(path: Path) -> Dict[str, Any]:
         "inputs": [described(value) for value in graph.input],
         "outputs": [described(value) for value in graph.output],
     }
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference of two tensors of one shape.
-
-    Args:
-      a: The one.
-      b: The other.
-    """
-    return float((a - b).abs().max()) if a.numel() else 0.0

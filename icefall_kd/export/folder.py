@@ -137,14 +137,15 @@ class ExportFolder:
         if self.metadata:
             self.same_model(values)
         else:
-            found = [p.name for pattern in _OURS for p in self.path.glob(pattern)]
+            paths = [p for pattern in _OURS for p in self.path.glob(pattern)]
+            first = min((p.name for p in paths), default="")
             require(
-                not found,
-                f"`export_dir` {self.path} holds {sorted(found)[0] if found else ''}, "
+                not first,
+                f"`export_dir` {self.path} holds {first}, "
                 f"and no {METADATA} says of which model: give another folder",
             )
-        kept = self.metadata.get("files", {})
-        self.metadata = {"export": FORMAT, **values, "files": kept}
+        files = self.metadata.get("files", {})
+        self.metadata = {"export": FORMAT, **values, "files": files}
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from icefall_kd.errors import require
+from icefall_kd.export.build import heads_of
 from icefall_kd.export.plain_check import (
     Difference,
     compare_decoder,
@@ -29,7 +30,6 @@ from icefall_kd.export.plain_check import (
 )
 from icefall_kd.export.plain_graph import make_graph, operators, require_opset
 from icefall_kd.export.plain_model import (
-    CTC,
     TRANSDUCER,
     PlainDecoder,
     PlainEncoder,
@@ -38,13 +38,7 @@ from icefall_kd.export.plain_model import (
 )
 from icefall_kd.export.plain_modules import require_zipformer
 from icefall_kd.files import check_new_folder
-from icefall_kd.zipformer import (
-    MIN_FRAMES,
-    encoder_frames,
-    has_ctc,
-    has_transducer,
-    stack_frames,
-)
+from icefall_kd.zipformer import MIN_FRAMES, encoder_frames, stack_frames
 
 DECODERS = ("embedding", "table")
 
@@ -119,7 +113,7 @@ def write_plain(
         than the form's ``bound``. Nothing is written then.
     """
     folder = Path(folder)
-    heads = _heads(model, form.heads)
+    heads = heads_of(model, form.heads)
     _check(model, form, heads)
     _check_folder(folder)
     whole = WholeModel(model, heads, form.takes_mean)
@@ -138,24 +132,6 @@ def write_plain(
     _write(folder, graphs, tables, {**about, "checked": checked})
     report.sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     return report
-
-
-def _heads(model: nn.Module, asked: Sequence[str]) -> Tuple[str, ...]:
-    """The heads that are written."""
-    pairs = ((TRANSDUCER, has_transducer(model)), (CTC, has_ctc(model)))
-    there = [name for name, has in pairs if has]
-    require(
-        there,
-        f"the model {type(model).__name__} has neither a CTC head nor a transducer "
-        "head: train it with one",
-    )
-    for name in asked:
-        require(
-            name in there,
-            f"`heads` has {name}, and the model {type(model).__name__} has "
-            f"{' and '.join(there)}: give {','.join(there)}",
-        )
-    return tuple(name for name in there if not asked or name in asked)
 
 
 def _check(model: nn.Module, form: PlainForm, heads: Sequence[str]) -> None:

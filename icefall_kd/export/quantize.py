@@ -52,10 +52,10 @@ def write_fp16(source: Path, path: Path) -> None:
         model = onnx.load(str(source))
         nodes = model.graph.node
         # Positional encodings turn large offsets into angles: they need all digits.
-        kept = [node.name for node in nodes if ENCODINGS in node.name]
-        casts = {node.name for node in nodes if node.op_type == "Cast"} - set(kept)
+        in_fp32 = [node.name for node in nodes if ENCODINGS in node.name]
+        casts = {node.name for node in nodes if node.op_type == "Cast"} - set(in_fp32)
         half = float16.convert_float_to_float16(
-            model, keep_io_types=True, node_block_list=kept
+            model, keep_io_types=True, node_block_list=in_fp32
         )
         _cast_to_half(onnx, half, casts)
         onnx.save(half, str(temporary))

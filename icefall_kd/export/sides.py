@@ -44,18 +44,15 @@ class Side:
         self.log_probs = log_probs
 
 
-def torch_side(model: nn.Module, takes_mean: bool = False) -> Side:
+def torch_side(model: nn.Module) -> Side:
     """The recipe's own model.
 
     Args:
       model: In eval mode, on the CPU.
-      takes_mean: Whether features come with the mean of their utterance.
     """
 
     def encoded(x: np.ndarray) -> torch.Tensor:
         features = torch.from_numpy(x)
-        if takes_mean:
-            features = features - features.mean(1, keepdim=True)
         with torch.no_grad():
             x, x_lens = model.encoder_embed(features, torch.tensor([features.size(1)]))
             return model.encoder(x.permute(1, 0, 2), x_lens)[0].permute(1, 0, 2)

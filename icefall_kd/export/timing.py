@@ -26,8 +26,8 @@ from icefall_kd.export.files import (
     write_offline,
 )
 from icefall_kd.export.graph import exportable
-from icefall_kd.export.packages import need
 from icefall_kd.export.quantize import write_int8
+from icefall_kd.export.sides import session
 from icefall_kd.student.count import FRAMES_PER_SECOND
 from icefall_kd.student.times import PARTS, SIDES
 from icefall_kd.zipformer import encoder_frames
@@ -119,7 +119,8 @@ def _open(
             options = {"takes_mean": False, "opset": OPSETS.start}
             write_offline(exported, settings, part, path, **options)
             write_int8(path, folder / f"{part}.int8.onnx")
-    return {part: _session(folder / f"{part}.{form}.onnx") for part in parts}
+    files = {part: folder / f"{part}.{form}.onnx" for part in parts}
+    return {part: _of_tensors(session(path, True)) for part, path in files.items()}
 
 
 def _int8(module: nn.Module) -> nn.Module:
@@ -129,21 +130,9 @@ def _int8(module: nn.Module) -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
 
 
-def _session(path: Path) -> Run:
-    """A function that runs a file of ONNX with one thread."""
-    onnxruntime = need("onnxruntime", "the time of onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
-    )
-    names = [value.name for value in session.get_inputs()]
-
-    def run(*tensors: torch.Tensor) -> List[Any]:
-        return session.run(None, dict(zip(names, (x.numpy() for x in tensors))))
-
-    return run
+def _of_tensors(run: Run) -> Run:
+    """A function of tensors, of one of numpy's arrays that gives all outputs."""
+    return lambda *tensors: run(*(x.numpy() for x in tensors))
 
 
 def _time(
