@@ -82,6 +82,24 @@ def missing_folders(path: Path) -> List[Path]:
 
 
 @contextmanager
+def making_folder(folder: Path) -> Iterator[None]:
+    """Make a folder; what was made and is empty is removed again if the block fails.
+
+    Args:
+      folder: The folder, with those above it.
+    """
+    made = missing_folders(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+@contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary file's path; it replaces ``path`` if the block succeeds.
 

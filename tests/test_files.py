@@ -14,6 +14,7 @@ from icefall_kd.files import (
     check_new_file,
     check_new_folder,
     lock_file,
+    making_folder,
     missing_folders,
     replacing,
     temporary_name,
@@ -127,6 +128,22 @@ def test_folders_that_are_missing(tmp_path):
     assert missing_folders(tmp_path) == []
     deep = tmp_path / "a" / "b"
     assert missing_folders(deep) == [deep, tmp_path / "a"]
+
+
+def test_a_folder_that_was_made_for_nothing_goes_and_one_that_was_there_stays(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "old/a/b", "c"):
+        with pytest.raises(KDError), making_folder(tmp_path / name):
+            assert (tmp_path / name).is_dir()
+            raise KDError("no")
+    assert [p.name for p in tmp_path.rglob("*")] == ["old"]
+    with pytest.raises(KDError), making_folder(tmp_path / "d" / "e"):
+        (tmp_path / "d" / "e" / "file").write_text("of another")
+        raise KDError("no")
+    assert (tmp_path / "d" / "e" / "file").is_file()
+    with making_folder(tmp_path / "f" / "g"):
+        pass
+    assert (tmp_path / "f" / "g").is_dir()
 
 
 def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path, in_child):

@@ -29,9 +29,17 @@ MODULES = {
         "icefall_kd.cli.export",
         "Write a model, teacher or student, as files for where it runs.",
     ),
+    "filter": (
+        "icefall_kd.cli.filter",
+        "Keep the pseudo-labels that a student can learn from.",
+    ),
     "forecast": (
         "icefall_kd.cli.forecast",
         "Say before a training whether distillation has something to gain.",
+    ),
+    "label": (
+        "icefall_kd.cli.label",
+        "Let a teacher, a model or any program, transcribe cuts.",
     ),
     "plug": (
         "icefall_kd.cli.plug",

@@ -11,39 +11,26 @@ from typing import Any, Dict, Optional
 import click
 import torch
 
-from icefall_kd.cli.options import (
-    MODEL_FLAGS,
-    MOST_THREADS,
-    Count,
-    Number,
-    Place,
-    Text,
-    YesNo,
-    command,
-    teacher_options,
+from icefall_kd.cli.options import MODEL_FLAGS, Place, Text, command, teacher_options
+from icefall_kd.cli.search_options import (
+    SearchOptions,
+    check_one_chunk_size,
+    search_options,
 )
 from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError, disk_errors, require
 from icefall_kd.files import check_new_folder, replacing
 from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.student.count import count_multiply_adds
-from icefall_kd.targets.batches import FeatureReader
 from icefall_kd.targets.cuts import ManifestCuts
 from icefall_kd.targets.fingerprint import STREAMING
 from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
-from icefall_kd.transcripts.audio import AudioReader
 from icefall_kd.transcripts.cuts import CutsToDecode, hash_of_manifest, name_of_set
-from icefall_kd.transcripts.decoding import decode_cuts, rehearse, remedy_for_memory
+from icefall_kd.transcripts.decoding import decode_cuts, rehearse
 from icefall_kd.transcripts.first_answers import FirstAnswers
 from icefall_kd.transcripts.journal import Journal
 from icefall_kd.transcripts.outcome import Outcome, table_of
-from icefall_kd.transcripts.recognizer import (
-    CAUSAL_PADDING,
-    GREEDY,
-    METHODS,
-    Method,
-    Recognizer,
-)
+from icefall_kd.transcripts.recognizer import CAUSAL_PADDING, Method, Recognizer
 from icefall_kd.zipformer import has_ctc
 
 VERSION = 1  # of the journal's lines
@@ -60,68 +47,7 @@ LONGEST_NAME = 100  # bytes of a set's name; file names have 255
     help="A manifest of cuts with features, or the folder of a Lhotse Shar. Cuts "
     "without a text are decoded and not scored.",
 )
-@click.option(
-    "--decoding-method",
-    type=click.Choice(METHODS),
-    default=GREEDY,
-    help="The search, by icefall's names; the last is for the CTC head.",
-)
-@click.option(
-    "--beam-size",
-    type=Count(1, 100),
-    default=4,
-    metavar="N",
-    help="Hypotheses that modified_beam_search keeps.",
-)
-@click.option(
-    "--max-sym-per-frame",
-    type=Count(1, 1000),
-    default=1,
-    metavar="N",
-    help="The most tokens of a frame that greedy_search finds.",
-)
-@click.option(
-    "--draft",
-    type=click.Choice(("auto", "ctc", "none")),
-    default="auto",
-    help="What greedy_search checks in place of searching from nothing: the CTC head's "
-    "tokens, or nothing, or what is faster, on a CPU nothing. The result is the same.",
-)
-@click.option(
-    "--skip-blanks",
-    type=Number(0, 1),
-    default=None,
-    metavar="P",
-    help="Leave out frames to whose blank the CTC head gives a probability above P, "
-    "such as 0.99. It is faster, and not exact: where the two heads have their tokens "
-    "at other frames, words are lost. Compare the error rates.",
-)
-@click.option(
-    "--window",
-    type=Number(0, 10**4),
-    default=None,
-    metavar="SECONDS",
-    help="Encode longer cuts in windows of so many seconds that overlap, such as 8. "
-    "Memory then hardly grows with a recording's length; the result is not exact.",
-)
-@click.option(
-    "--reset-context-after",
-    type=Number(0, 10**4),
-    default=None,
-    metavar="SECONDS",
-    help="For recordings of several utterances: greedy_search begins anew after so "
-    "many seconds without a token, such as 0.6, as if an utterance began there. Choose "
-    "it on other cuts than those of the test: too short a pause doubles words.",
-)
-@click.option(
-    "--causal-padding",
-    type=Count(0, 1000),
-    default=CAUSAL_PADDING,
-    metavar="FRAMES",
-    help="Feature frames of silence behind each utterance for a causal model, as in "
-    "icefall's decoding. Give 0 if the recipe takes off the mean of each utterance: "
-    "silence is none there, and words are inserted.",
-)
+@search_options
 @click.option(
     "--test-set",
     type=Text(),
@@ -143,42 +69,6 @@ LONGEST_NAME = 100  # bytes of a set's name; file names have 255
     metavar="FOLDER",
     help="The folder of the results. Default: that of icefall's decode.py, the "
     "method's in --exp-dir.",
-)
-@click.option(
-    "--on-the-fly-feats",
-    type=YesNo(),
-    default=False,
-    metavar="BOOL",
-    help="Compute lhotse's Fbank of the audio, in place of stored features. It is for "
-    "recipes that do so in training, without normalisation.",
-)
-@click.option(
-    "--sampling-rate",
-    type=Count(1000, 192_000),
-    default=16_000,
-    metavar="HZ",
-    help="The rate of the audio that --on-the-fly-feats takes.",
-)
-@click.option(
-    "--max-duration",
-    type=Number(0, 10**6),
-    default=200.0,
-    metavar="SECONDS",
-    help="Seconds of audio in a batch, padding counted. 0.01: one cut at a time.",
-)
-@click.option(
-    "--num-workers",
-    type=Count(0, MOST_THREADS),
-    default=1,
-    metavar="N",
-    help="Processes that read features. 0: the model's own.",
-)
-@click.option(
-    "--num-threads",
-    type=Count(0, MOST_THREADS),
-    default=0,
-    metavar="N",
-    help="CPU threads of the model. 0: one for each core.",
 )
 @click.option(
     "--cascade",
@@ -203,22 +93,10 @@ LONGEST_NAME = 100  # bytes of a set's name; file names have 255
 def decode(
     teacher: TeacherSpec,
     cuts: str,
-    decoding_method: str,
-    beam_size: int,
-    max_sym_per_frame: int,
-    draft: str,
-    skip_blanks: Optional[float],
-    window: Optional[float],
-    reset_context_after: Optional[float],
-    causal_padding: int,
+    search: SearchOptions,
     test_set: str,
     unit: str,
     res_dir: str,
-    on_the_fly_feats: bool,
-    sampling_rate: int,
-    max_duration: float,
-    num_workers: int,
-    num_threads: int,
     cascade: str,
     answers: str,
     overwrite: bool,
@@ -236,42 +114,28 @@ def decode(
     dump`. A causal model needs --chunk-size and --left-context-frames.
     """
     check_names(teacher, cascade, answers)
-    method = Method(
-        decoding_method,
-        beam_size,
-        max_sym_per_frame,
-        draft,
-        skip_blanks,
-        causal_padding,
-        reset_context_after,
-    )
+    method, window = search.method, search.window
     own = Path(teacher.one_folder("decode"))
-    folder = Path(res_dir or own / ("cascade" if cascade else decoding_method))
+    folder = Path(res_dir or own / ("cascade" if cascade else method.name))
     test_set = test_set or name_of_set(cuts)
     _check_outputs(folder, test_set)
     model = teacher.load_one("decode")
     suffix = suffix_of(teacher, model.settings, method, window, cascade)
     tokenizer = teacher.tokenizer(model.settings)
     num_features = int(model.settings["feature_dim"])
-    rate = sampling_rate if on_the_fly_feats else None
-    known = CutsToDecode(cuts, num_features, rate).survey()
-    header = {**_header(model, method, known, rate), "window": window}
+    known = CutsToDecode(cuts, num_features, search.rate).survey()
+    header = {**_header(model, method, known, search.rate), "window": window}
     first = None
     if cascade:
         first = FirstAnswers.read(Path(cascade), Path(answers), header, known.texts)
         header["cascade"] = first.cascade.as_dict()
-    torch.set_num_threads(num_threads or os.cpu_count() or 1)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    remedy = remedy_for_memory(max_duration)
-    reader: Any = FeatureReader(remedy)
-    if rate is not None:
-        reader = AudioReader(num_features, rate, remedy)
+    device, reader = search.device(), search.reader(num_features)
     with ExitStack() as stack:
         recognizer = Recognizer(model.model, model.settings, method, device, window)
         stack.callback(recognizer.close)
         # What can't be decoded is refused before there is a file.
         short = next(c for c in ManifestCuts(cuts) if c.id == known.shortest[0])
-        rehearse(short, reader, recognizer, max_duration)
+        rehearse(short, reader, recognizer, search.max_duration)
         path = folder / f"utterances-{test_set}-{suffix}.jsonl"
         journal = stack.enter_context(Journal(path, header, overwrite))
         decode_cuts(
@@ -279,8 +143,8 @@ def decode(
             reader,
             recognizer,
             journal,
-            max_duration,
-            num_workers,
+            search.max_duration,
+            search.num_workers,
             list(known.texts) if first is None else first.asked,
         )
     outcome = Outcome(folder, test_set, suffix, method, known, journal, first)
@@ -292,7 +156,7 @@ def decode(
         parameters=sum(p.numel() for p in model.model.parameters()),
         device=str(device),
         threads=torch.get_num_threads(),
-        max_duration=max_duration,
+        max_duration=search.max_duration,
         date=datetime.now().strftime("%Y-%m-%d-%H-%M-%S"),
     )
     name = f"{test_set}-{suffix}"
@@ -356,15 +220,9 @@ def suffix_of(
         number = f"iter-{teacher.iteration}"
     suffix = f"{number}_avg-{teacher.avg}"
     if settings.get("causal"):
+        check_one_chunk_size(settings)
         for option, text in zip(STREAMING, ("chunk", "left-context")):
-            value = str(settings.get(option))
-            require(
-                "," not in value,
-                f"--{option.replace('_', '-')} is {value} in training, and a causal "
-                "model is decoded with one size: give --chunk-size and "
-                "--left-context-frames, such as 32 and 128",
-            )
-            suffix += f"_{text}-{value}"
+            suffix += f"_{text}-{settings.get(option)}"
         if method.causal_padding != CAUSAL_PADDING:
             suffix += f"_causal-padding-{method.causal_padding}"
     suffix += method.suffix(settings.get("context_size", 2))

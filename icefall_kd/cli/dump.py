@@ -15,13 +15,13 @@ from lhotse.cut import Cut
 from icefall_kd.cli.combine import check_not_overwritten, combine_jobs
 from icefall_kd.cli.options import (
     MODEL_FLAGS,
-    MOST_JOBS,
     MOST_THREADS,
     Count,
     Number,
     Place,
     Text,
     command,
+    job_options,
     teacher_options,
 )
 from icefall_kd.cli.torchrun import job_of, number_of
@@ -131,20 +131,7 @@ from icefall_kd.tokens import hash_tokens, token_names, write_token_names
     metavar="SECONDS",
     help="Seconds of audio in a batch, padding counted.",
 )
-@click.option(
-    "--num-jobs",
-    type=Count(1, MOST_JOBS),
-    default=1,
-    metavar="N",
-    help="How many jobs share the manifest.",
-)
-@click.option(
-    "--job",
-    type=Count(0, MOST_JOBS - 1),
-    default=0,
-    metavar="N",
-    help="The number of this job, from 0 to --num-jobs minus 1.",
-)
+@job_options
 @click.option(
     "--num-workers",
     type=Count(0, MOST_THREADS),

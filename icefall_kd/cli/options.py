@@ -306,3 +306,26 @@ def teacher_options(required: bool = True) -> Callable:
         return run
 
     return decorate
+
+
+def job_options(function: Callable) -> Callable:
+    """Give a command the options of several jobs, ``num_jobs`` and ``job``.
+
+    Args:
+      function: The command's.
+    """
+    number = click.option(
+        "--job",
+        type=Count(0, MOST_JOBS - 1),
+        default=0,
+        metavar="N",
+        help="The number of this job, from 0 to --num-jobs minus 1.",
+    )
+    count = click.option(
+        "--num-jobs",
+        type=Count(1, MOST_JOBS),
+        default=1,
+        metavar="N",
+        help="How many jobs share the manifest.",
+    )
+    return count(number(function))

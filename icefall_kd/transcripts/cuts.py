@@ -63,7 +63,7 @@ class CutsToDecode:
             cut.id not in self.texts,
             f"the cut id {cut.id} occurs twice in {self.path}: make cut ids unique",
         )
-        problem = self._problem(cut)
+        problem = self.problem(cut)
         require(not problem, f"the cut {cut.id} of {self.path} {problem}")
         if cut.supervisions:
             check_supervision(cut)
@@ -74,10 +74,13 @@ class CutsToDecode:
             self.shortest = (cut.id, math.inf)
         if 0.5 <= cut.duration < self.shortest[1]:
             self.shortest = (cut.id, cut.duration)
-        self.features = self.features or getattr(cut, "features", None)
 
-    def _problem(self, cut: Cut) -> str:
-        """Why a cut can't be decoded, as the rest of a sentence; "" if it can."""
+    def problem(self, cut: Cut) -> str:
+        """Why a cut can't be decoded, as the rest of a sentence; "" if it can.
+
+        Args:
+          cut: The next one of the manifest: its features must be as those before.
+        """
         if self.sampling_rate is not None:
             return _audio_problem(cut, self.sampling_rate)
         if not cut.has_features:
@@ -98,6 +101,7 @@ class CutsToDecode:
                     f"has features of {name} {value} and the cuts before it of "
                     f"{first}: compute all by the same extractor"
                 )
+        self.features = self.features or features
         return ""
 
 

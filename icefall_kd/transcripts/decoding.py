@@ -1,6 +1,6 @@
 """Decodes all cuts of a manifest, batch by batch, and goes on where it was stopped."""
 
-from typing import Any, Container, Dict, Iterable, Iterator, List, Sequence
+from typing import Any, Container, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 from lhotse.cut import Cut
@@ -70,23 +70,51 @@ def decode_cuts(
       KDError: features that can't be read, or memory that is full.
     """
     plan = DecodingPlan(cuts, max_duration, set(ids), journal.utterances)
+    audio = took = 0.0
+    with tqdm(desc="Decoding", unit=" cuts", total=len(ids)) as bar:
+        bar.update(len(journal.utterances))
+        for batch, recognized, cost in recognize(
+            plan, reader, recognizer, max_duration, num_workers
+        ):
+            journal.append(record_of(batch.cuts, recognized, cost, recognizer.device))
+            bar.update(len(batch.cuts))
+            audio += sum(cut.duration for cut in batch.cuts)
+            took += cost.encoder + cost.search
+            bar.set_postfix_str(f"RTF {took / max(audio, 1e-9):.4f}")
+
+
+def recognize(
+    plan: Iterable[DumpBatch],
+    reader: torch.utils.data.Dataset,
+    recognizer: Recognizer,
+    max_duration: float,
+    num_workers: int,
+) -> Iterator[Tuple[DumpBatch, List[Recognized], BatchCost]]:
+    """Run a model on batches.
+
+    Args:
+      plan: The batches.
+      reader: Gives the features of a :class:`DumpBatch`.
+      recognizer: Runs on them.
+      max_duration: Seconds of audio in a batch, padding counted.
+      num_workers: Processes that read features; 0: this one.
+
+    Yields:
+      Each batch, what was found in each of its cuts, and what it cost.
+
+    Raises:
+      KDError: features that can't be read, or memory that is full.
+    """
     loader = torch.utils.data.DataLoader(
         reader, sampler=plan, batch_size=None, num_workers=num_workers
     )
     remedy = remedy_for_memory(max_duration)
     heap = Heap(WARM_UP)
-    audio = took = 0.0
-    with tqdm(desc="Decoding", unit=" cuts", total=len(ids)) as bar:
-        bar.update(len(journal.utterances))
-        for batch, x, x_lens in loader:
-            with enough_memory(f"the model's pass over {batch}", remedy):
-                recognized, cost = recognizer(x, x_lens)
-            journal.append(record_of(batch.cuts, recognized, cost, recognizer.device))
-            heap.after_batch()
-            bar.update(len(batch.cuts))
-            audio += sum(cut.duration for cut in batch.cuts)
-            took += cost.encoder + cost.search
-            bar.set_postfix_str(f"RTF {took / max(audio, 1e-9):.4f}")
+    for batch, x, x_lens in loader:
+        with enough_memory(f"the model's pass over {batch}", remedy):
+            recognized, cost = recognizer(x, x_lens)
+        yield batch, recognized, cost
+        heap.after_batch()
 
 
 def rehearse(

@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, BinaryIO, Dict, Iterator, List, Tuple
 
 from icefall_kd.errors import KDError, disk_errors
 from icefall_kd.files import lock_file
@@ -19,35 +19,45 @@ class Journal:
       path: The file. Its folder is made.
       header: What the results depend on. A file with another header is begun anew.
       overwrite: Whether to begin anew in any case.
+      keep: Whether ``batches`` and ``utterances`` hold what is in the file; else they
+        stay empty, and memory does not grow.
+      remedy: What the user can do where another process writes the file.
 
     Raises:
       KDError: another process writes the file, or the disk is full.
     """
 
     def __init__(
-        self, path: Path, header: Dict[str, Any], overwrite: bool = False
+        self,
+        path: Path,
+        header: Dict[str, Any],
+        overwrite: bool = False,
+        keep: bool = True,
+        remedy: str = "give another --res-dir",
     ) -> None:
-        self.path, self.header = path, header
+        self.path, self.header, self.keep = path, header, keep
         self.batches: List[Dict[str, Any]] = []
         self.utterances: Dict[str, Dict[str, Any]] = {}
+        self.num_batches = self.num_utterances = 0
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b")
-        lock_file(self._file, "give another --res-dir")
+        lock_file(self._file, remedy)
         self._file.seek(0)
-        lines, end = _whole_lines(self._file.read())
-        if lines and not overwrite and lines[0] != header:
+        lines = whole_lines(self._file)
+        first, end = next(lines, (None, 0))
+        if first is not None and not overwrite and first != header:
             logging.warning(
                 f"{path} is of another model, manifest or other options, and is begun "
                 "anew"
             )
-        if overwrite or not lines or lines[0] != header:
+        if overwrite or first != header:
             self._file.truncate(0)
             self._write(header)
-        else:
-            self._file.truncate(end)
-            for batch in lines[1:]:
-                self._add(batch)
+            return
+        for batch, end in lines:  # noqa: B007
+            self._add(batch)
+        self._file.truncate(end)
 
     def append(self, batch: Dict[str, Any]) -> None:
         """Add a batch.
@@ -62,8 +72,11 @@ class Journal:
         self._add(batch)
 
     def _add(self, batch: Dict[str, Any]) -> None:
-        self.batches.append(batch)
-        self.utterances.update({u["id"]: u for u in batch["utterances"]})
+        self.num_batches += 1
+        self.num_utterances += len(batch["utterances"])
+        if self.keep:
+            self.batches.append(batch)
+            self.utterances.update({u["id"]: u for u in batch["utterances"]})
 
     def close(self) -> None:
         """Close the file."""
@@ -80,7 +93,7 @@ class Journal:
 
     def _write(self, value: Dict[str, Any]) -> None:
         line = json.dumps(value, ensure_ascii=False).encode("utf8") + b"\n"
-        with disk_errors(self.path, self.utterances):
+        with disk_errors(self.path, range(self.num_utterances)):
             self._file.write(line)
             self._file.flush()
 
@@ -95,7 +108,8 @@ def read_journal(path: Path) -> List[Dict[str, Any]]:
       KDError: no such file, or another one.
     """
     try:
-        lines, _ = _whole_lines(path.read_bytes())
+        with open(path, "rb") as f:
+            lines = [value for value, _ in whole_lines(f)]
     except OSError as e:
         raise KDError(
             f"{path} can't be read ({e.strerror}): give a file utterances-*.jsonl of "
@@ -109,17 +123,22 @@ def read_journal(path: Path) -> List[Dict[str, Any]]:
     return lines
 
 
-def _whole_lines(data: bytes) -> tuple:
-    """The dictionaries of a file's whole lines, up to a damaged one, and their end."""
-    lines: List[Dict[str, Any]] = []
+def whole_lines(file: BinaryIO) -> Iterator[Tuple[Dict[str, Any], int]]:
+    """Read a journal line by line: its header, then its batches.
+
+    Args:
+      file: The open file, at its beginning.
+
+    Yields:
+      The dictionary of each whole line, up to a damaged one, and the line's end.
+    """
     end = 0
-    for line in data.splitlines(keepends=True):
+    for number, line in enumerate(file):
         try:
             value = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             value = None
-        if not isinstance(value, dict) or (lines and "utterances" not in value):
+        if not isinstance(value, dict) or (number and "utterances" not in value):
             break
-        lines.append(value)
         end += len(line)
-    return lines, end
+        yield value, end

@@ -59,6 +59,19 @@ BASE: Dict[str, Dict[str, str]] = {
         "num_workers": "0",
         "num_threads": "1",
     },
+    "label": {
+        **TEACHER,
+        "in_cuts": "in.jsonl.gz",
+        "out_cuts": "new.jsonl.gz",
+        "max_duration": "5",
+        "num_workers": "0",
+        "num_threads": "1",
+    },
+    "filter": {
+        "in_cuts": "labelled.jsonl.gz",
+        "out_cuts": "new.jsonl.gz",
+        "bpe_model": "BPE",
+    },
     # Its cuts have no audio.
     "export": {
         **TEACHER,
@@ -82,6 +95,7 @@ BASE: Dict[str, Dict[str, str]] = {
 
 
 LONG = "9" * 5000  # digits, more than Python reads as a number
+NO_MANIFESTS = ("o.json", "o.yaml", "o.json.gz", "o", "a-folder/")
 # Of options that have a form of their own: what that form can't mean.
 EXTRA: Dict[Tuple[str, str], Sequence[str]] = {
     ("doctor", "kd"): (
@@ -159,14 +173,17 @@ EXTRA: Dict[Tuple[str, str], Sequence[str]] = {
     ("report", "targets"): ("in.jsonl.gz", "shar", "toy/train.py"),
     ("combine", "num_jobs"): ("3", "10000"),
     ("dump", "cut_seconds"): ("20", "20:1", "nan:20", "1:inf", "-1:20", ":", "1:2:3"),
-    ("dump", "out_cuts"): (
-        "o.json",
-        "o.yaml",
-        "o.json.gz",
-        "o",
-        "a-folder/",
-        "in.jsonl.gz",
-    ),
+    ("dump", "out_cuts"): (*NO_MANIFESTS, "in.jsonl.gz"),
+    ("label", "out_cuts"): (*NO_MANIFESTS, "in.jsonl.gz", "kd.jsonl.gz"),
+    ("label", "in_cuts"): ("shar",),
+    ("label", "program"): ("asr", "asr {wavs} {out}", "'"),
+    ("filter", "out_cuts"): (*NO_MANIFESTS, "labelled.jsonl.gz"),
+    ("filter", "in_cuts"): ("in.jsonl.gz", "shar"),
+    ("filter", "rules"): ("labelled.jsonl.gz",),
+    ("filter", "words_per_second"): ("1", "2:1", "nan:1", "-1:2", "1:2:3", "50:60"),
+    ("filter", "characters_per_second"): ("2:1", "nan:nan", "500:inf"),
+    ("filter", "characters"): ("z-a", "a]", "a-c", "\\"),
+    ("filter", "page"): ("labelled.jsonl.gz", "new.jsonl.gz"),
 }
 RANDOM = {"init": "random"}
 # Of several options, what can't be said together; None: left out.
@@ -230,6 +247,19 @@ TOGETHER: Sequence[Tuple[str, Dict[str, Optional[str]]]] = (
     ("decode", {"reset_context_after": "1", "decoding_method": "ctc-greedy-search"}),
     ("decode", {"reset_context_after": "1", "decoding_method": "modified_beam_search"}),
     ("decode", {"reset_context_after": "1", "skip_blanks": "0.9"}),
+    ("label", {"nbest": ""}),
+    ("label", {"time_limit": "5"}),
+    ("label", {"recipe": None}),
+    ("label", {"exp_dir": None}),
+    ("label", {"bpe_model": None}),
+    ("label", {"exp_dir": "EXP,EXP"}),
+    ("label", {"num_jobs": "2", "job": "2"}),
+    ("label", {**dict.fromkeys(TEACHER), "program": "asr {wavs}"}),
+    ("label", {**dict.fromkeys(TEACHER), "program": "asr {wavs} {out}"}),
+    ("filter", {"other_cuts": "labelled.jsonl.gz"}),
+    ("filter", {"agreement": "5"}),
+    ("filter", {"agreement": "5", "other_cuts": "in.jsonl.gz"}),
+    ("filter", {"min_score": "-1", "measure": "heads"}),
     ("cascade", {"max_rate": "5", "max_cost": "1"}),
     ("cascade", {"measure": "heads", "max_cost": "0.01"}),
     ("plug", {"check": "", "as_diff": ""}),
@@ -281,6 +311,31 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "max_duration": ("1.5",),
         "num_workers": ("0",),
         "num_threads": ("0",),
+    },
+    "label": {
+        **FALSE,
+        "program": ("",),
+        "window": ("1.5",),
+        "reset_context_after": ("1.5",),
+        "causal_padding": ("0",),
+        "on_the_fly_feats": ("0",),
+        "max_duration": ("1.5",),
+        "job": ("0",),
+        "num_workers": ("0",),
+        "num_threads": ("0",),
+    },
+    "filter": {
+        "rules": ("",),
+        "bpe_model": ("",),
+        "wer_threshold": ("1.5",),
+        "min_score": ("-0.5", "-1"),
+        "measure": ("",),
+        "other_cuts": ("",),
+        "heads": ("1.5",),
+        "words_per_second": ("",),
+        "characters_per_second": ("",),
+        "characters": ("",),
+        "page": ("", "a-file", " ", "a\nb"),
     },
     "export": {
         **FALSE,

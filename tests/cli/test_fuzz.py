@@ -33,6 +33,7 @@ from lhotse import CutSet
 from icefall_kd.cli import cli
 from icefall_kd.cli.options import Count, Number, Place, Text, YesNo
 from icefall_kd.export import build
+from icefall_kd.labels.pseudo_label import PseudoLabel, put
 from icefall_kd.teacher import loader
 
 COMMANDS = {name: cli.get_command(None, name) for name in cli.list_commands(None)}
@@ -43,6 +44,8 @@ NEEDS = {
     "report": "matplotlib",
     "decode": "kaldialign",
     "cascade": "matplotlib",
+    "label": "kaldialign",
+    "filter": "kaldialign",
     "export": "onnx",
 }
 
@@ -146,6 +149,9 @@ def world(tmp_path_factory, teacher_exp, make_cut_in):
     make_cut = make_cut_in(Path("."))
     cuts = CutSet.from_cuts(make_cut(i, n) for i, n in LENGTHS.items())
     cuts.to_file("in.jsonl.gz")
+    label = PseudoLabel("ein", {"token": -0.1}, "ein")
+    labelled = (put(cut, label, {"teacher": "t", "settings": {}}) for cut in cuts)
+    CutSet.from_cuts(labelled).to_file("labelled.jsonl.gz")
     (work / "fbank").mkdir()
     cuts.to_file("fbank/cuts_test-clean.jsonl.gz")
     (work / "shar").mkdir()

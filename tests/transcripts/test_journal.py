@@ -125,3 +125,29 @@ def test_another_file_is_refused(tmp_path):
         (tmp_path / "other").write_text(text)
         with pytest.raises(KDError, match="no list of decoded utterances"):
             read_journal(tmp_path / "other")
+
+
+def test_a_journal_that_keeps_nothing_counts_and_goes_on_as_another_does(path):
+    with Journal(path, HEADER, keep=False) as journal:
+        journal.append(batch("a", "b"))
+        journal.append(batch("c"))
+    data = path.read_bytes()
+    path.write_bytes(data[:-3])
+    with Journal(path, HEADER, keep=False) as journal:
+        assert (journal.num_batches, journal.num_utterances) == (1, 2)
+        journal.append(batch("c"))
+        assert (journal.num_batches, journal.num_utterances) == (2, 3)
+        assert journal.batches == [] and journal.utterances == {}
+    assert path.read_bytes() == data
+    with Journal(path, HEADER) as journal:
+        assert (journal.num_batches, journal.num_utterances) == (2, 3)
+        assert list(journal.utterances) == ["a", "b", "c"]
+
+
+def test_a_journal_in_use_names_what_can_be_done(path, in_child):
+    def second():
+        with pytest.raises(KDError, match="another process: wait for it, or go away"):
+            Journal(path, HEADER, remedy="go away")
+
+    with Journal(path, HEADER):
+        assert in_child(second) == 0

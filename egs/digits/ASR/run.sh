@@ -247,10 +247,11 @@ labelled=$data/fbank/cuts_train-labelled.jsonl.gz
 if todo 5 "targets" "$data/kd" "$labelled"; then  # 1 minute, 25 MB
   mkdir -p "$data/kd"
   if [ -n "$untranscribed_speakers" ] && [ ! -f "$labelled" ]; then
-    run ./local/label_cuts.py --exp-dir "$teacher" --epoch "$teacher_epoch" \
-      --avg "$(averaged "$teacher_epoch")" --bpe-model "$bpe" \
+    labels=$data/kd/labels.jsonl.gz
+    run icefall-kd label "${teacher_flags[@]}" --bpe-model "$bpe" \
       --num-threads "$num_threads" \
-      "$data/fbank/cuts_train-untranscribed.jsonl.gz" "$labelled"
+      "$data/fbank/cuts_train-untranscribed.jsonl.gz" "$labels"
+    run icefall-kd filter --bpe-model "$bpe" "$labels" "$labelled"
   fi
   read -r -a dump_words <<< "$dump_flags"
   for set in ${kd_sets//,/ }; do
