@@ -28,7 +28,7 @@ def test_steps_are_done_in_their_order(rules):
 
 def test_groups_unicode_and_nothing_behind_the_tab(rules):
     assert rules(r"(\w)-(\w)" + "\t\\2\\1")("a-b") == "ba"
-    assert rules("nfkc\nlower\n[。，]\t\n", "utf-8-sig")("ＡＢ，你好。") == "ab你好"
+    assert rules("nfkc\nlower\n[。,]\t\n", "utf-8-sig")("ＡＢ，你好。") == "ab你好"
     assert rules("nfc")("e\u0301") == "\u00e9"
 
 

@@ -1,1 +1,0 @@
-../../../digits/ASR/local/label_cuts.py
