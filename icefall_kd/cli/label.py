@@ -153,7 +153,7 @@ def _check_options(teacher: TeacherSpec, program: str) -> None:
     of_program = [given[name] for name in OF_PROGRAM if name in given]
     if program:
         others = [o for n, o in given.items() if n not in (*OF_PROGRAM, *OF_BOTH)]
-        others += teacher.model_flags
+        others += [word for word in teacher.model_flags if word.startswith("-")]
         require(
             not others,
             f"{', '.join(others)} is for a recipe's model, and the teacher is a "
