@@ -34,12 +34,23 @@ class LabelTeacher(Protocol):
     max_duration: float  # seconds in a batch, padding counted
 
     def problem(self, cut: Cut) -> str:
-        """Why a cut can't be labelled, as the rest of a sentence; "" if it can."""
+        """Why a cut can't be labelled, as the rest of a sentence; "" if it can.
+
+        Args:
+          cut: The next one of the manifest.
+        """
 
     def __call__(
         self, plan: Iterable[DumpBatch]
     ) -> Iterator[Tuple[DumpBatch, List[PseudoLabel]]]:
-        """Each batch with the labels of its cuts."""
+        """Label the cuts of batches.
+
+        Args:
+          plan: The batches.
+
+        Yields:
+          Each batch with the labels of its cuts.
+        """
 
 
 @dataclass(frozen=True)
