@@ -3,7 +3,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# What the digits recipe runs on; a group with its own icefall needs none of it.
+# What the digits recipe trains on; a group with its own icefall needs none of it.
 digits = [
     "zipformer==0.1.3",
     "espeakng-loader>=0.2",
@@ -42,7 +42,7 @@ setup(
         "urllib3",  # lhotse imports it and does not declare it
     ],
     extras_require={
-        "digits": digits,
+        "digits": digits + export,
         "export": export,
         "mvq": ["multi_quantization"],
         "report": ["kaldialign>=0.7", "matplotlib>=3.6"],

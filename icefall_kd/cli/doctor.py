@@ -29,6 +29,7 @@ _PARTS: List[Tuple[str, str, str, str]] = [
     ("kaldialign", "kaldialign", "recipe", "pip install kaldialign"),
     ("onnx", "onnx", "export", "pip install onnx"),
     ("onnxruntime", "onnxruntime", "export", "pip install onnxruntime"),
+    ("sherpa_onnx", "sherpa-onnx", "export", "pip install sherpa-onnx"),
     ("matplotlib", "matplotlib", "report", "pip install matplotlib"),
     ("zipformer.modules", "zipformer", "egs/digits", "pip install zipformer==0.1.3"),
     ("icefall", "icefall", "egs/librispeech", "put icefall on PYTHONPATH"),

@@ -30,12 +30,19 @@ from icefall_kd.export.build import (
 )
 from icefall_kd.export.build import export as write_files
 from icefall_kd.export.build import heads_of
-from icefall_kd.export.check import check, check_files, sherpa_can, utterances_of
+from icefall_kd.export.check import (
+    check,
+    check_files,
+    check_lengths,
+    sherpa_can,
+    utterances_of,
+    withdraw,
+)
 from icefall_kd.export.features import features_of
 from icefall_kd.export.files import OPSETS
-from icefall_kd.export.folder import FP16, PARITY, ExportFolder, versions
+from icefall_kd.export.folder import FAILED, FP16, PARITY, TABLE, ExportFolder, versions
 from icefall_kd.export.packages import need
-from icefall_kd.export.parity import Account, broken, table_of
+from icefall_kd.export.parity import Account, markdown_of, table_of
 from icefall_kd.files import replacing
 from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.teacher.spec import TeacherSpec
@@ -66,6 +73,13 @@ _PLAIN_FLAGS = {
     metavar="CUTS",
     help="Give the utterances of these cuts, with features and audio, to the recipe's "
     "model and to all files, and to sherpa-onnx, and compare what they say.",
+)
+@click.option(
+    "--num-cuts",
+    type=Count(1, 10**9),
+    default=None,
+    metavar="N",
+    help="With --check: the first N cuts alone. Default: all.",
 )
 @click.option(
     "--only-check",
@@ -160,6 +174,7 @@ def export(
     teacher: TeacherSpec,
     export_dir: str,
     check_cuts: str,
+    num_cuts: Optional[int],
     only_check: bool,
     sherpa: bool,
     cuts: str,
@@ -184,7 +199,8 @@ def export(
     --check shows for each form how far its outputs are from torch's, in how many
     utterances its tokens are the same, its WER, size and real-time factor. The status
     is 1 where fp32 differs by more than 1e-4, sherpa-onnx in fp32 has other tokens, or
-    a smaller form's WER is more than 0.2 points higher.
+    a smaller form's WER is more than 0.2 points higher; the files of such a form get
+    .failed behind their names, so that nobody deploys them.
 
     MODEL FLAGS are the model options of the recipe's decode.py, as for `icefall-kd
     dump`. A causal model is exported for streaming, with one --chunk-size and
@@ -202,6 +218,11 @@ def export(
     require(
         check_cuts or not only_check,
         "--only-check is given without --check: give it the cuts to check with",
+    )
+    require(
+        check_cuts or num_cuts is None,
+        f"--num-cuts is {num_cuts} and --check is missing: give it the cuts to check "
+        "with, or leave --num-cuts out",
     )
     require(
         cuts or check_cuts,
@@ -236,7 +257,11 @@ def export(
     chunks = chunk_encoder(loaded)
     utterances, of_plain = [], []
     if check_cuts:  # before there is a file
-        utterances = utterances_of(check_cuts, features, on_the_fly_feats, chunks)
+        utterances = utterances_of(
+            check_cuts, features, on_the_fly_feats, chunks, num_cuts
+        )
+        if num_frames:
+            check_lengths(utterances, num_frames)
     values = describe(teacher, loaded, names, features)
     if only_check:
         require(
@@ -260,6 +285,8 @@ def export(
         f"taken off: {features.mean}"
     )
     if check_cuts:
+        if folder.metadata.pop("checked", None):
+            folder.finish()  # what was found before no longer counts
         check_files(folder, names)
         if sherpa and CTC_HEAD in of_heads and not sherpa_can(CTC_HEAD, chunks):
             click.echo(
@@ -322,26 +349,30 @@ def _check(folder: ExportFolder, accounts: List[Account], cuts: str) -> None:
       accounts: Of all heads and forms.
       cuts: The manifest.
     """
-    click.echo(text_table(table_of(accounts), left=2))
-    sentences = []
-    for head in PARTS:
-        of_head = [row for row in accounts if row.head == head]
-        sentences += broken(of_head) if of_head else []
+    rows = table_of(accounts)
+    click.echo(text_table(rows, left=2))
+    sentences = [sentence for row in accounts for sentence in row.broken]
     result = {
         "cuts": cuts,
         "versions": versions(),
         "broken": sentences,
         "forms": [row.as_dict() for row in accounts],
     }
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    with replacing(folder.path / PARITY, shared=True) as temporary:
-        temporary.write_text(text, "utf8")
+    as_json = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    for name, text in ((PARITY, as_json), (TABLE, markdown_of(rows))):
+        with replacing(folder.path / name, shared=True) as temporary:
+            temporary.write_text(text, "utf8")
     folder.metadata["checked"] = {
         "file": PARITY,
         "utterances": accounts[0].cuts,
         "broken": len(sentences),
     }
+    withdrawn = withdraw(folder, accounts)
     folder.finish()
+    if withdrawn:
+        click.echo(
+            f"Renamed to *{FAILED}, as they are wrong: " + ", ".join(sorted(withdrawn))
+        )
     if sentences:
         more = f" (and {len(sentences) - 1} more in {folder.path / PARITY})"
         raise KDError(sentences[0] + (more if len(sentences) > 1 else ""))

@@ -1,6 +1,7 @@
 """Checks the files of a folder against the recipe's model, on cuts."""
 
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -17,7 +18,7 @@ from icefall_kd.export.folder import (
     hash_of_file,
     read_tokens,
 )
-from icefall_kd.export.parity import Account, Comparison, Reference, Utterance
+from icefall_kd.export.parity import Account, Comparison, Reference, Utterance, judge
 from icefall_kd.export.sherpa import recognize
 from icefall_kd.export.sides import Side, onnx_side, script_side, torch_side
 from icefall_kd.export.streaming import ChunkEncoder, padded
@@ -69,6 +70,7 @@ def utterances_of(
     features: FeatureSettings,
     on_the_fly: bool,
     chunks: Optional[ChunkEncoder] = None,
+    num_cuts: Optional[int] = None,
 ) -> List[Utterance]:
     """The utterances of a manifest that both sides can be given.
 
@@ -78,12 +80,13 @@ def utterances_of(
       on_the_fly: Whether they are computed of the audio, and not stored.
       chunks: The encoder for streaming, which gets audio with silence behind it; None
         for whole utterances.
+      num_cuts: How many, from the first on; None for all.
 
     Raises:
       KDError: A cut that can't be read, or none that is long enough.
     """
     utterances = []
-    for cut in comparable(cuts, on_the_fly):
+    for cut in islice(comparable(cuts, on_the_fly), num_cuts):
         try:
             audio = np.asarray(cut.load_audio())[0].astype(np.float32)
             if chunks is not None:
@@ -109,6 +112,25 @@ def utterances_of(
         "feature frames or more: give others",
     )
     return utterances
+
+
+def check_lengths(utterances: Sequence[Utterance], num_frames: int) -> None:
+    """Refuse utterances that a plain form can't take.
+
+    Args:
+      utterances: None or more.
+      num_frames: Feature frames of the plain form.
+
+    Raises:
+      KDError: One is longer.
+    """
+    for utterance in utterances:
+        length = utterance.features.shape[1]
+        require(
+            length <= num_frames,
+            f"`num_frames` is {num_frames}, and the cut {utterance.id} to check with "
+            f"has {length} feature frames: give as many at least, or shorter cuts",
+        )
 
 
 def check(
@@ -146,11 +168,42 @@ def check(
             comparison.run(utterances)
         finally:
             reference.close()
-        accounts += comparison.accounts()
+        of_head = comparison.accounts()
         if sherpa and sherpa_can(head, chunks):
             audio = [utterance.audio for utterance in utterances]
-            accounts += _of_sherpa(folder, head, comparison, audio, names)
+            of_head += _of_sherpa(folder, head, comparison, audio, names)
+        judge(of_head)
+        accounts += of_head
     return accounts
+
+
+def withdraw(folder: ExportFolder, accounts: Sequence[Account]) -> List[str]:
+    """Rename the files of forms that are wrong.
+
+    Where fp32 is wrong, so are the smaller files of the head, which are made of it.
+
+    Args:
+      folder: With the files that were checked.
+      accounts: Of :func:`check`.
+
+    Returns:
+      The names that the files had.
+    """
+    withdrawn: Dict[str, str] = {}
+    for row in (row for row in accounts if row.broken):
+        form = row.form.replace("sherpa-onnx ", "").split(",")[0]
+        form, _, part = form.partition(" ")
+        parts = (part.replace(" alone", ""),) if part else PARTS[row.head]
+        precisions = PRECISIONS if form == FP32 else (form,)
+        for name, values in folder.metadata["files"].items():
+            of_form = values["precision"] in precisions or name.startswith(f"{form}/")
+            # Both heads share the file of TorchScript, and the folder of a plain form.
+            shared = values["precision"] in (TORCHSCRIPT, PLAIN)
+            if of_form and (shared or values["part"] in parts):
+                withdrawn.setdefault(name, row.broken[0])
+    for name, sentence in withdrawn.items():
+        folder.fail(name, sentence)
+    return list(withdrawn)
 
 
 def sherpa_can(head: str, chunks: Optional[ChunkEncoder]) -> bool:
@@ -232,13 +285,19 @@ def _of_sherpa(
             continue
         streams = comparison.reference.chunks is not None
         for batch in (1,) if streams else (1, BATCH):
+            name = f"sherpa-onnx {form}" + (f", batch {batch}" if batch > 1 else "")
+            tokens = folder.path / TOKENS
             with tempfile.TemporaryDirectory() as scratch:
-                tokens = folder.path / TOKENS
-                where = Path(scratch)
-                found = recognize(files, tokens, features, audio, where, batch, streams)
+                place = Path(scratch)
+                try:
+                    found = recognize(
+                        files, tokens, features, audio, place, batch, streams
+                    )
+                except KDError as e:
+                    accounts.append(Account(name, head, broken=[str(e)]))
+                    break
             texts = found["tokens"]
             rows = [[ids.get(t.replace("▁", " "), -1) for t in row] for row in texts]
-            name = f"sherpa-onnx {form}" + (f", batch {batch}" if batch > 1 else "")
             account = comparison.add(name, rows, found["seconds"])
             account.bytes = sum(path.stat().st_size for path in files.values())
             accounts.append(account)

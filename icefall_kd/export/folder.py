@@ -19,7 +19,8 @@ TOKENS = "tokens.txt"
 FORMAT = 1  # of metadata.json
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
 PRECISIONS = (FP32, FP16, INT8)
-PARITY = "parity.json"
+PARITY, TABLE = "parity.json", "parity.md"
+FAILED = ".failed"  # behind the name of a file that --check found to be wrong
 # What says whether files belong together, beside the checkpoint.
 _ALIKE = ("model", "tokens", "features")
 _OURS = ("*.onnx", "jit_script*.pt", TOKENS)
@@ -123,6 +124,7 @@ class ExportFolder:
             f"{path} can't be read, or is not of `icefall-kd export` (format "
             f"{FORMAT}): give another `export_dir`, or remove the folder",
         )
+        values.setdefault("failed", {})  # former versions had none
         return values
 
     def begin(self, values: Dict[str, Any]) -> None:
@@ -144,14 +146,19 @@ class ExportFolder:
                 f"`export_dir` {self.path} holds {first}, "
                 f"and no {METADATA} says of which model: give another folder",
             )
-        files = self.metadata.get("files", {})
-        self.metadata = {"export": FORMAT, **values, "files": files}
+        kept = {name: self.metadata.get(name, {}) for name in ("files", "failed")}
+        self.metadata = {"export": FORMAT, **values, **kept}
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Make the folder for a block; what the block began is gone if it fails."""
+        """Make the folder for a block; what the block began is gone if it fails.
+
+        Of what is killed metadata.json says whose files these are, so that the same
+        export takes their place.
+        """
         made = missing_folders(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self.finish()
         try:
             yield
         except BaseException:
@@ -200,6 +207,8 @@ class ExportFolder:
           more: What else there is to say of it.
         """
         path = self.path / name
+        self.metadata["failed"].pop(name, None)
+        (self.path / (name + FAILED)).unlink(missing_ok=True)
         self.metadata["files"][name] = {
             "part": part,
             "precision": precision,
@@ -207,6 +216,18 @@ class ExportFolder:
             "sha256": hash_of_file(path),
             **more,
         }
+
+    def fail(self, name: str, sentence: str) -> None:
+        """Rename a wrong file, so that nobody deploys it.
+
+        Args:
+          name: A file of metadata.json; those of :meth:`files` have it no longer.
+          sentence: What is wrong.
+        """
+        path = self.path / name
+        path.replace(path.with_name(path.name + FAILED))
+        values = self.metadata["files"].pop(name)
+        self.metadata["failed"][name] = {**values, "broken": sentence}
 
     def finish(self) -> None:
         """Write metadata.json."""

@@ -69,6 +69,7 @@ class Account:
     bytes: int = 0
     rtf: float = 0.0
     differ: List[str] = field(default_factory=list)  # cut ids
+    broken: List[str] = field(default_factory=list)  # what is wrong, a sentence each
 
     def as_dict(self) -> Dict[str, Any]:
         """As parity.json has it."""
@@ -256,13 +257,12 @@ def largest(found: np.ndarray, expected: np.ndarray) -> float:
     return difference if difference == difference else float("inf")
 
 
-def broken(accounts: Sequence[Account]) -> List[str]:
-    """What is wrong with forms, a sentence each.
+def judge(accounts: Sequence[Account]) -> None:
+    """Note in each account what is wrong with its form.
 
     Args:
       accounts: Of a head, torch's first.
     """
-    reference, sentences = accounts[0], []
     for row in accounts[1:]:
         if ", batch" in row.form:  # for information
             continue
@@ -271,25 +271,34 @@ def broken(accounts: Sequence[Account]) -> List[str]:
             for part in ("encoder", "decoder", "joiner"):
                 value = getattr(row, part)
                 if value is not None and not value <= FP32_BOUND:
-                    sentences.append(
+                    row.broken.append(
                         f"{form} is not the model: its {part} differs by {value:.2g} "
                         f"from torch, and {FP32_BOUND:g} is the bound: export again"
                     )
         elif row.form == "sherpa-onnx fp32":
             if row.differ:
-                sentences.append(
+                row.broken.append(
                     f"{form} has other tokens than torch in {len(row.differ)} of "
                     f"{row.cuts} utterances, first in {row.differ[0]}: compare the "
                     "features of metadata.json with the recipe's"
                 )
-        elif row.wer is not None and reference.wer is not None:
-            if row.wer > reference.wer + WER_BOUND:
-                sentences.append(
-                    f"{form} has a WER of {row.wer:.2f} %, torch {reference.wer:.2f} "
-                    f"%, and {WER_BOUND} points are the bound: keep the part that pays "
-                    "in fp32, or train with int8 in view"
+        elif row.wer is not None and accounts[0].wer is not None:
+            if row.wer > accounts[0].wer + WER_BOUND:
+                row.broken.append(
+                    f"{form} has a WER of {row.wer:.2f} %, torch "
+                    f"{accounts[0].wer:.2f} %, and {WER_BOUND} points are the bound: "
+                    "keep the part that pays in fp32, or train with int8 in view"
                 )
-    return sentences
+
+
+def markdown_of(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a document.
+
+    Args:
+      rows: Of :func:`table_of`.
+    """
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def table_of(accounts: Sequence[Account]) -> List[Tuple[str, ...]]:

@@ -352,8 +352,39 @@ def test_a_flipped_weight_is_found(invoke, checked, part, head):
     done = invoke(*checked.words)
     where = "encoder" if part == "model" else part
     assert done.code == 1 and len(done.err) == 1
+    # Nobody can deploy this head; the other one, and TorchScript, are right.
+    parts = ("model",) if head == "ctc" else ("encoder", "decoder", "joiner")
+    names = {f"{name}-{SUFFIX}.onnx" for name in parts}
+    failed = {p.name for p in checked.folder.glob("*.failed")}
+    assert failed == {f"{name}.failed" for name in names}
+    assert f"Renamed to *.failed, as they are wrong: {min(names)}" in done.out
+    values = json.loads((checked.folder / "metadata.json").read_text("utf8"))
+    assert set(values["failed"]) == names and not names & set(values["files"])
+    assert values["checked"]["broken"] == 1 and len(values["files"]) == 5 - len(names)
     sentence = f"the form fp32 ({head}) is not the model: its {where} differs by"
     assert sentence in done.err[0]
+
+
+def test_a_check_that_fails_before_its_end_leaves_no_word_of_an_earlier_one(
+    invoke, checked
+):
+    path = checked.folder / "metadata.json"
+    values = json.loads(path.read_text("utf8"))
+    path.write_text(json.dumps({**values, "checked": {"broken": 0}}), "utf8")
+    (checked.folder / "tokens.txt").write_text("a 0\n", "utf8")
+    assert invoke(*checked.words).code == 1
+    assert "checked" not in json.loads(path.read_text("utf8"))
+
+
+def test_the_first_cuts_alone_can_be_checked(invoke, refused, checked, export_words):
+    done = invoke(*checked.words, "--num-cuts", 1)
+    assert done.code == 0, done
+    result = json.loads((checked.folder / "parity.json").read_text("utf8"))
+    assert {row["cuts"] for row in result["forms"]} == {1}
+    table = (checked.folder / "parity.md").read_text("utf8").splitlines()
+    assert len(table) == 2 + len(result["forms"])
+    words = export_words(checked.folder, "--num-cuts", 1)
+    assert "--num-cuts is 1 and --check is missing" in refused(*words)
 
 
 def test_a_file_that_has_changed_is_found(invoke, checked):

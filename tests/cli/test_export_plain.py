@@ -106,3 +106,9 @@ def test_check_compares_the_plain_form_too(invoke, words, tmp_path):
     encoder.write_bytes(encoder.read_bytes() + b"\0")
     done = invoke(*given, "--check", cuts, "--only-check")
     assert done.code == 1 and "plain-61/encoder.onnx" in done.err[-1]
+
+
+def test_cuts_that_are_longer_than_the_form_are_refused(refused, words, tmp_path):
+    given = words(tmp_path / "a", "--sherpa", 0, "--num-frames", 50)
+    sentence = refused(*given, "--check", given[given.index("--cuts") + 1])
+    assert "--num-frames is 50, and the cut plain-1 to check with has 61" in sentence

@@ -14,7 +14,7 @@ def place(tmp_path):
     asr = tmp_path / "icefall" / "egs" / "corpus" / "ASR"
     (asr / "zipformer" / "exp").mkdir(parents=True)
     (asr / "data" / "fbank" / "split").mkdir(parents=True)
-    for name in ("train", "dev", "split/a.1", "split/a.2", "split/a.3"):
+    for name in ("train", "dev", "test", "split/a.1", "split/a.2", "split/a.3"):
         (asr / "data" / "fbank" / f"{name}.jsonl.gz").write_text(name)
     (tmp_path / "bin").mkdir()
     text = TOOL.format(python=sys.executable, calls=tmp_path / "calls")
@@ -33,6 +33,7 @@ def kd(place, tmp_path):
     defaults = {
         "--asr-dir": place,
         "--train-manifests": "train.jsonl.gz",
+        "--test-manifests": "test.jsonl.gz",
         "--first-epochs": 1,
         "--kd-epochs": 2,
         "--last-epochs": 1,

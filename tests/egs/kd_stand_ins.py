@@ -40,6 +40,8 @@ elif name == "icefall-kd" and words[0] == "student":
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint(folder / "epoch-1.pt", "start")
     (folder / "student_flags").write_text("--encoder-dim 8,8 " + flags_of("student"))
+elif name == "icefall-kd" and words[0] == "export":
+    sys.exit(Path("{calls}").with_name("stop").exists())
 elif name == "train.py":
     for e in range(int(given("--start-epoch")), int(given("--num-epochs")) + 1):
         if Path("{calls}").with_name("stop").exists() and e == 4:

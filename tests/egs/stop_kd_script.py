@@ -72,7 +72,7 @@ elif name in ("decode.py", "ctc_decode.py"):
     slowly(folder / "wer-summary-test.txt", "0.00")
 print(name, "ends", flush=True)
 """
-SCRIPTS = "train decode ctc_decode export export-onnx"
+SCRIPTS = "train decode ctc_decode"
 
 
 def prepare(folder: Path) -> None:
@@ -80,7 +80,7 @@ def prepare(folder: Path) -> None:
     (asr / "zipformer" / "exp").mkdir(parents=True)
     (asr / "zipformer" / "exp" / "epoch-30.pt").touch()
     (asr / "data" / "fbank").mkdir(parents=True)
-    for name in ("train", "dev"):
+    for name in ("train", "dev", "test"):
         (asr / "data" / "fbank" / f"{name}.jsonl.gz").write_bytes(b"")
     (folder / "bin").mkdir()
     text = TOOL.format(python=sys.executable)
@@ -93,6 +93,7 @@ def prepare(folder: Path) -> None:
 def command(folder: Path) -> List[str]:
     words = [str(SCRIPT), "--asr-dir", str(folder / "icefall/egs/corpus/ASR")]
     words += ["--train-manifests", "train.jsonl.gz", "--python", sys.executable]
+    words += ["--test-manifests", "test.jsonl.gz"]
     for name, value in {"first": 2, "kd": 2, "last": 1}.items():
         words += [f"--{name}-epochs", str(value)]
     return [*words, "--avg", "2", "--num-jobs", "2"]

@@ -81,7 +81,7 @@ def copy_until(work, tmp_path):
     def copy(stage):
         folder = tmp_path / "copy"
         shutil.copytree(work, folder)
-        for n in range(stage, 10):
+        for n in range(stage, 11):
             for mark in folder.glob(f"exp/.{n}.*"):
                 mark.unlink()
         return folder
@@ -183,6 +183,16 @@ def test_students_that_were_killed_go_on_and_end_the_same(work, clone, copy_unti
     assert "student-kd: training from epoch 3 to 3" in done.stdout
     for name in ("student", "student-kd"):
         same_training(work / "exp" / name, copy / "exp" / name, 3)
+
+
+def test_the_student_says_in_sherpa_onnx_what_torch_says(work):
+    pytest.importorskip("sherpa_onnx")
+    path = work / "exp/student-kd/export/parity.json"
+    rows = json.loads(path.read_text("utf8"))["forms"]
+    of_sherpa = [row for row in rows if row["form"] == "sherpa-onnx fp32"]
+    assert {row["head"] for row in of_sherpa} == {"transducer", "ctc"}
+    for row in of_sherpa:
+        assert row["same"] == row["cuts"] == int(TINY["num-test"])
 
 
 def train_py(folder, data, *words):

@@ -75,7 +75,7 @@ def refused(done, *words):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """The recipe's folder of data and results, made stage by stage."""
+    """The recipe's folder of data and results, made stage by stage up to the table."""
     folder = tmp_path_factory.mktemp("digits")
     for stage in range(10):
         done = run_sh(folder, "--stage", stage, "--stop-stage", stage)
@@ -112,7 +112,7 @@ def test_every_wer_in_the_table_is_that_of_the_result_files(work):
 
 def test_work_that_is_done_is_not_done_again(work):
     before = (work / "exp/teacher/epoch-1.pt").stat().st_mtime_ns
-    done = run_sh(work)
+    done = run_sh(work, "--stop-stage", 9)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == 10
     assert (work / "exp/teacher/epoch-1.pt").stat().st_mtime_ns == before
@@ -167,7 +167,7 @@ def half_done(work, tmp_path):
     def copy(stage):
         folder = tmp_path / "copy"
         shutil.copytree(work, folder)
-        for n in range(stage, 10):
+        for n in range(stage, 11):
             for mark in folder.glob(f"exp/.{n}.*"):
                 mark.unlink()
         return folder
@@ -231,6 +231,65 @@ def test_a_redo_that_was_stopped_is_not_begun_anew(work, half_done):
     assert not (copy / "exp/.redo").exists()
     done = run_sh(copy, "--stage", 6, "--stop-stage", 6, "--redo", "true")
     assert (copy / "exp/student/epoch-1.pt").stat().st_mtime_ns > start
+
+
+@pytest.fixture
+def without_sherpa(tmp_path):
+    """An environment whose Python can't import sherpa_onnx."""
+    package = tmp_path / "no" / "sherpa_onnx"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('not installed')")
+    paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
+    return {**ENV, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def test_without_sherpa_onnx_the_last_stage_is_left_out(work, without_sherpa):
+    before = sorted((work / "exp").rglob("*"))
+    words = words_of(work, "--stage", 9)
+    options = {"capture_output": True, "text": True, "cwd": RECIPE.parents[2]}
+    done = subprocess.run(words, env=without_sherpa, **options)
+    assert done.returncode == 0, done.stderr
+    assert "Stage 10: export: left out" in done.stdout
+    assert "pip install onnx onnxruntime sherpa-onnx" in done.stdout
+    assert "| student-kd |" in done.stdout
+    words = words_of(work, "--stage", 10)
+    done = subprocess.run(words, env=without_sherpa, **options)
+    refused(done, "stage 10", "pip install onnx onnxruntime sherpa-onnx")
+    assert sorted((work / "exp").rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_the_last_stage_runs_the_student_in_sherpa_onnx(work, tmp_path):
+    """From audio, with both heads: what torch says, and the WER of decode.py."""
+    pytest.importorskip("sherpa_onnx")
+    copy = tmp_path / "copy"
+    shutil.copytree(work, copy)
+    done = run_sh(copy, "--stage", 10)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| sherpa-onnx fp32 | ctc |" in done.stdout
+    folder = copy / "exp/student-kd/export"
+    result = json.loads((folder / "parity.json").read_text())
+    rows = {(row["form"], row["head"]): row for row in result["forms"]}
+    (expected,) = (
+        row
+        for row in json.loads((copy / "exp/summary.json").read_text())
+        if row["model"] == "student-kd"
+    )
+    for head in ("transducer", "ctc"):
+        for form in ("torch", "fp32", "sherpa-onnx fp32"):
+            row = rows[form, head]
+            assert row["same"] == row["cuts"] == TINY["num-test"], (form, head)
+            assert row["wer"] == pytest.approx(expected[f"{head}_wer"], abs=0.01)
+    assert not list(folder.glob("*.failed"))
+    # Done is done, and other flags are other settings.
+    assert "Stage 10: export" in run_sh(copy, "--stage", 10).stdout
+    flags = ("--stage", 10, "--export-flags", "--int8 encoder")
+    refused(run_sh(copy, *flags), "other settings", "--int8 encoder")
+    # Files that are not the student's are replaced when the stage is done again.
+    (folder / "tokens.txt").write_text("nothing")
+    done = run_sh(copy, *flags, "--redo", "true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "int8" in (folder / "parity.md").read_text()
 
 
 @pytest.mark.slow

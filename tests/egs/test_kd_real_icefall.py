@@ -10,6 +10,8 @@ import os
 import shlex
 import subprocess
 import sys
+import wave
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,10 +73,11 @@ def icefall():
 
 
 def _cuts(folder):
-    """Five sets of cuts of random features, named as LibriSpeech's."""
+    """Five sets of cuts of noise, named as LibriSpeech's."""
     from lhotse import (
-        AudioSource,
         CutSet,
+        Fbank,
+        FbankConfig,
         Features,
         MonoCut,
         Recording,
@@ -85,16 +88,23 @@ def _cuts(folder):
     rng = np.random.default_rng(0)
     sets = {"train-clean-100": 10, "dev-clean": 5, "dev-other": 5}  # buckets: 10
     sets.update({"test-clean": 10, "test-other": 10})
-    writer = NumpyFilesWriter(folder / "feats")
+    writer, fbank = NumpyFilesWriter(folder / "feats"), Fbank(FbankConfig())
     for name, count in sets.items():
         cuts = []
         for i in range(count):
             cut_id, frames = f"{name}-{i}", 110 + 7 * i
             duration = frames / 100
-            array = rng.normal(size=(frames, 80)).astype(np.float32)
+            samples = (rng.normal(size=160 * frames) * 3000).astype("<i2")
+            path = folder / f"{cut_id}.wav"
+            with wave.open(str(path), "wb") as file:
+                file.setparams((1, 2, 16000, 0, "NONE", ""))
+                file.writeframes(samples.tobytes())
+            recording = Recording.from_file(path, recording_id=cut_id)
+            audio = samples.astype(np.float32)[None] / 32768
+            array = np.asarray(fbank.extract(audio, 16000))
             features = Features(
                 type="kaldi-fbank",
-                num_frames=frames,
+                num_frames=len(array),
                 num_features=80,
                 frame_shift=0.01,
                 sampling_rate=16000,
@@ -106,8 +116,6 @@ def _cuts(folder):
                 recording_id=cut_id,
                 channels=0,
             )
-            source = AudioSource(type="command", channels=[0], source="false")
-            recording = Recording(cut_id, [source], 16000, frames * 160, duration)
             text = " ".join(rng.choice(WORDS, size=2))
             supervision = SupervisionSegment(cut_id, cut_id, 0, duration, text=text)
             cuts.append(
@@ -198,6 +206,8 @@ def kd(librispeech):
         words += ["--kd-epochs", 1, "--avg", 1, "--baseline", "false"]
         words += ["--decode-flags", "--max-duration 20 --num-workers 0"]
         words += ["--chunk-size", 16, "--left-context-frames", 64]
+        if not find_spec("sherpa_onnx"):
+            words += ["--export-flags", "--sherpa 0"]
         words += [
             "--targets-dir",
             f"data/kd {name}",
@@ -216,29 +226,35 @@ CHUNKS = "_chunk-16_left-context-64"
 JIT = "jit_script.pt", "jit_script_chunk_16_left_64.pt"
 SUFFIX = "epoch-2-avg-1"
 BEAM = "modified_beam_search"
+# Flags of the teacher, what the student has of its own, how they are decoded, icefall's
+# script for ONNX and what it writes.
 CASES = {
     "causal-to-streaming": (
         "--causal 1 --use-ctc 1",
         SLICES,
         ["greedy_search", BEAM, "ctc-greedy-search"],
+        "export-onnx-streaming.py",
         {f"{part}-{SUFFIX}-chunk-16-left-64" for part in ("encoder", "joiner")},
     ),
     "offline-to-offline": (
         f"--causal 0 {CTC}",
         "--set encoder-unmasked-dim=16,16",
         ["ctc-greedy-search"],
+        "export-onnx-ctc.py",
         {"model"},
     ),
     "causal-to-offline": (
         "--causal 1",
         f"{SLICES} --set causal=0 --init random",
         ["greedy_search", BEAM],
+        "export-onnx.py",
         {f"{part}-{SUFFIX}" for part in ("encoder", "joiner")},
     ),
     "offline-to-streaming": (
         f"--causal 0 {CTC}",
         "--set causal=1 --init random",
         ["ctc-greedy-search"],
+        "export-onnx-streaming-ctc.py",
         {f"ctc-{SUFFIX}-chunk-16-left-64"},
     ),
 }
@@ -246,9 +262,11 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_all_stages_pass(kd, librispeech, make_teacher, name):
-    flags, student_flags, methods, models = CASES[name]
+    flags, student_flags, methods, script, models = CASES[name]
     teacher = make_teacher(name, flags)
-    out = kd(name, teacher, "--student-flags", student_flags)
+    scripts = f"icefall-kd export.py {script}"
+    words = ["--student-flags", student_flags, "--export", scripts]
+    out = kd(name, teacher, *words)
     asr = librispeech.asr
     student = asr / f"exp,{name}:1" / "kd"
     heard = {asr / teacher: name.startswith("causal"), student: "-streaming" in name}
@@ -264,7 +282,22 @@ def test_all_stages_pass(kd, librispeech, make_teacher, name):
     assert bool(fingerprint["lattice"]) == ("greedy_search" in methods)
     chunks = "chunk_size 16 left_context_frames 64"
     assert (chunks in fingerprint["teacher"]) == name.startswith("causal")
-    # What was exported is what the student is.
+    # What was exported is what the student is: by us, and by the recipe's own scripts.
+    result = json.loads((student / "export" / "parity.json").read_text())
+    assert result["broken"] == []
+    heads = {"transducer": "greedy_search", "ctc": "ctc-greedy-search"}
+    heads = {head for head, method in heads.items() if method in methods}
+    forms = {(row["form"], row["head"]) for row in result["forms"]}
+    streams, by_sherpa = heard[student], bool(find_spec("sherpa_onnx"))
+    for head in heads:
+        assert ("torch", head) in forms and ("fp32", head) in forms
+        assert (("torchscript", head) in forms) == (not streams)
+        assert (("sherpa-onnx fp32", head) in forms) == by_sherpa
+    suffix = SUFFIX + "-chunk-16-left-64" * streams
+    parts = {"encoder", "decoder", "joiner"} if "transducer" in heads else set()
+    parts |= {"model"} if "ctc" in heads else set()
+    exported = {path.name for path in (student / "export").glob("*.onnx")}
+    assert exported == {f"{part}-{suffix}.onnx" for part in parts}
     assert (student / JIT[heard[student]]).is_file()
     assert not (student / JIT[not heard[student]]).exists()
     written = {path.stem for path in student.glob("*.onnx")}

@@ -28,9 +28,10 @@ def command(rows, name):
 
 
 def on(rows, folder):
-    """The calls of icefall's decoding and export scripts on a model."""
-    scripts = [r for r in rows if "decode" in r[0] or r[0].startswith("export")]
-    return [r for r in scripts if given(r, "--exp-dir").endswith(folder)]
+    """The calls that decode or export a model."""
+    names = [r[1] if r[0] == "icefall-kd" else r[0] for r in rows]
+    heard = [r for r, name in zip(rows, names) if "decode" in name or "export" in name]
+    return [r for r in heard if given(r, "--exp-dir").endswith(folder)]
 
 
 @pytest.mark.parametrize("teacher", [True, False], ids=["causal", "offline"])
@@ -52,30 +53,29 @@ def test_chunks_are_given_where_a_causal_model_is_heard(
     (made,) = command(rows, "student")
     assert not chunks_of(made) and not chunks_of(first)
     assert not any(chunks_of(r) for r in rows if r[0] == "train.py")
-    assert len(on(rows, "zipformer/exp")) == 3 and len(on(rows, "/kd")) == 5
+    assert len(on(rows, "zipformer/exp")) == 3 and len(on(rows, "/kd")) == 4
     assert all(chunks_of(r) == teachers for r in on(rows, "zipformer/exp"))
     assert all(chunks_of(r) == students for r in on(rows, "/kd"))
+    forms = given(command(rows, "export")[0], "--forms")
+    assert forms == ("onnx" if student else "torchscript,onnx")  # no stream as script
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "offline"])
 @pytest.mark.parametrize(
-    "heads, scripts, onnx",
+    "heads, scripts",
     [
-        (CTC, ["ctc_decode.py"], "-ctc"),
-        (TRANSDUCER, ["decode.py"], ""),
-        (BOTH, ["ctc_decode.py", "decode.py"], ""),
+        (CTC, ["ctc_decode.py"]),
+        (TRANSDUCER, ["decode.py"]),
+        (BOTH, ["ctc_decode.py", "decode.py"]),
     ],
     ids=["ctc", "transducer", "both"],
 )
-def test_each_head_has_its_scripts(kd, calls, models, heads, scripts, onnx, causal):
+def test_each_head_has_its_scripts(kd, calls, models, heads, scripts, causal):
     models(heads + (" --causal True" if causal else ""))
     assert kd(**FINE).returncode == 0
     rows = calls()
-    kind = ("-streaming" if causal else "") + onnx
     assert sorted({r[0] for r in on(rows, "zipformer/exp")}) == scripts
-    assert sorted({r[0] for r in on(rows, "/kd")}) == sorted(
-        [*scripts, "export.py", f"export-onnx{kind}.py"]
-    )
+    assert sorted({r[0] for r in on(rows, "/kd")}) == [*scripts, "icefall-kd"]
     for row in on(rows, "/kd") + on(rows, "zipformer/exp"):
         assert ("--use-transducer" in row) == (heads == CTC)
         assert ("--use-ctc" in row) == (heads != TRANSDUCER)
@@ -189,10 +189,26 @@ def test_what_does_not_fit_a_model_is_refused_before_training(
 
 def test_scripts_of_stages_that_are_not_asked_for_may_be_missing(kd, place):
     (place / "zipformer" / "export-onnx.py").unlink()
+    (place / "data" / "fbank" / "test.jsonl.gz").unlink()
     assert kd(stop_stage=8).returncode == 0
     done = kd(stage=9)
+    assert done.returncode == 1 and "has no test.jsonl.gz" in done.stderr
+    done = kd(stage=9, export="export-onnx.py")
     assert done.returncode == 1 and "has no export-onnx.py" in done.stderr
     assert kd(stage=9, export="export.py").returncode == 0
+
+
+def test_the_recipes_own_scripts_export_where_the_user_says_so(kd, calls):
+    scripts = "icefall-kd export.py export-onnx-ctc.py"
+    options = {"export": scripts, "export_flags": "--int8 'encoder,joiner'"}
+    assert kd(**FINE, **options).returncode == 0
+    rows = [r for r in on(calls(), "/kd") if "decode" not in r[0]]
+    assert [r[0] for r in rows] == scripts.split()
+    assert given(rows[0], "--int8") == "encoder,joiner"
+    assert given(rows[1], "--jit") == "1" and "--jit" not in rows[2]
+    for row in rows[1:]:  # which know nothing of distillation
+        assert not any("kd-" in w.split("/")[0] for w in row)
+        assert given(row, "--tokens") == "data/lang_bpe_500/tokens.txt"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +216,7 @@ def test_scripts_of_stages_that_are_not_asked_for_may_be_missing(kd, place):
     [
         ("train.py", "give the same command again"),
         ("decode.py", "go on with --stage 8"),
-        ("export-onnx.py", "go on with --stage 9"),
+        ("export-onnx.py", "export-onnx.py can't export"),
     ],
 )
 def test_a_script_that_fails_is_named_with_the_remedy(kd, place, script, words):
@@ -208,6 +224,16 @@ def test_a_script_that_fails_is_named_with_the_remedy(kd, place, script, words):
     (place / "zipformer" / script).write_text("import sys; sys.exit(3)")
     plugged = place / "zipformer_kd" / script
     plugged.write_text("import sys; sys.exit(3)")
-    done = kd(stage=4)
+    done = kd(stage=4, export="export-onnx.py")
     assert done.returncode == 1
     assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_export_that_fails_goes_on_with_its_stage(kd, calls, tmp_path):
+    assert kd(stop_stage=8).returncode == 0
+    (tmp_path / "stop").touch()
+    done = kd(stage=9)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "icefall-kd can't export" in done.stderr
+    assert "go on with --stage 9" in done.stderr
+    assert not any(r[1] == "report" for r in calls())

@@ -92,6 +92,34 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_that_was_killed_can_be_done_again(tmp_path):
+    folder = ExportFolder(str(tmp_path))
+    folder.begin(described())
+    with folder.writing():
+        (folder.path / "joiner.onnx").write_bytes(b"12")
+        again = ExportFolder(str(tmp_path))
+        assert again.metadata["files"] == {}
+        again.begin(described())
+        with pytest.raises(KDError, match="holds files of another model"):
+            again.begin(described(model="b" * 64))
+
+
+def test_a_wrong_file_has_its_name_no_longer_until_it_is_written_again(folder):
+    folder.fail("joiner.onnx", "it is wrong")
+    folder.finish()
+    assert {p.name for p in folder.path.iterdir()} == {METADATA, "joiner.onnx.failed"}
+    again = ExportFolder(str(folder.path))
+    assert again.files("fp32") == {}
+    assert again.metadata["failed"]["joiner.onnx"]["broken"] == "it is wrong"
+    again.begin(described())
+    with again.writing():
+        (folder.path / "joiner.onnx").write_bytes(b"5678")
+        again.add("joiner.onnx", "joiner", "fp32")
+        again.finish()
+    assert {p.name for p in folder.path.iterdir()} == {METADATA, "joiner.onnx"}
+    assert again.metadata["failed"] == {} and len(again.files("fp32")) == 1
+
+
 def test_metadata_is_plain_json_in_utf8(folder):
     values = json.loads((folder.path / METADATA).read_text("utf8"))
     assert values["export"] == 1 and values["tokens"]["number"] == 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from icefall_kd.errors import KDError
-from icefall_kd.export.parity import Account, broken, largest, table_of
+from icefall_kd.export.parity import Account, judge, largest, markdown_of, table_of
 from icefall_kd.export.sherpa import recognize
 from icefall_kd.export.sides import Side, contexts, ctc_tokens, greedy
 
@@ -15,7 +15,9 @@ FP32 = Account("fp32", "transducer", 5e-5, 1e-6, 1e-6, cuts=9, same=9, wer=10.0)
 
 
 def sentences(**changes):
-    return broken([TORCH, dataclasses.replace(FP32, **changes)])
+    row = dataclasses.replace(FP32, broken=[], **changes)
+    judge([TORCH, row])
+    return row.broken
 
 
 def test_a_form_within_its_bound_is_right():
@@ -56,6 +58,9 @@ def test_the_table_has_a_row_for_each_form():
     assert rows[0][0] == "form" and len({len(row) for row in rows}) == 1
     assert rows[1][2:6] == ("", "", "", "9 of 9")
     assert rows[2][2:8] == ("5.0e-05", "1.0e-06", "1.0e-06", "9 of 9", "10.00", "2.50")
+    lines = markdown_of(rows).splitlines()
+    assert len(lines) == 4 and lines[1] == "|" + "---|" * 9
+    assert lines[3].startswith("| fp32 | transducer | 5.0e-05 | ")
 
 
 def test_greedy_search_is_that_of_a_stateless_decoder():

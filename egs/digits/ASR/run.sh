@@ -8,7 +8,7 @@ cd "$(dirname "$(realpath "${BASH_SOURCE[-1]}")")"
 
 # Options
 stage=0             # first stage
-stop_stage=9        # last stage
+stop_stage=10       # last stage
 redo=false          # true: do the chosen stages again
 
 corpus=espeak       # espeak (speech is synthesized) or fsdd; in egs/commands, commands
@@ -36,6 +36,7 @@ student_init=teacher  # start from the teacher's slices, or: random
 kd_config=conf/kd.yaml  # weights of the losses
 kd_flags=           # override kd_config, such as "--kd-temperature 2"
 dump_flags="--keep-lattice dense --keep-hidden out:half"  # of icefall-kd dump
+export_flags=       # of icefall-kd export, such as "--int8 encoder"
 
 work_dir=.          # data/ and exp/ go here
 venv=../../../.venv  # environment that stage 0 makes, if there is none
@@ -43,8 +44,8 @@ num_threads=0       # CPU threads of each program; 0: all cores
 
 help_message="Usage: $0 [--option value ...]
 Stages: 0 environment, 1 data, 2 features, 3 tokens, 4 teacher, 5 targets,
-  6 student, 7 training, 8 decoding, 9 table. A stage whose work is done is skipped,
-  and one that was stopped continues."
+  6 student, 7 training, 8 decoding, 9 table, 10 export. A stage whose work is done is
+  skipped, and one that was stopped continues."
 renamed="teacher_dir:teacher_work_dir student:student_set"
 
 if [ -f conf/corpus.sh ]; then
@@ -126,6 +127,8 @@ teacher_dir=$teacher_work_dir student=$student_set student_init=$student_init \
 student_epochs=$student_epochs long_factor=$long_factor patience=$patience avg=$avg \
 teacher_set=$teacher_set train_flags=$train_flags dump_flags=$dump_flags \
 kd=$(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags"
+# Folders of former versions have no such setting.
+settings+=${export_flags:+ export_flags=$export_flags}
 # write FILE TEXT: whole or not at all.
 write() { echo "$2" > "$1.tmp" && mv "$1.tmp" "$1"; }
 
@@ -143,7 +146,7 @@ if [ "$redo" != true ]; then
   rm -f "$exp/.redo"
 elif [ ! -f "$exp/.redo" ] || [ "$(cat "$exp/.redo")" != "$redoing" ]; then
   if [ "$stage" -le "$stop_stage" ]; then
-    for n in $(seq "$stage" 9); do rm -f "$exp/.$n."*; done
+    for n in $(seq "$stage" 10); do rm -f "$exp/.$n."*; done
   fi
 fi
 write "$exp/.settings" "$settings"
@@ -332,11 +335,29 @@ if todo 9 "table"; then  # 1 minute
     "${models[@]}"
   finish 9
 fi
-rm -f "$exp/.redo"
-if [ "$stop_stage" -ge 9 ] && [ -f "$exp/summary.md" ]; then
-  echo
-  cat "$exp/summary.md"
+
+exported=$exp/student-kd/export
+missing="needs the packages onnx, onnxruntime and sherpa-onnx, which can't be imported:"
+missing+=" run \`pip install onnx onnxruntime sherpa-onnx\`, and the same command again"
+if [ "$stop_stage" -ge 10 ] && [ ! -f "$exp/.10.done" ] \
+  && ! python3 -c "import onnx, onnxruntime, sherpa_onnx" 2>/dev/null; then
+  [ "$stage" -lt 10 ] || fail "stage 10 (export) $missing"
+  log "Stage 10: export: left out, as it $missing"
+elif todo 10 "export of the distilled student" "$exported"; then  # 1 minute, 10 MB
+  read -r -a export_words <<< "$export_flags"
+  run icefall-kd export --recipe ./zipformer --exp-dir "$exp/student-kd" \
+    --epoch "$kd_epoch" --avg "$(averaged "$kd_epoch")" --bpe-model "$bpe" \
+    --export-dir "$exported" --check "$data/fbank/cuts_test.jsonl.gz" \
+    "${export_words[@]}"
+  finish 10
 fi
+rm -f "$exp/.redo"
+for table in "$exp/summary.md" "$exported/parity.md"; do
+  if [ "$stop_stage" -ge 9 ] && [ -f "$table" ]; then
+    echo
+    cat "$table"
+  fi
+done
 
 took="$(((SECONDS - begun) / 60)) min $(((SECONDS - begun) % 60)) s"
 cat <<END
@@ -344,6 +365,7 @@ cat <<END
 Done in $took. Everything lies in $(cd "$work_dir" && pwd):
   exp/summary.json, summary.md     the table
   exp/student-kd/epoch-$kd_epoch.pt        the distilled student, an ordinary checkpoint
+  exp/student-kd/export            the same for sherpa-onnx, and how they compare
   exp/*/log, exp/*/tensorboard     losses; tensorboard --logdir $exp
   exp/*/greedy_search, exp/*/ctc-greedy-search   WERs and aligned utterances
   data/kd                          the cuts with the teacher's targets

@@ -35,7 +35,7 @@ mkdir -p "$work_dir/log"
 one_seed() {
   local seed=$1 base=$work_dir/seed-$1
   local common=(--corpus fsdd --corpus-dir "$corpus_dir" --test-speaker "$test_speaker"
-    --seed "$seed" --num-threads 1 --kd-config conf/ctc.yaml)
+    --seed "$seed" --num-threads 1 --kd-config conf/ctc.yaml --stop-stage 9)
   local half=(--untranscribed-speakers "$untranscribed_speakers" --num-train 800)
   local from_random=(--student-init random --student-epochs 3 --teacher-work-dir "$base")
   run ./run.sh "${common[@]}" --work-dir "$base" --student-epochs 1 --long-factor 3

@@ -15,7 +15,7 @@ teacher_epoch=30              # the --epoch that you give to decode.py
 teacher_avg=9                 # and the --avg
 teacher_flags=                # model flags, where the checkpoint has parameters alone
 tokens="--bpe-model data/lang_bpe_500/bpe.model"  # or "--lang-dir data/lang_char"
-tokens_file=data/lang_bpe_500/tokens.txt  # for ctc_decode.py and export
+tokens_file=data/lang_bpe_500/tokens.txt  # for ctc_decode.py and the recipe's export scripts
 student=s                     # a preset of `icefall-kd student --list`, or a size: 5M
 train_manifests=librispeech_cuts_train-clean-100.jsonl.gz  # in manifest_dir
 train_flags="--full-libri 0 --max-duration 1000 --use-fp16 1"  # of train.py
@@ -39,10 +39,12 @@ left_context_frames=128       # stack frames (50 Hz) of its left context, likewi
 baseline=true                 # true: also train the student without distillation
 decode="decode.py:greedy_search decode.py:modified_beam_search ctc_decode.py:ctc-greedy-search"  # SCRIPT:METHOD ...
                               # icefall-kd:METHOD decodes by icefall-kd
-test_manifests="librispeech_cuts_test-clean.jsonl.gz librispeech_cuts_test-other.jsonl.gz"  # for icefall-kd
+test_manifests="librispeech_cuts_test-clean.jsonl.gz librispeech_cuts_test-other.jsonl.gz"  # for icefall-kd; the first one also for --export
 decode_flags="--max-duration 600"  # of the decoding scripts
 ctc_decode_flags=             # flags of ctc_decode.py alone
-export=                       # default: export.py and the fitting export-onnx*.py
+export=icefall-kd             # or the recipe's scripts, such as "export.py export-onnx.py"
+export_flags="--num-cuts 200" # of icefall-kd export, such as --int8 encoder; it compares
+                              # its files with the model on so many test cuts
 unit=WER                      # CER for a recipe whose tokens are characters
 manifest_dir=data/fbank       # manifests of the recipe
 targets_dir=data/kd           # targets, and the manifests whose cuts point at them
@@ -365,10 +367,11 @@ if is_due 8 "decoding"; then
 fi
 
 if is_due 9 "export of the distilled student"; then
-  # Minutes, no GPU. These are the recipe's own scripts, without distillation.
+  # Minutes, no GPU. The recipe's own scripts only if --export names them.
   if is_causal "${student_model[@]}"; then student_model+=("${chunks[@]}"); fi
   split export
   for script_name in "${words[@]}"; do
+    if [ "$script_name" = icefall-kd ]; then export_by_icefall_kd; continue; fi
     jit=()
     if [ "$script_name" = export.py ]; then jit=(--jit 1); fi
     "${python[@]}" "./$recipe/$script_name" --exp-dir "$exp_dir/kd" \

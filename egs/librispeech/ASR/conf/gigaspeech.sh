@@ -7,4 +7,5 @@ kd_epochs=8
 last_epochs=1
 avg=4
 decode="decode.py:greedy_search decode.py:modified_beam_search"
+test_manifests=gigaspeech_cuts_TEST.jsonl.gz
 decode_flags="--max-duration 1000"

@@ -11,4 +11,5 @@ kd_epochs=8
 last_epochs=1
 avg=4
 decode="decode.py:greedy_search decode.py:modified_beam_search"
+test_manifests="cuts_TEST_NET.jsonl.gz cuts_TEST_MEETING.jsonl.gz"
 unit=CER

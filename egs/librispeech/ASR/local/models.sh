@@ -78,10 +78,10 @@ copy_start() {
   if [ -d "$exp_dir/start/log" ]; then cp -r "$exp_dir/start/log" "$exp_dir/$1/"; fi
 }
 
-# The decodings and export scripts that fit the student's heads, in `decodings` and
-# `export`; a script that the recipe lacks is refused.
+# The decodings that fit the student's heads, in `decodings`; a script that the recipe
+# lacks is refused.
 choose_scripts() {
-  local d name suffix="" needed=()
+  local d name needed=()
   decodings=()
   split decode
   for d in "${words[@]}"; do
@@ -90,11 +90,6 @@ choose_scripts() {
   [ "${#decodings[@]}" -gt 0 ] || [ "$stop_stage" -lt 8 ] || fail "--decode is" \
     "'$decode', and the student has no such head: give" \
     "ctc_decode.py:ctc-greedy-search or decode.py:greedy_search"
-  if [ -z "$export" ]; then
-    if is_causal "${student_model[@]}"; then suffix+=-streaming; fi
-    if ! has_transducer "${student_model[@]}"; then suffix+=-ctc; fi
-    export="export.py export-onnx$suffix.py"
-  fi
   split export
   if [ "$stop_stage" -ge 8 ]; then needed+=("${decodings[@]%%:*}"); fi
   if [ "$stop_stage" -ge 9 ]; then needed+=("${words[@]}"); fi
@@ -105,7 +100,7 @@ choose_scripts() {
   done
 }
 
-# What icefall-kd is to decode must be there.
+# What icefall-kd is to decode, or to compare its files on, must be there.
 need_test_manifests() {
   local m
   split test_manifests
@@ -115,6 +110,21 @@ need_test_manifests() {
     [ -e "$manifest_dir/$m" ] || fail "$asr_dir/$manifest_dir has no $m: give" \
       "--test-manifests (now $test_manifests) those that icefall-kd decodes"
   done
+}
+
+# The student as ONNX, and as TorchScript if it hears whole utterances, compared on cuts
+# of the first test manifest.
+export_by_icefall_kd() {
+  local forms=torchscript,onnx cuts
+  if is_causal "${student_model[@]}" && [ "$chunk_size" -gt 0 ]; then forms=onnx; fi
+  split test_manifests
+  cuts=$manifest_dir/${words[0]}
+  split export_flags
+  icefall-kd export --recipe "./$recipe" --exp-dir "$exp_dir/kd" "${token_flags[@]}" \
+    --export-dir "$exp_dir/kd/export" --forms "$forms" --check "$cuts" \
+    "${student_model[@]}" "${words[@]}" \
+    || fail "icefall-kd can't export $asr_dir/$exp_dir/kd: correct what its message" \
+      "names, and go on with --stage 9"
 }
 
 # decode_model FOLDER EPOCH AVG FLAG...: by each method that the model has a head for.
