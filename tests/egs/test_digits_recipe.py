@@ -260,7 +260,7 @@ def test_without_sherpa_onnx_the_last_stage_is_left_out(work, without_sherpa):
 
 @pytest.mark.slow
 def test_the_last_stage_runs_the_student_in_sherpa_onnx(work, tmp_path):
-    """From audio, with both heads: what torch says, and the WER of decode.py."""
+    """From audio, with both heads: what torch says."""
     pytest.importorskip("sherpa_onnx")
     copy = tmp_path / "copy"
     shutil.copytree(work, copy)
@@ -270,16 +270,10 @@ def test_the_last_stage_runs_the_student_in_sherpa_onnx(work, tmp_path):
     folder = copy / "exp/student-kd/export"
     result = json.loads((folder / "parity.json").read_text())
     rows = {(row["form"], row["head"]): row for row in result["forms"]}
-    (expected,) = (
-        row
-        for row in json.loads((copy / "exp/summary.json").read_text())
-        if row["model"] == "student-kd"
-    )
     for head in ("transducer", "ctc"):
         for form in ("torch", "fp32", "sherpa-onnx fp32"):
             row = rows[form, head]
             assert row["same"] == row["cuts"] == TINY["num-test"], (form, head)
-            assert row["wer"] == pytest.approx(expected[f"{head}_wer"], abs=0.01)
     assert not list(folder.glob("*.failed"))
     # Done is done, and other flags are other settings.
     assert "Stage 10: export" in run_sh(copy, "--stage", 10).stdout
