@@ -53,7 +53,8 @@ def test_every_path_may_have_any_character(kd, calls, odd_place, tmp_path):
                 )
         if "--recipe" in row:
             assert given(row, "--recipe") == f"./zip {ODD}"
-            assert given(row, "--exp-dir") == f"exp:{ODD}"
+            folder = f"students:{ODD}/kd" if row[1] == "export" else f"exp:{ODD}"
+            assert given(row, "--exp-dir") == folder
         elif row[0] == "train.py":
             assert given(row, "--manifest-dir") == f"kd:{ODD}"
             assert given(row, "--exp-dir").startswith(f"students:{ODD}/")

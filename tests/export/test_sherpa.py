@@ -61,14 +61,16 @@ def make_talkative(model, rows):
       model: Is changed.
       rows: (T, C), some encoder output.
     """
-    linear = model.ctc_output[1]
-    linear.bias -= linear(rows).mean(0)
-    linear.bias[0] += linear(rows).std()
     joiner = model.joiner
+    joiner.decoder_proj.weight *= 0.1  # what was found before matters less
     context = model.decoder(torch.zeros(1, 2, dtype=torch.int64), need_pad=False)
-    logits = joiner(rows, context[:, 0].expand(len(rows), -1))
-    joiner.output_linear.bias -= logits.mean(0)
-    joiner.output_linear.bias[0] += logits.std()
+    contexts = context[:, 0].expand(len(rows), -1)
+    for linear, logits in (
+        (model.ctc_output[1], lambda: model.ctc_output[1](rows)),
+        (joiner.output_linear, lambda: joiner(rows, contexts)),
+    ):
+        linear.bias -= logits().mean(0)
+        linear.bias[0] += logits().std()
 
 
 @pytest.fixture(scope="module", params=["streaming", "whole"])
@@ -134,6 +136,6 @@ def test_sherpa_onnx_finds_in_wav_files_what_torch_finds(
         (hypothesis,) = search(out, torch.tensor([out.size(1)])).hypotheses
         expected.append([NAMES[token] for token in hypothesis.tokens])
     assert found["tokens"] == expected
-    # It can fail: the utterances have tokens, and not the same ones.
-    assert all(len(set(row)) > 2 for row in expected)
+    # It can fail: the utterances have tokens, of several kinds, and not the same ones.
+    assert all(expected) and len({t for row in expected for t in row}) > 3
     assert len({tuple(row) for row in expected}) == len(wavs)
