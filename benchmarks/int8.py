@@ -47,6 +47,7 @@ from icefall_kd.export.files import write_offline
 from icefall_kd.export.graph import exportable
 from icefall_kd.export.quantize import write_int8
 from icefall_kd.export.sides import Side, ctc_tokens, greedy, onnx_side
+from icefall_kd.rounding import SCALES, TENSOR
 from icefall_kd.student.cuts import read_batches
 from icefall_kd.student.outliers import account_of_outliers, table
 from icefall_kd.training import session
@@ -74,6 +75,7 @@ def get_args() -> argparse.Namespace:
     add("--max-duration", type=float, default=40.0, help="Seconds in a batch.")
     add("--lr", type=float, default=0.001, help="ScaledAdam's; 0.01 spoils both ways.")
     add("--seeds", default="1 2 3")
+    add("--scales", choices=SCALES, default=TENSOR, help="Of a weight in int8.")
     add("--num-threads", type=int, default=1)
     add("--json", type=Path, help="Write the figures to this file.")
     return parser.parse_args()
@@ -120,6 +122,7 @@ class Measure:
             for cut in cuts
         ]
         self.settings, self.tokenizer = settings, tokenizer
+        self.scales = args.scales
         cuts_and_few = args.test_cuts, min(16, args.num_cuts)
         self.batches = read_batches(*cuts_and_few, settings, tokenizer)
 
@@ -139,7 +142,7 @@ class Measure:
                 for part in parts:
                     options = {"takes_mean": False, "opset": 13}
                     write_offline(model, self.settings, part, files[part], **options)
-                    write_int8(files[part], small[part])
+                    write_int8(files[part], small[part], self.scales)
                 for form, those in zip(FORMS, (files, small)):
                     side = onnx_side(form, those)
                     rates[head][form] = self._rate(side, head, model)
@@ -223,7 +226,8 @@ def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
         for name, start in (("trained in fp32", ""), ("trained int8-aware", "0")):
             torch.manual_seed(seed)
             model, settings = student()
-            train(model, dict(settings, seed=seed), args, kd_int8_from=start)
+            int8 = {"kd_int8_from": start, "kd_int8_scales": args.scales}
+            train(model, dict(settings, seed=seed), args, **int8)
             rows.append(measure(name, seed, model))
     return rows
 

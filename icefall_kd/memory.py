@@ -1,6 +1,7 @@
 """Memory: one sentence where it runs out, and a heap that doesn't grow."""
 
 import ctypes
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -17,6 +18,7 @@ SIGNS = (
     "is killed by signal: Killed",
 )
 STATUS = Path("/proc/self/statm")
+SYSTEM = Path("/proc/meminfo")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -27,6 +29,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(
         sign in str(error) for sign in SIGNS
     )
+
+
+def free_memory() -> float:
+    """Bytes that new programs may have; infinite where the system doesn't say."""
+    if SYSTEM.exists():
+        for line in SYSTEM.read_text("ascii", errors="replace").splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    return math.inf
 
 
 @contextmanager

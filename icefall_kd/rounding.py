@@ -3,8 +3,9 @@
 ``onnxruntime.quantization.quantize_dynamic`` replaces each product with a constant
 matrix by one of 8-bit numbers. What that changes is that both factors are rounded:
 
-* a weight once, to -127..127 times one scale, max|w| / 127 (QInt8, symmetric, one scale
-  for the whole matrix);
+* a weight once, to -127..127 times a scale, max|w| / 127 (QInt8, symmetric; one scale
+  for the whole matrix, or with ``per_channel=True`` one for each channel that comes
+  out);
 * an activation whenever it is computed, to 0..255 minus a zero point, times one scale,
   (max(x, 0) - min(x, 0)) / 255 (ONNX's DynamicQuantizeLinear).
 
@@ -28,6 +29,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+# How many scales a weight has: one, or one for each channel that comes out.
+TENSOR, CHANNEL = "tensor", "channel"
+SCALES = (TENSOR, CHANNEL)
 # The parts that an export has; the simple joiner's projections are for training alone.
 EXPORTED = ("encoder_embed", "encoder", "decoder", "joiner", "ctc_output")
 # In an export, encoder_proj is part of the encoder.
@@ -58,8 +62,8 @@ def round_weight(weight: torch.Tensor, by_row: bool = False) -> torch.Tensor:
 
     Args:
       weight: (out, in), of a linear layer.
-      by_row: Whether each row has a scale of its own, as with ``per_channel=True``, in
-        place of one for the matrix.
+      by_row: Whether each row, which is one channel that comes out, has a scale of its
+        own, as with ``per_channel=True``, in place of one for the matrix.
 
     Returns:
       The rounded weight, of the same type; its gradient is the weight's.
@@ -178,18 +182,21 @@ class RoundedLinears:
     Args:
       model: A recipe's model, in DDP or not.
       is_on: Called at each layer: whether it rounds now.
+      scales: Of :data:`SCALES`, those of weights.
 
     Attributes:
       names: The names of the layers.
     """
 
-    def __init__(self, model: nn.Module, is_on: Callable[[], bool]) -> None:
+    def __init__(
+        self, model: nn.Module, is_on: Callable[[], bool], scales: str = TENSOR
+    ) -> None:
         model = getattr(model, "module", model)
         self._layers: List[nn.Module] = []
         self.names: List[str] = []
         for name, layer in exported_linears(model):
-            by_row = name in _BY_ROW
-            layer.forward = MethodType(_rounding_forward(layer, is_on, by_row), layer)
+            by_row = name in _BY_ROW, scales == CHANNEL
+            layer.forward = MethodType(_rounding_forward(layer, is_on, *by_row), layer)
             self._layers.append(layer)
             self.names.append(name)
 
@@ -217,14 +224,16 @@ def factors(layer: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tens
 
 
 def _rounding_forward(
-    owner: nn.Module, is_on: Callable[[], bool], by_row: bool
+    owner: nn.Module,
+    is_on: Callable[[], bool],
+    activation_by_row: bool,
+    weight_by_row: bool,
 ) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
     def round_factors(layer, x):
         if layer is not owner or not is_on():
             return None
-        return round_activation(linear_input(layer, x), by_row), round_weight(
-            layer.weight
-        )
+        x = round_activation(linear_input(layer, x), activation_by_row)
+        return x, round_weight(layer.weight, weight_by_row)
 
     # A bound method of this name: a pickled model finds its class's own, and a deep
     # copy binds it to the copied layer, which is not the owner.

@@ -14,15 +14,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from icefall_kd.rounding import (
+    CHANNEL,
+    SCALES,
+    TENSOR,
     RoundedLinears,
     exported_linears,
+    factors,
     linear_input,
     round_activation,
     round_weight,
 )
 
 
-def int8_session(weight, bias, path, gemm):
+def int8_session(weight, bias, path, gemm, scales=TENSOR):
     """What quantize_dynamic makes of a linear layer, in onnxruntime."""
     out, width = weight.shape
     sizes = ["n", "t", width][gemm:], ["n", "t", out][gemm:]
@@ -44,7 +48,12 @@ def int8_session(weight, bias, path, gemm):
     graph = helper.make_graph(nodes, "linear", [x], [y], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
     model.ir_version = 8
-    quantize_dynamic(model, str(path), op_types_to_quantize=["MatMul"])
+    quantize_dynamic(
+        model,
+        str(path),
+        op_types_to_quantize=["MatMul"],
+        per_channel=scales == CHANNEL,
+    )
     options = onnxruntime.SessionOptions()
     # The product of U8 and S8 overflows 16 bits on processors without VNNI.
     options.add_session_config_entry("session.x64quantprecision", "1")
@@ -71,12 +80,18 @@ INPUTS = {
 
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("gemm", [False, True])
-def test_a_rounded_layer_is_onnxruntimes(tmp_path, kind, gemm):
+@pytest.mark.parametrize("scales", SCALES)
+def test_a_rounded_layer_is_onnxruntimes(tmp_path, kind, gemm, scales):
     torch.manual_seed(len(kind))
     layer = nn.Linear(37, 11)
-    run = int8_session(layer.weight, layer.bias, tmp_path / "int8.onnx", gemm)
+    with torch.no_grad():
+        layer.weight[3] *= 50  # a scale of its own matters
+        layer.weight[5] = 0.0
+    path = tmp_path / "int8.onnx"
+    run = int8_session(layer.weight, layer.bias, path, gemm, scales)
     x = INPUTS[kind](torch.randn(*((3, 5) if not gemm else (13,)), 37))
-    rounded = F.linear(round_activation(x), round_weight(layer.weight), layer.bias)
+    weight = round_weight(layer.weight, by_row=scales == CHANNEL)
+    rounded = F.linear(round_activation(x), weight, layer.bias)
     expected = run(x)
     size = expected.abs().max()
     assert (rounded - expected).abs().max() <= 2e-6 * size
@@ -96,6 +111,14 @@ def test_a_weight_has_one_scale_of_127_steps():
     # -25.5 is a tie in decimals alone
     assert torch.allclose(rounded[0], expected[0], atol=1e-6)
     assert torch.allclose((rounded / 0.01).round() * 0.01, rounded, atol=1e-6)
+
+
+def test_each_row_of_a_weight_is_rounded_alone_where_it_is_asked_for():
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(6))
+    weight[2] *= 100
+    by_row = round_weight(weight, by_row=True)
+    assert torch.equal(by_row, torch.cat([round_weight(row[None]) for row in weight]))
+    assert (by_row - weight)[3].norm() < 0.1 * (round_weight(weight) - weight)[3].norm()
 
 
 def test_rows_have_ranges_of_their_own_where_they_are_asked_for():
@@ -200,6 +223,15 @@ def test_off_computes_the_same_bits_and_on_does_not(calm_model):
     rounded.close()
     assert torch.equal(encode(calm_model), before)
     assert not [m for m in calm_model.modules() if "forward" in vars(m)]
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_every_layer_has_the_scales_that_are_asked_for(calm_model, scales):
+    linears = RoundedLinears(calm_model, lambda: True, scales)
+    for _, layer in exported_linears(calm_model):
+        _, weight = factors(layer, torch.randn(2, layer.weight.size(1)))
+        assert torch.equal(weight, round_weight(layer.weight, scales == CHANNEL))
+    linears.close()
 
 
 def test_a_state_dict_has_the_same_keys_and_parameters(calm_model):

@@ -45,6 +45,7 @@ from icefall_kd.export.packages import need
 from icefall_kd.export.parity import Account, markdown_of, table_of
 from icefall_kd.files import replacing
 from icefall_kd.report.transcripts import need_kaldialign
+from icefall_kd.rounding import SCALES, TENSOR
 from icefall_kd.teacher.spec import TeacherSpec
 from icefall_kd.tokens import token_names
 from icefall_kd.zipformer import MIN_FRAMES
@@ -119,6 +120,14 @@ _PLAIN_FLAGS = {
     "joiner, and model for the CTC head's.",
 )
 @click.option(
+    "--int8-scales",
+    type=click.Choice(SCALES),
+    default=TENSOR,
+    help="How many scales a weight in int8 has: tensor for one, as icefall's exporters "
+    "write it, channel for one for each channel that comes out, with which outliers "
+    "of one do not cost the others.",
+)
+@click.option(
     "--heads",
     type=Text(),
     default="",
@@ -138,7 +147,8 @@ _PLAIN_FLAGS = {
     type=Count(MIN_FRAMES, 10**6),
     default=None,
     metavar="N",
-    help="The length of the form plain, in feature frames (100 a second).",
+    help="The length of the form plain, in feature frames (100 a second). A stream's "
+    "is that of its chunks.",
 )
 @click.option(
     "--plain-mask",
@@ -180,6 +190,7 @@ def export(
     cuts: str,
     forms: str,
     int8: str,
+    int8_scales: str,
     heads: str,
     opset: int,
     num_frames: Optional[int],
@@ -216,6 +227,11 @@ def export(
         "files in fp32: give onnx among the forms",
     )
     require(
+        of_int8 or int8_scales == TENSOR,
+        f"--int8-scales is {int8_scales}, and no part is written in int8: give --int8 "
+        "the parts, or leave --int8-scales out",
+    )
+    require(
         check_cuts or not only_check,
         "--only-check is given without --check: give it the cuts to check with",
     )
@@ -248,7 +264,7 @@ def export(
             f"--int8 has {part}, and what is exported has {', '.join(known)}: give "
             "some of these",
         )
-    wanted = Wanted(form_names, of_heads, of_int8, opset, plain)
+    wanted = Wanted(form_names, of_heads, of_int8, int8_scales, opset, plain)
     tokenizer = teacher.tokenizer(settings)
     names = token_names(tokenizer)
     num_features = int(settings["feature_dim"])
@@ -312,13 +328,8 @@ def _plain_of(
             "plain among --forms, or leave --num-frames out",
         )
         return {}
-    require(
-        num_frames,
-        "--forms has plain, which is for one length: give --num-frames, the feature "
-        "frames of the longest utterance",
-    )
-    fields = {"num_frames": num_frames, "mask": mask, "decoder": decoder}
-    return {**fields, "table_mb": table_mb}
+    fields = {"mask": mask, "decoder": decoder, "table_mb": table_mb}
+    return {**fields, "num_frames": num_frames} if num_frames else fields
 
 
 def _need_packages(

@@ -15,9 +15,9 @@ from icefall_kd.cli.presets import RECIPE
 from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError, naming_flags, require
 from icefall_kd.files import check_new_file
-from icefall_kd.memory import enough_memory
+from icefall_kd.memory import enough_memory, free_memory
 from icefall_kd.student.count import count_parameters
-from icefall_kd.student.presets import PRESETS, preset
+from icefall_kd.student.presets import STREAMING, preset, preset_names
 from icefall_kd.student.search import nearest
 from icefall_kd.student.times import (
     PARTS,
@@ -31,7 +31,10 @@ from icefall_kd.student.times import (
 
 TIMES = "preset_times.json"
 MEASURE = "icefall-kd student --list --measure --recipe FOLDER"
-_LARGEST_FILE = 2 * 10**9  # bytes; of ONNX, whose limit is 2 GiB
+# Of a streaming preset, in stack frames: what icefall's streaming models run with.
+CHUNK_SIZE, LEFT_CONTEXT = 16, 128
+_STACK_FRAMES = 50  # a second
+_COPIES = 4  # of a model's parameters that are in memory at once while it is timed
 _SLOWER = 0.95  # of the promised speed-up: below it a preset is called slower
 
 
@@ -72,7 +75,7 @@ def _nothing_compiled() -> Iterator[None]:
 def measure_presets(
     recipe: str, path: str, vocab_size: int, as_json: bool = False
 ) -> None:
-    """Time the presets that are not streaming, write the times, and print them.
+    """Time the presets, write the times, and print them.
 
     Args:
       recipe: The folder of a recipe, whose model is timed.
@@ -106,12 +109,15 @@ def measure_presets(
     def make(name: str) -> Tuple[Any, Dict[str, Any]]:
         params = recipe_params(train)
         params.update({**recipe_defaults(train), **base, **preset(name)})
+        if name.endswith(STREAMING):
+            sizes = {"chunk_size": CHUNK_SIZE, "left_context_frames": LEFT_CONTEXT}
+            params.update({key: str(size) for key, size in sizes.items()})
         return call_recipe(model_maker(train), params), params
 
     names, too_large = [], []
-    for name in PRESETS:
+    for name in preset_names():
         size = 4 * count_parameters({**base, **preset(name)})["all"]
-        (names if size < _LARGEST_FILE else too_large).append(name)
+        (names if _COPIES * size < free_memory() else too_large).append(name)
     remedy = "close other programs, or measure on a larger machine"
     with enough_memory("timing the presets", remedy):
         with tqdm(desc="Timing", unit=" models", total=ROUNDS * len(names)) as bar:
@@ -121,14 +127,16 @@ def measure_presets(
         "utterance_seconds": UTTERANCE,
         "tokens_a_frame": TOKENS_A_FRAME,
         "vocab_size": vocab_size,
+        "chunk_size": CHUNK_SIZE,
+        "left_context_frames": LEFT_CONTEXT,
     }
     times = PresetTimes(this_machine(), conditions, products, rtf)
     write_times(times, Path(path))
     click.echo(json.dumps(asdict(times), indent=2) if as_json else report(times))
     if too_large:
         click.echo(
-            f"\nNot timed, as one file of ONNX holds less than 2 GB: "
-            f"{', '.join(too_large)}",
+            f"\nNot timed, as memory for {_COPIES} copies of the parameters is not "
+            f"free: {', '.join(too_large)}",
             err=as_json,
         )
     click.echo(f"\nThe times are in {path}; --rtf chooses by them.", err=as_json)
@@ -140,7 +148,38 @@ def report(times: PresetTimes) -> str:
     Args:
       times: The times.
     """
-    names = sorted(times.rtf, key=times.multiply_adds.get)
+    streams = [name for name in times.rtf if name.endswith(STREAMING)]
+    whole = [name for name in times.rtf if name not in streams]
+    conditions = times.conditions
+    machine = ", ".join(f"{k} {v}" for k, v in times.machine.items())
+    lines = [
+        f"({machine};",
+        f"vocabulary of {conditions['vocab_size']:g}, a search of "
+        f"{conditions['tokens_a_frame']:g} tokens a frame, random weights)\n",
+    ]
+    if whole:
+        of = f"a second of audio, utterances of {conditions['utterance_seconds']:g} s"
+        lines += _tables(times, whole, of, 1.0)
+    if streams:
+        frames = conditions["chunk_size"], conditions["left_context_frames"]
+        chunk, left = (number / _STACK_FRAMES for number in frames)
+        of = f"a chunk of {chunk:g} s of a stream, left context {left:g} s"
+        lines += [*([""] if whole else []), *_tables(times, streams, of, chunk)]
+    return "\n".join(lines)
+
+
+def _tables(
+    times: PresetTimes, names: Sequence[str], of: str, seconds: float
+) -> List[str]:
+    """The tables of presets of one kind.
+
+    Args:
+      times: The times.
+      names: The presets.
+      of: What the times in milliseconds are of.
+      seconds: How much audio that is.
+    """
+    names = sorted(names, key=times.multiply_adds.get)
     largest = names[-1]
     head = [side.replace("onnxruntime", "onnx") for side in SIDES]
     rows = [["preset", "G/s", *head]]
@@ -149,7 +188,9 @@ def report(times: PresetTimes) -> str:
     for name in names:
         promised = times.multiply_adds[largest] / times.multiply_adds[name]
         sides = [times.rtf[name][side] for side in SIDES]
-        cells = [" + ".join(f"{1000 * rtf[p]:.2f}" for p in PARTS) for rtf in sides]
+        cells = [
+            " + ".join(f"{1000 * seconds * rtf[p]:.2f}" for p in PARTS) for rtf in sides
+        ]
         rows.append([name, f"{times.multiply_adds[name] / 1e9:.2f}", *cells])
         found = {s: times.of(largest, s) / times.of(name, s) for s in SIDES}
         ratios.append(
@@ -158,13 +199,8 @@ def report(times: PresetTimes) -> str:
         for side, ratio in found.items():
             if ratio < _SLOWER * promised:
                 slower[side].append(f"{name} ({ratio / promised:.2f})")
-    machine = ", ".join(f"{k} {v}" for k, v in times.machine.items())
-    conditions = times.conditions
     lines = [
-        f"Milliseconds for a second of audio, {' + '.join(PARTS)}\n({machine};",
-        f"utterances of {conditions['utterance_seconds']:g} s, vocabulary of "
-        f"{conditions['vocab_size']:g}, a search of {conditions['tokens_a_frame']:g} "
-        "tokens a frame, random weights):\n",
+        f"Milliseconds for {of}, {' + '.join(PARTS)}:\n",
         text_table(rows),
         f"\nTimes faster than {largest}:\n",
         text_table(ratios),
@@ -174,11 +210,10 @@ def report(times: PresetTimes) -> str:
     ]
     products = [times.multiply_adds[name] for name in names]
     for side in SIDES:
-        seconds = [times.of(name, side) for name in names]
-        correlation = rank_correlation(products, seconds)
+        correlation = rank_correlation(products, [times.of(n, side) for n in names])
         shown = ", ".join(slower[side]) or "none"
         lines.append(f"  {side}: {correlation:.3f}; {shown}")
-    return "\n".join(lines)
+    return lines
 
 
 def check_rtf(rtf: float, others: Sequence[str], path: str) -> PresetTimes:

@@ -14,6 +14,7 @@ from icefall_kd.export.files import (
     ENCODER,
     JOINER,
     inputs_and_outputs,
+    weights_of,
     write_offline,
     write_torchscript,
 )
@@ -31,6 +32,7 @@ from icefall_kd.export.folder import (
 from icefall_kd.export.graph import exportable
 from icefall_kd.export.quantize import write_fp16, write_int8
 from icefall_kd.export.streaming import ChunkEncoder, chunks_of, write_streaming
+from icefall_kd.rounding import TENSOR
 from icefall_kd.targets.fingerprint import STREAMING
 from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
 from icefall_kd.zipformer import has_ctc, has_transducer, subsampling_factor
@@ -40,6 +42,7 @@ FORMS = (TORCHSCRIPT, ONNX, FP16, PLAIN)
 TRANSDUCER_HEAD, CTC_HEAD = "transducer", "ctc"
 PARTS = {TRANSDUCER_HEAD: (ENCODER, DECODER, JOINER), CTC_HEAD: (CTC,)}
 JIT = "jit_script.pt"
+WEIGHTS = "weights"  # in metadata.json: of a file of ONNX that is too large for one
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Wanted:
       forms: Of :data:`FORMS`.
       heads: transducer, ctc or both.
       int8: The parts that are written in int8 too.
+      int8_scales: Of :data:`icefall_kd.rounding.SCALES`, those of weights in int8.
       opset: The version of ONNX's operators.
       plain: Of the plain form, some fields of PlainForm.
     """
@@ -57,6 +61,7 @@ class Wanted:
     forms: Tuple[str, ...]
     heads: Tuple[str, ...]
     int8: Tuple[str, ...] = ()
+    int8_scales: str = TENSOR
     opset: int = 13
     plain: Dict[str, Any] = field(default_factory=dict)
 
@@ -95,22 +100,33 @@ def check_form(
       features: Of the recipe.
 
     Raises:
-      KDError: features that need the end of an utterance, or a form for whole ones.
+      KDError: features that need the end of an utterance, a form for whole ones, or a
+        length of the plain form that is missing or of no use.
     """
-    if streaming_of(settings)[0] <= 0:
+    streams, length = streaming_of(settings)[0] > 0, wanted.plain.get("num_frames")
+    require(
+        PLAIN not in wanted.forms or length or streams,
+        "--forms has plain, which is for one length: give --num-frames, the feature "
+        "frames of the longest utterance",
+    )
+    if not streams:
         return
+    require(
+        not length,
+        f"--num-frames is {length}, and a stream's chunk has its own length: leave it "
+        "out",
+    )
     remedy = "give --chunk-size -1 to export it for whole utterances"
     require(
         features.mean != UTTERANCE,
         "the recipe takes the mean of each utterance off its features, which is known "
         f"at the end, so its model can't be streamed: {remedy}, or train it without",
     )
-    for form in (TORCHSCRIPT, PLAIN):
-        require(
-            form not in wanted.forms,
-            f"--forms has {form}, and a stream is exported as onnx: leave it out, or "
-            f"{remedy}",
-        )
+    require(
+        TORCHSCRIPT not in wanted.forms,
+        f"--forms has {TORCHSCRIPT}, and a stream is exported as onnx or plain: leave "
+        f"it out, or {remedy}",
+    )
 
 
 def heads_of(model: Any, asked: Sequence[str]) -> Tuple[str, ...]:
@@ -189,15 +205,15 @@ def _write_smaller(
     wanted: Wanted, part: str, source: Path, suffix: str, folder: ExportFolder
 ) -> None:
     """Write a part in fp16 and int8, where it is asked for."""
-    smaller = []
     if FP16 in wanted.forms:
-        smaller.append((FP16, write_fp16))
+        name = file_name(part, suffix, FP16)
+        write_fp16(source, folder.path / name)
+        folder.add(name, part, FP16, **inputs_and_outputs(folder.path / name))
     if part in wanted.int8:
-        smaller.append((INT8, write_int8))
-    for precision, write in smaller:
-        name = file_name(part, suffix, precision)
-        write(source, folder.path / name)
-        folder.add(name, part, precision, **inputs_and_outputs(folder.path / name))
+        name = file_name(part, suffix, INT8)
+        write_int8(source, folder.path / name, wanted.int8_scales)
+        more = inputs_and_outputs(folder.path / name)
+        folder.add(name, part, INT8, scales=wanted.int8_scales, **more)
 
 
 def export(
@@ -242,6 +258,8 @@ def export(
             else:
                 write_offline(model, loaded.settings, part, path, **options)
             folder.add(name, part, FP32, **inputs_and_outputs(path))
+            if weights_of(path).exists():
+                folder.add(weights_of(path).name, part, WEIGHTS)
             _write_smaller(wanted, part, path, suffix, folder)
     if PLAIN in wanted.forms:
         from icefall_kd.export.plain import PlainForm
@@ -249,10 +267,12 @@ def export(
 
         form = PlainForm(
             feature_dim=features.num_mel_bins,
+            chunk_size=max(chunk_size, 0),
+            left_context=max(left_context, 0),
             heads=wanted.heads,
             takes_mean=takes_mean,
             opset=wanted.opset,
-            **wanted.plain,
+            **{"num_frames": 0, **wanted.plain},
         )
         of_plain = sentences(add_plain(loaded, form, names, folder))
     write_tokens(folder.path / TOKENS, names)

@@ -1,6 +1,7 @@
 """Writes a model's parts as TorchScript and ONNX, with sherpa-onnx's metadata."""
 
 import inspect
+import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from icefall_kd.export.packages import need
 from icefall_kd.files import replacing
 
 OPSETS = range(13, 18)  # that torch 1.13 and onnxruntime both have
+# Bytes of parameters with which one file of ONNX, of less than 2 GiB, is not enough.
+LARGE = 2**31 - 2**26
 ENCODER, DECODER, JOINER, CTC = "encoder", "decoder", "joiner", "model"
 # sherpa-onnx's names of tensors, of each part: inputs, outputs.
 _TENSORS = {
@@ -158,7 +161,7 @@ def write_onnx(
     options: Dict[str, Any] = {}
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         options["dynamo"] = False  # newer torch's default, which fixes lengths
-    with replacing(path, shared=True) as temporary, _refusing("ONNX"):
+    with _refusing("ONNX"), _written(module, path) as temporary:
         torch.onnx.export(
             module,
             example,
@@ -169,6 +172,46 @@ def write_onnx(
             opset_version=opset,
             **options,
         )
+
+
+def weights_of(path: Path) -> Path:
+    """The file with the weights of a large file of ONNX, by icefall's name for it.
+
+    Args:
+      path: The file.
+    """
+    return path.with_suffix(".weights")
+
+
+@contextmanager
+def _written(module: nn.Module, path: Path) -> Iterator[Path]:
+    """Where a block writes a module's file; the weights of a large one are moved out.
+
+    Torch writes each weight of a large module into a file of its own. Their names stay
+    those of parameters, so they need a folder of their own.
+    """
+    if sum(p.numel() * p.element_size() for p in module.parameters()) < LARGE:
+        with replacing(path, shared=True) as temporary:
+            yield temporary
+        weights_of(path).unlink(missing_ok=True)  # of a former model
+        return
+    onnx = need("onnx", "the form ONNX")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        model = onnx.load(str(temporary))
+        whole = Path(folder) / "whole"
+        whole.mkdir()
+        weights = weights_of(path)
+        onnx.save_model(
+            model,
+            str(whole / path.name),
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            location=weights.name,
+        )
+        for name in (weights.name, path.name):
+            (whole / name).replace(path.with_name(name))
 
 
 @contextmanager
@@ -197,7 +240,7 @@ def write_metadata(path: Path, values: Dict[str, str]) -> None:
       values: The metadata.
     """
     onnx = need("onnx", "the form ONNX")
-    model = onnx.load(str(path))
+    model = onnx.load(str(path), load_external_data=False)
     known = {prop.key: prop.value for prop in model.metadata_props}
     onnx.helper.set_model_props(model, {**known, **values})
     with replacing(path, shared=True) as temporary:

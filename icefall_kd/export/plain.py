@@ -1,10 +1,12 @@
 """The plain form: a model for chips that have no gather, and know one length alone.
 
-Encoder, CTC head and joiner are ONNX graphs in which every shape is a number. The
-token embedding is outside of the graphs: its table is a file, and the decoder takes its
-rows; or the whole decoder is a table of what it says after each context.
-``plain_modules`` has the modules for one length, ``plain_graph`` makes the graphs,
-``plain_check`` compares each step with the last, ``plain_reader`` reads the files.
+For a stream the length is that of a chunk, and the states of a chunk are inputs and
+outputs (``plain_stream``). Encoder, CTC head and joiner are ONNX graphs in which every
+shape is a number. The token embedding is outside of the graphs: its table is a file,
+and the decoder takes its rows; or the whole decoder is a table of what it says after
+each context. ``plain_modules`` has the modules for one length, ``plain_graph`` makes
+the graphs, ``plain_check`` compares each step with the last, ``plain_reader`` reads the
+files.
 """
 
 import json
@@ -22,6 +24,7 @@ from icefall_kd.errors import require
 from icefall_kd.export.build import heads_of
 from icefall_kd.export.plain_check import (
     Difference,
+    compare_chunks,
     compare_decoder,
     compare_encoder,
     compare_joiner,
@@ -37,6 +40,8 @@ from icefall_kd.export.plain_model import (
     WholeModel,
 )
 from icefall_kd.export.plain_modules import require_zipformer
+from icefall_kd.export.plain_stream import PlainChunkEncoder, chunks_of_recipe
+from icefall_kd.export.streaming import num_frames_of
 from icefall_kd.files import check_new_folder
 from icefall_kd.zipformer import MIN_FRAMES, encoder_frames, stack_frames
 
@@ -49,17 +54,22 @@ class PlainForm:
 
     Attributes:
       num_frames: The length of the encoder's input, in feature frames (100 a second).
+        It is not looked at for a stream.
       feature_dim: Numbers in a feature frame.
       heads: Of transducer and ctc; none: all that the model has.
       mask: Whether the encoder takes a mask, with which a shorter utterance has the
-        same output as alone. Without it, the padding is heard.
+        same output as alone. Without it, the padding is heard. For a stream there is
+        always one, of the left context.
       takes_mean: Whether the encoder takes the mean of the utterance off its features.
       decoder: ``embedding`` for the embedding's table and a graph of the rest, or
         ``table`` for one row for each context.
       table_mb: The largest table of contexts, in MB.
       opset: The version of ONNX's operators.
+      chunk_size: Stack frames (50 a second) of a stream's chunk; 0 for whole
+        utterances.
+      left_context: Those before it that a chunk hears.
       bound: The largest difference of a step, for values between -1 and 1; for larger
-        ones it grows as they do.
+        ones it grows as they do, as that of float32 does (see ``plain_check``).
     """
 
     num_frames: int
@@ -70,6 +80,8 @@ class PlainForm:
     decoder: str = "embedding"
     table_mb: float = 16.0
     opset: int = 13
+    chunk_size: int = 0
+    left_context: int = 0
     bound: float = 1e-5
 
 
@@ -139,7 +151,7 @@ def _check(model: nn.Module, form: PlainForm, heads: Sequence[str]) -> None:
     require_zipformer(model)
     require_opset(form.opset)
     require(
-        form.num_frames >= MIN_FRAMES,
+        form.num_frames >= MIN_FRAMES or form.chunk_size,
         f"`num_frames` is {form.num_frames}, and one frame of output needs "
         f"{MIN_FRAMES} feature frames: give {MIN_FRAMES} or more",
     )
@@ -188,12 +200,32 @@ def _make_encoder(
     whole: WholeModel, form: PlainForm, heads: Sequence[str]
 ) -> Tuple[Dict[str, onnx.ModelProto], List[Difference]]:
     """The graph of the encoder, and what the steps to it changed."""
+    if form.chunk_size:
+        return _make_chunks(whole, form, heads)
     encoder = PlainEncoder(whole.model, form.num_frames, heads, form.takes_mean).eval()
     inputs = {"features": torch.zeros(1, form.num_frames, form.feature_dim)}
     if form.mask:
         inputs["mask"] = torch.ones(1, form.num_frames)
     graph = make_graph(encoder, inputs, encoder.heads.names, form.opset)
     return {"encoder.onnx": graph}, compare_encoder(whole, encoder, graph, inputs)
+
+
+def _make_chunks(
+    whole: WholeModel, form: PlainForm, heads: Sequence[str]
+) -> Tuple[Dict[str, onnx.ModelProto], List[Difference]]:
+    """The graph of a stream's encoder, and what the steps to it changed."""
+    sizes = form.chunk_size, form.left_context, heads
+    encoder = PlainChunkEncoder(whole.model, *sizes).eval()
+    states = encoder.states()
+    inputs = {
+        "features": torch.zeros(1, encoder.num_frames, form.feature_dim),
+        "mask": torch.ones(1, form.left_context),
+        **states,
+    }
+    outputs = [*encoder.heads.names, *(f"new_{name}" for name in states)]
+    graph = make_graph(encoder, inputs, outputs, form.opset)
+    recipe = chunks_of_recipe(whole.model, *sizes)
+    return {"encoder.onnx": graph}, compare_chunks(recipe, encoder, graph, inputs)
 
 
 def _add_transducer(
@@ -220,17 +252,21 @@ def _described(
     model: nn.Module, form: PlainForm, heads: Sequence[str]
 ) -> Dict[str, Any]:
     """What a reader must know of the form."""
+    chunk = form.chunk_size
+    length = num_frames_of(model, chunk) if chunk else form.num_frames
     described = {
-        "num_frames": form.num_frames,
+        "num_frames": length,
         "feature_dim": form.feature_dim,
-        "frames": encoder_frames(form.num_frames),
-        "stack_frames": stack_frames(form.num_frames),
+        "frames": chunk // 2 if chunk else encoder_frames(length),
+        "stack_frames": chunk or stack_frames(length),
         "mask": form.mask,
         "takes_mean": form.takes_mean,
         "opset": form.opset,
         "heads": list(heads),
         "blank_id": 0,
     }
+    if chunk:
+        described.update(chunk_size=chunk, left_context=form.left_context)
     if TRANSDUCER in heads:
         blank = int(model.decoder.blank_id)
         described.update(

@@ -19,7 +19,7 @@ _SHARED = ("model", "checkpoint", "tokens", "features", "versions")
 def add_plain(
     loaded: LoadedTeacher, form: PlainForm, names: Sequence[str], folder: ExportFolder
 ) -> PlainReport:
-    """Write ``plain-N``, for N feature frames, and note its files.
+    """Write ``plain-N``, for N feature frames or a stream's sizes, and note its files.
 
     Args:
       loaded: The model.
@@ -33,7 +33,10 @@ def add_plain(
     Raises:
       KDError: As :func:`icefall_kd.export.plain.write_plain`.
     """
-    place = f"{PLAIN}-{form.num_frames}"
+    length = str(form.num_frames)
+    if form.chunk_size:
+        length = f"chunk-{form.chunk_size}-left-{form.left_context}"
+    place = f"{PLAIN}-{length}"
     shared = {name: folder.metadata[name] for name in _SHARED}
     report = write_plain(loaded.model, form, folder.path / place, shared)
     write_tokens(folder.path / place / TOKENS, names)
@@ -96,7 +99,7 @@ def sentences(report: PlainReport) -> List[str]:
     """
     lines = []
     for part in dict.fromkeys(d.part for d in report.differences):
-        of_step = {"plain": 0.0, "onnx": 0.0}
+        of_step = {"plain": 0.0, "onnx": 0.0, "float64": 0.0}
         for d in report.differences:
             if d.part == part:
                 of_step[d.step] = max(of_step[d.step], d.largest)
@@ -104,6 +107,8 @@ def sentences(report: PlainReport) -> List[str]:
             f"{part}: largest difference {of_step['plain']:.1e} of the plain modules "
             f"from the recipe's, {of_step['onnx']:.1e} of onnxruntime from those"
         )
+        if of_step["float64"]:
+            lines[-1] += f"; the recipe's own are {of_step['float64']:.1e} from float64"
     for name, operators in report.operators.items():
         counts = ", ".join(f"{kind} {count}" for kind, count in operators.items())
         lines.append(f"{name}: {counts}")

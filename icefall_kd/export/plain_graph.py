@@ -141,6 +141,7 @@ def folded(model: onnx.ModelProto) -> onnx.ModelProto:
     while True:
         del model.graph.value_info[:]  # torch's are of another shape now and then
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        _choose(model)
         if not _fold_once(model):
             return _without_unused(model)
 
@@ -170,6 +171,26 @@ def _fold_once(model: onnx.ModelProto) -> bool:
     del model.graph.initializer[:]
     model.graph.initializer.extend(constants.values())
     return len(kept) < before
+
+
+def _choose(model: onnx.ModelProto) -> None:
+    """Let what takes the choice of a Where take what is always chosen.
+
+    Masks that mask nothing are left of the recipes' modules.
+    """
+    shapes, chosen = _shapes(model), {}
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = chosen.get(name, name)
+        if node.op_type != "Where" or node.input[0] not in constants:
+            continue
+        condition = numpy_helper.to_array(constants[node.input[0]])
+        source = node.input[1 if condition.all() else 2]
+        if condition.all() == condition.any() and shapes.get(source) == shapes.get(
+            node.output[0], ()
+        ):
+            chosen[node.output[0]] = source
 
 
 def _is_of(node: onnx.NodeProto, constants: Mapping[str, object]) -> bool:

@@ -134,16 +134,26 @@ class WholeModel:
       model: A recipe's model; it stays as it is.
       heads: Of :data:`HEADS`.
       takes_mean: As of :class:`PlainEncoder`.
+      dtype: What it computes in.
     """
 
     def __init__(
-        self, model: nn.Module, heads: Sequence[str], takes_mean: bool = False
+        self,
+        model: nn.Module,
+        heads: Sequence[str],
+        takes_mean: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+        model = copy.deepcopy(model).cpu().to(dtype).eval().requires_grad_(False)
         if getattr(model.encoder, "causal", False):
             # The whole utterance is one chunk, as in an offline export.
             model.encoder.chunk_size = model.encoder.left_context_frames = (-1,)
-        self.model, self.heads, self.takes_mean = model, Heads(model, heads), takes_mean
+        self.model, self.names, self.takes_mean = model, tuple(heads), takes_mean
+        self.heads = Heads(model, heads)
+
+    def double(self) -> "WholeModel":
+        """Return the same in float64; this one stays as it is."""
+        return WholeModel(self.model, self.names, self.takes_mean, torch.float64)
 
     def encode(self, features: Tensor) -> List[Tensor]:
         """Return (1, T', C) of each head for ``features`` (1, T, F)."""

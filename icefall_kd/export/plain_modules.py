@@ -161,10 +161,8 @@ class CausalConvolution(nn.Module):
         self, module: nn.Module, num_frames: int, factor: int, valid: Valid
     ) -> None:
         super().__init__()
-        self.causal_conv, self.chunkwise_conv = (
-            module.causal_conv,
-            module.chunkwise_conv,
-        )
+        self.causal_conv = module.causal_conv
+        self.chunkwise_conv = module.chunkwise_conv
         self.kernel, self.factor, self.valid = int(module.kernel_size), factor, valid
         self.num_frames = num_frames
         left, right = module.chunkwise_conv_scale
@@ -334,10 +332,9 @@ def plain_copy(model: nn.Module, stack_frames: int, valid: Valid) -> nn.Module:
             stack.upsample = Upsample(stack.upsample, num_frames)
             stack = stack.encoder
         _fix_stack(stack, num_frames, factor, valid)
-    encoder.downsample_output = Downsample(
-        encoder.downsample_output, stack_frames, valid
-    )
-    _fix_parts(model)
+    at_the_end = encoder.downsample_output
+    encoder.downsample_output = Downsample(at_the_end, stack_frames, valid)
+    fix_parts(model)
     return model
 
 
@@ -388,8 +385,12 @@ def _fix_stack(stack: nn.Module, num_frames: int, factor: int, valid: Valid) -> 
     stack.encoder_pos = NoPositions()
 
 
-def _fix_parts(model: nn.Module) -> None:
-    """Replace modules that are the same for every length."""
+def fix_parts(model: nn.Module) -> None:
+    """Replace modules that are the same for every length.
+
+    Args:
+      model: A copy of a recipe's model.
+    """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             kind = type(child).__name__

@@ -55,7 +55,8 @@ class PlainReader:
 
         Args:
           features: (T, F), as the recipe makes them, T from 9 to the form's
-            ``num_frames``.
+            ``num_frames``; of a stream that or more, which is encoded chunk by chunk,
+            as many as are whole.
 
         Returns:
           By the name of an output, (T', C): ``encoder_out`` where there is a
@@ -71,6 +72,8 @@ class PlainReader:
             f"(frames, {width}): compute them as its metadata.json says",
         )
         num_frames = len(features)
+        if "chunk_size" in self.metadata:
+            return self._encode_chunks(features)
         require(
             num_frames <= length,
             f"the utterance has {num_frames} feature frames and the plain form is for "
@@ -91,6 +94,37 @@ class PlainReader:
         names = [output.name for output in self._encoder.get_outputs()]
         values = self._encoder.run(names, inputs)
         return {n: value[0, :frames] for n, value in zip(names, values)}
+
+    def _encode_chunks(self, features: np.ndarray) -> Dict[str, np.ndarray]:
+        """Encode a stream: the states of each chunk are inputs of the next."""
+        length, chunk = self.metadata["num_frames"], self.metadata["chunk_size"]
+        left = self.metadata["left_context"]
+        require(
+            len(features) >= length,
+            f"the utterance has {len(features)} feature frames and a chunk takes "
+            f"{length}: put silence behind it",
+        )
+        states = {
+            value.name: np.zeros(value.shape, np.float32)
+            for value in self._encoder.get_inputs()[2:]
+        }
+        names = [output.name for output in self._encoder.get_outputs()]
+        rows: Dict[str, List[np.ndarray]] = {}
+        begins = range(0, len(features) - length + 1, 2 * chunk)
+        for i, begin in enumerate(begins):
+            # What of the left context is there at all.
+            mask = (np.arange(left) >= left - i * chunk)[None]
+            inputs = {
+                "features": features[None, begin : begin + length],
+                "mask": mask.astype(np.float32),
+                **states,
+            }
+            for name, value in zip(names, self._encoder.run(names, inputs)):
+                if name.startswith("new_"):
+                    states[name[len("new_") :]] = value
+                else:
+                    rows.setdefault(name, []).append(value[0])
+        return {name: np.concatenate(values) for name, values in rows.items()}
 
     def greedy(self, features: np.ndarray) -> List[int]:
         """Search greedily with the transducer, at most one token a frame.

@@ -9,11 +9,12 @@ from typing import Any, Iterator, Set
 from icefall_kd.errors import KDError
 from icefall_kd.export.packages import need
 from icefall_kd.files import replacing
+from icefall_kd.rounding import CHANNEL, TENSOR
 
 ENCODINGS = "encoder_pos"  # in names of nodes, the recipes' name of that module
 
 
-def write_int8(source: Path, path: Path) -> None:
+def write_int8(source: Path, path: Path, scales: str = TENSOR) -> None:
     """Write a file whose matrix products have weights of 8 bits.
 
     It is onnxruntime's dynamic quantization, as icefall's exporters do it: activations
@@ -22,6 +23,8 @@ def write_int8(source: Path, path: Path) -> None:
     Args:
       source: The file in fp32.
       path: The new file.
+      scales: Of :data:`icefall_kd.rounding.SCALES`: a weight has one, as in icefall's
+        exporters, or one for each channel that comes out.
 
     Raises:
       KDError: onnxruntime is missing, or can't quantize it.
@@ -32,6 +35,7 @@ def write_int8(source: Path, path: Path) -> None:
             model_input=str(source),
             model_output=str(temporary),
             op_types_to_quantize=["MatMul"],
+            per_channel=scales == CHANNEL,
             weight_type=quantization.QuantType.QInt8,
         )
 

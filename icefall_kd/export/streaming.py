@@ -47,6 +47,20 @@ def chunks_of(settings: Dict[str, Any]) -> Tuple[int, int]:
     return values[0], values[1]
 
 
+def num_frames_of(model: nn.Module, chunk_size: int) -> int:
+    """The feature frames that a chunk takes.
+
+    The front end takes 7 more than two for a stack frame, and its ConvNeXt layer looks
+    ahead.
+
+    Args:
+      model: A recipe's causal model.
+      chunk_size: Stack frames of a chunk.
+    """
+    ahead = int(model.encoder_embed.convnext.padding[0])
+    return 2 * chunk_size + 7 + 2 * ahead
+
+
 class ChunkEncoder(nn.Module):
     """The features of a chunk to what a head takes of the encoder.
 
@@ -62,9 +76,7 @@ class ChunkEncoder(nn.Module):
         self.head = head
         self.chunk_size = int(model.encoder.chunk_size[0])
         self.left_context = int(model.encoder.left_context_frames[0])
-        # The front end takes 7 frames more, and its ConvNeXt layer looks ahead.
-        ahead = int(model.encoder_embed.convnext.padding[0])
-        self.num_frames = 2 * self.chunk_size + 7 + 2 * ahead
+        self.num_frames = num_frames_of(model, self.chunk_size)
 
     def initial_states(self) -> List[Tensor]:
         """Those of layers, of the front end, and the number of frames before: 0."""
@@ -121,7 +133,7 @@ def write_streaming(
     head = model.ctc_output if part == CTC else model.joiner.encoder_proj
     module = ChunkEncoder(model, head).eval()
     states = module.initial_states()
-    names, axes = _state_names(len(states) - 2)
+    names, axes = state_names(len(states) - 2)
     inputs = ["x", *names]
     outputs = ["log_probs" if part == CTC else "encoder_out"]
     axes.update({"x": {0: "N"}, outputs[0]: {0: "N"}})
@@ -133,8 +145,16 @@ def write_streaming(
     write_metadata(path, streaming_metadata(module, part))
 
 
-def _state_names(count: int) -> Tuple[List[str], Dict[str, Dict[int, str]]]:
-    """The names of states, and their axis of utterances."""
+def state_names(count: int) -> Tuple[List[str], Dict[str, Dict[int, str]]]:
+    """The names of states, and their axis of utterances.
+
+    Args:
+      count: How many states the layers have.
+
+    Returns:
+      The names, those of the front end and of the counter at the end; and by name the
+      axis.
+    """
     names, axes = [], {}
     for layer in range(count // len(STATES)):
         for state in STATES:

@@ -1,5 +1,8 @@
 """How long parts of a model take: in onnxruntime and torch, in fp32 and int8.
 
+A model for whole utterances encodes one of 10 s, and one for streaming as many chunks
+as are in 10 s, each with the states of the last.
+
 Weights are random. That changes no time of an encoder. A search with random weights
 would find tokens at a rate of its own, so it runs at a given one: the joiner at each
 frame, the decoder after each token.
@@ -14,6 +17,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +32,12 @@ from icefall_kd.export.files import (
 from icefall_kd.export.graph import exportable
 from icefall_kd.export.quantize import write_int8
 from icefall_kd.export.sides import session
+from icefall_kd.export.streaming import (
+    ChunkEncoder,
+    chunks_of,
+    encode_chunks,
+    write_streaming,
+)
 from icefall_kd.student.count import FRAMES_PER_SECOND
 from icefall_kd.student.times import PARTS, SIDES
 from icefall_kd.zipformer import encoder_frames
@@ -36,6 +46,7 @@ UTTERANCE = 10.0  # seconds, as multiply-adds are counted
 TOKENS_A_FRAME = 0.2  # of 25 frames a second: five tokens a second
 ROUNDS = 3
 _SHORT = 50  # feature frames of the pass that comes before those that are timed
+_ALONE = 13  # feature frames that a chunk takes beyond those from it to the next
 _PASSES, _ENOUGH = 5, 0.3  # of one round: at most so many, and no more after 0.3 s
 
 Run = Callable[..., Any]
@@ -71,7 +82,7 @@ def measure(
       rounds: How often each model is timed.
 
     Returns:
-      By name, side and part: the median RTF over all passes, utterances of 10 s.
+      By name, side and part: the median RTF over all passes.
 
     Raises:
       KDError: onnx or onnxruntime is missing, or a model that can't be exported.
@@ -83,12 +94,14 @@ def measure(
         for _ in range(rounds):
             for name in names:
                 model, settings = make(name)
+                model = exportable(model)  # the other one may go
                 files = Path(folder) / name
                 for side in SIDES:
                     parts = _open(side, model, settings, files)
                     _time(parts, settings, samples[name][side], clock)
                     del parts
                     gc.collect()
+                del model
                 advance()
     return {
         name: {
@@ -99,28 +112,66 @@ def measure(
     }
 
 
+def _streams(settings: Dict[str, Any]) -> bool:
+    return bool(settings.get("causal")) and chunks_of(settings)[0] > 0
+
+
 def _open(
     side: str, model: nn.Module, settings: Dict[str, Any], folder: Path
 ) -> Dict[str, Run]:
     """What runs encoder, decoder and joiner on one side, ready for inputs."""
     engine, form = side.split()
-    parts = (ENCODER, DECODER, JOINER)
+    parts = (DECODER, JOINER) if _streams(settings) else (ENCODER, DECODER, JOINER)
+    chunks = None
+    if _streams(settings):
+        chunks = ChunkEncoder(model, model.joiner.encoder_proj).eval()
     if engine == "torch":
-        exported = exportable(model)
-        modules = {part: offline_part(exported, part, False) for part in parts}
+        modules = {part: offline_part(model, part, False) for part in parts}
+        if chunks is not None:
+            modules[ENCODER] = chunks
         if form == "int8":
             modules = {part: _int8(module) for part, module in modules.items()}
-        return dict(modules)
+        if chunks is None:
+            return dict(modules)
+        return {**modules, ENCODER: _of_chunks(chunks, modules[ENCODER])}
     if not folder.exists():  # in the first round
-        folder.mkdir()
-        exported = exportable(model)
-        for part in parts:
-            path = folder / f"{part}.fp32.onnx"
-            options = {"takes_mean": False, "opset": OPSETS.start}
-            write_offline(exported, settings, part, path, **options)
-            write_int8(path, folder / f"{part}.int8.onnx")
-    files = {part: folder / f"{part}.{form}.onnx" for part in parts}
-    return {part: _of_tensors(session(path, True)) for part, path in files.items()}
+        _write(model, settings, folder)
+    runs = {
+        part: session(folder / f"{part}.{form}.onnx", True)
+        for part in (ENCODER, DECODER, JOINER)
+    }
+    found = {part: _of_tensors(run) for part, run in runs.items()}
+    if chunks is not None:
+        found[ENCODER] = lambda x, lens: [chunks.encode(runs[ENCODER], x.numpy())[None]]
+    return found
+
+
+def _write(model: nn.Module, settings: Dict[str, Any], folder: Path) -> None:
+    """Write the files of a model, in fp32 and int8."""
+    folder.mkdir()
+    opset = OPSETS.start
+    for part in (ENCODER, DECODER, JOINER):
+        path = folder / f"{part}.fp32.onnx"
+        if part == ENCODER and _streams(settings):
+            write_streaming(model, settings, part, path, opset)
+        else:
+            write_offline(model, settings, part, path, takes_mean=False, opset=opset)
+        write_int8(path, folder / f"{part}.int8.onnx")
+
+
+def _of_chunks(chunks: ChunkEncoder, module: nn.Module) -> Run:
+    """A function of an utterance, of torch's module of a chunk and its states."""
+
+    def step(chunk: np.ndarray, *states: torch.Tensor) -> Tuple:
+        out, states = module(torch.from_numpy(chunk), list(states))
+        return (out.numpy(), *states)
+
+    def encode(x: torch.Tensor, lens: torch.Tensor) -> List[np.ndarray]:
+        sizes = chunks.num_frames, 2 * chunks.chunk_size
+        rows = encode_chunks(step, chunks.initial_states(), x.numpy(), *sizes)
+        return [rows[None]]
+
+    return encode
 
 
 def _int8(module: nn.Module) -> nn.Module:
@@ -142,14 +193,13 @@ def _time(
     clock: Callable[[], float],
 ) -> None:
     """Add the RTFs of a few passes of each part to ``samples``."""
+    whole = round(UTTERANCE * FRAMES_PER_SECOND)
+    frame = torch.zeros(1, int(settings["joiner_dim"]))
+    context = torch.zeros(1, int(settings["context_size"]), dtype=torch.int64)
 
     def encode(num_frames: int) -> None:
         features = torch.zeros(1, num_frames, int(settings["feature_dim"]))
         parts[ENCODER](features, torch.tensor([num_frames]))
-
-    num_frames = round(UTTERANCE * FRAMES_PER_SECOND)
-    frame = torch.zeros(1, int(settings["joiner_dim"]))
-    context = torch.zeros(1, int(settings["context_size"]), dtype=torch.int64)
 
     def search(num_frames: int) -> None:
         due = 0.0
@@ -160,13 +210,23 @@ def _time(
                 parts[DECODER](context)
                 due -= 1
 
-    for part, run in ((PARTS[0], encode), (PARTS[1], search)):
-        run(_SHORT)
+    # Feature frames of the first pass and of the others, and how long these last.
+    of_search = of_encoder = _SHORT, whole, UTTERANCE
+    if _streams(settings):
+        shift = 2 * chunks_of(settings)[0]
+        in_chunks = whole // shift * shift
+        seconds = in_chunks / FRAMES_PER_SECOND
+        of_encoder = _ALONE + shift, _ALONE + in_chunks, seconds
+    for part, run, (short, num_frames, seconds) in (
+        (PARTS[0], encode, of_encoder),
+        (PARTS[1], search, of_search),
+    ):
+        run(short)
         start = clock()
         for _ in range(_PASSES):
             before = clock()
             run(num_frames)
             now = clock()
-            samples[part].append((now - before) / UTTERANCE)
+            samples[part].append((now - before) / seconds)
             if now - start >= _ENOUGH:
                 break

@@ -11,7 +11,7 @@ from typing import Any, Dict
 import torch
 
 from icefall_kd.errors import require
-from icefall_kd.rounding import RoundedLinears
+from icefall_kd.rounding import SCALES, RoundedLinears
 from icefall_kd.training.clock import EpochClock
 
 
@@ -30,8 +30,8 @@ class Int8Awareness:
       first_epoch: How many epochs are done before it rounds.
 
     Raises:
-      KDError: ``--kd-int8-from`` is no number of epochs, or the model has no linear
-        layer that an int8 export rounds.
+      KDError: ``--kd-int8-from`` is no number of epochs, ``--kd-int8-scales`` is not
+        known, or the model has no linear layer that an int8 export rounds.
     """
 
     def __init__(
@@ -39,10 +39,14 @@ class Int8Awareness:
     ) -> None:
         self.clock = clock
         self.first_epoch = _epochs(params["kd_int8_from"])
-        self._rounds = False
+        self._rounds, scales = False, params["kd_int8_scales"]
+        require(
+            scales in SCALES,
+            f"`int8_scales` is {scales!r}, and must be {' or '.join(SCALES)}",
+        )
         model = getattr(model, "module", model)
         self._linears = RoundedLinears(
-            model, lambda: self._rounds and torch.is_grad_enabled()
+            model, lambda: self._rounds and torch.is_grad_enabled(), scales
         )
         require(
             self._linears.names,

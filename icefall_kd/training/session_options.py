@@ -65,6 +65,15 @@ SESSION_OPTIONS = (
         "checkpoints stay in float32. It also works without distillation.",
     ),
     Option(
+        "int8-scales",
+        "int8_scales",
+        str,
+        "tensor",
+        "With --kd-int8-from: how many scales a rounded weight has, as `icefall-kd "
+        "export --int8-scales` will write it. tensor: one. channel: one for each "
+        "channel that comes out, so that outliers of one do not cost the others.",
+    ),
+    Option(
         "missing",
         "missing",
         str,

@@ -75,10 +75,13 @@ def model(teacher_exp):
     return load_recipe_model(teacher_exp.recipe, teacher_exp.folder, epoch=2)[0]
 
 
+# 2000 feature frames, 20 s, are what the recipe's table of encodings is for.
+SECONDS_3_25_60 = [pytest.param(n, marks=pytest.mark.slow) for n in (300, 2500, 6000)]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("num_frames", [9, 58, 2100])
+@pytest.mark.parametrize("num_frames", [9, 58, 2100, *SECONDS_3_25_60])
 def test_onnx_says_what_torch_says(session_of, model, num_frames):
-    """2100 feature frames, 21 s, are more than the recipe's table of encodings."""
     x, x_lens = torch.randn(1, num_frames, 20) + 4, torch.tensor([num_frames])
     out, lens = encoded(model, x - x.mean(1, keepdim=True), x_lens)
     inputs = {"x": x.numpy(), "x_lens": x_lens.numpy()}
@@ -104,15 +107,17 @@ def test_decoder_and_joiner_say_what_torch_says(session_of, model):
 
 
 @torch.no_grad()
-def test_torchscript_says_what_torch_says(exported, model):
+@pytest.mark.parametrize("num_frames", [9, 90, *SECONDS_3_25_60])
+def test_torchscript_says_what_torch_says(exported, model, num_frames):
     script = torch.jit.load(str(exported / "jit_script.pt"))
-    for num_frames in (9, 90):
-        x, x_lens = torch.randn(1, num_frames, 20) + 4, torch.tensor([num_frames])
-        expected, _ = encoded(model, x - x.mean(1, keepdim=True), x_lens)
-        # By the names of icefall's jit_pretrained.py.
-        out, lens = script.encoder(features=x, feature_lengths=x_lens)
-        assert lens.tolist() == [expected.size(1)]
-        assert torch.allclose(out, expected, atol=1e-4)
+    x, x_lens = torch.randn(1, num_frames, 20) + 4, torch.tensor([num_frames])
+    expected, _ = encoded(model, x - x.mean(1, keepdim=True), x_lens)
+    # By the names of icefall's jit_pretrained.py.
+    out, lens = script.encoder(features=x, feature_lengths=x_lens)
+    assert lens.tolist() == [expected.size(1)]
+    project = model.joiner.encoder_proj
+    assert (script.joiner.encoder_proj(out) - project(expected)).abs().max() < 1e-4
+    assert (script.ctc_output(out) - model.ctc_output(expected)).abs().max() < 1e-4
     y = torch.tensor([[0, 3]])
     decoded = model.decoder(y, need_pad=False)
     assert torch.allclose(script.decoder(y, need_pad=False), decoded, atol=1e-6)
@@ -441,6 +446,45 @@ def test_a_check_needs_files_and_cuts(invoke, refused, export_words, spoken, tmp
     assert "it is not known what features the model" in refused(*words)
     words = export_words(tmp_path / "a", "--heads", "ctc", "--int8", "joiner")
     assert "--int8 has joiner, and what is exported has model" in refused(*words)
+
+
+@pytest.mark.parametrize("scales", ["tensor", "channel"])
+def test_the_scales_of_int8_are_those_that_are_asked_for(
+    invoke, export_words, written, tmp_path, monkeypatch, scales
+):
+    asked = []
+    monkeypatch.setattr(
+        build, "write_int8", lambda a, b, s: asked.append(s) or b.write_bytes(b"1")
+    )
+    words = export_words(tmp_path / "a", "--heads", "ctc", "--int8", "model")
+    assert invoke(*words, "--int8-scales", scales).code == 0
+    files = json.loads((tmp_path / "a" / "metadata.json").read_text("utf8"))["files"]
+    assert asked == [scales] and files[f"model-{SUFFIX}.int8.onnx"]["scales"] == scales
+    assert "scales" not in files[f"model-{SUFFIX}.onnx"]
+
+
+def test_scales_of_no_int8_are_refused(refused, export_words, tmp_path):
+    sentence = refused(*export_words(tmp_path / "a"), "--int8-scales", "channel")
+    assert "--int8-scales is channel, and no part is written in int8" in sentence
+
+
+@pytest.mark.slow
+def test_sherpa_onnx_reads_a_scale_for_each_channel(
+    invoke, export_words, spoken, talking_exp, tmp_path
+):
+    """It loads the files, and finds what onnxruntime finds with them."""
+    pytest.importorskip("sherpa_onnx")
+    words = export_words(tmp_path / "a", "--check", spoken / "utterance.jsonl.gz")
+    more = ["--int8", "encoder,joiner,model", "--int8-scales", "channel"]
+    done = invoke(*words, "--exp-dir", talking_exp, *more)
+    result = json.loads((tmp_path / "a" / "parity.json").read_text("utf8"))
+    rows = {(row["form"], row["head"]): row for row in result["forms"]}
+    for head in ("transducer", "ctc"):
+        assert rows["sherpa-onnx fp32", head]["same"] == 2
+        of_sherpa, ours = (rows[form, head] for form in ("sherpa-onnx int8", "int8"))
+        assert of_sherpa["differ"] == ours["differ"]
+        assert of_sherpa["wer"] == ours["wer"]
+    assert done.code == bool(result["broken"])
 
 
 @pytest.mark.slow

@@ -112,3 +112,23 @@ def test_cuts_that_are_longer_than_the_form_are_refused(refused, words, tmp_path
     given = words(tmp_path / "a", "--sherpa", 0, "--num-frames", 50)
     sentence = refused(*given, "--check", given[given.index("--cuts") + 1])
     assert "--num-frames is 50, and the cut plain-1 to check with has 61" in sentence
+
+
+def test_a_stream_is_checked_chunk_by_chunk(
+    invoke, refused, words, another_exp, speak, tmp_path
+):
+    sizes = {"chunk_size": "8", "left_context_frames": "16"}
+    exp, _ = another_exp(causal=True, **sizes)
+    cuts = tmp_path / "cuts.jsonl.gz"
+    CutSet.from_cuts([speak("stream", 90)]).to_file(cuts)
+    given = words(tmp_path / "a")[:-2]  # without a length
+    given += ["--exp-dir", exp, "--cuts", "", "--check", cuts, "--sherpa", 0]
+    sentence = refused(*given, "--num-frames", 61)
+    assert "--num-frames is 61, and a stream's chunk has its own length" in sentence
+    done = invoke(*given)
+    assert done.code == 0, done
+    rows = json.loads((tmp_path / "a" / "parity.json").read_text("utf8"))["forms"]
+    rows = [row for row in rows if row["form"] == "plain-chunk-8-left-16"]
+    assert {row["head"] for row in rows} == {"transducer", "ctc"}
+    for row in rows:
+        assert row["same"] == row["cuts"] == 1 and row["encoder"] <= 1e-5

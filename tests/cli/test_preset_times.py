@@ -9,7 +9,6 @@ from icefall_kd.cli import preset_times
 from icefall_kd.cli.preset_times import changes_for_rtf, report, rtf_account
 from icefall_kd.errors import KDError
 from icefall_kd.export import timing
-from icefall_kd.student.presets import PRESETS
 from icefall_kd.student.times import (
     PARTS,
     SIDES,
@@ -19,6 +18,7 @@ from icefall_kd.student.times import (
     write_times,
 )
 
+TIMED = ["1m", "kws", "3m", "1m-streaming"]
 HERE = {"cpu": "Abacus 7", "threads": "1", "torch": "2", "onnxruntime": "1"}
 
 
@@ -67,15 +67,18 @@ def measured(monkeypatch, machine):
         for name in names:
             model, params = make(name)
             assert isinstance(model, torch.nn.Module)
-            assert not params.causal and params.vocab_size == 30
+            assert params.causal == name.endswith("-streaming")
+            if params.causal:
+                assert (params.chunk_size, params.left_context_frames) == ("16", "128")
+            assert params.vocab_size == 30
             seconds = multiply_adds(params) / 2e9 + 0.001
             rtfs[name] = {side: dict.fromkeys(PARTS, seconds / 2) for side in SIDES}
             advance()
         return rtfs
 
     monkeypatch.setattr(timing, "measure", measure)
-    few = {name: PRESETS[name] for name in ("1m", "kws", "3m", "xl")}
-    monkeypatch.setattr(preset_times, "PRESETS", few)
+    monkeypatch.setattr(preset_times, "preset_names", lambda: [*TIMED, "xl"])
+    monkeypatch.setattr(preset_times, "free_memory", lambda: 9e9)
 
 
 def test_measuring_writes_the_file_and_prints_the_tables(
@@ -87,11 +90,11 @@ def test_measuring_writes_the_file_and_prints_the_tables(
     done = invoke(*line, "--vocab-size", 30)
     assert done.code == 0, done
     found = read_times(tmp_path / "preset_times.json")
-    assert found.machine == HERE and list(found.rtf) == ["1m", "kws", "3m"]
+    assert found.machine == HERE and list(found.rtf) == TIMED
     assert found.of("1m") == pytest.approx(found.multiply_adds["1m"] / 2e9 + 0.001)
     assert "Abacus 7" in done.out and "preset_times.json" in done.out
     assert report(found) in done.out
-    assert "holds less than 2 GB: xl\n" in done.out
+    assert "4 copies of the parameters is not free: xl\n" in done.out
     # Again, over the file of its own, as JSON.
     done = invoke(*line, "--vocab-size", 30, "--json")
     assert json.loads(done.out)["rtf"] == found.rtf
@@ -119,6 +122,20 @@ def test_the_report_names_presets_slower_than_their_multiply_adds_promise():
         line.split() for line in lines if line.startswith("s  ") and "x" not in line
     )
     assert row == ["s", "0.80", *["60.00", "+", "20.00"] * 4]
+
+
+def test_streams_have_tables_of_their_own_by_the_chunk():
+    names = ("1m", "s", "1m-streaming", "s-streaming")
+    products, rtfs = (1e8, 8e8, 1e8, 8e8), (0.01, 0.08, 0.02, 0.08)
+    times = times_of(dict(zip(names, products)), dict(zip(names, rtfs)))
+    times.conditions.update(chunk_size=16, left_context_frames=128)
+    whole, streams = report(times).split("\n\nMilliseconds for a chunk of 0.32 s of a ")
+    assert "-streaming" not in whole and "Times faster than s:" in whole
+    rows = [line.split() for line in streams.splitlines()]
+    assert ["1m-streaming", "0.10", *["4.80", "+", "1.60"] * 4] in rows
+    assert ["1m-streaming", "8.0x", *["4.0x"] * 4] in rows
+    assert streams.endswith("  torch int8: 1.000; 1m-streaming (0.50)")
+    assert "left context 2.56 s" in streams
 
 
 def test_equal_promises_and_times_are_named_none():

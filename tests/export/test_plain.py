@@ -1,11 +1,13 @@
 """The plain form and its reader: the tokens and numbers of the recipe's model."""
 
+import copy
 import json
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from exporting import encoded
 
 from icefall_kd.decode.ctc import CtcSearch
 from icefall_kd.decode.greedy import GreedySearch
@@ -90,6 +92,23 @@ def test_encoder_output_is_that_of_each_utterance_alone(model, utterances, writt
         assert np.abs(values["ctc_log_probs"] - log_probs).max() <= 2e-5
 
 
+def test_log_probs_are_as_near_to_float64_as_the_recipes_own(
+    model, utterances, written
+):
+    reader, exact = PlainReader(written[0]), copy.deepcopy(model).double()
+    own, plain = [], []
+    for x in utterances:
+        x = 9 * x
+        given = (x - x.mean(0))[None], torch.tensor([len(x)])
+        with torch.no_grad():
+            log_probs = exact.ctc_output(encoded(exact, given[0].double(), given[1])[0])
+            found = model.ctc_output(encoded(model, *given)[0])
+        own.append((found - log_probs).abs().max())
+        found = torch.from_numpy(reader.encode(x.numpy())["ctc_log_probs"])
+        plain.append((found - log_probs[0]).abs().max())
+    assert 0 < max(plain) <= max(1e-5, 2 * max(own))
+
+
 def test_no_graph_has_an_operator_that_chips_refuse(written, table_of_transducer):
     for folder, report in (written, table_of_transducer):
         for path in folder.glob("*.onnx"):
@@ -112,6 +131,7 @@ def test_the_metadata_say_what_a_reader_needs_and_what_was_checked(written):
     parts = {d["part"] for d in values["checked"]["differences"]}
     assert parts == {"encoder_out", "ctc_log_probs", "decoder_out", "logits"}
     assert {d.num_frames for d in report.differences} == {0, 9, 30, 58, 60, 61}
+    assert {d.step for d in report.differences} == {"plain", "onnx", "float64"}
     assert 0 < max(d.largest for d in report.differences) < 1e-5
     assert report.sizes == {p.name: p.stat().st_size for p in folder.iterdir()}
 

@@ -48,6 +48,7 @@ BESIDE: Dict[str, Dict[str, str]] = {
     "hidden-layers": {"hidden-weight": "1"},
     "hidden-distance": {"hidden-weight": "1", "hidden-layers": "1"},
     "hidden-projector-lr": {"hidden-weight": "1", "hidden-layers": "1"},
+    "int8-scales": {"int8-from": "0"},
     "teacher-keep": {**ONLINE, "teacher-cache-dir": "cache"},
     **dict.fromkeys(
         (

@@ -12,7 +12,7 @@ from zipformer.utils import MetricsTracker
 
 from icefall_kd import rounding
 from icefall_kd.errors import KDError
-from icefall_kd.rounding import RoundedLinears
+from icefall_kd.rounding import SCALES, TENSOR, RoundedLinears
 from icefall_kd.targets import TargetDataset
 from icefall_kd.training import session
 
@@ -36,8 +36,8 @@ def loss_of(model, batch, seed=1):
     return 0.5 * simple + pruned + 0.2 * ctc
 
 
-def rounded_loss(model, batch):
-    linears = RoundedLinears(model, lambda: True)
+def rounded_loss(model, batch, scales=TENSOR):
+    linears = RoundedLinears(model, lambda: True, scales)
     loss = loss_of(model, batch)
     linears.close()
     return loss
@@ -57,6 +57,22 @@ def test_without_distillation_the_recipes_own_loss_is_that_of_the_rounded_model(
     session.detach()
     assert torch.equal(loss_of(model, batch), plain)
     assert not model._forward_pre_hooks
+
+
+def test_weights_have_the_scales_of_the_option(make_model, make_params, cuts):
+    model, batch = make_model().train(), K2SpeechRecognitionDataset()[cuts]
+    expected = [rounded_loss(model, batch, scales) for scales in SCALES]
+    assert not torch.equal(*expected)
+    for scales, loss in zip(SCALES, expected):
+        params = make_params(ctc=0.0, kd_int8_from="0", kd_int8_scales=scales)
+        session.attach(params, model)
+        assert torch.equal(loss_of(model, batch), loss)
+
+
+def test_scales_that_are_not_known_are_refused(make_model, make_params):
+    params = make_params(ctc=0.0, kd_int8_from="0", kd_int8_scales="row")
+    with pytest.raises(KDError, match="--kd-int8-scales is 'row', and must be tensor"):
+        session.attach(params, make_model())
 
 
 def test_the_terms_see_the_rounded_student(make_model, make_params, cuts):
@@ -80,7 +96,9 @@ def test_the_transducers_nodes_are_of_the_rounded_joiner(
     batch, rounded = TargetDataset(K2SpeechRecognitionDataset())[cuts], []
     round_weight = rounding.round_weight
     monkeypatch.setattr(
-        rounding, "round_weight", lambda w: rounded.append(w) or round_weight(w)
+        rounding,
+        "round_weight",
+        lambda w, *by_row: rounded.append(w) or round_weight(w, *by_row),
     )
     params = make_params(ctc=0.0, kd_rnnt_weight=1.0, kd_rnnt_form=form)
     session.attach(dict(params, kd_int8_from="0"), model)
