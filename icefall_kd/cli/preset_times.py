@@ -34,7 +34,7 @@ MEASURE = "icefall-kd student --list --measure --recipe FOLDER"
 # Of a streaming preset, in stack frames: what icefall's streaming models run with.
 CHUNK_SIZE, LEFT_CONTEXT = 16, 128
 _STACK_FRAMES = 50  # a second
-_COPIES = 4  # of a model's parameters that are in memory at once while it is timed
+_COPIES = 3  # of a model's parameters that are in memory at once while it is timed
 _SLOWER = 0.95  # of the promised speed-up: below it a preset is called slower
 
 
