@@ -243,6 +243,7 @@ def without_sherpa(tmp_path):
     return {**ENV, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
+@pytest.mark.slow
 def test_without_sherpa_onnx_the_last_stage_is_left_out(work, without_sherpa):
     before = sorted((work / "exp").rglob("*"))
     words = words_of(work, "--stage", 9)
