@@ -249,10 +249,12 @@ def test_memory_does_not_grow_with_the_manifest(make_cut, tmp_path, monkeypatch)
         monkeypatch.setattr(sys.modules[f"icefall_kd.{name}"], "STRETCH", 10.0)
     line = json.dumps(make_cut("c1", 50).to_dict())
     peaks = []
-    for count in (100, 200, 2000):
+    # The last two are longer than the block in which a manifest is hashed, 1 MiB.
+    for count in (100, 1500, 6000):
         path = tmp_path / f"{count}.jsonl"
         lines = [line.replace('"c1"', f'"c{10**6 + i}"') for i in range(count)]
         path.write_text("\n".join(lines) + "\n", "utf8")
+        assert count == 100 or path.stat().st_size > 1 << 20
         teacher = Echo()
         teacher.heard = _Nothing()
         tracemalloc.start()
