@@ -42,9 +42,11 @@ from zipformer.modules.model import Decoder, Joiner
 from icefall_kd import (
     BeamSearch,
     GreedySearch,
+    KDError,
     ModelTap,
     load_model,
     load_tokenizer,
+    one_sentence,
     skip_blanks,
 )
 from icefall_kd.decode import ctc_draft
@@ -183,6 +185,11 @@ def joined(head: Head, rows: List[torch.Tensor], args) -> torch.Tensor:
     found = search(nn.utils.rnn.pad_sequence(rows, batch_first=True), lens).hypotheses
     frames = torch.cat(rows)
     keep = int(sum(len(f.tokens) for f in found) / args.tokens_a_frame)
+    if not keep:
+        raise KDError(
+            f"greedy search finds no token in {len(rows)} utterances of the model in "
+            f"{args.exp_dir}, epoch {args.epoch}: give one that was trained to the end"
+        )
     blank = head.ctc_output(frames)[:, 0]
     frames = frames[blank.argsort()[:keep].sort().values]
     count = max(len(frames) // args.frames, 1)
@@ -372,12 +379,17 @@ def say(title: str, table: List[Dict[str, Any]]) -> None:
                 )
 
 
-@torch.no_grad()
 def main() -> None:
     args = get_args()
     if not (args.exp_dir and args.manifest and args.bpe_model):
         raise SystemExit("give --exp-dir, --manifest and --bpe-model: see --help")
     torch.set_num_threads(1)
+    with one_sentence(), torch.no_grad():
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Print the figures of all cases, and write them to ``--json``."""
     model, cuts, rows = encode(args)
     parts = ("decoder", "joiner", "ctc_output")
     parameters = {
