@@ -23,7 +23,7 @@ arXiv:1712.05877.
 """
 
 from types import MethodType
-from typing import Any, Callable, Iterator, List, Tuple
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ def round_weight(weight: torch.Tensor, by_row: bool = False) -> torch.Tensor:
     return _StraightThrough.apply(weight, rounded.to(weight.dtype))
 
 
-def round_activation(x: torch.Tensor, by_row: bool = False) -> torch.Tensor:
+def round_activation(x: torch.Tensor, alone: Sequence[int] = ()) -> torch.Tensor:
     """Return x as ONNX's DynamicQuantizeLinear and its inverse give it back.
 
     s = (max(x, 0) - min(x, 0)) / 255, z = round(-min(x, 0) / s), and the value is
@@ -87,8 +87,8 @@ def round_activation(x: torch.Tensor, by_row: bool = False) -> torch.Tensor:
 
     Args:
       x: (..., in), what enters a linear layer.
-      by_row: Whether each vector of the last dimension has a range of its own, in place
-        of one for the tensor.
+      alone: The dimensions along which each index has a range of its own: none for one
+        range of the tensor, and the batch's for one of each utterance.
 
     Returns:
       The rounded values, of the same type; their gradient is that of ``x``.
@@ -98,10 +98,8 @@ def round_activation(x: torch.Tensor, by_row: bool = False) -> torch.Tensor:
     wide = _wide(x)
     finite = torch.isfinite(wide)
     known = wide.masked_fill(~finite, 0.0)
-    if by_row:
-        least, most = known.amin(-1, keepdim=True), known.amax(-1, keepdim=True)
-    else:
-        least, most = known.amin(), known.amax()
+    together = [d for d in range(x.dim()) if d not in alone]
+    least, most = known.amin(together, keepdim=True), known.amax(together, keepdim=True)
     least, most = least.clamp(max=0.0), most.clamp(min=0.0)
     scale = (most - least) / 255
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -176,8 +174,10 @@ class RoundedLinears:
     copy or a pickle of the model does not round.
 
     Where a search asks for one frame or one context at a time, in the joiner behind
-    ``encoder_proj``, each row has a range of its own. Elsewhere a range is that of the
-    whole batch, at least as wide as that of each utterance alone, which a runtime sees.
+    ``encoder_proj``, each row has a range of its own. Elsewhere an utterance has one, as
+    in a runtime that decodes it alone; its padding is in it. In models other than
+    Zipformer of 2023, whose encoders may have their batch in any dimension, a range is
+    that of the whole batch.
 
     Args:
       model: A recipe's model, in DDP or not.
@@ -192,11 +192,16 @@ class RoundedLinears:
         self, model: nn.Module, is_on: Callable[[], bool], scales: str = TENSOR
     ) -> None:
         model = getattr(model, "module", model)
+        encoder = type(getattr(model, "encoder", None)).__name__
+        is_zipformer = encoder.startswith("Zipformer") and hasattr(
+            model, "encoder_embed"
+        )
         self._layers: List[nn.Module] = []
         self.names: List[str] = []
         for name, layer in exported_linears(model):
-            by_row = name in _BY_ROW, scales == CHANNEL
-            layer.forward = MethodType(_rounding_forward(layer, is_on, *by_row), layer)
+            ranges = _ranges(name, is_zipformer)
+            forward = _rounding_forward(layer, is_on, ranges, scales == CHANNEL)
+            layer.forward = MethodType(forward, layer)
             self._layers.append(layer)
             self.names.append(name)
 
@@ -223,16 +228,36 @@ def factors(layer: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tens
     return factors or (linear_input(layer, x), layer.weight)
 
 
+def _ranges(name: str, is_zipformer: bool) -> Callable[[int], Sequence[int]]:
+    """How to find the dimensions along which a layer's inputs have ranges of their own.
+
+    Args:
+      name: Of the layer.
+      is_zipformer: Whether the model is Zipformer of 2023.
+
+    Returns:
+      A function of the number of dimensions of the input.
+    """
+    if name in _BY_ROW:
+        return lambda num_dims: range(num_dims - 1)
+    # All utterances have the same positions.
+    if not is_zipformer or name.endswith("linear_pos"):
+        return lambda num_dims: ()
+    # The layers of its encoder have (T, N, C), other parts (N, T, C).
+    batch = 1 if name.startswith("encoder.") else 0
+    return lambda num_dims: (batch,) if num_dims > 2 else ()
+
+
 def _rounding_forward(
     owner: nn.Module,
     is_on: Callable[[], bool],
-    activation_by_row: bool,
+    ranges: Callable[[int], Sequence[int]],
     weight_by_row: bool,
 ) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
     def round_factors(layer, x):
         if layer is not owner or not is_on():
             return None
-        x = round_activation(linear_input(layer, x), activation_by_row)
+        x = round_activation(linear_input(layer, x), ranges(x.dim()))
         return x, round_weight(layer.weight, weight_by_row)
 
     # A bound method of this name: a pickled model finds its class's own, and a deep
