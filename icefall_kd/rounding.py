@@ -174,8 +174,8 @@ class RoundedLinears:
     copy or a pickle of the model does not round.
 
     Where a search asks for one frame or one context at a time, in the joiner behind
-    ``encoder_proj``, each row has a range of its own. Elsewhere an utterance has one, as
-    in a runtime that decodes it alone; its padding is in it. In models other than
+    ``encoder_proj``, each row has a range of its own. Elsewhere an utterance has one,
+    as in a runtime that decodes it alone; its padding is in it. In models other than
     Zipformer of 2023, whose encoders may have their batch in any dimension, a range is
     that of the whole batch.
 

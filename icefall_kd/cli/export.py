@@ -128,6 +128,12 @@ _PLAIN_FLAGS = {
     "of one do not cost the others.",
 )
 @click.option(
+    "--equalize",
+    is_flag=True,
+    help="Give channels that multiply each other like sizes first, which leaves the "
+    "output as it is: for a model that loses words in int8.",
+)
+@click.option(
     "--heads",
     type=Text(),
     default="",
@@ -191,6 +197,7 @@ def export(
     forms: str,
     int8: str,
     int8_scales: str,
+    equalize: bool,
     heads: str,
     opset: int,
     num_frames: Optional[int],
@@ -264,7 +271,7 @@ def export(
             f"--int8 has {part}, and what is exported has {', '.join(known)}: give "
             "some of these",
         )
-    wanted = Wanted(form_names, of_heads, of_int8, int8_scales, opset, plain)
+    wanted = Wanted(form_names, of_heads, of_int8, int8_scales, equalize, opset, plain)
     tokenizer = teacher.tokenizer(settings)
     names = token_names(tokenizer)
     num_features = int(settings["feature_dim"])

@@ -1,12 +1,14 @@
 """Exports the parts of a model, form by form, into a folder."""
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from torch import nn
 
 from icefall_kd.errors import require
+from icefall_kd.export.equalize import equalize
 from icefall_kd.export.features import UTTERANCE, FeatureSettings
 from icefall_kd.export.files import (
     CTC,
@@ -54,6 +56,7 @@ class Wanted:
       heads: transducer, ctc or both.
       int8: The parts that are written in int8 too.
       int8_scales: Of :data:`icefall_kd.rounding.SCALES`, those of weights in int8.
+      equalize: Whether channels get like sizes first, in all forms.
       opset: The version of ONNX's operators.
       plain: Of the plain form, some fields of PlainForm.
     """
@@ -62,6 +65,7 @@ class Wanted:
     heads: Tuple[str, ...]
     int8: Tuple[str, ...] = ()
     int8_scales: str = TENSOR
+    equalize: bool = False
     opset: int = 13
     plain: Dict[str, Any] = field(default_factory=dict)
 
@@ -239,6 +243,9 @@ def export(
       KDError: a model that can't be exported, or a package that is not installed.
     """
     of_plain: List[str] = []  # sentences
+    if wanted.equalize:
+        loaded = replace(loaded, model=copy.deepcopy(loaded.model))
+        folder.metadata["equalized_modules"] = equalize(loaded.model)
     takes_mean = features.mean == UTTERANCE
     suffix = folder.metadata["checkpoint"]["name"]
     chunk_size, left_context = streaming_of(loaded.settings)

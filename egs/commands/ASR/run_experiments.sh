@@ -16,6 +16,7 @@ work_dir=work       # results go here
 runs="none cr-ctc kd kd-cr-ctc part part-kd"  # names in conf/runs.txt
 sizes="s xs"        # of students: s has 0.15 M parameters, xs 0.07 M
 seeds="1 2 3"       # of the students
+epochs=36           # of a student at most, if --num-epochs in conf/runs.txt says no other
 test=false          # true: decode the test speakers too, when all is decided
 num_jobs=2          # trainings at the same time, each on one core
 run_flags=          # more options of run.sh, for the teacher, such as "--num-train 100"
@@ -25,7 +26,7 @@ Stages: 1 teacher and targets, 2 students, 3 reports. What is done is kept."
 
 . shared/parse_options.sh
 . shared/check_options.sh
-check_numbers 1 stage stop_stage num_jobs
+check_numbers 1 stage stop_stage num_jobs epochs
 check_list seeds
 check_switch test
 . shared/threads.sh
@@ -33,6 +34,8 @@ check_switch test
 . local/training.sh
 . conf/corpus.sh
 num_threads=1
+# The students of run.sh still get better when it stops.
+student_epochs=$epochs patience=5
 read -r -a train_words <<< "$train_flags"
 
 fail() {
