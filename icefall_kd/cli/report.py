@@ -13,6 +13,7 @@ from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError, require
 from icefall_kd.files import replacing
 from icefall_kd.report.comparison import Comparison, Model, Run, TestAudio
+from icefall_kd.report.exports import read_exports
 from icefall_kd.report.intervals import Key, Statistics, measure, need_interval
 from icefall_kd.report.logs import read_training
 from icefall_kd.report.manifests import manifests_of, measure_targets, speakers_of
@@ -119,7 +120,8 @@ def report(
 
     The report has error rates with confidence intervals, p values of the differences,
     parameters, RTF, bytes of targets, losses and weights. They are read from the logs
-    and results that train.py and decode.py left in the experiment folders:
+    and results that train.py and decode.py left in the experiment folders, and from
+    what `icefall-kd export --check` found of the files in EXP_DIR/export:
 
     \b
       icefall-kd report --model teacher=zipformer/exp \\
@@ -240,7 +242,8 @@ def _read_run(name: str, exp: Path) -> Run:
         f"the experiment folder {exp} of {name!r} has neither log/log-train-* nor "
         "METHOD/wer-summary-*: give the --exp-dir of train.py and decode.py",
     )
-    return Run(name, exp, training, last, earlier, _read_all_scores(last))
+    scores = _read_all_scores(last)
+    return Run(name, exp, training, last, earlier, scores, read_exports(exp))
 
 
 def _read_all_scores(decodings: Sequence[Decoding]) -> Dict[Key, Scores]:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -31,9 +32,14 @@ from icefall_kd.export.folder import (
     versions,
     write_tokens,
 )
-from icefall_kd.export.graph import exportable
+from icefall_kd.export.graph import OfflineEncoder, exportable
 from icefall_kd.export.quantize import write_fp16, write_int8
-from icefall_kd.export.streaming import ChunkEncoder, chunks_of, write_streaming
+from icefall_kd.export.streaming import (
+    ChunkEncoder,
+    chunks_of,
+    script_encoder,
+    write_streaming,
+)
 from icefall_kd.rounding import TENSOR
 from icefall_kd.targets.fingerprint import STREAMING
 from icefall_kd.teacher.spec import LoadedTeacher, TeacherSpec
@@ -43,7 +49,6 @@ TORCHSCRIPT, ONNX, PLAIN = "torchscript", "onnx", "plain"
 FORMS = (TORCHSCRIPT, ONNX, FP16, PLAIN)
 TRANSDUCER_HEAD, CTC_HEAD = "transducer", "ctc"
 PARTS = {TRANSDUCER_HEAD: (ENCODER, DECODER, JOINER), CTC_HEAD: (CTC,)}
-JIT = "jit_script.pt"
 WEIGHTS = "weights"  # in metadata.json: of a file of ONNX that is too large for one
 
 
@@ -80,6 +85,18 @@ def streaming_of(settings: Dict[str, Any]) -> Tuple[int, int]:
       KDError: A causal model with several of them, as in training.
     """
     return chunks_of(settings) if settings.get("causal") else (-1, -1)
+
+
+def script_name(settings: Dict[str, Any]) -> str:
+    """The name of the file of TorchScript, icefall's.
+
+    Args:
+      settings: The recipe's params.
+    """
+    chunk_size, left_context = streaming_of(settings)
+    if chunk_size <= 0:
+        return "jit_script.pt"
+    return f"jit_script_chunk_{chunk_size}_left_{left_context}.pt"
 
 
 def chunk_encoder(loaded: LoadedTeacher) -> Optional[ChunkEncoder]:
@@ -125,11 +142,6 @@ def check_form(
         features.mean != UTTERANCE,
         "the recipe takes the mean of each utterance off its features, which is known "
         f"at the end, so its model can't be streamed: {remedy}, or train it without",
-    )
-    require(
-        TORCHSCRIPT not in wanted.forms,
-        f"--forms has {TORCHSCRIPT}, and a stream is exported as onnx or plain: leave "
-        f"it out, or {remedy}",
     )
 
 
@@ -253,8 +265,13 @@ def export(
         suffix += f"-chunk-{chunk_size}-left-{left_context}"
     model = exportable(loaded.model)
     if TORCHSCRIPT in wanted.forms:
-        write_torchscript(model, folder.path / JIT, takes_mean)
-        folder.add(JIT, "all", TORCHSCRIPT)
+        name = script_name(loaded.settings)
+        if chunk_size > 0:
+            encoder = partial(script_encoder, model, loaded.settings)
+        else:
+            encoder = partial(OfflineEncoder, model, nn.Identity(), takes_mean)
+        write_torchscript(model, folder.path / name, encoder)
+        folder.add(name, "all", TORCHSCRIPT)
     if ONNX in wanted.forms:
         for part in (part for head in wanted.heads for part in PARTS[head]):
             name = file_name(part, suffix)

@@ -227,7 +227,7 @@ def _sides(
     for head, parts in PARTS.items():
         sides = []
         for path in scripts:
-            side = script_side(path)
+            side = script_side(path, chunks)
             if (side.log_probs if head == CTC_HEAD else side.encode) is not None:
                 sides.append(side)
         for name, files in forms_of(folder, parts):

@@ -5,7 +5,7 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -36,20 +36,21 @@ _FRAMES = ("x", "encoder_out", "log_probs")  # with an axis of frames in an enco
 _TRACED = (83, 71)  # feature frames of the utterances that a graph is traced with
 
 
-def write_torchscript(model: nn.Module, path: Path, takes_mean: bool) -> None:
+def write_torchscript(
+    model: nn.Module, path: Path, encoder: Callable[[], nn.Module]
+) -> None:
     """Write the whole model as icefall's ``export.py --jit 1`` does.
 
     Args:
       model: Of :func:`icefall_kd.export.graph.exportable`.
       path: The file.
-      takes_mean: Whether the mean of each utterance is taken off its features inside.
+      encoder: Makes its encoder, which takes features.
 
     Raises:
       KDError: a model that can't be scripted.
     """
-    encoder = OfflineEncoder(model, nn.Identity(), takes_mean)
-    whole = ScriptModel(model, encoder).eval()
     with _refusing("TorchScript"):
+        whole = ScriptModel(model, encoder()).eval()
         scripted = torch.jit.script(whole)
     with replacing(path, shared=True) as temporary:
         scripted.save(str(temporary))

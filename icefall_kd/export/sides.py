@@ -13,7 +13,7 @@ from torch import nn
 
 from icefall_kd.errors import KDError
 from icefall_kd.export.packages import need
-from icefall_kd.export.streaming import ChunkEncoder
+from icefall_kd.export.streaming import ChunkEncoder, script_step
 
 Call = Callable[..., np.ndarray]
 
@@ -60,11 +60,13 @@ def torch_side(model: nn.Module) -> Side:
     return Side("torch", **_heads(model, encoded))
 
 
-def script_side(path: Path) -> Side:
+def script_side(path: Path, chunks: Optional[ChunkEncoder] = None) -> Side:
     """A file of TorchScript.
 
     Args:
       path: The file.
+      chunks: The encoder of torch where the file is for streaming, see
+        :func:`onnx_side`.
 
     Raises:
       KDError: It can't be loaded.
@@ -75,6 +77,8 @@ def script_side(path: Path) -> Side:
         raise _unreadable(path, e) from None
 
     def encoded(x: np.ndarray) -> torch.Tensor:
+        if chunks is not None:
+            return torch.from_numpy(chunks.encode(script_step(model.encoder), x))[None]
         features = torch.from_numpy(x)
         with torch.no_grad():
             return model.encoder(features, torch.tensor([features.size(1)]))[0]

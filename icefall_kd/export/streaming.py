@@ -126,10 +126,7 @@ def write_streaming(
     Raises:
       KDError: onnx is not installed, or a model that can't be traced.
     """
-    encoder = model.encoder
-    chunk_size, left_context = chunks_of(settings)
-    encoder.chunk_size = (chunk_size,)
-    encoder.left_context_frames = (left_context,)
+    _set_chunks(model, settings)
     head = model.ctc_output if part == CTC else model.joiner.encoder_proj
     module = ChunkEncoder(model, head).eval()
     states = module.initial_states()
@@ -143,6 +140,76 @@ def write_streaming(
     x = torch.zeros(1, module.num_frames, int(settings["feature_dim"]))
     write_onnx(module, (x, states), path, inputs, outputs, axes, opset)
     write_metadata(path, streaming_metadata(module, part))
+
+
+class ScriptEncoder(nn.Module):
+    """A traced encoder with the names of icefall's ``StreamingEncoderModel``.
+
+    Args:
+      encoder: The encoder that is traced.
+      traced: Its trace.
+    """
+
+    def __init__(self, encoder: ChunkEncoder, traced: nn.Module) -> None:
+        super().__init__()
+        self.traced = traced
+        self.states: List[Tensor] = encoder.initial_states()
+        names, axes = state_names(len(self.states) - 2)
+        self.axes: List[int] = [list(axes[name])[0] for name in names]
+        self.chunk_size = encoder.chunk_size
+        self.left_context_len = encoder.left_context
+        self.pad_length = encoder.num_frames - 2 * encoder.chunk_size
+
+    def forward(
+        self, features: Tensor, feature_lengths: Tensor, states: List[Tensor]
+    ) -> Tuple[Tensor, Tensor, List[Tensor]]:
+        """Encode chunks of features.
+
+        Args:
+          features: (N, T, F), of the one length that the file is for.
+          feature_lengths: (N,), not read.
+          states: Of the chunk before.
+
+        Returns:
+          (N, T', C), their lengths (N,), and the states of the next chunk.
+        """
+        out, new_states = self.traced(features, states)
+        return out, torch.full([out.size(0)], out.size(1)), new_states
+
+    @torch.jit.export
+    def get_init_states(
+        self, batch_size: int = 1, device: torch.device = torch.device("cpu")
+    ) -> List[Tensor]:
+        """Return the states of the first chunk.
+
+        Args:
+          batch_size: N.
+          device: Where they are to lie.
+        """
+        states: List[Tensor] = []
+        for state, axis in zip(self.states, self.axes):
+            states.append(torch.cat([state] * batch_size, axis).to(device))
+        return states
+
+
+def script_encoder(model: nn.Module, settings: Dict[str, Any]) -> ScriptEncoder:
+    """Trace the encoder of a causal model, chunk by chunk, for TorchScript.
+
+    Args:
+      model: Of :func:`icefall_kd.export.graph.exportable`.
+      settings: The recipe's params, with one chunk size and left context.
+    """
+    _set_chunks(model, settings)
+    encoder = ChunkEncoder(model, nn.Identity()).eval()
+    x = torch.zeros(1, encoder.num_frames, int(settings["feature_dim"]))
+    example = (x, encoder.initial_states())
+    return ScriptEncoder(encoder, torch.jit.trace(encoder, example, check_trace=False))
+
+
+def _set_chunks(model: nn.Module, settings: Dict[str, Any]) -> None:
+    chunk_size, left_context = chunks_of(settings)
+    model.encoder.chunk_size = (chunk_size,)
+    model.encoder.left_context_frames = (left_context,)
 
 
 def state_names(count: int) -> Tuple[List[str], Dict[str, Dict[int, str]]]:
@@ -222,6 +289,22 @@ def encode_chunks(
         out, *states = step(chunk, *states)
         rows.append(out[0])
     return np.concatenate(rows)
+
+
+def script_step(encoder: Any) -> Callable[..., List[np.ndarray]]:
+    """A loaded :class:`ScriptEncoder` as a step of :func:`encode_chunks`.
+
+    Args:
+      encoder: Of TorchScript.
+    """
+
+    @torch.no_grad()
+    def step(*arrays: np.ndarray) -> List[np.ndarray]:
+        x, *states = map(torch.from_numpy, arrays)
+        out, _, states = encoder(x, torch.tensor([x.size(1)]), states)
+        return [value.numpy() for value in (out, *states)]
+
+    return step
 
 
 def torch_step(module: ChunkEncoder) -> Callable[..., List[np.ndarray]]:

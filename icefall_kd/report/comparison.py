@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from icefall_kd.report.checkpoints import read_steps
+from icefall_kd.report.exports import ExportedForm
 from icefall_kd.report.intervals import Key, Statistics
 from icefall_kd.report.logs import Training
 from icefall_kd.report.manifests import TargetSizes
@@ -39,6 +40,7 @@ class Run:
       earlier: All other decodings.
       scores: The errors of each utterance, for the last decodings that have
         transcripts.
+      exports: What the check of its exported files found.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Run:
     decodings: List[Decoding]
     earlier: List[Decoding]
     scores: Dict[Key, Scores] = field(default_factory=dict)
+    exports: List[ExportedForm] = field(default_factory=list)
 
     @property
     def parameters(self) -> Optional[int]:

@@ -27,6 +27,9 @@ def blocks_of(report: Comparison) -> List[Block]:
     blocks += [Heading(report.words["models"]), models_table(report)]
     if report.targets:
         blocks += [Heading(report.words["targets"]), _targets_table(report)]
+    if any(run.exports for run in report.runs):
+        text = Text(report.text("exports_text", unit=report.unit))
+        blocks += [Heading(report.words["exports"]), _exports_table(report), text]
     blocks += [*_losses(report), *_weights(report), *_decodings(report)]
     blocks.append(Heading(report.words["notes"]))
     notes = list(dict.fromkeys(_notes(report)))  # each once
@@ -161,6 +164,20 @@ def _targets_table(report: Comparison) -> Table:
         rows.append([manifest, *cells])
     names = ("manifest", "form", "cuts", "hours", "bytes", "parts", "mb_hour")
     return Table([report.words[n] for n in names], rows, left=2)
+
+
+def _exports_table(report: Comparison) -> Table:
+    """A row for each form and head of each exported model."""
+    w, rows = report.words, []
+    for run in report.runs:
+        for form in run.exports:
+            same = report.text("same_of", same=form.same, cuts=form.cuts)
+            size = f"{form.bytes / 1e6:.2f}" if form.bytes else NONE
+            cells = [_shown(form.error_rate, "{:.2f}"), size, f"{form.rtf:.4f}"]
+            verdict = w["wrong" if form.is_wrong else "right"]
+            rows.append([run.name, form.form, form.head, verdict, same, *cells])
+    names = [w[n] for n in ("model", "export_form", "head", "verdict", "same_tokens")]
+    return Table([*names, report.unit + " %", "MB", "RTF"], rows, left=4)
 
 
 def _losses(report: Comparison) -> List[Block]:

@@ -152,6 +152,28 @@ _WORDS = {
         "生成目标的时间。只有机器相同且同样忙时才可比较。横线：没有这么早的结果，"
         "请解码更早的 checkpoint。",
     ),
+    "exports": (
+        "Exported files, against the model in torch",
+        "导出的文件与 torch 模型的比较",
+    ),
+    "exports_text": (
+        "What `icefall-kd export --check` found in EXP_DIR/export. same tokens: in how "
+        "many utterances the form gives those of torch. MB (10^6 bytes) of its files; "
+        "RTF: seconds for a second of audio on one thread. "
+        "A form is wrong where fp32 differs from torch, or where the {unit} of a "
+        "smaller form is more than 0.2 points higher.",
+        "`icefall-kd export --check` 对 EXP_DIR/export 的检查结果。token 相同："
+        "该形式与 torch 给出相同 token 的句数。MB（10^6 字节）为其文件大小；RTF："
+        "单线程每秒音频所需的秒数。fp32 与 torch 不同，或更小的形式 {unit} 高出 0.2 "
+        "个百分点以上时，该形式为错误。",
+    ),
+    "export_form": ("form", "导出形式"),
+    "head": ("head", "输出头"),
+    "verdict": ("verdict", "结论"),
+    "same_tokens": ("same tokens", "token 相同"),
+    "same_of": ("{same} of {cuts}", "{same} / {cuts}"),
+    "right": ("right", "正确"),
+    "wrong": ("wrong", "错误"),
     "targets": ("Targets", "教师目标"),
     "manifest": ("manifest", "清单"),
     "cuts": ("cuts with targets", "有目标的 cut"),

@@ -8,7 +8,6 @@ import torch
 from exporting import encoded
 from lhotse import CutSet
 
-from icefall_kd.export.build import JIT
 from icefall_kd.teacher.loader import load_recipe_model
 
 pytest.importorskip("onnx")
@@ -95,7 +94,7 @@ def test_a_preset_for_whole_utterances(built, exported, teacher_exp, tmp_path, p
     x, x_lens = torch.randn(1, 77, 20), torch.tensor([77])
     with torch.no_grad():
         expected, _ = encoded(model, x, x_lens)
-        script = torch.jit.load(str(folder / JIT))
+        script = torch.jit.load(str(folder / "jit_script.pt"))
         found, _ = script.encoder(features=x, feature_lengths=x_lens)
         assert (found - expected).abs().max() <= 1e-4
         expected = model.joiner.encoder_proj(expected).numpy()
@@ -107,15 +106,15 @@ def test_a_preset_for_whole_utterances(built, exported, teacher_exp, tmp_path, p
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["1m-streaming", "s-streaming"])
 def test_a_preset_for_streams(built, exported, teacher_exp, tmp_path, preset):
-    """ONNX chunk by chunk; TorchScript, and ONNX again, for whole utterances."""
+    """Both forms chunk by chunk, and for whole utterances."""
     student, folder = built(preset), tmp_path / "export"
-    found = largest_differences(exported(student, folder, *STREAM))
-    assert set(found) == {"fp32"}
     forms = ("--forms", "torchscript,onnx")
+    found = largest_differences(exported(student, folder, *forms, *STREAM))
+    assert set(found) == {"torchscript", "fp32"}
     whole = exported(student, tmp_path / "whole", *forms, *WHOLE)
     of_whole = largest_differences(whole)
     assert set(of_whole) == {"torchscript", "fp32"}
-    report(preset, {"chunks fp32": found["fp32"], **of_whole})
+    report(preset, {**{f"chunks {k}": v for k, v in found.items()}, **of_whole})
     assert max(*found.values(), *of_whole.values()) <= 1e-4
     # Once more, without what the check uses: chunks are the recipe's under its mask.
     model = load(teacher_exp, student, *STREAM)
@@ -129,10 +128,25 @@ def test_a_preset_for_streams(built, exported, teacher_exp, tmp_path, preset):
         np.zeros([1 if isinstance(n, str) else n for n in i.shape], kinds[i.type])
         for i in inputs[1:]
     ]
+    script = torch.jit.load(str(folder / "jit_script_chunk_16_left_64.pt"))
+    encoder, of_script = script.encoder, []
+    assert (encoder.chunk_size, encoder.left_context_len) == (16, 64)
+    assert encoder.pad_length == 13
+    # Two streams at once, by the names that icefall's jit_pretrained_streaming.py uses.
+    script_states = encoder.get_init_states(2, device=torch.device("cpu"))
     for begin in range(0, x.size(1) - 44, 32):
-        given = [x[:, begin : begin + 45].numpy(), *states]
-        values = {i.name: value for i, value in zip(inputs, given)}
+        chunk = x[:, begin : begin + 45]
+        values = {i.name: value for i, value in zip(inputs, [chunk.numpy(), *states])}
         out, *states = session.run(None, values)
         rows.append(out[0])
-    rows = np.concatenate(rows)[: 3 * 8]  # the mask's last chunk is shorter
-    assert np.abs(rows - expected[0, : len(rows)]).max() <= 1e-4
+        with torch.no_grad():
+            out, lens, script_states = encoder(
+                features=torch.cat((torch.randn_like(chunk), chunk)),
+                feature_lengths=torch.tensor([45, 45]),
+                states=script_states,
+            )
+            of_script.append(script.joiner.encoder_proj(out)[1].numpy())
+        assert lens.tolist() == [8, 8]
+    for found in (rows, of_script):
+        found = np.concatenate(found)[: 3 * 8]  # the mask's last chunk is shorter
+        assert np.abs(found - expected[0, : len(found)]).max() <= 1e-4

@@ -1,12 +1,15 @@
 """``icefall-kd report`` from the folders to the pages."""
 
 import gzip
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from report_folders import SUFFIX
 
+from icefall_kd.export.parity import Account
 from icefall_kd.targets.store import read_fingerprint
 
 pytest.importorskip("matplotlib")
@@ -48,6 +51,27 @@ class Page(HTMLParser):
 def targets(make_cut, make_store, tmp_path):
     make_store([make_cut("u", 100)], name="made")
     return tmp_path / "made.jsonl.gz"
+
+
+@pytest.mark.parametrize(
+    "lang, ending, row",
+    [
+        ("en", "", "| KD | int8 | ctc | wrong | 5 of 7 | 8.50 | 0.25 | 0.1250 |"),
+        ("zh", ".zh-CN", "| KD | int8 | ctc | 错误 | 5 / 7 | 8.50 | 0.25 | 0.1250 |"),
+    ],
+)
+def test_what_the_check_of_exported_files_found_is_in_the_report(
+    invoke, three, tmp_path, lang, ending, row
+):
+    exp = next(word for word in map(str, three) if word.startswith("KD=")).split("=")[1]
+    files = dict(bytes=250000, rtf=0.125, broken=["it is wrong"])
+    int8 = Account("int8", "ctc", cuts=7, same=5, wer=8.5, **files)
+    (Path(exp) / "export").mkdir()
+    path = Path(exp) / "export" / "parity.json"
+    path.write_text(json.dumps({"forms": [int8.as_dict()]}), "utf8")
+    done = invoke("report", *three, tmp_path / "out", "--lang", lang)
+    assert (done.code, done.err) == (0, [])
+    assert row in (tmp_path / "out" / f"report{ending}.md").read_text("utf8")
 
 
 def test_both_files_are_written_and_the_rates_printed(

@@ -81,9 +81,6 @@ def test_features_that_need_the_end_are_not_streamed(causal):
     with pytest.raises(KDError, match="its model can't be streamed: give --chunk-size"):
         check_form(causal.settings, wanted, mean)
     check_form({**causal.settings, "chunk_size": "-1"}, wanted, mean)
-    wanted = Wanted(("torchscript",), ("ctc",))
-    with pytest.raises(KDError, match="--forms has torchscript, and a stream"):
-        check_form(causal.settings, wanted, FeatureSettings(8000, 20))
 
 
 @pytest.mark.parametrize("length", [1, 2000, 2320, 5000, 7777])

@@ -112,16 +112,14 @@ need_test_manifests() {
   done
 }
 
-# The student as ONNX, and as TorchScript if it hears whole utterances, compared on cuts
-# of the first test manifest.
+# The student as ONNX and TorchScript, compared on cuts of the first test manifest.
 export_by_icefall_kd() {
-  local forms=torchscript,onnx cuts
-  if is_causal "${student_model[@]}" && [ "$chunk_size" -gt 0 ]; then forms=onnx; fi
+  local cuts
   split test_manifests
   cuts=$manifest_dir/${words[0]}
   split export_flags
   icefall-kd export --recipe "./$recipe" --exp-dir "$exp_dir/kd" "${token_flags[@]}" \
-    --export-dir "$exp_dir/kd/export" --forms "$forms" --check "$cuts" \
+    --export-dir "$exp_dir/kd/export" --forms torchscript,onnx --check "$cuts" \
     "${student_model[@]}" "${words[@]}" \
     || fail "icefall-kd can't export $asr_dir/$exp_dir/kd: correct what its message" \
       "names, and go on with --stage 9"
