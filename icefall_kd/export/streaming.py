@@ -13,6 +13,7 @@ from icefall_kd.export.files import CTC, write_metadata, write_onnx
 STATES = ("key", "nonlin_attn", "val1", "val2", "conv1", "conv2")  # of each layer
 # The axis of utterances in each of a layer's states.
 _UTTERANCES = {"conv1": 0, "conv2": 0}
+_CPU = torch.device("cpu")
 
 
 def chunks_of(settings: Dict[str, Any]) -> Tuple[int, int]:
@@ -178,7 +179,7 @@ class ScriptEncoder(nn.Module):
 
     @torch.jit.export
     def get_init_states(
-        self, batch_size: int = 1, device: torch.device = torch.device("cpu")
+        self, batch_size: int = 1, device: torch.device = _CPU
     ) -> List[Tensor]:
         """Return the states of the first chunk.
 
