@@ -1,6 +1,5 @@
 """Exports a teacher or a student for where it runs."""
 
-import json
 from typing import Any, Dict, List, Optional, Tuple
 
 import click
@@ -36,14 +35,14 @@ from icefall_kd.export.check import (
     check_lengths,
     sherpa_can,
     utterances_of,
-    withdraw,
+    write_findings,
 )
 from icefall_kd.export.features import features_of
 from icefall_kd.export.files import OPSETS
-from icefall_kd.export.folder import FAILED, FP16, PARITY, TABLE, ExportFolder, versions
+from icefall_kd.export.folder import FAILED, FP16, ExportFolder
 from icefall_kd.export.packages import need
-from icefall_kd.export.parity import Account, markdown_of, table_of
-from icefall_kd.files import replacing
+from icefall_kd.export.parity import Account, table_of
+from icefall_kd.report.exports import PARITY
 from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.rounding import SCALES, TENSOR
 from icefall_kd.teacher.spec import TeacherSpec
@@ -367,26 +366,8 @@ def _check(folder: ExportFolder, accounts: List[Account], cuts: str) -> None:
       accounts: Of all heads and forms.
       cuts: The manifest.
     """
-    rows = table_of(accounts)
-    click.echo(text_table(rows, left=2))
-    sentences = [sentence for row in accounts for sentence in row.broken]
-    result = {
-        "cuts": cuts,
-        "versions": versions(),
-        "broken": sentences,
-        "forms": [row.as_dict() for row in accounts],
-    }
-    as_json = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    for name, text in ((PARITY, as_json), (TABLE, markdown_of(rows))):
-        with replacing(folder.path / name, shared=True) as temporary:
-            temporary.write_text(text, "utf8")
-    folder.metadata["checked"] = {
-        "file": PARITY,
-        "utterances": accounts[0].cuts,
-        "broken": len(sentences),
-    }
-    withdrawn = withdraw(folder, accounts)
-    folder.finish()
+    click.echo(text_table(table_of(accounts), left=2))
+    sentences, withdrawn = write_findings(folder, accounts, cuts)
     if withdrawn:
         click.echo(
             f"Renamed to *{FAILED}, as they are wrong: " + ", ".join(sorted(withdrawn))

@@ -1,5 +1,6 @@
 """Checks the files of a folder against the recipe's model, on cuts."""
 
+import json
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -13,15 +14,27 @@ from icefall_kd.export.features import FeatureSettings, comparable
 from icefall_kd.export.folder import (
     FP32,
     PRECISIONS,
+    TABLE,
     TOKENS,
     ExportFolder,
     hash_of_file,
     read_tokens,
+    versions,
 )
-from icefall_kd.export.parity import Account, Comparison, Reference, Utterance, judge
+from icefall_kd.export.parity import (
+    Account,
+    Comparison,
+    Reference,
+    Utterance,
+    judge,
+    markdown_of,
+    table_of,
+)
 from icefall_kd.export.sherpa import recognize
 from icefall_kd.export.sides import Side, onnx_side, script_side, torch_side
 from icefall_kd.export.streaming import ChunkEncoder, padded
+from icefall_kd.files import replacing
+from icefall_kd.report.exports import PARITY
 from icefall_kd.teacher.spec import LoadedTeacher
 from icefall_kd.zipformer import MIN_FRAMES
 
@@ -175,6 +188,40 @@ def check(
         judge(of_head)
         accounts += of_head
     return accounts
+
+
+def write_findings(
+    folder: ExportFolder, accounts: Sequence[Account], cuts: str
+) -> Tuple[List[str], List[str]]:
+    """Write what was found, and rename the files of forms that are wrong.
+
+    Args:
+      folder: With the files that were checked.
+      accounts: Of :func:`check`.
+      cuts: The manifest of the utterances.
+
+    Returns:
+      What is wrong, a sentence each, and the names that wrong files had.
+    """
+    sentences = [sentence for row in accounts for sentence in row.broken]
+    findings = {
+        "cuts": cuts,
+        "versions": versions(),
+        "broken": sentences,
+        "forms": [row.as_dict() for row in accounts],
+    }
+    as_json = json.dumps(findings, indent=1, ensure_ascii=False) + "\n"
+    for name, text in ((PARITY, as_json), (TABLE, markdown_of(table_of(accounts)))):
+        with replacing(folder.path / name, shared=True) as temporary:
+            temporary.write_text(text, "utf8")
+    folder.metadata["checked"] = {
+        "file": PARITY,
+        "utterances": accounts[0].cuts,
+        "broken": len(sentences),
+    }
+    withdrawn = withdraw(folder, accounts)
+    folder.finish()
+    return sentences, withdrawn
 
 
 def withdraw(folder: ExportFolder, accounts: Sequence[Account]) -> List[str]:

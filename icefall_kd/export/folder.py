@@ -19,7 +19,7 @@ TOKENS = "tokens.txt"
 FORMAT = 1  # of metadata.json
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
 PRECISIONS = (FP32, FP16, INT8)
-PARITY, TABLE = "parity.json", "parity.md"
+TABLE = "parity.md"
 FAILED = ".failed"  # behind the name of a file that --check found to be wrong
 # What says whether files belong together, beside the checkpoint.
 _ALIKE = ("model", "tokens", "features")
@@ -146,8 +146,8 @@ class ExportFolder:
                 f"`export_dir` {self.path} holds {first}, "
                 f"and no {METADATA} says of which model: give another folder",
             )
-        kept = {name: self.metadata.get(name, {}) for name in ("files", "failed")}
-        self.metadata = {"export": FORMAT, **values, **kept}
+        former = {name: self.metadata.get(name, {}) for name in ("files", "failed")}
+        self.metadata = {"export": FORMAT, **values, **former}
 
     @contextmanager
     def writing(self) -> Iterator[None]:

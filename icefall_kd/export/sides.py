@@ -13,7 +13,7 @@ from torch import nn
 
 from icefall_kd.errors import KDError
 from icefall_kd.export.packages import need
-from icefall_kd.export.streaming import ChunkEncoder, script_step
+from icefall_kd.export.streaming import ChunkEncoder, torch_step
 
 Call = Callable[..., np.ndarray]
 
@@ -76,9 +76,12 @@ def script_side(path: Path, chunks: Optional[ChunkEncoder] = None) -> Side:
     except Exception as e:  # torch raises many kinds
         raise _unreadable(path, e) from None
 
+    def of_chunk(x: torch.Tensor, states: List[torch.Tensor]) -> Tuple:
+        return model.encoder(x, torch.tensor([x.size(1)]), states)[::2]  # no lengths
+
     def encoded(x: np.ndarray) -> torch.Tensor:
         if chunks is not None:
-            return torch.from_numpy(chunks.encode(script_step(model.encoder), x))[None]
+            return torch.from_numpy(chunks.encode(torch_step(of_chunk), x))[None]
         features = torch.from_numpy(x)
         with torch.no_grad():
             return model.encoder(features, torch.tensor([features.size(1)]))[0]

@@ -14,6 +14,8 @@ STATES = ("key", "nonlin_attn", "val1", "val2", "conv1", "conv2")  # of each lay
 # The axis of utterances in each of a layer's states.
 _UTTERANCES = {"conv1": 0, "conv2": 0}
 _CPU = torch.device("cpu")
+# Feature frames that a chunk takes beyond those from it to the next, in the recipes.
+BEYOND = 13
 
 
 def chunks_of(settings: Dict[str, Any]) -> Tuple[int, int]:
@@ -292,33 +294,17 @@ def encode_chunks(
     return np.concatenate(rows)
 
 
-def script_step(encoder: Any) -> Callable[..., List[np.ndarray]]:
-    """A loaded :class:`ScriptEncoder` as a step of :func:`encode_chunks`.
+def torch_step(encoder: Callable) -> Callable[..., List[np.ndarray]]:
+    """An encoder of torch as a step of :func:`encode_chunks`.
 
     Args:
-      encoder: Of TorchScript.
+      encoder: Takes and gives what :class:`ChunkEncoder` does.
     """
 
     @torch.no_grad()
     def step(*arrays: np.ndarray) -> List[np.ndarray]:
         x, *states = map(torch.from_numpy, arrays)
-        out, _, states = encoder(x, torch.tensor([x.size(1)]), states)
-        return [value.numpy() for value in (out, *states)]
-
-    return step
-
-
-def torch_step(module: ChunkEncoder) -> Callable[..., List[np.ndarray]]:
-    """A module of torch as a step of :func:`encode_chunks`.
-
-    Args:
-      module: The encoder.
-    """
-
-    @torch.no_grad()
-    def step(*arrays: np.ndarray) -> List[np.ndarray]:
-        x, *states = map(torch.from_numpy, arrays)
-        out, states = module(x, states)
+        out, states = encoder(x, states)
         return [value.numpy() for value in (out, *states)]
 
     return step
@@ -330,14 +316,13 @@ def padded(audio: np.ndarray, sampling_rate: int, num_frames: int) -> np.ndarray
     Args:
       audio: (T,).
       sampling_rate: Samples a second.
-      num_frames: Feature frames that a chunk takes; from a chunk to the next it is 13
-        less for the recipes' front end.
+      num_frames: Feature frames that a chunk takes.
 
     Returns:
       (T',), whose number of feature frames is between those of two numbers of chunks:
       one frame more or less, as readers count them, makes no difference.
     """
-    shift = num_frames - 13
+    shift = num_frames - BEYOND
     frames = len(audio) * 100 // sampling_rate
     chunks = max(0, -(-(frames - num_frames) // shift)) + 1
     length = (num_frames + chunks * shift + shift // 2) * sampling_rate // 100

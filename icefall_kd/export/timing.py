@@ -33,6 +33,7 @@ from icefall_kd.export.graph import exportable
 from icefall_kd.export.quantize import write_int8
 from icefall_kd.export.sides import session
 from icefall_kd.export.streaming import (
+    BEYOND,
     ChunkEncoder,
     chunks_of,
     encode_chunks,
@@ -46,7 +47,6 @@ UTTERANCE = 10.0  # seconds, as multiply-adds are counted
 TOKENS_A_FRAME = 0.2  # of 25 frames a second: five tokens a second
 ROUNDS = 3
 _SHORT = 50  # feature frames of the pass that comes before those that are timed
-_ALONE = 13  # feature frames that a chunk takes beyond those from it to the next
 _PASSES, _ENOUGH = 5, 0.3  # of one round: at most so many, and no more after 0.3 s
 
 Run = Callable[..., Any]
@@ -140,10 +140,12 @@ def _open(
         part: session(folder / f"{part}.{form}.onnx", True)
         for part in (ENCODER, DECODER, JOINER)
     }
-    found = {part: _of_tensors(run) for part, run in runs.items()}
+    of_tensors = {part: _of_tensors(run) for part, run in runs.items()}
     if chunks is not None:
-        found[ENCODER] = lambda x, lens: [chunks.encode(runs[ENCODER], x.numpy())[None]]
-    return found
+        of_tensors[ENCODER] = lambda x, lens: [
+            chunks.encode(runs[ENCODER], x.numpy())[None]
+        ]
+    return of_tensors
 
 
 def _write(model: nn.Module, settings: Dict[str, Any], folder: Path) -> None:
@@ -216,7 +218,7 @@ def _time(
         shift = 2 * chunks_of(settings)[0]
         in_chunks = whole // shift * shift
         seconds = in_chunks / FRAMES_PER_SECOND
-        of_encoder = _ALONE + shift, _ALONE + in_chunks, seconds
+        of_encoder = BEYOND + shift, BEYOND + in_chunks, seconds
     for part, run, (short, num_frames, seconds) in (
         (PARTS[0], encode, of_encoder),
         (PARTS[1], search, of_search),

@@ -157,8 +157,8 @@ def rate_within(bounds: Bounds, unit: str) -> Filter:
         words = case.text.split()
         count = len(words) if unit == "words" else sum(map(len, words))
         rate = count / max(case.seconds, 1e-3)
-        kept = bounds[0] <= rate <= bounds[1]
-        return "" if kept else f"{rate:.2f} {unit} a second"
+        is_within = bounds[0] <= rate <= bounds[1]
+        return "" if is_within else f"{rate:.2f} {unit} a second"
 
     return Filter(f"{unit} a second", why_not)
 
@@ -217,8 +217,8 @@ def only_characters(allowed: str) -> Filter:
     )
 
     def why_not(case: Case) -> str:
-        found = sorted(set(other.findall(case.text)))
-        return f"the characters {' '.join(found)!r}" if found else ""
+        others = sorted(set(other.findall(case.text)))
+        return f"the characters {' '.join(others)!r}" if others else ""
 
     return Filter("characters", why_not)
 

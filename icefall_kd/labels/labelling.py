@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from icefall_kd.errors import disk_errors, require
 from icefall_kd.files import making_folder, replacing
 from icefall_kd.labels.pseudo_label import PseudoLabel, check_can_carry, put
-from icefall_kd.targets.batches import STRETCH, DumpBatch, batches, stretches
+from icefall_kd.targets.batches import STRETCH, DumpBatch, batches_of, stretches
 from icefall_kd.targets.cuts import ManifestCuts
 from icefall_kd.targets.manifest import open_manifest
 from icefall_kd.transcripts.cuts import hash_of_manifest
@@ -110,10 +110,7 @@ class LabelPlan:
             turn, number = divmod(i, self.job.num_jobs)
             if number != self.job.number or turn < self.done:
                 continue
-            parts = list(batches(stretch, self.max_duration))
-            for part in parts[:-1]:
-                yield DumpBatch(part, None)
-            yield DumpBatch(parts[-1], stretch)
+            yield from batches_of(stretch, stretch, self.max_duration)
 
 
 @dataclass
@@ -188,17 +185,17 @@ def label_cuts(
 
 def _label(job: Job, teacher: LabelTeacher, journal: Journal, counts: Survey) -> None:
     plan = LabelPlan(job, teacher.max_duration, journal.num_batches)
-    found: Dict[str, PseudoLabel] = {}
+    by_id: Dict[str, PseudoLabel] = {}
     total = -(-counts.cuts // job.num_jobs)
     with tqdm(desc="Labelling", unit=" cuts", total=total) as bar:
         bar.update(journal.num_utterances)
         for batch, labels in teacher(plan):
-            found.update((cut.id, label) for cut, label in zip(batch.cuts, labels))
+            by_id.update((cut.id, label) for cut, label in zip(batch.cuts, labels))
             bar.update(len(batch.cuts))
             if batch.stretch is not None:
-                lines = [{"id": c.id, **found[c.id].as_dict()} for c in batch.stretch]
+                lines = [{"id": c.id, **by_id[c.id].as_dict()} for c in batch.stretch]
                 journal.append({"utterances": lines})
-                found = {}
+                by_id = {}
 
 
 def _check_same(path: Path, header: Dict[str, Any]) -> None:

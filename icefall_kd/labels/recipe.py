@@ -1,6 +1,6 @@
 """A recipe's model as the teacher of labels, by the searches of decode/."""
 
-from typing import Any, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from lhotse.cut import Cut
@@ -36,7 +36,7 @@ class RecipeTeacher:
         reader: torch.utils.data.Dataset,
         tokenizer: Any,
         num_features: int,
-        rate: Any,
+        rate: Optional[int],
         max_duration: float,
         num_workers: int,
     ) -> None:

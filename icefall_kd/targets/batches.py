@@ -69,6 +69,22 @@ class DumpBatch:
         )
 
 
+def batches_of(
+    stretch: List[Cut], cuts: List[Cut], max_duration: float
+) -> Iterator[DumpBatch]:
+    """Batches of some cuts of a stretch, the last of them with the stretch.
+
+    Args:
+      stretch: All of its cuts.
+      cuts: Those that a model runs on. For none there is one batch without cuts.
+      max_duration: Seconds in a batch, padding counted.
+    """
+    parts = list(batches(cuts, max_duration)) or [[]]
+    for part in parts[:-1]:
+        yield DumpBatch(part, None)
+    yield DumpBatch(parts[-1], stretch)
+
+
 class DumpPlan:
     """The batches of one job, in their order.
 
@@ -102,10 +118,7 @@ class DumpPlan:
             if i % self.num_jobs != self.job or all(c.id in self.done for c in stretch):
                 continue
             cuts = [cut for cut in stretch if gets_targets(cut, self.cut_seconds)]
-            parts = list(batches(cuts, self.max_duration)) or [[]]
-            for part in parts[:-1]:
-                yield DumpBatch(part, None)
-            yield DumpBatch(parts[-1], stretch)
+            yield from batches_of(stretch, cuts, self.max_duration)
 
 
 class FeatureReader(torch.utils.data.Dataset):

@@ -9,6 +9,7 @@ import pytest
 from icefall_kd.report.comparison import Comparison, Model, Run, TestAudio
 from icefall_kd.report.intervals import measure
 from icefall_kd.report.logs import LogLine, SavedCheckpoint, Training
+from icefall_kd.report.models import models_table
 from icefall_kd.report.page import Bullets, Heading, Table, Text
 from icefall_kd.report.rates import (
     differences_table,
@@ -18,7 +19,7 @@ from icefall_kd.report.rates import (
     seeds_table,
 )
 from icefall_kd.report.results import Decoding, ErrorRate
-from icefall_kd.report.tables import blocks_of, models_table
+from icefall_kd.report.tables import blocks_of
 from icefall_kd.report.transcripts import Scores
 from icefall_kd.report.words import words_of
 

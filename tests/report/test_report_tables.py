@@ -15,10 +15,11 @@ from icefall_kd.report.comparison import (
 )
 from icefall_kd.report.logs import LogLine, Training
 from icefall_kd.report.manifests import TargetSizes
+from icefall_kd.report.models import models_table
 from icefall_kd.report.page import Bullets, Table
 from icefall_kd.report.rates import rate_table
 from icefall_kd.report.results import Decoding, DecodingLog, ErrorRate
-from icefall_kd.report.tables import blocks_of, models_table
+from icefall_kd.report.tables import blocks_of
 from icefall_kd.report.words import words_of
 
 pytest.importorskip("matplotlib")
