@@ -1,7 +1,16 @@
 #!/usr/bin/env python3
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# The version stands in the package alone, and is read without importing it.
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (ROOT / "icefall_kd" / "__init__.py").read_text("utf8"),
+    re.M,
+)[1]
 
 # What the digits recipe trains on; a group with its own icefall needs none of it.
 digits = [
@@ -14,6 +23,9 @@ digits = [
     "torchaudio",
 ]
 
+# What makes the HTML pages of docs/.
+docs = ["sphinx>=7", "sphinx-rtd-theme>=2", "myst-parser>=3"]
+
 # What icefall-kd export writes and checks with.
 export = [
     "onnx>=1.13",
@@ -25,13 +37,16 @@ export = [
 
 setup(
     name="icefall_kd",
-    version="0.1.0",
+    version=VERSION,
     description="Knowledge distillation for icefall's Zipformer recipes",
-    long_description=Path(__file__).with_name("README.md").read_text("utf8"),
+    long_description=(ROOT / "README.md").read_text("utf8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["icefall_kd", "icefall_kd.*"]),
+    package_data={"icefall_kd": ["py.typed"]},
+    include_package_data=False,  # MANIFEST.in says what the sdist has, not the wheel
     install_requires=[
         "click>=8.0",
         "lhotse>=1.27",
@@ -43,10 +58,12 @@ setup(
     ],
     extras_require={
         "digits": digits + export,
+        "docs": docs,
         "export": export,
         "mvq": ["multi_quantization"],
         "report": ["kaldialign>=0.7", "matplotlib>=3.6"],
         "test": digits
+        + docs
         + export
         + [
             "matplotlib>=3.6",
@@ -56,8 +73,10 @@ setup(
             "hypothesis>=6",
             "black==25.1.0",
             "isort==5.13.2",
-        ]
-        + ["ruff==0.8.6"],
+            "ruff==0.8.6",
+            "setuptools>=61",
+            "wheel",
+        ],
     },
     entry_points={"console_scripts": ["icefall-kd=icefall_kd.cli:main"]},
 )

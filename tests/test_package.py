@@ -1,7 +1,6 @@
 """The package is cheap to import, and its public names are enough."""
 
 import ast
-import re
 from importlib import import_module
 from pathlib import Path
 
@@ -93,9 +92,3 @@ def test_the_former_name_of_the_tap_is_the_same_class():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Nope'"):
         _ = icefall_kd.Nope
-
-
-def test_version_is_that_of_setup():
-    setup = ROOT / "setup.py"
-    version = re.search(r'version="([^"]+)"', setup.read_text("utf8")).group(1)
-    assert icefall_kd.__version__ == version
