@@ -54,6 +54,7 @@ class Batch:
             self.valid = torch.cat(rows)
         self.frames = transducer.project(self.valid)  # (sum of lengths, J)
         self._padded: Optional[torch.Tensor] = None
+        self._windows: Dict[int, torch.Tensor] = {}
         self.chunk = CHUNK["cpu" if encoder_out.device.type == "cpu" else "other"]
         self._alone: Dict[int, torch.Tensor] = {}
 
@@ -66,19 +67,27 @@ class Batch:
         device = self.encoder_out.device
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    def ask(self, places: List[int], window: int, rows: torch.Tensor) -> torch.Tensor:
+    def ask(
+        self, places: List[int], window: int, contexts: List[Context]
+    ) -> torch.Tensor:
         """Return the joiner's logits (A * W, V) for windows of frames.
 
         Args:
           places: A places among the frames of all, where the windows begin.
           window: W, at most ``MAX_WINDOW``.
-          rows: (A, J), one context for each window.
+          contexts: One for each window.
         """
+        transducer = self.transducer
+        row_places = transducer.row_places(contexts)
         frames = self._only_window(places, window)
         if frames is not None:
-            return self.transducer.logits(frames, rows, self.blank_penalty)
-        frames, rows = self.windows(places, window), rows.unsqueeze(1)
-        return self.transducer.logits(frames, rows, self.blank_penalty).flatten(0, 1)
+            row = transducer.rows.narrow(0, row_places[0], 1)
+            return transducer.logits(frames, row, self.blank_penalty)
+        # One tensor for both, as making it costs more than what is done with it.
+        begins, row_index = self.tensor([places, row_places]).unbind()
+        frames = self._all_windows(window).index_select(0, begins)
+        rows = transducer.rows.index_select(0, row_index).unsqueeze(1)
+        return transducer.logits(frames, rows, self.blank_penalty).flatten(0, 1)
 
     def windows(self, places: List[int], window: int) -> torch.Tensor:
         """Return (A, W, J), the frames that follow some places.
@@ -91,12 +100,19 @@ class Batch:
         frames = self._only_window(places, window)
         if frames is not None:
             return frames.unsqueeze(0)
-        count, width = self.num_frames, self.frames.size(1)
-        if self._padded is None:  # so that no window ends behind the last row
-            rest = self.frames.new_zeros(MAX_WINDOW, width)
-            self._padded = torch.cat((self.frames, rest))
-        windows = self._padded.as_strided((count, window, width), (width, width, 1))
-        return windows.index_select(0, self.tensor(places))
+        return self._all_windows(window).index_select(0, self.tensor(places))
+
+    def _all_windows(self, window: int) -> torch.Tensor:
+        """Return (frames of all, W, J), a view: the window that begins at each."""
+        if window not in self._windows:
+            width = self.frames.size(1)
+            if self._padded is None:  # so that no window ends behind the last row
+                rest = self.frames.new_zeros(MAX_WINDOW, width)
+                self._padded = torch.cat((self.frames, rest))
+            self._windows[window] = self._padded.as_strided(
+                (self.num_frames, window, width), (width, width, 1)
+            )
+        return self._windows[window]
 
     def _only_window(self, places: List[int], window: int) -> Optional[torch.Tensor]:
         """Return (W, J) without a copy: one window that ends in the frames, or None."""

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import List, Optional, Tuple
 
-import torch
-
 from icefall_kd.decode.batch import MARGIN, MAX_WINDOW, Batch
 from icefall_kd.decode.transducer import Context
 from icefall_kd.decode.types import MAX_SYMBOLS, Hypothesis, SearchReport
@@ -127,28 +125,17 @@ class LabelLooping:
         if self.may_cut and len(active) <= self.max_active // 2:
             share = self.max_active // len(active)
             active = [part for path in active for part in self._cut(path, share)]
-        rows = self.transducer.decoder_rows([path.context for path in active])
         self.report.decoder_rows += len(active)
         while active:
             window = best_window(
                 self.advanced // self.emitted, len(active), self.call_rows
             )
             window = min(window, max([self._reach(path) for path in active]))
-            changed = self._step(active, rows, window)
+            changed = self._step(active, window)
             if self.reset_after is not None:
-                changed = sorted(changed + self._forget(active))
-            if changed:
-                contexts = [active[i].context for i in changed]
-                new = self.transducer.decoder_rows(contexts)
-                self.report.decoder_rows += len(changed)
-                if len(changed) == len(active):
-                    rows = new
-                else:
-                    rows.index_copy_(0, self.batch.tensor(changed), new)
-            going = [i for i, path in enumerate(active) if not self._is_over(path)]
-            if len(going) < len(active):
-                active = [active[i] for i in going]
-                rows = rows.index_select(0, self.batch.tensor(going))
+                changed += self._forget(active)
+            self.report.decoder_rows += changed
+            active = [path for path in active if not self._is_over(path)]
         for path in paths:
             _join(path)
 
@@ -158,22 +145,22 @@ class LabelLooping:
             return path.end - path.place
         return min(path.end, path.last_place + self.reset_after + 1) - path.place
 
-    def _forget(self, active: List[Path]) -> List[int]:
+    def _forget(self, active: List[Path]) -> int:
         """Begin the contexts anew of paths whose last token is long ago.
 
         Args:
           active: A paths.
 
         Returns:
-          Which of the paths these are.
+          How many paths these are.
         """
-        forgetful = []
-        for i, path in enumerate(active):
+        count = 0
+        for path in active:
             last = path.last_place
             if last is not None and path.place - last > self.reset_after:
                 path.context, path.last_place = self.transducer.start, None
-                forgetful.append(i)
-        return forgetful
+                count += 1
+        return count
 
     def _cut(self, path: Path, share: int) -> List[Path]:
         """Return ``share`` segments of a path or fewer, each long enough."""
@@ -188,39 +175,39 @@ class LabelLooping:
             segment.segments = path.segments
         return path.segments
 
-    def _step(self, active: List[Path], rows: torch.Tensor, window: int) -> List[int]:
+    def _step(self, active: List[Path], window: int) -> int:
         """Ask each active path's next frames, and move it on.
 
         A path moves to its first token, or behind the window.
 
         Args:
           active: A paths.
-          rows: (A, J), the decoder's output for their contexts.
           window: W.
 
         Returns:
-          Which of the paths have a new token.
+          How many of the paths have a new token.
         """
-        logits = self.batch.ask([path.place for path in active], window, rows)
+        logits = self.batch.ask(
+            [path.place for path in active], window, [path.context for path in active]
+        )
         self.report.rounds += 1
         self.report.joiner_rows += window * len(active)
         leads = self.transducer.leads(logits, self.batch.blank_penalty).tolist()
         stopped, stop_rows = self._pass_blanks(active, leads, window)
         if not stopped:
-            return []
+            return 0
         if len(stopped) == 1:
             logits = logits.narrow(0, stop_rows[0], 1)
         else:
             logits = logits.index_select(0, self.batch.tensor(stop_rows))
         values, tokens = logits.log_softmax(-1).topk(2)
-        extended = []
+        extended = 0
         for i, row, (best, second), (token, _) in zip(
             stopped, stop_rows, values.tolist(), tokens.tolist()
         ):
             # Both are false for NaN.
             is_sure = abs(leads[row]) > MARGIN and best - second > MARGIN
-            if self._emit(active[i], token, best, is_sure):
-                extended.append(i)
+            extended += self._emit(active[i], token, best, is_sure)
         return extended
 
     def _pass_blanks(

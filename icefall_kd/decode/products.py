@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 
 # Multiply-adds from which on a packed matrix is faster; a call of it costs more.
-PACKED_FROM = 2**20
+PACKED_FROM = 2**23
 
 
 class Product:

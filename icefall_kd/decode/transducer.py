@@ -86,12 +86,12 @@ class Transducer:
             self._make_products()
             self.tables = self._make_tables()
             self.all_rows = self._make_table_of_all()
-        # Where these are too many: the rows of contexts seen so far, and their places.
-        self._seen: Dict[Context, int] = {}
-        if self.all_rows is None:
-            weight = self.joiner.output_linear.weight
-            width = weight.size(1)
-            self._seen_rows = weight.new_empty(MAX_SEEN // width, width)
+        # Where these are too many: the rows of contexts seen so far.
+        weight = self.joiner.output_linear.weight
+        self.rows = self.all_rows
+        if self.rows is None:
+            self.rows = weight.new_empty(MAX_SEEN // weight.size(1), weight.size(1))
+        self._places: Dict[Context, int] = {}  # in rows, of each context seen so far
 
     @property
     def device(self) -> torch.device:
@@ -201,31 +201,44 @@ class Transducer:
         Returns:
           (R, J).
         """
-        if self.all_rows is not None:
-            numbers = [
-                sum([(y + 1) * power for y, power in zip(context, self.powers)])
-                for context in contexts
-            ]
-            if len(numbers) == 1:
-                return self.all_rows.narrow(0, numbers[0], 1)
-            index = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-            return self.all_rows.index_select(0, index)
-        if len(contexts) > len(self._seen_rows):
-            return self._rows_of_contexts(contexts)
-        seen = self._seen
-        new = list(dict.fromkeys([y for y in contexts if y not in seen]))
-        if len(seen) + len(new) > len(self._seen_rows):
-            seen.clear()  # all are forgotten where there is no place for more
-            new = list(dict.fromkeys(contexts))
-        if new:
-            begin, end = len(seen), len(seen) + len(new)
-            self._seen_rows[begin:end] = self._rows_of_contexts(new)
-            seen.update(zip(new, range(begin, end)))
-        places = [seen[context] for context in contexts]
+        places = self.row_places(contexts)
         if len(places) == 1:
-            return self._seen_rows.narrow(0, places[0], 1).clone()
+            return self.rows.narrow(0, places[0], 1).clone()
         index = torch.tensor(places, dtype=torch.int64, device=self.device)
-        return self._seen_rows.index_select(0, index)
+        return self.rows.index_select(0, index)
+
+    def row_places(self, contexts: Sequence[Context]) -> List[int]:
+        """Return where the rows of contexts stand in :attr:`rows`.
+
+        The places are right until the next call: where there is no room for a new
+        context, all others are forgotten.
+
+        Args:
+          contexts: R of them, each the last c tokens; -1 for none.
+        """
+        try:
+            return [self._places[context] for context in contexts]
+        except KeyError:
+            self._learn(contexts)
+        return [self._places[context] for context in contexts]
+
+    def _learn(self, contexts: Sequence[Context]) -> None:
+        """Let :attr:`rows` have the row of each context."""
+        known = self._places
+        new = list(dict.fromkeys([y for y in contexts if y not in known]))
+        if self.all_rows is not None:
+            for context in new:
+                digits = zip(context, self.powers)
+                known[context] = sum([(y + 1) * power for y, power in digits])
+            return
+        if len(known) + len(new) > len(self.rows):
+            known.clear()  # all are forgotten where there is no room for more
+            new = list(dict.fromkeys(contexts))
+            if len(new) > len(self.rows):
+                self.rows = self.rows.new_empty(len(new), self.rows.size(1))
+        begin, end = len(known), len(known) + len(new)
+        self.rows[begin:end] = self._rows_of_contexts(new)
+        known.update(zip(new, range(begin, end)))
 
     def _rows_of_contexts(self, contexts: Sequence[Context]) -> torch.Tensor:
         """Return (R, J), computed now."""
