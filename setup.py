@@ -35,6 +35,9 @@ export = [
     "kaldialign>=0.7",
 ]
 
+# What runs a Whisper as the teacher of `icefall-kd label`.
+whisper = ["transformers>=4.46"]
+
 setup(
     name="icefall_kd",
     version=VERSION,
@@ -65,6 +68,7 @@ setup(
         "test": digits
         + docs
         + export
+        + whisper
         + [
             "matplotlib>=3.6",
             "multi_quantization",
@@ -77,6 +81,7 @@ setup(
             "setuptools>=61",
             "wheel",
         ],
+        "whisper": whisper,
     },
     entry_points={"console_scripts": ["icefall-kd=icefall_kd.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""Lets a teacher transcribe cuts: a recipe's model, or any program."""
+"""Lets a teacher transcribe cuts: a recipe's model, a Whisper, or any program."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,8 +41,15 @@ from icefall_kd.targets.cuts import ManifestCuts
 from icefall_kd.teacher.spec import TeacherSpec
 from icefall_kd.transcripts.recognizer import Recognizer
 
-OF_PROGRAM = ("nbest", "time_limit")
-OF_BOTH = ("in_cuts", "out_cuts", "program", "num_jobs", "job", "overwrite")
+# The parameters of each teacher that is no recipe's model, beside those of all.
+OF_TEACHERS = {
+    "program": ("nbest", "time_limit"),
+    "whisper": ("language",),
+}
+ALSO_OF_TEACHERS = {"program": (), "whisper": ("max_duration", "num_threads")}
+OF_ALL = ("in_cuts", "out_cuts", "num_jobs", "job", "overwrite")
+NAMES = {"program": "program", "whisper": "Whisper"}
+OPTIONS = {"program": "--command", "whisper": "--whisper"}
 
 
 @command(context_settings=MODEL_FLAGS)
@@ -73,6 +80,22 @@ OF_BOTH = ("in_cuts", "out_cuts", "program", "num_jobs", "job", "overwrite")
     help="With --command: how long the program may take for about 1000 s of audio, "
     "or for one longer cut.",
 )
+@click.option(
+    "--whisper",
+    type=Place(optional=True),
+    default="",
+    metavar="FOLDER_OR_NAME",
+    help="A Whisper as the teacher, in place of a recipe's model: a folder that the "
+    "package transformers saved, or a name such as openai/whisper-tiny.",
+)
+@click.option(
+    "--language",
+    type=Text(),
+    default="",
+    metavar="CODE",
+    help="With --whisper: the language that is spoken, such as en. Without it a "
+    "multilingual Whisper tells for each cut.",
+)
 @search_options
 @job_options
 @click.option("--overwrite", is_flag=True, help="Label anew what is labelled already.")
@@ -83,6 +106,8 @@ def label(
     program: str,
     nbest: bool,
     time_limit: float,
+    whisper: str,
+    language: str,
     search: SearchOptions,
     num_jobs: int,
     job: int,
@@ -90,11 +115,11 @@ def label(
 ) -> None:
     """Let a teacher transcribe IN_CUTS; write OUT_CUTS.
 
-    The teacher is a recipe's model, which says what `icefall-kd decode` finds, or a
-    program. OUT_CUTS has all cuts of the manifest IN_CUTS, with the teacher's text in
-    their supervisions; kd_label in a supervision's custom fields has scores, teacher,
-    settings and the original text. Give OUT_CUTS to `icefall-kd filter` before you
-    train on it.
+    The teacher is a recipe's model, which says what `icefall-kd decode` finds, a
+    Whisper, or a program. OUT_CUTS has all cuts of the manifest IN_CUTS, with the
+    teacher's text in their supervisions; kd_label in a supervision's custom fields has
+    scores, teacher, settings and the original text. Give OUT_CUTS to `icefall-kd
+    filter` before you train on it.
 
     The same command continues a run that was cut short. Several jobs share the work as
     in `icefall-kd dump`; the last one writes OUT_CUTS. The labels-*.jsonl beside it are
@@ -103,7 +128,8 @@ def label(
     MODEL FLAGS are the model options of the recipe's decode.py, as for `icefall-kd
     dump`.
     """
-    _check_options(teacher, program)
+    values = {"program": program, "whisper": whisper}
+    _check_options(teacher, [name for name, value in values.items() if value])
     number, num_jobs = job_of(num_jobs, job)
     this = Job(in_cuts, Path(out_cuts), number, num_jobs)
     _check_places(this, overwrite)
@@ -111,6 +137,8 @@ def label(
         if program:
             folder = this.out_cuts.parent
             labels: Any = ProgramTeacher(program, folder, time_limit, nbest)
+        elif whisper:
+            labels = _whisper(whisper, language, search)
         else:
             labels = _model(teacher, search, stack)
         counts = survey(in_cuts, labels)
@@ -147,26 +175,38 @@ def _model(
     )
 
 
-def _check_options(teacher: TeacherSpec, program: str) -> None:
+def _whisper(place: str, language: str, search: SearchOptions) -> LabelTeacher:
+    """Load a Whisper as the teacher."""
+    from icefall_kd.labels.whisper import WhisperTeacher
+    from icefall_kd.labels.whisper_model import Parts, Whisper
+
+    model = Whisper(Parts(place), search.device(), language)
+    return WhisperTeacher(model, search.max_duration)
+
+
+def _check_options(teacher: TeacherSpec, chosen: List[str]) -> None:
     """Refuse options that don't go together."""
     given = _given()
-    of_program = [given[name] for name in OF_PROGRAM if name in given]
-    if program:
-        others = [o for n, o in given.items() if n not in (*OF_PROGRAM, *OF_BOTH)]
+    for name in chosen:
+        own = (name, *OF_TEACHERS[name], *ALSO_OF_TEACHERS[name], *OF_ALL)
+        others = [option for n, option in given.items() if n not in own]
         others += [word for word in teacher.model_flags if word.startswith("-")]
         require(
             not others,
-            f"{', '.join(others)} is for a recipe's model, and the teacher is a "
-            "program (--command): leave one of them out",
+            f"{', '.join(others)} is for another teacher than a {NAMES[name]} "
+            f"({given[name]}): leave one of them out",
         )
         return
-    require(
-        not of_program,
-        f"{', '.join(of_program)} is for a program: give --command, or leave it out",
-    )
+    for name, options in OF_TEACHERS.items():
+        wrong = [given[option] for option in options if option in given]
+        require(
+            not wrong,
+            f"{', '.join(wrong)} is for a {NAMES[name]}: give {OPTIONS[name]}, or "
+            "leave it out",
+        )
     for name, remedy in (
-        ("recipe", "the folder of a recipe's train.py, or --command a program"),
-        ("exp_dir", "the teacher's experiment folder, or --command a program"),
+        ("recipe", "the folder of a recipe's train.py, or give --whisper or --command"),
+        ("exp_dir", "the teacher's experiment folder, or give --whisper or --command"),
         ("bpe_model", "the teacher's bpe.model or lang folder, for the text of tokens"),
     ):
         option = "--" + name.replace("_", "-")

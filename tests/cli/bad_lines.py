@@ -256,6 +256,12 @@ TOGETHER: Sequence[Tuple[str, Dict[str, Optional[str]]]] = (
     ("label", {"num_jobs": "2", "job": "2"}),
     ("label", {**dict.fromkeys(TEACHER), "program": "asr {wavs}"}),
     ("label", {**dict.fromkeys(TEACHER), "program": "asr {wavs} {out}"}),
+    ("label", {"language": "en"}),
+    ("label", {"whisper": "a-folder"}),
+    *(
+        ("label", {**dict.fromkeys((*TEACHER, "num_workers")), "whisper": place})
+        for place in ("a-folder", "a-file", "no/such/file", NOT_UTF8)
+    ),
     ("filter", {"other_cuts": "labelled.jsonl.gz"}),
     ("filter", {"agreement": "5"}),
     ("filter", {"agreement": "5", "other_cuts": "in.jsonl.gz"}),
@@ -315,6 +321,7 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
     "label": {
         **FALSE,
         "program": ("",),
+        "whisper": ("",),
         "window": ("1.5",),
         "reset_context_after": ("1.5",),
         "causal_padding": ("0",),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lhotse import CutSet
+from tiny_whisper import whisper_folder  # noqa: F401
 
 pytest.importorskip("kaldialign")
 
@@ -179,8 +180,10 @@ def test_cuts_without_audio_are_refused(refused, stops, by_command, make_cut, tm
 def test_options_of_the_other_kind_of_teacher_are_refused(
     refused, words, by_command, spoken, tmp_path
 ):
-    assert "--beam-size is for a recipe" in refused(*by_command("--beam-size", 4))
-    assert "--causal is for a recipe's" in refused(*by_command("--causal", 1))
+    for option in ("--beam-size", "--causal", "--language"):
+        said = refused(*by_command(option, 4))
+        assert f"{option} is for another teacher than a program (--command)" in said
+    assert "--language is for a Whisper: give" in refused(*words("--language", "en"))
     assert "--nbest is for a program" in refused(*words("--nbest"))
     out = tmp_path / "out.jsonl"
     assert "--recipe is missing" in refused("label", spoken, out)
@@ -228,3 +231,61 @@ def test_filters_that_can_not_be_applied_are_refused(
     assert invoke(*by_command("--nbest", fault="nbest")).code == 0
     said = refused("filter", "out.jsonl.gz", "kept.jsonl.gz", *more)
     assert sentence in said
+
+
+# A Whisper
+
+
+@pytest.fixture
+def by_whisper(spoken, tmp_path, whisper_folder):  # noqa: F811
+    """``label`` by a tiny Whisper."""
+
+    def make(*more, cuts=spoken, out=tmp_path / "out.jsonl"):
+        return ["label", cuts, out, "--whisper", whisper_folder, *more]
+
+    return make
+
+
+def test_a_whisper_labels_cuts_and_the_filter_knows_its_scores(
+    invoke, by_whisper, tmp_path
+):
+    done = invoke(*by_whisper("--num-threads", 1))
+    assert done.code == 0 and "4 cuts labelled, 7.3 s" in done.out, done
+    assert all(texts(tmp_path / "out.jsonl").values())
+    for cut in CutSet.from_file(tmp_path / "out.jsonl"):
+        label = cut.supervisions[0].custom["kd_label"]
+        assert label["original"] == "ein" and label["settings"]["whisper"] == "en"
+        assert len(label["teacher"]) == 64
+    words = ("filter", tmp_path / "out.jsonl", tmp_path / "kept.jsonl")
+    for measure in ("token", "worst-token", "speech", "compression"):
+        done = invoke(*words, "--min-score", -1000, "--measure", measure)
+        assert "4 of 4 cuts kept" in done.out, done
+    assert invoke(*words, "--min-score", 0, "--measure", "token").code == 1
+
+
+@pytest.mark.slow
+def test_several_jobs_of_a_whisper_write_what_one_does(
+    invoke, by_whisper, tmp_path, monkeypatch
+):
+    for name in ("targets.batches", "labels.labelling"):
+        __import__(f"icefall_kd.{name}")
+        monkeypatch.setattr(sys.modules[f"icefall_kd.{name}"], "STRETCH", 3.0)
+    one = ("--max-duration", 0.01)  # batches of one, whose last digits are the same
+    assert invoke(*by_whisper(*one, out=tmp_path / "one.jsonl")).code == 0
+    for job in (1, 0):
+        more = (*one, "--num-jobs", 2, "--job", job)
+        assert invoke(*by_whisper(*more, out=tmp_path / "all.jsonl")).code == 0
+    files = [(tmp_path / name).read_bytes() for name in ("one.jsonl", "all.jsonl")]
+    assert files[0] == files[1]
+
+
+def test_a_whisper_that_can_not_be_used_is_refused(refused, by_whisper, make_cut):
+    assert "--language is fr, and the Whisper knows 1" in refused(
+        *by_whisper("--language", "fr")
+    )
+    assert "--whisper is no-such, which is no folder" in refused(
+        *by_whisper("--whisper", "no-such")
+    )
+    for option in ("--nbest", "--recipe=x", "--window=8", "--num-workers=2"):
+        said = refused(*by_whisper(option))
+        assert "is for another teacher than a Whisper (--whisper)" in said
