@@ -231,7 +231,7 @@ def _epochs(
 def _hours(paths: Sequence[str], num_features: int) -> Tuple[float, float]:
     """Hours of cuts with and without transcripts."""
     from icefall_kd.targets.cuts import survey
-    from icefall_kd.targets.stand_in import has_no_text
+    from icefall_kd.targets.transcript import has_no_text
 
     seconds = [0.0, 0.0]
 

@@ -24,8 +24,8 @@ from lhotse.utils import fastcopy
 from icefall_kd.errors import require
 from icefall_kd.kinds.nbest import write_nbest
 from icefall_kd.targets.model_input import check_supervision
+from icefall_kd.targets.transcript import PSEUDO_LABEL as FIELD
 
-FIELD = "kd_label"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """A first look at training cuts, before any of them is trained on."""
 
-from typing import Any, Iterable, Iterator
+from collections import Counter
+from itertools import islice
+from typing import Any, Counter as Counts, Iterable, Iterator
 
 from lhotse.cut import Cut
 from lhotse.lazy import (
@@ -11,7 +13,7 @@ from lhotse.lazy import (
 from tqdm.auto import tqdm
 
 from icefall_kd.targets.model_input import check_supervision
-from icefall_kd.targets.stand_in import has_no_text
+from icefall_kd.targets.transcript import UNTRANSCRIBED, origin_of
 
 SAMPLE = 1000  # cuts
 # The attributes of Lhotse's lazy sets that hold what they are made of.
@@ -58,10 +60,12 @@ class FirstLook:
         self.cuts, self.silent = cuts, silent
         # Of all cuts; 0 where they were not read to their end.
         self.total = self.untranscribed = 0
+        # The cuts that were looked at, by where their transcripts come from.
+        self.origins: Counts[str] = Counter()
 
     def __iter__(self) -> Iterator[Cut]:
         endless = is_endless(self.cuts)
-        total = untranscribed = 0
+        total, self.origins = 0, Counter()
         with tqdm(
             desc="Looking at the training cuts",
             unit=" cuts",
@@ -74,10 +78,15 @@ class FirstLook:
                     return
                 total += 1
                 check_supervision(cut)
-                untranscribed += has_no_text(cut)
+                self.origins[origin_of(cut)] += 1
                 bar.update()
                 yield cut
-        self.total, self.untranscribed = total, untranscribed
+        self.total, self.untranscribed = total, self.origins[UNTRANSCRIBED]
+
+    def some(self) -> None:
+        """Read the first ``SAMPLE`` cuts, which fill ``origins``."""
+        for _ in islice(self, SAMPLE):
+            pass
 
     def all(self) -> int:
         """Read all cuts; return how many there are."""

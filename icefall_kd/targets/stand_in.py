@@ -1,23 +1,26 @@
-"""Batches without transcripts, on which the recipe's own losses have to run."""
+"""Rows without transcripts, on which the recipe's own losses have to run."""
 
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import torch
 from lhotse import CutSet
-from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 
 from icefall_kd.errors import KDError
 from icefall_kd.targets.model_input import check_supervision
+from icefall_kd.targets.transcript import has_no_text
+
+ROWS = "kd_transcribed"  # the field of a batch
 
 
-def has_no_text(cut: Cut) -> bool:
-    """Return whether a cut has no transcript.
+def transcribed_rows(batch: Dict[str, Any]) -> Optional[torch.Tensor]:
+    """Return which rows of a batch have transcripts, (N,), bool; None where all have.
 
     Args:
-      cut: The cut.
+      batch: The recipe's, of :class:`StandInTranscripts` or of another dataset.
     """
-    return not any((s.text or "").strip() for s in cut.supervisions)
+    rows = batch.get(ROWS)
+    return None if rows is None or rows.all() else rows
 
 
 def stand_in(bpe: Any, blank_id: int) -> str:
@@ -47,44 +50,42 @@ def stand_in(bpe: Any, blank_id: int) -> str:
 
 
 class StandInTranscripts(torch.utils.data.Dataset):
-    """A transcript for batches that have none, so that the recipe's losses can run.
+    """A transcript for rows that have none, so that the recipe's losses can run.
 
-    ``batch["kd_transcribed"]`` is False there, and the joint loss leaves the recipe's
-    loss out. The cuts themselves stay without.
+    ``batch["kd_transcribed"]``, (N,), is False for these rows, and what the recipe's
+    losses make of them does not count. The cuts themselves stay without.
 
     Args:
       dataset: A :class:`icefall_kd.targets.TargetDataset`, or the recipe's dataset.
-      text: The transcript, of :func:`stand_in`; "" refuses batches without transcripts.
+      text: The transcript, of :func:`stand_in`; "" refuses cuts without transcripts.
     """
 
     def __init__(self, dataset: torch.utils.data.Dataset, text: str) -> None:
         self.dataset, self.text = dataset, text
 
     def __getitem__(self, cuts: CutSet) -> Dict[str, Any]:
-        ids: Dict[bool, str] = {}
+        without_text = ""
         for cut in cuts:
             check_supervision(cut)
-            ids.setdefault(has_no_text(cut), cut.id)
-        if len(ids) == 2:
-            raise KDError(
-                f"the cuts {ids[True]}, without a transcript, and {ids[False]}, with "
-                "one, are in the same batch, and the recipe's loss is of a whole "
-                "batch: label the former, or sample them apart, as lhotse's "
-                "RoundRobinSampler does"
-            )
-        without_text = True in ids
+            if has_no_text(cut):
+                without_text = without_text or cut.id
         if without_text and not self.text:
             raise KDError(
-                f"the cut {ids[True]} has no transcript, and it takes a tokenizer to "
-                "make one that stands in: give --bpe-model, or leave the cut out"
+                f"the cut {without_text} has no transcript, and it takes a tokenizer "
+                "to make one that stands in: give --bpe-model, or leave the cut out"
             )
         if without_text:  # lhotse collates no None
             cuts = CutSet.from_cuts(
-                cut.map_supervisions(lambda s: fastcopy(s, text="")) for cut in cuts
+                cut.map_supervisions(lambda s: fastcopy(s, text=s.text or ""))
+                for cut in cuts
             )
         batch = self.dataset[cuts]
-        batch["kd_transcribed"] = not without_text
-        if without_text:
-            supervisions = batch["supervisions"]
-            supervisions["text"] = [self.text] * len(supervisions["text"])
+        supervisions = batch["supervisions"]
+        texts = supervisions["text"]
+        rows = torch.ones(len(batch["inputs"]), dtype=torch.bool)
+        for i, row in enumerate(supervisions["sequence_idx"]):
+            if not texts[i].strip():
+                rows[int(row)] = False
+                texts[i] = self.text
+        batch[ROWS] = rows
         return batch

@@ -212,7 +212,7 @@ class JointKDLoss:
         model: Optional[torch.nn.Module] = None,
         blank_id: int = 0,
         epoch: float = 0.0,
-        transcribed: bool = True,
+        transcribed: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, Dict[str, float]]:
         """Compute the joint loss of a batch.
 
@@ -226,8 +226,9 @@ class JointKDLoss:
           model: The student, for the terms of its transducer.
           blank_id: The student's blank.
           epoch: How many epochs are done, with a fraction.
-          transcribed: Whether the batch has transcripts; without them the recipe's loss
-            doesn't count, and all utterances teach.
+          transcribed: (N,), bool, the rows of the targets that have transcripts; None:
+            all. The others teach whatever the condition; they must have no part in
+            ``hard_loss``, which does not count where no row has a transcript.
 
         Returns:
           The joint loss, and what is to be logged, on the scale of sums: the unweighted
@@ -241,7 +242,8 @@ class JointKDLoss:
             in one batch is left out of it; see :mod:`icefall_kd.terms.finite`.
         """
         weights = self.weights(epoch)
-        hard_weight = weights["hard"] if transcribed else 0.0
+        has_hard_loss = transcribed is None or bool(transcribed.any())
+        hard_weight = weights["hard"] if has_hard_loss else 0.0
         loss = _weighted_hard_loss(hard_weight, hard_loss, student, model)
         info: Dict[str, float] = {}
         copies = count_copies(student, targets)
@@ -254,9 +256,12 @@ class JointKDLoss:
         node_logits = any(term.needs_node_logits for term in active)
         batch = TermInputs(student, targets, model, blank_id, node_logits)
         if self.condition:
-            teaches = batch.mask.any(1)
-            if transcribed and active:
+            teaches = has_targets = batch.mask.any(1)
+            if has_hard_loss and active:
                 teaches = self.condition.teaching_rows(batch)
+                if transcribed is not None:
+                    rows = transcribed.to(teaches.device).repeat(copies)
+                    teaches = torch.where(rows, teaches, has_targets)
             info["kd_taught"] = float(teaches.float().mean()) if active else 0.0
             targets = targets.of_rows(teaches)
             batch = TermInputs(student, targets, model, blank_id, node_logits)

@@ -1,5 +1,6 @@
 """Distilling one student: its tap, its teacher's targets and the joint loss."""
 
+from collections import Counter
 from typing import Any, Dict, List, Tuple
 
 import torch
@@ -13,11 +14,13 @@ from icefall_kd.tap import ModelTap
 from icefall_kd.targets.clean import CleanFeatures
 from icefall_kd.targets.dataset import cuts_of_rows
 from icefall_kd.targets.first_look import FirstLook
-from icefall_kd.targets.stand_in import StandInTranscripts, stand_in
+from icefall_kd.targets.stand_in import StandInTranscripts, stand_in, transcribed_rows
+from icefall_kd.targets.transcript import ORIGINS, TRANSCRIBED, origin_of
 from icefall_kd.terms.joint import JointKDLoss
 from icefall_kd.training import checks
 from icefall_kd.training.checkpoint import KDCheckpoint
 from icefall_kd.training.clock import EpochClock
+from icefall_kd.training.hard_rows import HardRows
 from icefall_kd.training.online import OnlineTargets
 from icefall_kd.training.pruning import TeacherRanges
 from icefall_kd.training.stored import StoredTargets
@@ -41,7 +44,9 @@ class Distillation:
       online: The teacher that runs in this process, or None.
       tap: The student's tap.
       ranges: Teacher-guided pruning, or None.
+      hard_rows: Leaves rows without transcripts out of the recipe's losses.
       has_untranscribed_cuts: Whether some training cuts have no transcript.
+      counts_origins: Whether some have none, or one of a teacher.
 
     Raises:
       KDError: An option has a value that can't be used or does not fit the student, the
@@ -82,7 +87,8 @@ class Distillation:
             with_simple="simple" in heads,
         )
         self.ranges = TeacherRanges(model) if params["kd_stored_ranges"] else None
-        self.has_untranscribed_cuts = False
+        self.hard_rows = HardRows(model)
+        self.has_untranscribed_cuts = self.counts_origins = False
         self._last_batch_trained = True
         self._state_dict_hook: Any = None
         if self.joint.projectors is not None:
@@ -105,6 +111,20 @@ class Distillation:
             self._state_dict_hook.remove()
         if self.ranges is not None:
             self.ranges.close()
+        self.hard_rows.close()
+
+    def begin(self, batch: Dict[str, Any]) -> None:
+        """Prepare the recipe's forward pass.
+
+        Args:
+          batch: The recipe's, of training or of validation.
+
+        Raises:
+          KDError: Rows with and without transcripts, which can't be told apart.
+        """
+        if self.ranges is not None:
+            self.ranges.begin(batch.get("kd_targets"))
+        self.hard_rows.begin(batch)
 
     def wrap_dataset(
         self, dataset: torch.utils.data.Dataset, cuts: FirstLook
@@ -125,8 +145,11 @@ class Distillation:
                 dataset = CleanFeatures(dataset, self.time_warp.record)
             if self.online is None or not self.joint.is_constant:
                 cuts.all()
+            else:
+                cuts.some()
         self.clock.cuts_per_epoch = cuts.total
         self.has_untranscribed_cuts = bool(cuts.untranscribed)
+        self.counts_origins = bool(set(cuts.origins) - {TRANSCRIBED})
         if cuts.total and not cuts.untranscribed:
             return dataset
         text = ""
@@ -157,6 +180,7 @@ class Distillation:
         student = self.tap.take()
         if self.ranges is not None:
             student.ranges, student.lattice_logits = self.ranges.take()
+        self.hard_rows.take(batch)
         # Recipes with adapters leave the model itself in eval mode while they train it.
         if not loss.requires_grad:
             self.checkpoint.save()
@@ -166,7 +190,7 @@ class Distillation:
         self.checkpoint.before_batch()
         targets = self._targets(batch, student, device)
         epoch = self.clock.count(len(batch["supervisions"]["text"]))
-        transcribed = bool(batch.get("kd_transcribed", True))
+        transcribed = transcribed_rows(batch)
         if self.joint.condition and student.labels is None:
             student.labels = self._labels(batch, student)
         loss, terms = self.joint(
@@ -186,9 +210,25 @@ class Distillation:
         if not self.joint.is_constant:
             for name, weight in self.joint.weights(epoch).items():
                 info[f"kd_{name}_weight"] = weight * frames
-        if self.has_untranscribed_cuts:
-            info["kd_hard_frames"] = frames if transcribed else 0.0
+        self._log_origins(info, batch, frames)
         return loss
+
+    def _log_origins(
+        self, info: Dict[str, float], batch: Dict[str, Any], frames: float
+    ) -> None:
+        """Log how many cuts of a batch have a transcript, and whose it is."""
+        supervisions = batch["supervisions"]
+        if self.has_untranscribed_cuts:
+            rows = transcribed_rows(batch)
+            factor = subsampling_factor(self.params)
+            lens = supervisions["num_frames"] // factor
+            if rows is not None:
+                lens = lens[rows[supervisions["sequence_idx"].long()]]
+            info["kd_hard_frames"] = float(lens.sum())
+        if self.counts_origins:
+            counts = Counter(origin_of(cut) for cut in supervisions["cut"])
+            for origin in ORIGINS:  # icefall divides by frames what it logs
+                info[f"kd_{origin}_cuts"] = counts[origin] * frames
 
     def step_projectors(self) -> None:
         """Let the projectors learn from the last batch, if they have not yet."""

@@ -197,6 +197,7 @@ class OnlineTargets:
         """
         from icefall_kd.targets.clean import WARPS
         from icefall_kd.targets.dataset import cuts_of_rows
+        from icefall_kd.targets.stand_in import transcribed_rows
         from icefall_kd.targets.warp import move_frames
 
         cuts = cuts_of_rows(batch)
@@ -213,7 +214,9 @@ class OnlineTargets:
             return self.cache.targets(cuts, device)
         x = self._features(batch).to(device)
         labels = None
-        if "lattice" in self.joint.kinds and batch.get("kd_transcribed", True):
+        transcribed = transcribed_rows(batch)
+        some = transcribed is None or bool(transcribed.any())
+        if "lattice" in self.joint.kinds and some:
             # The recipe's own labels, whatever it makes them with.
             blank_id = self.params.get("blank_id", 0)
             rows = student.labels[: len(x), 1:].tolist()
@@ -227,6 +230,11 @@ class OnlineTargets:
             path_only=bool(self.params["kd_teacher_path_only"]),
             missing=self.params["kd_missing"],
         )
+        nodes = targets.parts.get("nodes")
+        if nodes is not None and transcribed is not None:
+            # A stand-in's lattice teaches nothing.
+            kept = transcribed.to(nodes.row.device)[nodes.row]
+            targets.parts["nodes"] = nodes.select(kept) if kept.any() else None
         factor = subsampling_factor(self.params)
         return move_frames(targets, batch.get(WARPS, []), factor)
 

@@ -198,15 +198,19 @@ def wrap_dataset(
     return dataset
 
 
+@flags_in_errors()
 def begin(batch: Dict[str, Any]) -> None:
     """Begin a batch; it is the first line of the recipe's ``compute_loss()``.
 
     Args:
       batch: The recipe's, of training or of validation.
+
+    Raises:
+      KDError: Cuts with and without transcripts in one batch, where the recipe's losses
+        can't be told apart by rows.
     """
-    distillation = _current and _current.distillation
-    if distillation is not None and distillation.ranges is not None:
-        distillation.ranges.begin(batch.get("kd_targets"))
+    if _current is not None and _current.distillation is not None:
+        _current.distillation.begin(batch)
 
 
 @flags_in_errors()

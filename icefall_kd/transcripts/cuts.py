@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from icefall_kd.errors import require
 from icefall_kd.targets.cuts import ManifestCuts
 from icefall_kd.targets.model_input import check_supervision
-from icefall_kd.targets.stand_in import has_no_text
+from icefall_kd.targets.transcript import has_no_text
 
 _SET = re.compile(r"(?:.*_)?cuts[_-](.+)")
 

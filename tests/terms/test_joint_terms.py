@@ -248,10 +248,13 @@ def test_curves_move_each_weight_by_itself(given):
     assert not joint.is_constant and joint_of(*TERMS).is_constant
 
 
+NONE = torch.zeros(3, dtype=torch.bool)  # of the rows has a transcript
+
+
 def test_batches_without_transcripts_leave_the_hard_loss_out(given):
     hard_loss = hard()
     loss, info = joint_of(*TERMS)(
-        hard_loss, leaves(given.said), given.targets, given.model, transcribed=False
+        hard_loss, leaves(given.said), given.targets, given.model, transcribed=NONE
     )
     expected = sum(WEIGHTS[n] * info[f"kd_{n}_loss"] for n in TERMS)
     assert float(loss) == pytest.approx(expected, rel=1e-5) and expected > 5
@@ -262,7 +265,7 @@ def test_batches_without_transcripts_leave_the_hard_loss_out(given):
 def test_they_leave_it_out_where_a_schedule_has_it_alone(given):
     joint = joint_of(*TERMS, schedule=Schedule("warmup", 100))
     args = (leaves(given.said), given.targets, given.model)
-    loss, _ = joint(hard(), *args, epoch=3, transcribed=False)
+    loss, _ = joint(hard(), *args, epoch=3, transcribed=NONE)
     assert loss == 0
 
 
