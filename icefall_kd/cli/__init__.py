@@ -41,6 +41,10 @@ MODULES = {
         "icefall_kd.cli.label",
         "Let a teacher, a model or any program, transcribe cuts.",
     ),
+    "mix": (
+        "icefall_kd.cli.mix",
+        "Mix labelled, pseudo-labelled and target-only cuts for a training.",
+    ),
     "plug": (
         "icefall_kd.cli.plug",
         "Make a working copy of a recipe, with distillation plugged in.",

@@ -27,7 +27,6 @@ from icefall_kd.targets.model_input import check_supervision
 from icefall_kd.targets.transcript import PSEUDO_LABEL as FIELD
 
 
-
 @dataclass(frozen=True)
 class PseudoLabel:
     """What a teacher said of a cut.

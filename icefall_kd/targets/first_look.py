@@ -2,7 +2,9 @@
 
 from collections import Counter
 from itertools import islice
-from typing import Any, Counter as Counts, Iterable, Iterator
+from typing import Any
+from typing import Counter as Counts
+from typing import Iterable, Iterator
 
 from lhotse.cut import Cut
 from lhotse.lazy import (

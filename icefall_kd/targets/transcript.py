@@ -5,7 +5,11 @@ from typing import Any
 from lhotse.cut import Cut
 
 PSEUDO_LABEL = "kd_label"  # the custom field of a supervision whose text a teacher gave
-TRANSCRIBED, PSEUDO, UNTRANSCRIBED = ORIGINS = ("transcribed", "pseudo", "untranscribed")
+TRANSCRIBED, PSEUDO, UNTRANSCRIBED = ORIGINS = (
+    "transcribed",
+    "pseudo",
+    "untranscribed",
+)
 
 
 def has_no_text(cut: Cut) -> bool:

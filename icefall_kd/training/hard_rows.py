@@ -120,7 +120,9 @@ class HardRows:
                 )
             given.arguments["reduction"] = "none"
             found = function(*given.args, **given.kwargs)
-            loss, more = (found[0], found[1:]) if isinstance(found, tuple) else (found, ())
+            loss, more = (
+                (found[0], found[1:]) if isinstance(found, tuple) else (found, ())
+            )
             copies = len(loss) // len(self._rows)  # 2 with CR-CTC
             rows = self._rows.to(loss.device).repeat(copies)
             loss = torch.where(rows, loss, torch.zeros_like(loss))

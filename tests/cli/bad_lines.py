@@ -72,6 +72,7 @@ BASE: Dict[str, Dict[str, str]] = {
         "out_cuts": "new.jsonl.gz",
         "bpe_model": "BPE",
     },
+    "mix": {"out_cuts": "new.jsonl.gz", "in_cuts": "in.jsonl.gz"},
     # Its cuts have no audio.
     "export": {
         **TEACHER,
@@ -177,6 +178,7 @@ EXTRA: Dict[Tuple[str, str], Sequence[str]] = {
     ("label", "out_cuts"): (*NO_MANIFESTS, "in.jsonl.gz", "kd.jsonl.gz"),
     ("label", "in_cuts"): ("shar",),
     ("label", "program"): ("asr", "asr {wavs} {out}", "'"),
+    ("mix", "out_cuts"): (*NO_MANIFESTS, "in.jsonl.gz"),
     ("filter", "out_cuts"): (*NO_MANIFESTS, "labelled.jsonl.gz"),
     ("filter", "in_cuts"): ("in.jsonl.gz", "shar"),
     ("filter", "rules"): ("labelled.jsonl.gz",),
@@ -262,6 +264,7 @@ TOGETHER: Sequence[Tuple[str, Dict[str, Optional[str]]]] = (
         ("label", {**dict.fromkeys((*TEACHER, "num_workers")), "whisper": place})
         for place in ("a-folder", "a-file", "no/such/file", NOT_UTF8)
     ),
+    ("mix", {"in_cuts": "labelled.jsonl.gz", "out_cuts": "labelled.jsonl.gz"}),
     ("filter", {"other_cuts": "labelled.jsonl.gz"}),
     ("filter", {"agreement": "5"}),
     ("filter", {"agreement": "5", "other_cuts": "in.jsonl.gz"}),
@@ -344,6 +347,7 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "characters": ("", "no/such/file"),  # "ein" is of these
         "page": ("", "a-file", " ", "a\nb"),
     },
+    "mix": {"weights": ("1.5",), "seed": ("0", "2147483648")},
     "export": {
         **FALSE,
         "export_dir": (".", "a-folder", *NAMES),

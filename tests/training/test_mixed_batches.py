@@ -16,6 +16,7 @@ from icefall_kd.training.hard_rows import TRANSDUCER, HardRows
 # Of one length, so that no padding comes in between.
 TEXTS = {"c1": "zero one", "c2": "two", "c3": "six z"}
 LENGTHS = {"c1": 61, "c2": 61, "c3": 61}
+ALL = slice(None)
 ROWS = torch.tensor([True, False, True])
 
 
@@ -28,7 +29,7 @@ def student(make_model):
 def recipe(sp):
     """A recipe's compute_loss up to its loss; ``rows`` chooses rows of the batch."""
 
-    def run(model, batch, rows=slice(None)):
+    def run(model, batch, rows=ALL):
         texts = batch["supervisions"]["text"][rows]
         losses = model(
             x=batch["inputs"][rows],
