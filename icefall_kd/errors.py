@@ -87,6 +87,21 @@ class NotFiniteError(KDError):
     """Numbers of one batch are inf or NaN; those of the next may be finite again."""
 
 
+def need_kaldialign() -> None:
+    """Refuse to count errors without kaldialign.
+
+    Raises:
+      KDError: kaldialign can't be imported.
+    """
+    try:
+        import kaldialign  # noqa: F401
+    except ImportError as e:
+        raise KDError(
+            "the errors of each utterance are counted by kaldialign, which can't be "
+            f'imported ({e}): run `pip install "icefall_kd[report]"`'
+        ) from None
+
+
 def first_line(error: BaseException) -> str:
     """The class of ``error`` and the first line of its message."""
     lines = str(error).strip().splitlines()

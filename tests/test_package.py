@@ -92,3 +92,36 @@ def test_the_former_name_of_the_tap_is_the_same_class():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Nope'"):
         _ = icefall_kd.Nope
+
+
+# What a bare `pip install icefall_kd` does not bring.
+OPTIONAL = ["kaldialign", "matplotlib", "multi_quantization", "onnx", "onnxruntime"]
+OPTIONAL += ["sherpa_onnx", "sentencepiece", "tensorboard", "zipformer"]
+OPTIONAL += ["k2", "fast_rnnt", "kaldifeat", "icefall", "sphinx"]
+
+
+@pytest.mark.slow
+def test_all_commands_and_names_are_there_without_optional_packages(run_python):
+    code = """
+import icefall_kd
+from icefall_kd.cli import cli
+for name in icefall_kd.__all__:
+    getattr(icefall_kd, name)
+for name in cli.list_commands(None):
+    print(cli.get_command(None, name).name)
+"""
+    done = run_python(code, block=OPTIONAL)
+    assert done.returncode == 0, done.stderr
+    assert {"dump", "export", "student"} <= set(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_scores_without_kaldialign_are_one_sentence(run_python, teacher_exp, tmp_path):
+    code = "import sys\nfrom icefall_kd.cli import main\nmain()\n"
+    words = ["student", "--recipe", teacher_exp.recipe, "--exp-dir", teacher_exp.folder]
+    words += ["--epoch", 2, "--use-averaged-model", 0, "--bpe-model", "bpe.model"]
+    words += ["--cuts", "cuts.jsonl.gz", "--student-dir", tmp_path / "student"]
+    done = run_python(code, *words, block=["kaldialign"])
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert 'pip install "icefall_kd[report]"' in done.stderr
+    assert not (tmp_path / "student").exists()

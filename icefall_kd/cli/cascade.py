@@ -8,10 +8,9 @@ import click
 
 from icefall_kd.cli.options import Number, Place, command
 from icefall_kd.cli.text_table import text_table
-from icefall_kd.errors import require
+from icefall_kd.errors import need_kaldialign, require
 from icefall_kd.files import check_new_folder, replacing
 from icefall_kd.report.plots import draw_costs, need_matplotlib
-from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.transcripts.cascade import (
     MEASURES,
     Cascade,

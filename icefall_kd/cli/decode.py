@@ -18,9 +18,8 @@ from icefall_kd.cli.search_options import (
     search_options,
 )
 from icefall_kd.cli.text_table import text_table
-from icefall_kd.errors import KDError, disk_errors, require
+from icefall_kd.errors import KDError, disk_errors, need_kaldialign, require
 from icefall_kd.files import check_new_folder, replacing
-from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.student.count import count_multiply_adds
 from icefall_kd.targets.cuts import ManifestCuts
 from icefall_kd.targets.fingerprint import STREAMING

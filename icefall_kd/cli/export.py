@@ -15,7 +15,7 @@ from icefall_kd.cli.options import (
     teacher_options,
 )
 from icefall_kd.cli.text_table import text_table
-from icefall_kd.errors import KDError, naming_flags, require
+from icefall_kd.errors import KDError, naming_flags, need_kaldialign, require
 from icefall_kd.export.build import (
     CTC_HEAD,
     FORMS,
@@ -43,7 +43,6 @@ from icefall_kd.export.folder import FAILED, FP16, ExportFolder
 from icefall_kd.export.packages import need
 from icefall_kd.export.parity import Account, table_of
 from icefall_kd.report.exports import PARITY
-from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.rounding import SCALES, TENSOR
 from icefall_kd.teacher.spec import TeacherSpec
 from icefall_kd.tokens import token_names

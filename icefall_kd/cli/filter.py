@@ -9,13 +9,12 @@ import click
 from icefall_kd.cli.combine import check_not_overwritten
 from icefall_kd.cli.options import Count, Number, Place, Text, command
 from icefall_kd.cli.text_table import text_table
-from icefall_kd.errors import require
+from icefall_kd.errors import need_kaldialign, require
 from icefall_kd.files import MANIFEST, check_new_file
 from icefall_kd.labels import filters
 from icefall_kd.labels.filters import Bounds, Filter
 from icefall_kd.labels.sifting import Sieve, sift
 from icefall_kd.labels.text import TextRules
-from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.targets.cuts import ManifestCuts
 from icefall_kd.tokens import load_tokenizer
 

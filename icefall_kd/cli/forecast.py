@@ -17,7 +17,7 @@ from icefall_kd.cli.options import (
     teacher_options,
 )
 from icefall_kd.cli.text_table import text_table
-from icefall_kd.errors import require, with_flags
+from icefall_kd.errors import need_kaldialign, require, with_flags
 from icefall_kd.files import check_new_file, replacing
 from icefall_kd.forecast.measures import Interval, Measures, ModelMeasures
 from icefall_kd.forecast.verdict import NAMES, Verdict, check_words, decide
@@ -120,6 +120,7 @@ def forecast(
         teacher.bpe_model,
         "--cuts need the labels of the transcripts: give --bpe-model",
     )
+    need_kaldialign()
     if json_file:
         check_new_file(json_file, "--json")
     teacher.one_folder("forecast")

@@ -23,7 +23,7 @@ from icefall_kd.cli.search_options import (
     search_options,
 )
 from icefall_kd.cli.torchrun import job_of
-from icefall_kd.errors import require
+from icefall_kd.errors import need_kaldialign, require
 from icefall_kd.files import MANIFEST, check_new_file
 from icefall_kd.labels.labelling import (
     Job,
@@ -36,7 +36,6 @@ from icefall_kd.labels.labelling import (
 )
 from icefall_kd.labels.program import ProgramTeacher
 from icefall_kd.labels.recipe import RecipeTeacher
-from icefall_kd.report.transcripts import need_kaldialign
 from icefall_kd.targets.cuts import ManifestCuts
 from icefall_kd.teacher.spec import TeacherSpec
 from icefall_kd.transcripts.recognizer import Recognizer

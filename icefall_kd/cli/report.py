@@ -10,7 +10,7 @@ from lhotse.cut import Cut
 from icefall_kd import __version__
 from icefall_kd.cli.options import Number, Place, Text, command
 from icefall_kd.cli.text_table import text_table
-from icefall_kd.errors import KDError, require
+from icefall_kd.errors import KDError, need_kaldialign, require
 from icefall_kd.files import replacing
 from icefall_kd.report.comparison import Comparison, Model, Run, TestAudio
 from icefall_kd.report.exports import read_exports
@@ -22,7 +22,7 @@ from icefall_kd.report.plots import need_matplotlib
 from icefall_kd.report.rates import rate_blocks
 from icefall_kd.report.results import Decoding, read_decodings, split_last
 from icefall_kd.report.tables import blocks_of
-from icefall_kd.report.transcripts import Scores, need_kaldialign, read_scores
+from icefall_kd.report.transcripts import Scores, read_scores
 from icefall_kd.report.words import words_of
 from icefall_kd.targets.cuts import ManifestCuts
 

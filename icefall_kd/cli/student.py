@@ -28,7 +28,7 @@ from icefall_kd.cli.preset_times import (
     rtf_account,
 )
 from icefall_kd.cli.student_size import changes_of, check_goal, check_random
-from icefall_kd.errors import naming_flags, require
+from icefall_kd.errors import naming_flags, need_kaldialign, require
 from icefall_kd.files import check_new_folder, replacing
 from icefall_kd.memory import enough_memory
 from icefall_kd.student import presets
@@ -313,6 +313,8 @@ def _build(
         not cuts or teacher.bpe_model,
         "--cuts need the labels of the transcripts: give --bpe-model",
     )
+    if cuts:
+        need_kaldialign()
     path = Path(student_dir) / "epoch-1.pt"
     check_new_folder(student_dir, "--student-dir")
     _check_place(path, teacher.one_folder("student"))

@@ -21,7 +21,7 @@ def full_sum_kd_loss(
     sum over utterances n of d(log P(y_n|x_n) - log P~(y_n|x_n)): the student learns
     the teacher's probability of the sequence, and may choose its own alignments
     (the idea of Zeineldeen et al., arXiv:2303.05958). The distance is our choice:
-    d(x) = x^2 / 2 up to 1 nat and |x| - 1/2 beyond, an absolute difference, on the
+    d(x) = x^2 / 2 up to 1 nat and ``|x| - 1/2`` beyond, an absolute difference, on the
     scale of the transducer loss itself, whose gradient goes to 0 where the two agree.
 
     The form one-sided takes d(max(0, log P~(y_n|x_n) - log P(y_n|x_n))): an utterance

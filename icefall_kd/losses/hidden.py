@@ -27,7 +27,7 @@ def hidden_kd_loss(
     of
 
     - ``mse``: mean over channels of (x - y)^2 (FitNets, arXiv:1412.6550);
-    - ``cosine``: 1 - cos(x, y), computed as |x/|x| - y/|y||^2 / 2, so that equal
+    - ``cosine``: 1 - cos(x, y), computed as ``|x/|x| - y/|y||^2 / 2``, so that equal
       vectors have the loss and the gradient 0 to the last bit,
 
     x the student's, y the teacher's vector. Summed over frames as icefall sums its

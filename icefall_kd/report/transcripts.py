@@ -51,21 +51,6 @@ class Scores:
         return 100 * float(self.errors.sum() / self.words.sum())
 
 
-def need_kaldialign() -> None:
-    """Refuse to count errors without kaldialign.
-
-    Raises:
-      KDError: kaldialign can't be imported.
-    """
-    try:
-        import kaldialign  # noqa: F401
-    except ImportError as e:
-        raise KDError(
-            "the errors of each utterance are counted by kaldialign, which can't be "
-            f'imported ({e}): run `pip install "icefall_kd[report]"`'
-        ) from None
-
-
 def read_scores(path: Path, percent: float) -> Scores:
     """Count the errors of each utterance of a ``recogs-*.txt``.
 

@@ -21,6 +21,7 @@ _COMMON = {
     "joiner_dim": 512,
 }
 
+#: Of each preset its name, and the options of train.py that give it its shape.
 PRESETS: Dict[str, Dict[str, Any]] = {
     # egs/multi_zh-hans/ASR/RESULTS.md, zipformer-xl, which is causal
     "xl": {

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-import kaldialign
 import torch
 from torch import nn
 
 from icefall_kd.decode import GreedySearch, ctc_greedy
+from icefall_kd.errors import need_kaldialign
 from icefall_kd.losses.sequence import nbest_ctc_loss, nbest_transducer_loss
 from icefall_kd.model_state import restoring_state
 from icefall_kd.student.importance import FeatureBatch
@@ -89,7 +89,13 @@ def score_utterances(
 
     Returns:
       The scores of each head that the model has: "ctc", "transducer".
+
+    Raises:
+      KDError: kaldialign can't be imported.
     """
+    need_kaldialign()
+    import kaldialign
+
     heads = ["ctc"] if has_ctc(model) else []
     if has_transducer(model):
         heads.append("transducer")

@@ -124,7 +124,7 @@ class Term:
 
     @classmethod
     def parameter(cls, name: str) -> str:
-        """Name a parameter of the constructor in an error, as `` `CtcTerm.delay` ``.
+        """A parameter of the constructor as errors name it: CtcTerm.delay in backticks.
 
         Args:
           name: The parameter.
