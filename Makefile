@@ -2,7 +2,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 CODE := setup.py icefall_kd benchmarks egs tests tools
 
-.PHONY: check format test
+.PHONY: check docs format test
 
 check:
 	$(PYTHON) -m black --check -q $(CODE)
@@ -15,3 +15,6 @@ format:
 
 test:
 	bash tests/run.sh
+docs:
+	$(PYTHON) -m sphinx -W --keep-going -q -b html -c docs . docs/build
+	$(PYTHON) tools/check_links.py docs/build

@@ -1,0 +1,34 @@
+"""Sphinx's settings for the documents; `make docs` builds them into docs/build.
+
+The source folder is the repository's root, so that a link from page to page is the same
+file name here and where the repository is read.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from icefall_kd import __version__  # noqa: E402
+
+project = "icefall_kd"
+copyright = "the icefall_kd developers"
+version = release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+root_doc = "docs/index"
+include_patterns = ["docs/**.md", "egs/*/ASR/*.md", "tools/README.md", "*.md"]
+exclude_patterns = ["README*.md", ".*", "docs/build"]
+exclude_patterns += [
+    f"egs/*/ASR/{name}" for name in ("data", "download", "exp", "work")
+]
+
+html_theme = "sphinx_rtd_theme"
+html_extra_path = ["root"]  # the first page's address leads to docs/index.html
+html_show_sourcelink = False
+
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+napoleon_google_docstring = True
