@@ -43,9 +43,9 @@ from icefall_kd.transcripts.recognizer import Recognizer
 # The parameters of each teacher that is no recipe's model, beside those of all.
 OF_TEACHERS = {
     "program": ("nbest", "time_limit"),
-    "whisper": ("language",),
+    "whisper": ("language", "assistant"),
 }
-ALSO_OF_TEACHERS = {"program": (), "whisper": ("max_duration", "num_threads")}
+ALSO_OF_TEACHERS = {"program": (), "whisper": ("window", "max_duration", "num_threads")}
 OF_ALL = ("in_cuts", "out_cuts", "num_jobs", "job", "overwrite")
 NAMES = {"program": "program", "whisper": "Whisper"}
 OPTIONS = {"program": "--command", "whisper": "--whisper"}
@@ -95,6 +95,14 @@ OPTIONS = {"program": "--command", "whisper": "--whisper"}
     help="With --whisper: the language that is spoken, such as en. Without it a "
     "multilingual Whisper tells for each cut.",
 )
+@click.option(
+    "--assistant",
+    type=Place(optional=True),
+    default="",
+    metavar="FOLDER_OR_NAME",
+    help="With --whisper: a smaller Whisper of the same tokens that drafts, such as a "
+    "Distil-Whisper. The text is the same.",
+)
 @search_options
 @job_options
 @click.option("--overwrite", is_flag=True, help="Label anew what is labelled already.")
@@ -107,6 +115,7 @@ def label(
     time_limit: float,
     whisper: str,
     language: str,
+    assistant: str,
     search: SearchOptions,
     num_jobs: int,
     job: int,
@@ -137,7 +146,7 @@ def label(
             folder = this.out_cuts.parent
             labels: Any = ProgramTeacher(program, folder, time_limit, nbest)
         elif whisper:
-            labels = _whisper(whisper, language, search)
+            labels = _whisper(whisper, language, assistant, search)
         else:
             labels = _model(teacher, search, stack)
         counts = survey(in_cuts, labels)
@@ -174,13 +183,20 @@ def _model(
     )
 
 
-def _whisper(place: str, language: str, search: SearchOptions) -> LabelTeacher:
+def _whisper(
+    place: str, language: str, assistant: str, search: SearchOptions
+) -> LabelTeacher:
     """Load a Whisper as the teacher."""
-    from icefall_kd.labels.whisper import WhisperTeacher
+    from icefall_kd.labels.assistant import Assistant
+    from icefall_kd.labels.whisper import LONGEST, WhisperTeacher
     from icefall_kd.labels.whisper_model import Parts, Whisper
 
-    model = Whisper(Parts(place), search.device(), language)
-    return WhisperTeacher(model, search.max_duration)
+    parts, device = Parts(place), search.device()
+    drafts = None
+    if assistant:
+        drafts = Assistant(Parts(assistant, "assistant"), parts, device)
+    model = Whisper(parts, device, language, drafts)
+    return WhisperTeacher(model, search.max_duration, search.window or LONGEST)
 
 
 def _check_options(teacher: TeacherSpec, chosen: List[str]) -> None:

@@ -9,10 +9,11 @@ from lhotse.cut import Cut, MultiCut
 from icefall_kd.decode.recording import load_audio
 from icefall_kd.errors import require
 from icefall_kd.labels.pseudo_label import PseudoLabel
-from icefall_kd.labels.whisper_model import LONGEST, RATE, Heard, Whisper
+from icefall_kd.labels.whisper_model import RATE, Heard, Whisper
 from icefall_kd.targets.batches import DumpBatch
 
-SHORTEST = 20.0  # seconds of a window of a longer cut: its end is the quietest behind
+LONGEST = 30.0  # seconds that a Whisper hears, with padding
+SHORTEST = 2 / 3  # of the longest window: it ends where it is quietest behind this
 HOP = 0.02  # seconds between places where a window may end
 PAUSE = 0.3  # seconds that must be quiet there
 
@@ -32,17 +33,30 @@ class Window(NamedTuple):
 class WhisperTeacher:
     """Labels what a Whisper says.
 
-    A cut of more than 30 s is heard in windows of 20 to 30 s that end where it is
-    quietest, so that they share no word and cut none in two.
+    A longer cut than a window is heard in windows that end where it is quietest, so
+    that they share no word and cut none in two.
 
     Args:
       whisper: The model.
       max_duration: Seconds of audio in a batch; each window counts as 30 s.
+      window: Seconds of the longest window; the shortest has two thirds of it.
+
+    Raises:
+      KDError: a window of more than 30 s.
     """
 
-    def __init__(self, whisper: Whisper, max_duration: float) -> None:
+    def __init__(
+        self, whisper: Whisper, max_duration: float, window: float = LONGEST
+    ) -> None:
+        require(
+            1 <= window <= LONGEST,
+            f"`window` is {window:g}, and a Whisper hears {LONGEST:g} s: give 1 to "
+            f"{LONGEST:g}",
+        )
         self.whisper, self.max_duration = whisper, max_duration
+        self.window = window
         self.name, self.settings = whisper.name(), whisper.settings()
+        self.settings["window"] = window
         self.at_once = max(1, int(max_duration // LONGEST))
 
     def problem(self, cut: Cut) -> str:
@@ -85,7 +99,7 @@ class WhisperTeacher:
         found: List[List[Heard]] = [[] for _ in cuts]
         waiting: List[Tuple[int, Window]] = []
         for number, cut in enumerate(cuts):
-            for window in windows_of(cut):
+            for window in windows_of(cut, self.window):
                 waiting.append((number, window))
                 if len(waiting) == self.at_once:
                     self._hear(waiting, found)
@@ -127,11 +141,12 @@ def compression(text: str) -> float:
     return len(data) / len(zlib.compress(data))
 
 
-def windows_of(cut: Cut) -> Iterator[Window]:
-    """Parts of a cut of 30 s at most, which end where it is quiet.
+def windows_of(cut: Cut, longest: float = LONGEST) -> Iterator[Window]:
+    """Parts of a cut, which end where it is quiet.
 
     Args:
       cut: A cut of one channel.
+      longest: Seconds of a window, at most.
 
     Raises:
       KDError: audio that can't be read, or that has several channels.
@@ -141,17 +156,17 @@ def windows_of(cut: Cut) -> Iterator[Window]:
     begin = 0.0
     while round((cut.duration - begin) * RATE) > 0:
         rest = cut.duration - begin
-        part = cut.truncate(offset=begin, duration=min(LONGEST, rest), preserve_id=True)
+        part = cut.truncate(offset=begin, duration=min(longest, rest), preserve_id=True)
         samples = load_audio(part)
         require(
             len(samples) == 1,
             f"the audio of cut {cut.id} has {len(samples)} channels, and a Whisper "
             "hears one: mix them, or choose one",
         )
-        if rest <= LONGEST:
+        if rest <= longest:
             yield Window(begin, samples[0])
             return
-        end = quietest(samples[0], RATE, SHORTEST)
+        end = quietest(samples[0], RATE, SHORTEST * longest)
         yield Window(begin, samples[0, : round(end * RATE)])
         begin = round(begin + end, 6)
 

@@ -22,7 +22,6 @@ from icefall_kd.errors import KDError, first_line, require
 from icefall_kd.targets.fingerprint import hash_state_dict
 
 RATE = 16_000  # Hz, of all Whispers
-LONGEST = 30.0  # seconds that the encoder hears, with padding
 NUM_TIMES = 1501  # tokens for times, 20 ms apart
 NAME = re.compile(r"[\w.-]+/[\w.-]+")  # of a model on the hub
 NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # of different tokenizers
@@ -155,14 +154,21 @@ class Whisper:
       device: Where it runs.
       language: The code of the language that is spoken, such as ``en``; "" for one of a
         single language, or to let a multilingual one tell for each window.
+      assistant: An :class:`icefall_kd.labels.assistant.Assistant`, or None.
 
     Raises:
       KDError: a language that the model does not know.
     """
 
-    def __init__(self, parts: Parts, device: torch.device, language: str = "") -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        device: torch.device,
+        language: str = "",
+        assistant: Optional[Any] = None,
+    ) -> None:
         self.parts, self.package = parts, need_transformers()
-        self.device = device
+        self.device, self.assistant = device, assistant
         self.model = parts.model.to(device)
         self.languages: Dict[str, int] = {}
         if parts.generation.is_multilingual:
@@ -194,7 +200,6 @@ class Whisper:
         return {
             "whisper": language,
             "tokens": hashlib.sha256(text.encode()).hexdigest()[:16],
-            "longest": LONGEST,
         }
 
     def hear(self, windows: Sequence[np.ndarray]) -> List[Heard]:
@@ -209,7 +214,7 @@ class Whisper:
         with torch.no_grad(), quiet(self.package):
             encoded = self.model.get_encoder()(features).last_hidden_state
             prompts = self._prompts(encoded)
-            rows = self._generate(encoded, prompts)
+            rows = self._generate(features, encoded, prompts)
             return self._scored(encoded, prompts, rows)
 
     def text(self, tokens: List[int]) -> str:
@@ -260,23 +265,35 @@ class Whisper:
 
     def _logits(self, encoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(
-            encoder_outputs=self._as_output(encoded),
+            encoder_outputs=as_output(encoded),
             decoder_input_ids=tokens.to(self.device),
             use_cache=False,
         ).logits
 
-    def _as_output(self, encoded: torch.Tensor) -> Any:
-        outputs = importlib.import_module("transformers.modeling_outputs")
-        return outputs.BaseModelOutput(last_hidden_state=encoded)
-
-    def _generate(self, encoded: torch.Tensor, prompts: torch.Tensor) -> List[Any]:
+    def _generate(
+        self, features: torch.Tensor, encoded: torch.Tensor, prompts: torch.Tensor
+    ) -> List[List[int]]:
         """The tokens behind the prompts, with the end where there is one."""
+        if self.assistant is None:
+            return self._plain(encoded, prompts)
+        rows, drafted = [], self.assistant.encode(features, encoded)
+        for i in range(len(prompts)):  # transformers checks drafts one by one
+            one = slice(i, i + 1)
+            model = self.assistant.ready(drafted[one])
+            more = {"inputs": features[one], "assistant_model": model}
+            rows += self._plain(encoded[one], prompts[one], **more)
+        return rows
+
+    def _plain(
+        self, encoded: torch.Tensor, prompts: torch.Tensor, **more: Any
+    ) -> List[List[int]]:
         # Whisper's own `generate` adds a prompt, windows and fallbacks of its own.
         rows = self.package.GenerationMixin.generate(
             self.model,
-            encoder_outputs=self._as_output(encoded),
+            encoder_outputs=as_output(encoded),
             decoder_input_ids=prompts,
             generation_config=self.config,
+            **more,
         )
         return [self._until_end(row[prompts.shape[1] :].tolist()) for row in rows]
 
@@ -303,6 +320,16 @@ class Whisper:
             text = [token for token in row if token != self.end]
             heard.append(Heard(text, scores[i, : len(row)].tolist(), speech))
         return heard
+
+
+def as_output(encoded: torch.Tensor) -> Any:
+    """An encoder's output as transformers takes it.
+
+    Args:
+      encoded: (N, T, d).
+    """
+    outputs = importlib.import_module("transformers.modeling_outputs")
+    return outputs.BaseModelOutput(last_hidden_state=encoded)
 
 
 def _one(ids: Any) -> int:

@@ -260,6 +260,7 @@ TOGETHER: Sequence[Tuple[str, Dict[str, Optional[str]]]] = (
     ("label", {**dict.fromkeys(TEACHER), "program": "asr {wavs} {out}"}),
     ("label", {"language": "en"}),
     ("label", {"whisper": "a-folder"}),
+    ("label", {"assistant": "a-folder"}),
     *(
         ("label", {**dict.fromkeys((*TEACHER, "num_workers")), "whisper": place})
         for place in ("a-folder", "a-file", "no/such/file", NOT_UTF8)

@@ -279,6 +279,18 @@ def test_several_jobs_of_a_whisper_write_what_one_does(
     assert files[0] == files[1]
 
 
+def test_an_assistant_and_shorter_windows_are_taken(
+    invoke, by_whisper, whisper_folder, tmp_path  # noqa: F811
+):
+    plain, assisted = tmp_path / "plain.jsonl", tmp_path / "assisted.jsonl"
+    assert invoke(*by_whisper("--window", 1, out=plain)).code == 0
+    more = ("--window", 1, "--assistant", whisper_folder)
+    assert invoke(*by_whisper(*more, out=assisted)).code == 0
+    assert texts(plain) == texts(assisted)
+    # A window has 12 letters at most.
+    assert max(len(text) for text in texts(plain).values()) > 12
+
+
 def test_a_whisper_that_can_not_be_used_is_refused(refused, by_whisper, make_cut):
     assert "--language is fr, and the Whisper knows 1" in refused(
         *by_whisper("--language", "fr")
@@ -286,6 +298,8 @@ def test_a_whisper_that_can_not_be_used_is_refused(refused, by_whisper, make_cut
     assert "--whisper is no-such, which is no folder" in refused(
         *by_whisper("--whisper", "no-such")
     )
-    for option in ("--nbest", "--recipe=x", "--window=8", "--num-workers=2"):
+    said = refused(*by_whisper("--window", 31))
+    assert "--window is 31, and a Whisper hears 30 s: give 1 to 30" in said
+    for option in ("--nbest", "--recipe=x", "--draft=ctc", "--num-workers=2"):
         said = refused(*by_whisper(option))
         assert "is for another teacher than a Whisper (--whisper)" in said

@@ -12,6 +12,7 @@ from lhotse import CutSet
 from tiny_whisper import multilingual_folder, save_whisper, whisper_folder  # noqa: F401
 
 from icefall_kd.errors import KDError
+from icefall_kd.labels.assistant import Assistant
 from icefall_kd.labels.whisper import WhisperTeacher, compression, windows_of
 from icefall_kd.labels.whisper_model import Parts, Whisper
 from icefall_kd.targets.batches import DumpBatch
@@ -52,6 +53,60 @@ def test_the_text_is_that_of_transformers_own_generation(
     heard = [whisper.text(said.tokens) for said in whisper.hear(audio)]
     assert heard == [" ".join(text.split()) for text in texts]
     assert len(set(heard)) > 1
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_an_assistant_changes_no_text_and_no_score(
+    whisper_folder, english, audio, tmp_path, seed  # noqa: F811
+):
+    """Of seed 0 the teacher's encoder, which runs once, and of 7 another one."""
+    other = Parts(save_whisper(tmp_path / "other", seed=seed))
+    if seed == 0:
+        with torch.no_grad():
+            other.model.model.decoder.layers[1].fc1.weight.neg_()
+    assistant = Assistant(other, english.parts, CPU)
+    assert (assistant.encoder is None) == (seed == 0)
+    assisted = Whisper(Parts(whisper_folder), CPU, "", assistant)
+    passes = _count_passes(assisted.model)
+    for one, alone in zip(assisted.hear(audio), english.hear(audio)):
+        assert one.tokens == alone.tokens
+        assert one.log_probs == pytest.approx(alone.log_probs, abs=1e-4)
+    assert assisted.settings() == english.settings()
+    assert len(passes) > 3  # it was the teacher that decided
+
+
+def test_a_good_assistant_saves_passes_of_the_teacher(
+    whisper_folder, english, audio  # noqa: F811
+):
+    """The teacher itself drafts, so that all drafts are right."""
+    assistant = Assistant(Parts(whisper_folder), english.parts, CPU)
+    assisted = Whisper(Parts(whisper_folder), CPU, "", assistant)
+    counts = []
+    for whisper in (english, assisted):
+        passes = _count_passes(whisper.model)
+        whisper.hear(audio[:1])
+        counts.append(len(passes))
+    assert counts[1] < 0.7 * counts[0], counts
+
+
+def _count_passes(model):
+    """A list that grows with each pass of the decoder."""
+    passes = []
+    model.model.decoder.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_an_assistant_of_other_tokens_or_features_is_refused(
+    english, multilingual_folder, tmp_path  # noqa: F811
+):
+    other = Parts(save_whisper(tmp_path / "other"))
+    other.tokenizer.add_tokens(["new"])
+    with pytest.raises(KDError, match="whose .* tokens are not the .* of `whisper`"):
+        Assistant(other, english.parts, CPU)
+    other = Parts(save_whisper(tmp_path / "other"))
+    other.model.config.num_mel_bins = 80
+    with pytest.raises(KDError, match="hears 80 mel bins, and `whisper` .* 8: give"):
+        Assistant(other, english.parts, CPU)
 
 
 def test_scores_are_the_decoders_log_probabilities(english, audio):
@@ -106,6 +161,7 @@ def test_long_cuts_are_heard_in_windows_that_end_in_pauses(make_cut, monkeypatch
     assert all(len(w.samples) <= 30 * 16000 for w in windows)
     heard = np.concatenate([w.samples for w in windows])
     assert np.array_equal(heard, audio[0].repeat(2))
+    assert all(len(w.samples) <= 9 * 16000 for w in windows_of(cut, 9.0))
     begins = np.cumsum([0] + [len(w.samples) for w in windows[:-1]]) / 16000
     assert [w.begin for w in windows] == pytest.approx(begins.tolist())
 
