@@ -81,7 +81,7 @@ class Batch:
         row_places = transducer.row_places(contexts)
         frames = self._only_window(places, window)
         if frames is not None:
-            row = transducer.rows.narrow(0, row_places[0], 1)
+            row = transducer.rows[row_places[0] : row_places[0] + 1]
             return transducer.logits(frames, row, self.blank_penalty)
         # One tensor for both, as making it costs more than what is done with it.
         begins, row_index = self.tensor([places, row_places]).unbind()
@@ -117,7 +117,7 @@ class Batch:
     def _only_window(self, places: List[int], window: int) -> Optional[torch.Tensor]:
         """Return (W, J) without a copy: one window that ends in the frames, or None."""
         if len(places) == 1 and places[0] + window <= self.num_frames:
-            return self.frames.narrow(0, places[0], window)
+            return self.frames[places[0] : places[0] + window]
         return None
 
     def best_two(

@@ -130,8 +130,8 @@ class LabelLooping:
             window = best_window(
                 self.advanced // self.emitted, len(active), self.call_rows
             )
-            window = min(window, max([self._reach(path) for path in active]))
-            changed = self._step(active, window)
+            reaches = [self._reach(path) for path in active]
+            changed = self._step(active, reaches, min(window, max(reaches)))
             if self.reset_after is not None:
                 changed += self._forget(active)
             self.report.decoder_rows += changed
@@ -175,13 +175,14 @@ class LabelLooping:
             segment.segments = path.segments
         return path.segments
 
-    def _step(self, active: List[Path], window: int) -> int:
+    def _step(self, active: List[Path], reaches: List[int], window: int) -> int:
         """Ask each active path's next frames, and move it on.
 
         A path moves to its first token, or behind the window.
 
         Args:
           active: A paths.
+          reaches: How many of its next frames each path may be asked for.
           window: W.
 
         Returns:
@@ -193,11 +194,11 @@ class LabelLooping:
         self.report.rounds += 1
         self.report.joiner_rows += window * len(active)
         leads = self.transducer.leads(logits, self.batch.blank_penalty).tolist()
-        stopped, stop_rows = self._pass_blanks(active, leads, window)
+        stopped, stop_rows = self._pass_blanks(active, reaches, leads, window)
         if not stopped:
             return 0
         if len(stopped) == 1:
-            logits = logits.narrow(0, stop_rows[0], 1)
+            logits = logits[stop_rows[0] : stop_rows[0] + 1]
         else:
             logits = logits.index_select(0, self.batch.tensor(stop_rows))
         values, tokens = logits.log_softmax(-1).topk(2)
@@ -211,12 +212,17 @@ class LabelLooping:
         return extended
 
     def _pass_blanks(
-        self, active: List[Path], leads: List[float], window: int
+        self,
+        active: List[Path],
+        reaches: List[int],
+        leads: List[float],
+        window: int,
     ) -> Tuple[List[int], List[int]]:
         """Move each path over the frames of its window that surely have no token.
 
         Args:
           active: A paths.
+          reaches: How many of its next frames each path may be asked for.
           leads: (A * W,), how far a token is above blank.
           window: W.
 
@@ -226,9 +232,8 @@ class LabelLooping:
         """
         stopped, stop_rows = [], []
         begin = 0
-        for i, path in enumerate(active):
-            size = min(window, self._reach(path))
-            row, end = begin, begin + size
+        for i, (path, reach) in enumerate(zip(active, reaches)):
+            row, end = begin, begin + min(window, reach)
             while row < end and leads[row] < -MARGIN:  # surely none; false for NaN
                 row += 1
             if row > begin:

@@ -299,7 +299,7 @@ class Transducer:
           blank_penalty: That which they were computed with.
         """
         if self.silent == {0}:
-            emitted = logits.narrow(1, 1, logits.size(1) - 1).amax(-1)
+            emitted = logits[:, 1:].amax(-1)
             if self.plain_joiner and not blank_penalty:  # blank's logit is 0
                 return emitted
             return emitted - logits.select(1, 0)
