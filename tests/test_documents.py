@@ -26,7 +26,7 @@ OTHERS = """
     --base-lr --jit --world-size --epoch --avg --iter --exp-dir --lang-dir
     --bpe-model --recipe --num-workers --gres --array --wrap --logdir
     --master-port --help --causal --dist --embed-channels --nproc_per_node --no_python
-    --feedforward-dim --encoder-unmasked-dim
+    --feedforward-dim --encoder-unmasked-dim --prune-range --spec-aug-time-warp-factor
 """.split()
 TOOLS = [*ROOT.glob("tools/*.sh"), *ROOT.glob("tools/*.py"), *ROOT.glob("tests/*.sh")]
 TOOLS += [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("egs/*/ASR/local/*.py")]
@@ -64,6 +64,18 @@ def options_page():
 def test_the_page_of_options_is_what_the_code_has(options_page):
     """Else run tools/options_table.py > docs/options.md."""
     assert (ROOT / "docs" / "options.md").read_text("utf8") == options_page
+
+
+def test_the_page_of_refusals_is_what_the_code_has():
+    """Else run tools/refusals_table.py > docs/refusals.md."""
+    script = ROOT / "tools" / "refusals_table.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, check=True)
+    page = done.stdout.decode("utf8")
+    assert (ROOT / "docs" / "refusals.md").read_text("utf8") == page
+    rows = re.findall(r"^\| (.+) \| (.*) \| (`.+`) \|$", page, re.M)
+    assert len(rows) > 500
+    # Nearly all say what to do; the others name what is wrong, or the call adds it.
+    assert sum(not cure.strip() for _, cure, _ in rows) < 0.1 * len(rows)
 
 
 def test_every_option_has_a_meaning(options_page):

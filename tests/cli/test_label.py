@@ -1,6 +1,7 @@
 """icefall-kd label and icefall-kd filter: from a manifest to what a student learns."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -210,6 +211,17 @@ def test_filters_are_changed_without_labelling_anew(invoke, by_command, tmp_path
     assert done.code == 0, done
     assert set(texts(kept)) == {"c1", "c3", "c4"} and page.is_file()
     assert "3 of 4 cuts kept" in done.out and "WER of the labels" in done.out
+
+
+def test_the_filter_drops_a_label_that_repeats_itself(invoke, by_command, tmp_path):
+    assert invoke(*by_command()).code == 0
+    given, kept = tmp_path / "out.jsonl.gz", tmp_path / "kept.jsonl.gz"
+    rules = tmp_path / "rules.txt"
+    rules.write_text(f"^{re.escape(texts(given)['c2'])}$\tein ein ein\n", "utf8")
+    for most, ids in ((3, {"c1", "c2", "c3", "c4"}), (2, {"c1", "c3", "c4"})):
+        done = invoke("filter", given, kept, "--rules", rules, "--max-repeats", most)
+        assert done.code == 0, done
+        assert set(texts(kept)) == ids
 
 
 @pytest.mark.parametrize(
