@@ -25,7 +25,10 @@ exclude_patterns += [
 
 html_theme = "sphinx_rtd_theme"
 html_extra_path = ["root"]  # the first page's address leads to docs/index.html
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 html_show_sourcelink = False
+highlight_language = "none"  # what commands print; their own blocks say bash
 
 myst_heading_anchors = 3
 
