@@ -66,6 +66,7 @@ def test_the_page_of_options_is_what_the_code_has(options_page):
     assert (ROOT / "docs" / "options.md").read_text("utf8") == options_page
 
 
+@pytest.mark.slow  # CI asks: who words a message need not print the page each time
 def test_the_page_of_refusals_is_what_the_code_has():
     """Else run tools/refusals_table.py > docs/refusals.md."""
     script = ROOT / "tools" / "refusals_table.py"
