@@ -65,7 +65,7 @@ PERCENT = {"type": Number(0, MOST_PERCENT), "default": None, "metavar": "PERCENT
     help="The score that --min-score is about. A recipe's model has token, "
     "worst-token, frame, path and heads (see `icefall-kd cascade`), a Whisper has "
     "token, worst-token, compression and speech, a program with --nbest has score. "
-    "Default: token, or score.",
+    "Default: heads where the teacher has both heads, else token, or score.",
 )
 @click.option(
     "--agree-with",

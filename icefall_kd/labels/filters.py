@@ -128,11 +128,15 @@ def score_at_least(least: float, measure: str) -> Filter:
 
     Args:
       least: The lowest score that is kept.
-      measure: The name of the score; "" for the first that a label has.
+      measure: The name of the score; "" for ``heads``, or the first that a label has
+        where its teacher has not both heads.
     """
 
     def why_not(case: Case) -> str:
-        name = measure or next(iter(case.scores), "")
+        # A transducer's errors are mostly words that it left out, and no token's
+        # score tells of these. The other head does.
+        default = "heads" if "heads" in case.scores else next(iter(case.scores), "")
+        name = measure or default
         require(
             name in case.scores,
             f"the label of cut {case.cut_id} has no score {name!r}, and its teacher "

@@ -46,16 +46,18 @@ def test_a_label_without_the_ctc_heads_words_is_refused():
         filters.differs_below(5, "heads", "ctc_words").why_not(case("a"))
 
 
-def test_the_first_score_counts_unless_another_is_named():
-    scores = {"token": -0.1, "heads": -0.9}
-    for measure, least, kept in (
-        ("", -0.1, True),
-        ("", -0.09, False),
-        ("heads", -0.9, True),
-        ("heads", -0.1, False),
+def test_the_heads_or_the_first_score_counts_unless_another_is_named():
+    scores, one_head = {"token": -0.1, "heads": -0.9}, {"token": -0.1, "frame": -0.9}
+    for measure, least, kept, found in (
+        ("", -0.9, True, scores),
+        ("", -0.89, False, scores),
+        ("token", -0.1, True, scores),
+        ("", -0.1, True, one_head),
+        ("", -0.09, False, one_head),
+        ("frame", -0.9, True, one_head),
     ):
         judge = filters.score_at_least(least, measure).why_not
-        assert (judge(case("a", scores=scores)) == "") == kept
+        assert (judge(case("a", scores=found)) == "") == kept
     with pytest.raises(KDError, match="has no score 'path', and its teacher gave tok"):
         filters.score_at_least(-1, "path").why_not(case("a", scores=scores))
 
