@@ -49,7 +49,7 @@ from icefall_kd import (
     one_sentence,
     skip_blanks,
 )
-from icefall_kd.decode import ctc_draft, draft_of
+from icefall_kd.decode import ctc_draft
 
 M = {"vocab": 500, "encoder": 512, "decoder": 512, "joiner": 512}
 BATCHES = (1, 4, 16)
@@ -65,8 +65,6 @@ def get_args() -> argparse.Namespace:
     add("--exp-dir", type=Path, help="A trained model with both heads.")
     add("--epoch", type=int, default=10)
     add("--avg", type=int, default=1)
-    add("--student-dir", type=Path, help="A student, whose drafts the model checks.")
-    add("--student-epoch", type=int, default=4)
     add("--recipe", type=Path, default="egs/digits/ASR/zipformer")
     add("--bpe-model", help="Its tokens.")
     add("--manifest", type=Path, help="Transcribed cuts.")
@@ -165,15 +163,10 @@ def in_turn(ways: Dict[str, Callable], repeats: int, device) -> Dict[str, float]
     return {name: median(values) for name, values in seconds.items()}
 
 
-def load(args: argparse.Namespace, exp_dir: Path, epoch: int) -> nn.Module:
-    """A model of the recipe."""
-    model, _ = load_model(args.recipe, exp_dir, epoch, 0, args.avg, True)
-    return model.to(args.device).eval()
-
-
 def encode(args: argparse.Namespace) -> Tuple[nn.Module, List[Any], List[torch.Tensor]]:
     """The model, its cuts and their encoder output, each (T, C)."""
-    model = load(args, args.exp_dir, args.epoch)
+    model, _ = load_model(args.recipe, args.exp_dir, args.epoch, 0, args.avg, True)
+    model.to(args.device).eval()
     cuts = list(CutSet.from_file(args.manifest).subset(first=args.num_cuts))
     rows = []
     with ModelTap(model) as tap:
@@ -366,76 +359,6 @@ def measure_whole(model, cuts, args) -> Dict[str, float]:
     return in_turn(ways, args.repeats, device)
 
 
-def measure_drafts(model: nn.Module, cuts, args) -> List[Dict[str, Any]]:
-    """What checking a draft costs beside the model alone, encoders counted."""
-    device = torch.device(args.device)
-    batches = [collate_features(CutSet.from_cuts([cut])) for cut in cuts[:24]]
-    batches = [(x.to(device), lens.to(device)) for x, lens in batches]
-    alone, checking = (GreedySearch(model, draft=draft) for draft in ("none", "ctc"))
-    # Of each way: the search of one utterance, by its number and features.
-    ways: Dict[str, Callable] = {
-        "no draft": lambda i, b: alone(*model.forward_encoder(*b)),
-        "its own CTC head's": lambda i, b: checking(*model.forward_encoder(*b)),
-    }
-    if args.student_dir:
-        student = load(args, args.student_dir, args.student_epoch)
-        drafting = GreedySearch(student, draft="none")
-
-        def draft(batch) -> torch.Tensor:
-            x, lens = student.forward_encoder(*batch)
-            return draft_of(drafting(x, lens).hypotheses, x.size(1))
-
-        ready = [draft(batch) for batch in batches]
-        ways["a student's"] = lambda i, b: alone(
-            *model.forward_encoder(*b), draft=draft(b)
-        )
-        ways["a student's, which costs nothing"] = lambda i, b: alone(
-            *model.forward_encoder(*b), draft=ready[i]
-        )
-    ways["encoder alone"] = lambda i, b: model.forward_encoder(*b)
-    seconds = in_turn(
-        {
-            name: lambda way=way: [way(i, b) for i, b in enumerate(batches)]
-            for name, way in ways.items()
-        },
-        args.repeats,
-        device,
-    )
-    del ways["encoder alone"]
-    expected = [ways["no draft"](i, b).hypotheses[0] for i, b in enumerate(batches)]
-    table = []
-    for name, way in ways.items():
-        results = [way(i, b) for i, b in enumerate(batches)]
-        found = [result.hypotheses[0] for result in results]
-        counts = [vars(result.report) for result in results]
-        total = {
-            key: sum(count[key] for count in counts)
-            for key in ("rounds", "joiner_rows", "frames", "drafted", "accepted")
-        }
-        differ = sum(
-            (a.tokens, a.frames) != (b.tokens, b.frames)
-            for a, b in zip(found, expected)
-        )
-        time_of_all = seconds[name] / seconds["no draft"]
-        search = seconds[name] - seconds["encoder alone"]
-        table.append(
-            dict(total, draft=name, time=time_of_all, search=search, differ=differ)
-        )
-    return table
-
-
-def say_drafts(table: List[Dict[str, Any]]) -> None:
-    """Print what drafts cost."""
-    print("\nDrafts, single utterances, time of all by that without a draft:")
-    for r in table:
-        print(
-            f"{r['draft']}: {r['time']:.3f} ({1e3 * r['search']:.1f} ms beside the "
-            f"encoder), {r['accepted']} of {r['drafted']} drafted tokens accepted, "
-            f"{r['rounds']} calls, {r['joiner_rows'] / r['frames']:.2f} joiner rows a "
-            f"frame; {r['differ']} utterances differ"
-        )
-
-
 def say(title: str, table: List[Dict[str, Any]]) -> None:
     """Print the ratios of a table."""
     print(f"\n{title}: times faster than icefall's; utterances that differ")
@@ -494,8 +417,6 @@ def measure(args: argparse.Namespace) -> None:
     print("\nSingle utterances, the search's time by the encoder's:")
     for name, seconds in figures["whole"].items():
         print(f"{name}: {seconds / encoder:.3f}")
-    figures["drafts"] = measure_drafts(model, cuts, args)
-    say_drafts(figures["drafts"])
     sp = load_tokenizer(args.bpe_model)
     figures["skipping"] = measure_skipping(small, rows, cuts, sp, args.beam)
     print("\nBeam search, frames left out where P(blank) is above:")
