@@ -33,6 +33,12 @@ elif name == "icefall-kd" and words[0] == "dump":
     out = [w for w in words if w.endswith(".jsonl.gz")][1]
     if jobs == "1":
         Path(out).write_text("targets")
+elif name == "icefall-kd" and words[0] in ("label", "filter"):
+    out = [w for w in words if w.endswith(".jsonl.gz")][1]
+    if "--job" not in words or given("--job") == "0":
+        Path(out).write_text(" ".join(words))
+elif name == "icefall-kd" and words[0] == "mix":
+    Path(words[1]).write_text("mixed")
 elif name == "icefall-kd" and words[0] == "combine":
     Path(words[-1]).write_text("targets")
 elif name == "icefall-kd" and words[0] == "student":

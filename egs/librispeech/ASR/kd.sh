@@ -18,6 +18,8 @@ tokens="--bpe-model data/lang_bpe_500/bpe.model"  # or "--lang-dir data/lang_cha
 tokens_file=data/lang_bpe_500/tokens.txt  # for ctc_decode.py and the recipe's export scripts
 student=s                     # a preset of `icefall-kd student --list`, or a size: 5M
 train_manifests=librispeech_cuts_train-clean-100.jsonl.gz  # in manifest_dir
+unlabelled_manifests=         # speech without transcripts, in manifest_dir, which the teacher
+                              # labels; it is mixed into the first of train_manifests
 train_flags="--full-libri 0 --max-duration 1000 --use-fp16 1"  # of train.py
 # The options above are yours to fill in; those below have defaults that work.
 world_size=1                  # number of GPUs to train on
@@ -32,6 +34,10 @@ keep=adaptive:0.999:16        # form of the stored CTC targets; see icefall-kd d
 keep_lattice=adaptive:0.999:16  # form of the stored lattices, or none
 keep_hidden=none              # out:half stores the encoder output, which is large
 keep_simple=none              # form of the simple joiner's targets, for --kd-simple-weight
+label_flags=                  # of icefall-kd label, such as "--decoding-method modified_beam_search"
+filter_flags="--max-repeats 4"  # of icefall-kd filter, such as --min-score -0.1
+mix_weights=                  # such as "3 1": three of four cuts with transcripts, one
+                              # with labels; by default each cut once
 dump_max_duration=600         # seconds of audio in a batch of the teacher
 chunk_size=16                 # stack frames (50 Hz) of a causal model's chunk, for targets,
                               # decoding and export
@@ -109,6 +115,7 @@ done
 . "$script_dir/shared/check_options.sh"
 . "$script_dir/local/words.sh"
 . "$script_dir/local/models.sh"
+. "$script_dir/local/unlabelled.sh"
 
 # Check the options.
 for path in asr_dir recipe teacher_exp_dir tokens_file manifest_dir targets_dir exp_dir; do
@@ -159,19 +166,19 @@ plugged=${recipe}_kd
 exp_dir=${exp_dir:-$plugged/exp-$student}
 
 # The training manifests that the patterns name.
-split train_manifests
-manifests=()
-for pattern in "${words[@]}"; do
-  matches=$pattern
-  if [ ! -e "$manifest_dir/$pattern" ]; then
-    matches=$(cd "$manifest_dir" 2>/dev/null && compgen -G "$pattern" | sort) || true
-  fi
-  [ -n "$matches" ] || fail "$asr_dir/$manifest_dir has no $pattern: run the recipe's" \
-    "prepare.sh first, or correct --manifest-dir and --train-manifests"
-  while IFS= read -r m; do manifests+=("$m"); done <<< "$matches"
-done
+expand_manifests train_manifests
+manifests=("${expanded[@]}")
 [ "${#manifests[@]}" -gt 0 ] || fail "--train-manifests is empty: name those of" \
   "$asr_dir/$manifest_dir that the student trains on"
+
+expand_manifests unlabelled_manifests
+unlabelled=("${expanded[@]}")
+mixture=
+if [ "${#unlabelled[@]}" -gt 0 ]; then
+  check_unlabelled
+  mixture="${manifests[0]}, unlabelled ${unlabelled[*]}, label $label_flags, filter \
+$filter_flags, weights $mix_weights"
+fi
 
 # Options of several words, as arrays.
 split tokens
@@ -244,7 +251,7 @@ if between 3 7; then
   settings="teacher $teacher_exp_dir $teacher_epoch $teacher_avg, student $student \
 $student_flags, epochs $first_epochs+$kd_epochs+$last_epochs, \
 $(sed -E "s/$machine *//g" <<< "$train_flags"), \
-$(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags"
+$(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags${mixture:+, mixture $mixture}"
   if [ -f "$exp_dir/.settings" ] && [ "$(cat "$exp_dir/.settings")" != "$settings" ]; then
     fail "$exp_dir holds students of other settings ($(cat "$exp_dir/.settings"))," \
       "not these ($settings): give another --exp-dir, or remove that folder"
@@ -267,23 +274,22 @@ if is_due 2 "the teacher's targets, $targets_dir"; then
     dump_job "$job"
     log "Job $job is done; continue with stage 3 when all $num_jobs are"
     exit 0
-  elif [ "$num_jobs" -eq 1 ]; then
-    dump_job 0
-  else
-    log "$num_jobs jobs; their logs are $targets_dir/log/dump-*"
-    pids=()
-    read -r -a gpus <<< "$(tr ',' ' ' <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 63)}")"
-    for j in $(seq 0 $((num_jobs - 1))); do
-      CUDA_VISIBLE_DEVICES=${gpus[$((j % ${#gpus[@]}))]} in_background dump_job "$j" \
-        > "$targets_dir/log/dump-$j" 2>&1
-      pids+=($!)
-    done
-    for j in "${!pids[@]}"; do
-      wait "${pids[$j]}" || fail "job $j failed: $(tail -n 1 "$targets_dir/log/dump-$j")"
-    done
   fi
+  if [ -n "$mixture" ]; then
+    # Decoding takes a few times as long as the targets of the same speech.
+    log "The teacher labels ${unlabelled[*]}"
+    in_jobs label
+    filter_labels
+  fi
+  in_jobs dump
+  if [ -n "$mixture" ]; then mix_parts; fi
 fi
 if between 3 7; then
+  if [ "$(cat "$targets_dir/.mixture" 2>/dev/null)" != "$mixture" ]; then
+    fail "$targets_dir/${manifests[0]} is mixed otherwise than these options say" \
+      "(${mixture:-no --unlabelled-manifests}): run stage 2 with them, in another" \
+      "--targets-dir if they have changed"
+  fi
   for m in "${manifests[@]}"; do
     if [ -L "$targets_dir/$m" ]; then
       fail "$targets_dir/$m has no targets: run stage 2 first"

@@ -14,27 +14,51 @@ link_other_manifests() {
     | grep -vxF "$(printf '%s\n' "${manifests[@]}")" || true)
 }
 
-# dump_job N: the part of job N. Jobs share one manifest, or take several in turn.
-dump_job() {
-  local share=() job_manifests=() m i forms=(--keep "$keep")
-  if [ "${#manifests[@]}" -eq 1 ]; then
-    share=(--num-jobs "$num_jobs" --job "$1")
-    job_manifests=("${manifests[@]}")
-  else
-    for i in "${!manifests[@]}"; do
-      if [ $((i % num_jobs)) -eq "$1" ]; then job_manifests+=("${manifests[$i]}"); fi
-    done
+# in_jobs NAME: NAME_job with each job's number, one after another or side by side.
+in_jobs() {
+  local j pids=() gpus
+  if [ "$num_jobs" -eq 1 ]; then
+    "$1_job" 0
+    return
   fi
+  log "$num_jobs jobs; their logs are $targets_dir/log/$1-*"
+  read -r -a gpus <<< "$(tr ',' ' ' <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 63)}")"
+  for j in $(seq 0 $((num_jobs - 1))); do
+    CUDA_VISIBLE_DEVICES=${gpus[$((j % ${#gpus[@]}))]} in_background "$1_job" "$j" \
+      > "$targets_dir/log/$1-$j" 2>&1
+    pids+=($!)
+  done
+  for j in "${!pids[@]}"; do
+    wait "${pids[$j]}" || fail "job $j failed: $(tail -n 1 "$targets_dir/log/$1-$j")"
+  done
+}
+
+# dump_job N: the part of job N. Jobs share one manifest, or take several in turn. What
+# will be mixed goes to parts/.
+dump_job() {
+  local share=() given=() written=() m i forms=(--keep "$keep")
+  for m in "${manifests[@]}"; do
+    given+=("$manifest_dir/$m")
+    written+=("$targets_dir/$m")
+  done
+  for m in "${unlabelled[@]}"; do
+    written[0]=$targets_dir/parts/${manifests[0]}
+    given+=("$targets_dir/kept/$m")
+    written+=("$targets_dir/parts/$m")
+  done
+  if [ "${#given[@]}" -eq 1 ]; then share=(--num-jobs "$num_jobs" --job "$1"); fi
   if [ "${keep_lattice:-none}" != none ]; then
     forms+=(--keep-lattice "$keep_lattice")
   fi
   if [ "${keep_hidden:-none}" != none ]; then forms+=(--keep-hidden "$keep_hidden"); fi
   if [ "${keep_simple:-none}" != none ]; then forms+=(--keep-simple "$keep_simple"); fi
-  for m in "${job_manifests[@]}"; do
-    mkdir -p "$targets_dir/$(dirname "$m")"
-    if [ -L "$targets_dir/$m" ]; then rm -f "$targets_dir/$m"; fi  # no targets yet
+  for i in "${!given[@]}"; do
+    if [ "${#given[@]}" -gt 1 ] && [ $((i % num_jobs)) -ne "$1" ]; then continue; fi
+    m=${written[$i]}
+    mkdir -p "$(dirname "$m")"
+    if [ -L "$m" ]; then rm -f "$m"; fi  # no targets yet
     icefall-kd dump "${teacher[@]}" "${forms[@]}" --max-duration "$dump_max_duration" \
-      "${share[@]}" "$manifest_dir/$m" "$targets_dir/$m" "${chunked[@]}"
+      "${share[@]}" "${given[$i]}" "$m" "${chunked[@]}"
   done
 }
 
