@@ -12,6 +12,7 @@ from tiny_whisper import whisper_folder  # noqa: F401
 from icefall_kd.errors import KDError
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "whisper_from_ct2.py"
 TYPES = {"float32": 0, "int8": 1, "float16": 4}
 

@@ -291,6 +291,7 @@ def test_several_jobs_of_a_whisper_write_what_one_does(
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_an_assistant_and_shorter_windows_are_taken(
     invoke, by_whisper, whisper_folder, tmp_path  # noqa: F811
 ):
