@@ -441,23 +441,24 @@ def changed_manifests(work, folder, change):
     return cuts[0]["id"]
 
 
-BAD_CUTS = [
-    (lambda c: c.update(supervisions=[]), "0 supervisions"),
-    (lambda c: c["supervisions"][0].update(text=" "), "empty text"),
-    (lambda c: c["supervisions"][0].update(text="NINE " * 60), "tokens"),
-    (lambda c: c["custom"].clear(), "1 of 240 training cuts have no targets"),
+BAD_CUTS = [  # with the weight of KD
+    (lambda c: c.update(supervisions=[]), "0 supervisions", 1),
+    (lambda c: c["supervisions"][0].update(text=" "), "empty text", 0),
+    (lambda c: c["supervisions"][0].update(text="NINE " * 60), "tokens", 1),
+    (lambda c: c["custom"].clear(), "1 of 240 training cuts have no targets", 1),
 ]
 
 
 def test_bad_cuts_are_refused_in_one_sentence(work, tmp_path, train_each):
     exp, bpe_model = tmp_path / "exp", work / "data/lang_bpe_54/bpe.model"
-    common = ["--bpe-model", bpe_model, "--exp-dir", exp, "--kd-ctc-weight", "1"]
+    common = ["--bpe-model", bpe_model, "--exp-dir", exp]
     lines, ids = [], []
-    for i, (change, _) in enumerate(BAD_CUTS):
+    for i, (change, _, weight) in enumerate(BAD_CUTS):
         ids.append(changed_manifests(work, tmp_path / f"kd-{i}", change))
-        lines.append([*common, "--manifest-dir", tmp_path / f"kd-{i}"])
+        words = ["--manifest-dir", tmp_path / f"kd-{i}", "--kd-ctc-weight", weight]
+        lines.append([*common, *words])
     ended = train_each(lines)
-    for done, cut_id, (_, said) in zip(ended, ids, BAD_CUTS, strict=True):
+    for done, cut_id, (_, said, _) in zip(ended, ids, BAD_CUTS, strict=True):
         refused(done, cut_id, said)
     assert not list(exp.glob("*.pt"))
 

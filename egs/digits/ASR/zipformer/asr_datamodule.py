@@ -125,6 +125,8 @@ class AsrDataModule:
             input_transforms=input_transforms, return_cuts=self.args.return_cuts
         )
         train = kd.wrap_dataset(train, cuts_train)
+        if isinstance(train, K2SpeechRecognitionDataset):  # no teacher has targets
+            check_transcripts(cuts_train)
         train_sampler = DynamicBucketingSampler(
             cuts_train,
             max_duration=self.args.max_duration,
@@ -185,6 +187,16 @@ class AsrDataModule:
         return self.cuts("test")
 
 
+def check_transcripts(cuts: CutSet) -> None:
+    """Refuse cuts without transcripts, which only targets can teach on."""
+    for c in cuts:
+        if not (c.supervisions[0].text or "").strip():
+            raise KDError(
+                f"the cut {c.id} has an empty text and must have a transcript: mend it "
+                "or leave it out of the training cuts"
+            )
+
+
 def check_cuts(cuts: CutSet, sp: spm.SentencePieceProcessor) -> float:
     """Refuse cuts that the losses can't take; return their duration in seconds."""
     total = 0.0
@@ -192,9 +204,7 @@ def check_cuts(cuts: CutSet, sp: spm.SentencePieceProcessor) -> float:
         problem = ""
         if len(c.supervisions) != 1:
             problem = f"has {len(c.supervisions)} supervisions and must have 1"
-        elif not (c.supervisions[0].text or "").strip():
-            problem = "has an empty text and must have a transcript"
-        else:
+        elif (c.supervisions[0].text or "").strip():
             frames = ((c.num_frames - 7) // 2 + 1) // 2
             tokens = len(sp.encode(c.supervisions[0].text))
             if frames - 2 < tokens:
