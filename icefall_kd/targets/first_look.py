@@ -1,7 +1,6 @@
 """A first look at training cuts, before any of them is trained on."""
 
 from collections import Counter
-from itertools import islice
 from typing import Any
 from typing import Counter as Counts
 from typing import Iterable, Iterator
@@ -84,11 +83,6 @@ class FirstLook:
                 bar.update()
                 yield cut
         self.total, self.untranscribed = total, self.origins[UNTRANSCRIBED]
-
-    def some(self) -> None:
-        """Read the first ``SAMPLE`` cuts, which fill ``origins``."""
-        for _ in islice(self, SAMPLE):
-            pass
 
     def all(self) -> int:
         """Read all cuts; return how many there are."""

@@ -1,7 +1,7 @@
 """Distilling one student: its tap, its teacher's targets and the joint loss."""
 
 from collections import Counter
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -46,7 +46,8 @@ class Distillation:
       ranges: Teacher-guided pruning, or None.
       hard_rows: Leaves rows without transcripts out of the recipe's losses.
       has_untranscribed_cuts: Whether some training cuts have no transcript.
-      counts_origins: Whether some have none, or one of a teacher.
+      counts_origins: Whether some have none, or one of a teacher; None while that is
+        not known, as nobody has read all cuts.
 
     Raises:
       KDError: An option has a value that can't be used or does not fit the student, the
@@ -88,7 +89,8 @@ class Distillation:
         )
         self.ranges = TeacherRanges(model) if params["kd_stored_ranges"] else None
         self.hard_rows = HardRows(model)
-        self.has_untranscribed_cuts = self.counts_origins = False
+        self.has_untranscribed_cuts = False
+        self.counts_origins: Optional[bool] = False
         self._last_batch_trained = True
         self._state_dict_hook: Any = None
         if self.joint.projectors is not None:
@@ -145,11 +147,11 @@ class Distillation:
                 dataset = CleanFeatures(dataset, self.time_warp.record)
             if self.online is None or not self.joint.is_constant:
                 cuts.all()
-            else:
-                cuts.some()
         self.clock.cuts_per_epoch = cuts.total
         self.has_untranscribed_cuts = bool(cuts.untranscribed)
-        self.counts_origins = bool(set(cuts.origins) - {TRANSCRIBED})
+        self.counts_origins = None
+        if cuts.total:
+            self.counts_origins = bool(set(cuts.origins) - {TRANSCRIBED})
         if cuts.total and not cuts.untranscribed:
             return dataset
         text = ""
@@ -218,15 +220,20 @@ class Distillation:
     ) -> None:
         """Log how many cuts of a batch have a transcript, and whose it is."""
         supervisions = batch["supervisions"]
+        rows = transcribed_rows(batch)
+        if rows is not None:  # of an online teacher's cuts nobody knew before
+            self.has_untranscribed_cuts = True
         if self.has_untranscribed_cuts:
-            rows = transcribed_rows(batch)
             factor = subsampling_factor(self.params)
             lens = supervisions["num_frames"] // factor
             if rows is not None:
                 lens = lens[rows[supervisions["sequence_idx"].long()]]
             info["kd_hard_frames"] = float(lens.sum())
-        if self.counts_origins:
-            counts = Counter(origin_of(cut) for cut in supervisions["cut"])
+        if self.counts_origins is False:
+            return
+        counts = Counter(origin_of(cut) for cut in supervisions["cut"])
+        if self.counts_origins or set(counts) - {TRANSCRIBED}:
+            self.counts_origins = True
             for origin in ORIGINS:  # icefall divides by frames what it logs
                 info[f"kd_{origin}_cuts"] = counts[origin] * frames
 

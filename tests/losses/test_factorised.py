@@ -358,7 +358,8 @@ def test_chunks_give_the_same_loss(monkeypatch):
     monkeypatch.setitem(kl.CHUNK, "cpu", 5 * 6)
     value, grad = loss_and_grad(student, teacher, lengths, symbol_weight=2.0)
     torch.testing.assert_close(value, expected[0])
-    assert torch.equal(grad, expected[1])
+    # Not to the bit: where a row stands in a chunk decides how a CPU adds it up.
+    torch.testing.assert_close(grad, expected[1], rtol=1e-12, atol=1e-12)
 
 
 # Numbers at the edge
