@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from hypothesis import settings as hypothesis_settings
+from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "egs" / "digits" / "ASR" / "zipformer"
@@ -44,6 +46,7 @@ SMALL = {
 # Put before a program's code: it can't import these modules.
 _BLOCK = """
 import sys
+import threading
 class _Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {names!r}:
@@ -142,6 +145,9 @@ def in_child():
         if pid == 0:
             status = 99
             try:
+                # The lock of all bars is shared with the parent: a child that is
+                # killed while it holds it would stop all others.
+                tqdm.set_lock(threading.RLock())
                 function()
                 status = 0
             finally:
