@@ -42,6 +42,7 @@ RUN_BY = {
     "run_experiments.sh": "tests/egs/test_experiments.py",
     "torchrun": "tests/cli/test_cli.py",
     "train.py": "tests/egs/test_digits_recipe.py",
+    "whisper_from_ct2.py": "tests/test_whisper_from_ct2.py",
     # CI
     "make check": ".ci/run",
     "make docs": ".ci/run",
@@ -61,7 +62,6 @@ BY_HAND = {
     " export, docs and mvq: installed, and what they bring is imported",
     "make format": "2026-11-30: nothing was changed",
     "git clone": "needs the network; the corpus's folder is made in miniature in tests",
-    "whisper_from_ct2.py": "needs a Whisper of CTranslate2, which no test has",
     "sbatch": "needs Slurm; the jobs that it would start are in test_kd_script.py",
     "ln": "links of a corpus",
     "cd": "a change of folder",

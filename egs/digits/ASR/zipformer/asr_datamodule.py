@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from zipformer.utils import str2bool
 
 from icefall_kd import KDError
+from icefall_kd.targets.transcript import has_no_text
 from icefall_kd.training import session as kd
 
 
@@ -190,7 +191,7 @@ class AsrDataModule:
 def check_transcripts(cuts: CutSet) -> None:
     """Refuse cuts without transcripts, which only targets can teach on."""
     for c in cuts:
-        if not (c.supervisions[0].text or "").strip():
+        if has_no_text(c):
             raise KDError(
                 f"the cut {c.id} has an empty text and must have a transcript: mend it "
                 "or leave it out of the training cuts"
@@ -204,7 +205,7 @@ def check_cuts(cuts: CutSet, sp: spm.SentencePieceProcessor) -> float:
         problem = ""
         if len(c.supervisions) != 1:
             problem = f"has {len(c.supervisions)} supervisions and must have 1"
-        elif (c.supervisions[0].text or "").strip():
+        elif not has_no_text(c):
             frames = ((c.num_frames - 7) // 2 + 1) // 2
             tokens = len(sp.encode(c.supervisions[0].text))
             if frames - 2 < tokens:
