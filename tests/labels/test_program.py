@@ -76,7 +76,7 @@ def test_a_line_without_a_number_is_no_nbest_list(say):
 
 
 def ends(pid, seconds=60):
-    """Whether the process is gone or a zombie soon: a killed one may run on for a bit."""
+    """Whether the process is gone or a zombie soon: a killed one may run on."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
