@@ -37,7 +37,7 @@ RUN_BY = {
     "icefall-kd report": "tests/cli/test_report.py",
     "icefall-kd student": "tests/cli/test_student_command.py"
     " tests/cli/test_list_presets.py",
-    "kd.sh": "tests/egs/test_kd_script.py",
+    "kd.sh": "tests/egs/test_kd_script.py tests/egs/test_kd_launcher.py",
     "run.sh": "tests/egs/test_digits_recipe.py tests/egs/test_commands_recipe.py",
     "run_experiments.sh": "tests/egs/test_experiments.py",
     "torchrun": "tests/cli/test_cli.py",
@@ -62,7 +62,8 @@ BY_HAND = {
     " export, docs and mvq: installed, and what they bring is imported",
     "make format": "2026-11-30: nothing was changed",
     "git clone": "needs the network; the corpus's folder is made in miniature in tests",
-    "sbatch": "needs Slurm; the jobs that it would start are in test_kd_script.py",
+    "sbatch": "2026-11-30, Slurm 22.05.8 of Debian 12: an array of dumps with jobs killed"
+    " and given again has one process's targets; kd.sh's jobs are in its tests",
     "ln": "links of a corpus",
     "cd": "a change of folder",
 }

@@ -22,6 +22,10 @@ def _stop(number, frame) -> None:
     for signal_number in _STOPS:
         if signal.getsignal(signal_number) is _stop:
             signal.signal(signal_number, signal.SIG_IGN)
+    # A queue stops the processes that read features at the same time (scancel), and
+    # torch's handler would raise that they died.
+    if hasattr(signal, "SIGCHLD"):  # unknown to Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if number == signal.SIGINT:
         signal.signal(number, signal.default_int_handler)
         raise KeyboardInterrupt

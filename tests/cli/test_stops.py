@@ -1,5 +1,6 @@
 """A command that is stopped by a signal leaves nothing half-written behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,13 +25,14 @@ with replacing(Path(sys.argv[1])) as temporary:
 """
 
 
-def started(path, cleaning=0.0, before=""):
+def started(path, cleaning=0.0, before="", **options):
     code = before + STOPPED
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(path), str(cleaning)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
     assert process.stdout.readline() == "begun\n"
     return process
@@ -53,6 +55,25 @@ def test_a_second_signal_does_not_break_off_the_cleaning(tmp_path, second):
     assert process.stdout.readline() == "cleans up\n"
     process.send_signal(getattr(signal, second))
     process.communicate(timeout=600)
+    assert list(tmp_path.iterdir()) == []
+
+
+CHILD = """
+import signal, subprocess
+def died(number, frame):  # as torch says it of a process that reads features
+    raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+signal.signal(signal.SIGCHLD, died)
+ends_late = "trap 'sleep 0.3; exit 1' TERM; sleep 600 & wait"
+child = subprocess.Popen(["bash", "-c", ends_late])
+"""
+
+
+def test_a_queue_that_stops_all_processes_at_once_gets_no_traceback(tmp_path):
+    """As Slurm's scancel does; a child ends while this one cleans up."""
+    process = started(tmp_path / "out", 1.0, CHILD, start_new_session=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM and error == ""
     assert list(tmp_path.iterdir()) == []
 
 

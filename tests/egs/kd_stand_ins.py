@@ -58,6 +58,27 @@ elif name in ("decode.py", "ctc_decode.py") or words[0] == "decode":
     folder.mkdir(parents=True, exist_ok=True)
 """
 
+# A launcher that is called as Kaldi's are, OPTION VALUE ... JOB=1:N LOG COMMAND ...; like
+# them it hands words to a shell without quotes, in an environment with PATH alone.
+LAUNCHER = """#!{python}
+import os, re, subprocess, sys
+words = sys.argv[1:]
+options = []
+while words[0].startswith("-"):
+    options += [words.pop(0), words.pop(0)]
+first, last = map(int, re.fullmatch("JOB=([0-9]+):([0-9]+)", words.pop(0)).groups())
+assert first == 1 <= last and "JOB" in words[0]
+with open("{launches}", "a") as f:
+    f.write(f"{{' '.join(options)}} {{last}} {{' '.join(words)}}\\n")
+jobs = []
+for number in range(first, last + 1):
+    log, *command = [word.replace("JOB", str(number)) for word in words]
+    shell = ["bash", "-c", f"( {{' '.join(command)}} ) > {{log}} 2>&1"]
+    env = {{"PATH": os.environ["PATH"]}}
+    jobs.append(subprocess.Popen(shell, env=env))
+sys.exit(any([job.wait() for job in jobs]))
+"""
+
 
 def given(call, option):
     return call[call.index(option) + 1]

@@ -57,6 +57,8 @@ targets_dir=data/kd           # targets, and the manifests whose cuts point at t
 exp_dir=                      # experiment folders of students; default: RECIPE_kd/exp-STUDENT
 python=python3                # the Python of icefall's environment
 num_jobs=1                    # number of jobs in stage 2, each on one GPU
+cmd=                          # a launcher as Kaldi's that runs the jobs of stages 2 and 8, such
+                              # as "slurm.pl --gpu 1"; by default they run here
 job=                          # run this job alone (Slurm): 0 to num_jobs - 1
 stage=0                       # first stage
 stop_stage=10                 # last stage
@@ -69,6 +71,8 @@ A stage continues where it was stopped."
 renamed="teacher_dir:teacher_exp_dir kd_dir:targets_dir nj:num_jobs
   warmup_epochs:first_epochs finetune_epochs:last_epochs"
 
+task=  # what a job of --cmd does, such as "dump 0"; local/launcher.sh sets it
+arguments=("$@")
 caller=$PWD
 script=$(realpath "${BASH_SOURCE[0]}")
 script_dir=$(dirname "$script")
@@ -116,6 +120,7 @@ done
 . "$script_dir/local/words.sh"
 . "$script_dir/local/models.sh"
 . "$script_dir/local/unlabelled.sh"
+. "$script_dir/local/launcher.sh"
 
 # Check the options.
 for path in asr_dir recipe teacher_exp_dir tokens_file manifest_dir targets_dir exp_dir; do
@@ -164,6 +169,8 @@ command -v "${words[0]-}" > /dev/null || fail "--python is '$python', and there 
 python_words=("${words[@]}")
 plugged=${recipe}_kd
 exp_dir=${exp_dir:-$plugged/exp-$student}
+
+if [ -n "$cmd" ]; then check_launcher; fi
 
 # The training manifests that the patterns name.
 expand_manifests train_manifests
@@ -269,6 +276,7 @@ if is_due 2 "the teacher's targets, $targets_dir"; then
   # out:half adds 140 MB (L) or 92 MB (M). The three speeds count each.
   [ -d "$plugged" ] || fail "there is no $asr_dir/$plugged: run stage 1 first"
   mkdir -p "$targets_dir/log"
+  if [ -n "$task" ]; then do_task; fi
   link_other_manifests
   if [ -n "$job" ]; then
     dump_job "$job"
@@ -365,11 +373,8 @@ fi
 
 if is_due 8 "decoding"; then
   # Minutes on one GPU for each method and model.
-  decode_model "$teacher_exp_dir" "$teacher_epoch" "$teacher_avg" "${teacher_model[@]}"
-  decode_model "$exp_dir/kd" "$last" "$avg" "${student_model[@]}"
-  if [ "$baseline" = true ]; then
-    decode_model "$exp_dir/no-kd" "$last" "$avg" "${student_model[@]}"
-  fi
+  if [ -n "$task" ]; then do_task; fi
+  decode_models
 fi
 
 if is_due 9 "export of the distilled student"; then

@@ -14,9 +14,14 @@ link_other_manifests() {
     | grep -vxF "$(printf '%s\n' "${manifests[@]}")" || true)
 }
 
-# in_jobs NAME: NAME_job with each job's number, one after another or side by side.
+# in_jobs NAME: NAME_job with each job's number, by the launcher or side by side here.
 in_jobs() {
-  local j pids=() gpus
+  local j pids=() tasks=() gpus
+  if [ -n "$cmd" ]; then
+    for j in $(seq 0 $((num_jobs - 1))); do tasks+=("$1 $j"); done
+    launch "$1" "$targets_dir/log" 2 "${tasks[@]}"
+    return
+  fi
   if [ "$num_jobs" -eq 1 ]; then
     "$1_job" 0
     return
@@ -149,41 +154,70 @@ export_by_icefall_kd() {
       "names, and go on with --stage 9"
 }
 
-# decode_model FOLDER EPOCH AVG FLAG...: by each method that the model has a head for.
-decode_model() {
-  local folder=$1 model_name=.epoch-$2-avg-$3 d name method mark flags decode_words
-  shift 3
-  flags=("$@")
-  if is_causal "$@"; then
+# decode_models: by each method that a model has a head for, what is not decoded yet; by
+# the launcher at the same time, or here one after another.
+decode_models() {
+  local name d due=() folder epoch average flags mark
+  for name in teacher kd no-kd; do
+    if [ "$name" = no-kd ] && [ "$baseline" != true ]; then continue; fi
+    for d in "${decodings[@]}"; do
+      choose_decoding "$name" "$d"
+      has_head_for "$d" "${flags[@]}" || continue
+      if [ -f "$mark" ]; then
+        log "$folder: ${d##*:} is done"
+      elif [ -n "$cmd" ]; then
+        due+=("decode $name $d")
+      else
+        decode_job "$name" "$d"
+      fi
+    done
+  done
+  if [ "${#due[@]}" -gt 0 ]; then launch decode "$exp_dir/log" 8 "${due[@]}"; fi
+}
+
+# choose_decoding MODEL DECODING: the model's folder, epoch, average and flags, and the
+# file that marks the decoding as done, as variables of these names.
+choose_decoding() {
+  local model_name
+  if [ "$1" = teacher ]; then
+    folder=$teacher_exp_dir epoch=$teacher_epoch average=$teacher_avg
+    flags=("${teacher_model[@]}")
+  else
+    folder=$exp_dir/$1 epoch=$last average=$avg
+    flags=("${student_model[@]}")
+  fi
+  model_name=.epoch-$epoch-avg-$average
+  if is_causal "${flags[@]}"; then
     flags+=("${chunks[@]}")
     model_name+=-chunk-$chunk_size-left-$left_context_frames
   fi
-  for d in "${decodings[@]}"; do
-    name=${d%%:*} method=${d##*:}
-    has_head_for "$d" "$@" || continue
-    mark=$folder/$method/$model_name.done
-    if [ "$name" = icefall-kd ]; then mark=${mark%.done}-icefall-kd.done; fi
-    if [ -f "$mark" ]; then log "$folder: $method is done"; continue; fi
-    log "$folder: $method"
-    split decode_flags
-    decode_words=("${words[@]}")
-    if [ "$name" = icefall-kd ]; then
-      decode_by_icefall_kd "$folder" "$method" "${flags[@]}" "${decode_words[@]}"
-      touch "$mark"
-      continue
-    fi
-    if [ "$name" = ctc_decode.py ]; then
-      split ctc_decode_flags
-      decode_words=(--lang-dir "$(dirname "$tokens_file")" "${decode_words[@]}"
-        "${words[@]}")
-    fi
-    take_flags "$recipe/$name" "${flags[@]}" "${decode_words[@]}"
-    "${python[@]}" "./$recipe/$name" --exp-dir "$folder" --decoding-method "$method" \
-      --manifest-dir "$manifest_dir" "${token_flags[@]}" "${words[@]}" \
-      || fail "$name can't decode $asr_dir/$folder by $method: correct what its message names," \
-        "and go on with --stage 8"
+  mark=$folder/${2##*:}/$model_name.done
+  if [ "${2%%:*}" = icefall-kd ]; then mark=${mark%.done}-icefall-kd.done; fi
+}
+
+# decode_job MODEL DECODING: one model, teacher, kd or no-kd, by one method.
+decode_job() {
+  local folder epoch average flags mark name=${2%%:*} method=${2##*:} decode_words
+  choose_decoding "$1" "$2"
+  log "$folder: $method"
+  split decode_flags
+  decode_words=("${words[@]}")
+  if [ "$name" = icefall-kd ]; then
+    decode_by_icefall_kd "$folder" "$method" "${flags[@]}" "${decode_words[@]}"
     touch "$mark"
-  done
+    return
+  fi
+  if [ "$name" = ctc_decode.py ]; then
+    split ctc_decode_flags
+    decode_words=(--lang-dir "$(dirname "$tokens_file")" "${decode_words[@]}"
+      "${words[@]}")
+  fi
+  take_flags "$recipe/$name" "${flags[@]}" "${decode_words[@]}"
+  "${python[@]}" "./$recipe/$name" --exp-dir "$folder" --decoding-method "$method" \
+    --manifest-dir "$manifest_dir" "${token_flags[@]}" "${words[@]}" \
+    || fail "$name can't decode $asr_dir/$folder by $method: correct what its message names," \
+      "and go on with --stage 8"
+  touch "$mark"
 }
 
 # decode_by_icefall_kd FOLDER METHOD FLAG...: each of the test manifests.
