@@ -62,8 +62,8 @@ BY_HAND = {
     " export, docs and mvq: installed, and what they bring is imported",
     "make format": "2026-11-30: nothing was changed",
     "git clone": "needs the network; the corpus's folder is made in miniature in tests",
-    "sbatch": "2026-11-30, Slurm 22.05.8 of Debian 12: an array of dumps with jobs killed"
-    " and given again has one process's targets; kd.sh's jobs are in its tests",
+    "sbatch": "2026-11-30, Slurm 22.05.8 of Debian 12: an array of dumps with jobs"
+    " killed and given again has one process's targets; kd.sh's jobs are in its tests",
     "ln": "links of a corpus",
     "cd": "a change of folder",
 }

@@ -58,8 +58,8 @@ elif name in ("decode.py", "ctc_decode.py") or words[0] == "decode":
     folder.mkdir(parents=True, exist_ok=True)
 """
 
-# A launcher that is called as Kaldi's are, OPTION VALUE ... JOB=1:N LOG COMMAND ...; like
-# them it hands words to a shell without quotes, in an environment with PATH alone.
+# A launcher that is called as Kaldi's are: OPTION VALUE ... JOB=1:N LOG COMMAND ....
+# Like them it hands words to a shell without quotes, in an environment with PATH alone.
 LAUNCHER = """#!{python}
 import os, re, subprocess, sys
 words = sys.argv[1:]
