@@ -17,6 +17,7 @@ digits = [
     "zipformer==0.1.3",
     "espeakng-loader>=0.2",
     "kaldialign>=0.7",
+    "matplotlib>=3.6",
     "sentencepiece>=0.1.97",
     "soundfile>=0.12",
     "tensorboard>=2.8",

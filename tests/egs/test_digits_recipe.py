@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from icefall_kd import load_model
+
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "digits" / "ASR"
 TINY = {
     "num-train": 240,
@@ -22,6 +24,7 @@ TINY = {
     "teacher-epochs": 2,
     "student-epochs": 2,
     "num-threads": 1,
+    "untranscribed-speakers": "none",
 }
 
 # The scripts find the Python that runs the tests.
@@ -108,6 +111,27 @@ def test_every_wer_in_the_table_is_that_of_the_result_files(work):
             ).groups()
             assert float(wer) == row[key]
             assert float(wer) == pytest.approx(100 * int(errors) / int(words), abs=0.01)
+
+
+def test_wers_have_intervals_and_distillation_a_ratio(work):
+    rows = json.loads((work / "exp/summary.json").read_text())
+    table = (work / "exp/summary.md").read_text()
+    for head in ("ctc_wer", "transducer_wer"):
+        for row in rows:
+            low, high = row[f"{head}_interval"]
+            assert low <= row[head] <= high
+            assert f"{row[head]:.2f} [{low:.2f}, {high:.2f}]" in table
+        assert not {f"{head}_ratio"} & {*rows[0], *rows[1]}
+        ratio, low, high, p = rows[2][f"{head}_ratio"]
+        assert ratio == pytest.approx(rows[2][head] / rows[1][head], rel=2e-3)
+        assert low <= ratio <= high and 0 < p <= 1
+    bars = (work / "exp/summary.txt").read_text().splitlines()
+    assert len(bars) == 8
+    lengths = {line.count("█"): float(line.split()[1]) for line in bars if "█" in line}
+    longest = max(lengths)
+    assert longest == 50 and lengths[longest] == max(lengths.values())
+    for length, wer in lengths.items():
+        assert length == round(50 * wer / lengths[longest])
 
 
 def test_work_that_is_done_is_not_done_again(work):
@@ -293,6 +317,33 @@ def test_settings_bind_no_folder_that_has_no_results(tmp_path):
     for seed in (1, 2):
         done = run_sh(tmp_path, *nothing, "--seed", seed, "--stop-stage", 1)
         refused(done, "/nowhere")
+
+
+def test_a_released_teacher_is_the_averaged_one_in_half_precision(work, tmp_path):
+    script = RECIPE / "local" / "release_teacher.py"
+    exp, lang = work / "exp/teacher", work / "data/lang_bpe_54"
+    released = tmp_path / "exp"
+
+    def release(lang_dir):
+        words = ["--exp-dir", exp, "--epoch", 2, "--lang-dir", lang_dir]
+        words += ["--output-dir", released]
+        command = [sys.executable, str(script), *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, env=ENV)
+
+    refused(release(tmp_path), "has no bpe.model", "run stage 3")
+    assert not list(tmp_path.iterdir())
+    assert release(lang).returncode == 0
+    subprocess.run(
+        ["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=released, check=True
+    )
+    shutil.copy(released / "pretrained.pt", released / "epoch-99.pt")
+    recipe = RECIPE / "zipformer"
+    model, settings = load_model(recipe, exp, 2, avg=1, use_averaged_model=True)
+    half, same = load_model(recipe, released, 99, avg=1, use_averaged_model=False)
+    assert same["vocab_size"] == settings["vocab_size"]
+    for name, value in model.state_dict().items():
+        rounded = value.half().float() if value.is_floating_point() else value
+        assert torch.equal(half.state_dict()[name], rounded), name
 
 
 def test_the_distilled_checkpoint_has_exactly_the_keys_of_the_plain_one(work):

@@ -14,7 +14,8 @@ redo=false          # true: do the chosen stages again
 corpus=espeak       # espeak (speech is synthesized) or fsdd; in egs/commands, commands
 corpus_dir=         # fsdd: folder of the recordings; commands: your clone of the corpus
 test_speaker=theo   # fsdd: held out for test
-untranscribed_speakers=  # speakers without transcripts, separated by commas
+untranscribed_speakers=  # of the students' speech, separated by commas; espeak: most (its default), or none
+train_teacher=auto  # auto: only if pretrained/ has none for these options; true: train it anyway; false: never
 teacher_work_dir=   # use the teacher and tokens of this work folder
 num_train=1600      # number of training utterances
 num_untranscribed=800  # number of utterances of untranscribed speakers
@@ -96,8 +97,31 @@ for setting in $teacher_set; do
     || fail "--teacher-set has '$setting', and each word must be NAME=VALUE, such as" \
       "encoder-dim=64,128,128"
 done
-[ "$corpus" != espeak ] || [ -z "$untranscribed_speakers$teacher_work_dir" ] \
-  || fail "--untranscribed-speakers and --teacher-work-dir are not for --corpus espeak"
+# Most voices of espeak have no transcripts for the students: hidden is true.
+hidden=false
+if [ "$corpus" = espeak ]; then
+  [ -z "$teacher_work_dir" ] || fail "--teacher-work-dir is not for --corpus espeak"
+  case ${untranscribed_speakers:-most} in
+    most) hidden=true ;;
+    none) ;;
+    *) fail "--untranscribed-speakers is $untranscribed_speakers, and must be most or none" \
+      "with --corpus espeak" ;;
+  esac
+  untranscribed_speakers=
+fi
+[[ $train_teacher = @(auto|true|false) ]] \
+  || fail "--train-teacher is $train_teacher, and must be auto, true or false"
+# What pretrained/ was trained with. Data of other sizes have the same test voices.
+released=false
+if [ -f pretrained/pretrained.pt ] && [ "$train_teacher" != true ] \
+  && [ "$corpus/$vocab_size/$teacher_epochs/$avg/$patience" = espeak/54/10/1/0 ] \
+  && [ -z "$teacher_set$train_flags" ]; then
+  released=true
+fi
+[ "$train_teacher" != false ] || [ "$released" = true ] \
+  || fail "--train-teacher is false, and pretrained/ has no teacher for these options:" \
+    "leave out --corpus, --vocab-size, --teacher-epochs, --teacher-set, --train-flags," \
+    "--avg and --patience, or give --train-teacher true"
 [ "$patience" -eq 0 ] || [ "$long_factor" -eq 1 ] \
   || fail "--patience $patience ends a training by itself: leave out --long-factor" \
     "$long_factor"
@@ -127,8 +151,10 @@ teacher_dir=$teacher_work_dir student=$student_set student_init=$student_init \
 student_epochs=$student_epochs long_factor=$long_factor patience=$patience avg=$avg \
 teacher_set=$teacher_set train_flags=$train_flags dump_flags=$dump_flags \
 kd=$(sed 's/#.*//' "$kd_config" | tr -s ' \n' ' ')$kd_flags"
-# Folders of former versions have no such setting.
+# Folders of former versions have no such settings.
 settings+=${export_flags:+ export_flags=$export_flags}
+if [ "$released" = true ]; then settings+=" teacher=pretrained"; fi
+if [ "$hidden" = true ]; then settings+=" voices=hidden"; fi
 # write FILE TEXT: whole or not at all.
 write() { echo "$2" > "$1.tmp" && mv "$1.tmp" "$1"; }
 
@@ -191,6 +217,15 @@ if ! python3 -c "import icefall_kd, zipformer.modules" 2>/dev/null; then
   . "$venv/bin/activate"
 fi
 if [ "$stage" -le 0 ]; then icefall-kd doctor; fi
+if [ "$stage" -le 1 ] && [ "$stop_stage" -ge 9 ] && [ ! -f "$exp/.1.done" ]; then
+  trained_epochs=$teacher_epochs
+  if [ "$released" = true ] || [ -n "$teacher_work_dir" ]; then trained_epochs=0; fi
+  # Settings that fit no model are refused by stage 6.
+  run ./local/how_long.py --student-set "$teacher_set $student_set" \
+    --num-utterances "$num_train" --teacher-epochs "$trained_epochs" \
+    --student-epochs "$((student_epochs * long_factor))" \
+    --num-threads "$num_threads" 2>/dev/null || log "How long it takes is not known"
+fi
 
 if todo 1 "data ($corpus)"; then  # 1 minute, 100 MB
   rm -rf "$data/manifests" "$data/audio"
@@ -212,11 +247,17 @@ fi
 if todo 2 "features" "$data/fbank"; then  # 1 minute, 60 MB
   run ./local/compute_fbank.py --manifest-dir "$data/manifests" \
     --sampling-rate "$rate" --output-dir "$data/fbank"
+  if [ "$hidden" = true ]; then
+    run ./local/hide_transcripts.py --manifest "$data/fbank/cuts_train.jsonl.gz"
+  fi
   finish 2
 fi
 
 if todo 3 "tokens"; then
-  if [ -z "$teacher_work_dir" ]; then
+  if [ "$released" = true ]; then
+    mkdir -p "$lang"
+    cp pretrained/{bpe.model,tokens.txt} "$lang/"
+  elif [ -z "$teacher_work_dir" ]; then
     run ./local/train_bpe_model.py --lang-dir "$lang" --vocab-size "$vocab_size" \
       --manifest "$data/manifests/cuts_train.jsonl.gz"
   fi
@@ -228,8 +269,16 @@ read -r -a train_words <<< "$train_flags"
 training=(--bpe-model "$bpe" --seed "$seed" --sample-rate "$rate"
   --patience "$patience" --avg "$avg" "${train_words[@]}")
 
-if todo 4 "teacher" "$exp/teacher"; then  # 8 minutes, 60 MB
-  if [ -z "$teacher_work_dir" ]; then
+if todo 4 "teacher" "$exp/teacher"; then  # 15 minutes and 60 MB, if it is trained
+  if [ "$released" = true ]; then
+    (cd pretrained && sha256sum --quiet -c SHA256SUMS) \
+      || fail "pretrained/ is not as it was released: get its files again, for instance" \
+        "by git checkout, or give --train-teacher true"
+    mkdir -p "$teacher"
+    cp pretrained/pretrained.pt "$teacher/.tmp.pt"
+    mv "$teacher/.tmp.pt" "$teacher/epoch-99.pt"
+    log "The teacher is that of pretrained/; --train-teacher true trains it"
+  elif [ -z "$teacher_work_dir" ]; then
     settings_of_teacher=()
     for setting in $teacher_set; do
       settings_of_teacher+=("--${setting%%=*}" "${setting#*=}")
@@ -240,16 +289,22 @@ if todo 4 "teacher" "$exp/teacher"; then  # 8 minutes, 60 MB
   finish 4
 fi
 teacher_epoch=$(last_epoch "$teacher" "$teacher_epochs")
+if [ "$released" = true ]; then teacher_epoch=99; fi
+read -r -a average_of_teacher <<< "$(average_flags "$teacher" "$teacher_epoch")"
 teacher_flags=(--recipe ./zipformer --exp-dir "$teacher" --epoch "$teacher_epoch"
-  --avg "$(averaged "$teacher_epoch")")
+  "${average_of_teacher[@]}")
 
-kd_sets=train
-if [ -n "$untranscribed_speakers" ]; then kd_sets=train,train-labelled; fi
+hard_sets=train
+if [ "$hidden" = true ]; then hard_sets=train-transcribed; fi
+kd_sets=$hard_sets
+if [ "$hidden" = true ] || [ -n "$untranscribed_speakers" ]; then
+  kd_sets=$hard_sets,train-labelled
+fi
 
 labelled=$data/fbank/cuts_train-labelled.jsonl.gz
 if todo 5 "targets" "$data/kd" "$labelled"; then  # 1 minute, 25 MB
   mkdir -p "$data/kd"
-  if [ -n "$untranscribed_speakers" ] && [ ! -f "$labelled" ]; then
+  if [ "$kd_sets" != "$hard_sets" ] && [ ! -f "$labelled" ]; then
     labels=$data/kd/labels.jsonl.gz
     run icefall-kd label "${teacher_flags[@]}" --bpe-model "$bpe" \
       --num-threads "$num_threads" \
@@ -276,17 +331,19 @@ if todo 6 "student" "$exp/student" "$exp/student-kd"; then
 fi
 
 # epoch-1.pt is the student before training. Equal steps: with half of the cuts
-# untranscribed, the student without KD has half of the steps in an epoch.
+# untranscribed, the student without KD has half of the steps in an epoch, and a fifth
+# with four fifths.
 last=$((1 + student_epochs * long_factor))
 hard_mult=1
 if [ -n "$untranscribed_speakers" ]; then hard_mult=2; fi
+if [ "$hidden" = true ]; then hard_mult=5; fi
 hard_last=$((1 + student_epochs * long_factor * hard_mult))
 
 # Of the students' folders, all but what stage 6 made.
 trained=()
 while read -r f; do trained+=("$f"); done < <(find "$exp/student" "$exp/student-kd" \
   -mindepth 1 -maxdepth 1 ! -name epoch-1.pt ! -name "student_*" 2>/dev/null)
-if todo 7 "training, without and with KD" "${trained[@]}"; then  # 3 minutes
+if todo 7 "training, without and with KD" "${trained[@]}"; then  # 5 minutes
   read -r -a flags < "$exp/student/student_flags"
   common=("${training[@]}" "${flags[@]}")
   read -r -a more <<< "$kd_flags"
@@ -297,7 +354,7 @@ if todo 7 "training, without and with KD" "${trained[@]}"; then  # 3 minutes
   hard_log=$exp/student/log/stage-7
   log "The student without KD trains meanwhile; its log is $hard_log"
   in_background train "$exp/student" 2 "$hard_last" --manifest-dir "$data/fbank" \
-    "${common[@]}" >> "$hard_log" 2>&1
+    --train-set "$hard_sets" "${common[@]}" >> "$hard_log" 2>&1
   hard=$!
   train "$exp/student-kd" 2 "$last" --manifest-dir "$data/kd" --train-set "$kd_sets" \
     "${common[@]}" --kd-config "$kd_config" "${more[@]}"
@@ -319,8 +376,8 @@ if todo 8 "decoding"; then  # 1 minute
     for method in ctc-greedy-search greedy_search; do
       mark=$exp/.8.$(tr : - <<< "${m##*/}").$method
       if [ -f "$mark" ]; then continue; fi
-      run ./zipformer/decode.py --exp-dir "${m%:*}" --epoch "${m##*:}" \
-        --avg "$(averaged "${m##*:}")" \
+      read -r -a words <<< "$(average_flags "${m%:*}" "${m##*:}")"
+      run ./zipformer/decode.py --exp-dir "${m%:*}" --epoch "${m##*:}" "${words[@]}" \
         --manifest-dir "$data/fbank" --bpe-model "$bpe" \
         --decoding-method "$method" --num-threads "$num_threads"
       touch "$mark"
@@ -329,10 +386,17 @@ if todo 8 "decoding"; then  # 1 minute
   finish 8
 fi
 
-if todo 9 "table"; then  # 1 minute
+if todo 9 "table" "$exp/report"; then  # 1 minute
   run ./local/make_table.py --seed "$seed" --avg "$avg" --bpe-model "$bpe" \
     --output "$exp/summary.json" --manifest "$data/fbank/cuts_test.jsonl.gz" \
     "${models[@]}"
+  if python3 -c "import matplotlib" 2>/dev/null; then
+    run icefall-kd report "$exp/report" --model "teacher=$teacher" \
+      --model "student=$exp/student" --model "student-kd=$exp/student-kd" \
+      --baseline student --manifest-dir "$data/fbank" > /dev/null
+  else
+    log "The report with curves is left out: it needs \`pip install matplotlib\`"
+  fi
   finish 9
 fi
 
@@ -352,7 +416,7 @@ elif todo 10 "export of the distilled student" "$exported"; then  # 1 minute, 10
   finish 10
 fi
 rm -f "$exp/.redo"
-for table in "$exp/summary.md" "$exported/parity.md"; do
+for table in "$exported/parity.md" "$exp/summary.md" "$exp/summary.txt"; do
   if [ "$stop_stage" -ge 9 ] && [ -f "$table" ]; then
     echo
     cat "$table"
@@ -364,6 +428,7 @@ cat <<END
 
 Done in $took. Everything lies in $(cd "$work_dir" && pwd):
   exp/summary.json, summary.md     the table
+  exp/report/report.html           the same with curves, for a browser (with matplotlib)
   exp/student-kd/epoch-$kd_epoch.pt        the distilled student, an ordinary checkpoint
   exp/student-kd/export            the same for sherpa-onnx, and how they compare
   exp/*/log, exp/*/tensorboard     losses; tensorboard --logdir $exp

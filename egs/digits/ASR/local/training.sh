@@ -33,3 +33,13 @@ last_epoch() {
 averaged() {
   if [ "$1" -gt "$avg" ]; then echo "$avg"; else echo $(($1 > 1 ? $1 - 1 : 1)); fi
 }
+
+# average_flags FOLDER EPOCH: the options with which a model is loaded. A folder with one
+# checkpoint, epoch-99.pt, holds a released model, as icefall users name it.
+average_flags() {
+  if [ "$2" -eq 99 ] && [ ! -f "$1/epoch-98.pt" ]; then
+    echo "--avg 1 --use-averaged-model 0"
+  else
+    echo "--avg $(averaged "$2")"
+  fi
+}
