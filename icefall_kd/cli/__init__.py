@@ -45,6 +45,10 @@ MODULES = {
         "icefall_kd.cli.mix",
         "Mix labelled, pseudo-labelled and target-only cuts for a training.",
     ),
+    "plot": (
+        "icefall_kd.cli.plot",
+        "Draw models, losses, a lattice, spikes, and where teacher and student differ.",
+    ),
     "plug": (
         "icefall_kd.cli.plug",
         "Make a working copy of a recipe, with distillation plugged in.",

@@ -54,6 +54,18 @@ class Commands(click.Group):
         module = importlib.import_module(self.modules[cmd_name][0])
         return getattr(module, cmd_name)
 
+    def leaves(self) -> Dict[str, click.Command]:
+        """All commands that do something, by their words, such as ``plot wer``."""
+        leaves: Dict[str, click.Command] = {}
+        for name in self.list_commands(None):
+            found = self.get_command(None, name)
+            if isinstance(found, Commands):
+                inner = found.leaves().items()
+                leaves.update((f"{name} {word}", leaf) for word, leaf in inner)
+            else:
+                leaves[name] = found
+        return leaves
+
     def format_commands(
         self, ctx: click.Context, formatter: click.HelpFormatter
     ) -> None:

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from icefall_kd.report.checkpoints import read_steps
 from icefall_kd.report.exports import ExportedForm
 from icefall_kd.report.intervals import Key, Statistics
-from icefall_kd.report.logs import Training
+from icefall_kd.report.logs import Series, Training
 from icefall_kd.report.manifests import TargetSizes
 from icefall_kd.report.results import Decoding
 from icefall_kd.report.transcripts import Scores
@@ -226,6 +226,29 @@ class Comparison:
         for _, d in self.decodings:
             rows.setdefault(d.kind, set()).update((d.method, s) for s in d.rates)
         return {kind: sorted(rows[kind]) for kind in sorted(rows, reverse=True)}
+
+
+def loss_curves(
+    runs: Sequence[Run],
+) -> Iterator[Tuple[str, Dict[int, Series], Dict[int, Series]]]:
+    """The curves of each loss: ``loss`` first, those of distillation last.
+
+    Args:
+      runs: The trainings.
+
+    Yields:
+      The loss's name; and by the run's index, of the runs that logged it, its curve in
+      training and that in validation.
+    """
+    trained = [(i, run.training) for i, run in enumerate(runs) if run.training]
+    train = {i: training.losses() for i, training in trained}
+    valid = {i: training.valid_losses() for i, training in trained}
+    curves = [*train.values(), *valid.values()]
+    names = dict.fromkeys(name for series in curves for name in series)
+    for name in sorted(names, key=lambda n: (n.startswith("kd_"), n != "loss")):
+        lines = {i: series[name] for i, series in train.items() if name in series}
+        marks = {i: series[name] for i, series in valid.items() if name in series}
+        yield name, lines, marks
 
 
 def relative_change(rate: float, baseline: float) -> Optional[float]:

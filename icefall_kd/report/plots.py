@@ -37,7 +37,7 @@ def need_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as e:
         raise KDError(
-            f"the report's plots are drawn by matplotlib, which can't be imported "
+            f"pictures are drawn by matplotlib, which can't be imported "
             f'({e}): run `pip install "icefall_kd[report]"`'
         ) from None
 
@@ -62,20 +62,77 @@ def draw_loss(
     """
     with _figure(3.6, 2.5) as (figure, axes):
         figure.subplots_adjust(left=0.17, right=0.97, top=0.96, bottom=0.19)
-        for i, series in train:
-            axes.plot(*zip(*thinned(series)), lw=1.6, **_line(i))
-            finite = [(x, y) for x, y in thinned(series) if math.isfinite(y)]
-            if len(finite) == 1:  # a line would not show a single point
-                axes.plot(*finite[0], marker="_", **_line(i))
-        for i, series in valid:
-            axes.plot(*zip(*thinned(series, MARKS)), **{**_marker(i), "ls": "none"})
-        values = [y for _, s in (*train, *valid) for _, y in s if math.isfinite(y)]
-        if values and min(values) > 0 and max(values) > 20 * min(values):
-            _logarithmic(axes)
-        elif values and min(values) >= 0:
-            axes.set_ylim(0, 1.06 * max(values) or 1.0)
-        _epochs(axes, x)
-        return _svg(figure)
+        plot_loss(axes, train, valid, x)
+        return svg_of(figure)
+
+
+def plot_loss(
+    axes: Any,
+    train: Sequence[Tuple[int, Series]],
+    valid: Sequence[Tuple[int, Series]],
+    x: str,
+) -> None:
+    """Draw the curves of one loss into some axes, as :func:`draw_loss` does.
+
+    Args:
+      axes: Those of matplotlib.
+      train: For each model its number, which determines the colour, and its curve.
+      valid: The same for the validation.
+      x: The label of the horizontal axis.
+    """
+    for i, series in train:
+        axes.plot(*zip(*thinned(series)), lw=1.6, **line_of(i))
+        finite = [(x, y) for x, y in thinned(series) if math.isfinite(y)]
+        if len(finite) == 1:  # a line would not show a single point
+            axes.plot(*finite[0], marker="_", **line_of(i))
+    for i, series in valid:
+        axes.plot(*zip(*thinned(series, MARKS)), **{**marker_of(i), "ls": "none"})
+    values = [y for _, s in (*train, *valid) for _, y in s if math.isfinite(y)]
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        _logarithmic(axes)
+    elif values and min(values) >= 0:
+        axes.set_ylim(0, 1.06 * max(values) or 1.0)
+    _epochs(axes, x)
+
+
+def draw_loss_grid(
+    curves: Sequence[Tuple[str, Dict[int, Series], Dict[int, Series]]],
+    numbers: Sequence[int],
+    names: Sequence[str],
+    x: str,
+) -> Any:
+    """Draw the curves of all losses, up to three plots in a row.
+
+    Args:
+      curves: Of :func:`icefall_kd.report.comparison.loss_curves`, at least one.
+      numbers: The model's number of each run.
+      names: The models' names, by their numbers.
+      x: The label of the horizontal axis.
+
+    Returns:
+      A figure, drawn while :func:`styled` holds.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(3.3 * columns, 2.5 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (name, *runs) in zip(grid, curves):
+        lines, marks = ([(numbers[i], c) for i, c in of.items()] for of in runs)
+        plot_loss(axes, lines, marks, x)
+        axes.set_title(name, fontsize=10)
+    for axes in grid[len(curves) :]:
+        axes.set_axis_off()
+    figure.tight_layout()
+    handles = [
+        Line2D([], [], lw=1.6, **{**marker_of(i), **line_of(i)})
+        for i in range(len(names))
+    ]
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 0.97), "handlelength": 4}
+    figure.legend(handles, names, frameon=False, **place)
+    return figure
 
 
 def draw_legend(names: Sequence[str]) -> str:
@@ -87,9 +144,9 @@ def draw_legend(names: Sequence[str]) -> str:
     with _figure(1, 0.1) as (figure, axes):
         axes.set_axis_off()
         for i, name in enumerate(names):
-            axes.plot([], [], lw=1.6, label=name, **_marker(i), **_line(i))
+            axes.plot([], [], lw=1.6, label=name, **marker_of(i), **line_of(i))
         axes.legend(loc="upper left", frameon=False, handlelength=5, borderpad=0)
-        return _svg(figure, bbox_inches="tight")
+        return svg_of(figure, bbox_inches="tight")
 
 
 def draw_weights(weights: Dict[str, Series], x: str) -> str:
@@ -103,14 +160,14 @@ def draw_weights(weights: Dict[str, Series], x: str) -> str:
         for term, series in weights.items():
             i = weight_names().index(term)
             width = max(1.2, 5 - 0.8 * i)
-            axes.plot(*zip(*thinned(series)), lw=width, label=term, **_line(i))
+            axes.plot(*zip(*thinned(series)), lw=width, label=term, **line_of(i))
         highest = max((w for s in weights.values() for _, w in s), default=0.0)
         axes.set_ylim(0, 1.06 * highest or 1.0)
         _epochs(axes, x)
         axes.legend(
             loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, handlelength=4
         )
-        return _svg(figure, bbox_inches="tight")
+        return svg_of(figure, bbox_inches="tight")
 
 
 def draw_rates(
@@ -156,7 +213,7 @@ def draw_rates(
         axes.set_xlim(0, 1.05 * highest)
         axes.invert_yaxis()
         axes.set_xlabel(x)
-        return _svg(figure, bbox_inches="tight")
+        return svg_of(figure, bbox_inches="tight")
 
 
 def draw_costs(
@@ -175,23 +232,31 @@ def draw_costs(
     """
     with _figure(6.4, 4.0) as (figure, axes):
         for i, (name, series) in enumerate(curves):
-            axes.plot(*zip(*thinned(series)), lw=1.6, label=name, **_line(i))
+            axes.plot(*zip(*thinned(series)), lw=1.6, label=name, **line_of(i))
         for i, (name, point) in enumerate(marks):
-            axes.plot(*point, ls="none", label=name, **{**_marker(i), "ms": 8})
+            axes.plot(*point, ls="none", label=name, **{**marker_of(i), "ms": 8})
         axes.set_xlim(left=0)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
-        return _svg(figure, bbox_inches="tight")
+        return svg_of(figure, bbox_inches="tight")
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Let matplotlib draw, and save, as all pictures of the project are drawn."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
 
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Tuple[Any, Any]]:
     """A figure of ``width`` by ``height`` inches, and its axes."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure = Figure(figsize=(width, height))
         yield figure, figure.subplots()
 
@@ -213,8 +278,13 @@ def _logarithmic(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _svg(figure: Any, **options: Any) -> str:
-    """The figure as an <svg> element, without the head and metadata of a file."""
+def svg_of(figure: Any, **options: Any) -> str:
+    """The figure as an <svg> element, without the head and metadata of a file.
+
+    Args:
+      figure: Of matplotlib, drawn and saved while :func:`styled` holds.
+      options: Those of ``savefig``.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     FigureCanvasSVG(figure)
@@ -228,12 +298,22 @@ def _svg(figure: Any, **options: Any) -> str:
     return re.sub(r"\s+\n", "\n", text)
 
 
-def _line(i: int) -> Dict[str, Any]:
+def line_of(i: int) -> Dict[str, Any]:
+    """The colour and dashes of a model's line.
+
+    Args:
+      i: The model's number.
+    """
     dash = DASHES[i % len(DASHES)]
     style = (0, tuple(map(float, dash.split()))) if dash else "-"
     return {"color": COLOURS[i % len(COLOURS)], "ls": style}
 
 
-def _marker(i: int) -> Dict[str, Any]:
+def marker_of(i: int) -> Dict[str, Any]:
+    """The shape and colour of a model's marks.
+
+    Args:
+      i: The model's number.
+    """
     style = {"marker": MARKERS[i % len(MARKERS)], "mec": COLOURS[i % len(COLOURS)]}
     return {**style, "ms": 5, "mfc": "white", "mew": 1.4}

@@ -6,9 +6,10 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 
 from icefall_kd.report.bootstrap import DRAWS, Interval
 from icefall_kd.report.comparison import Comparison, Run, gap_closed, relative_change
+from icefall_kd.report.costs import cost_plots, draw_cost_plots
 from icefall_kd.report.intervals import Statistics, measure
 from icefall_kd.report.page import NONE, Block, Heading, Plots, Table, Text
-from icefall_kd.report.plots import draw_rates
+from icefall_kd.report.plots import draw_rates, styled, svg_of
 from icefall_kd.report.results import Decoding
 from icefall_kd.report.transcripts import Scores, read_scores
 
@@ -24,6 +25,7 @@ def rate_blocks(report: Comparison) -> List[Block]:
         unit = report.unit_of(kind)
         blocks += [Heading(report.text("rates", unit=unit)), rate_table(report, kind)]
         blocks += [*_change_text(report, unit), _rate_plot(report, kind)]
+        blocks += _cost_plots(report, kind)
         blocks += [*_interval_text(report, kind)]
         if any(len(m.runs) > 1 for m in report.models):
             heading = Heading(report.text("seeds_rates", unit=unit))
@@ -281,6 +283,18 @@ def _interval_text(report: Comparison, kind: str) -> List[Text]:
     values = {"draws": f"{DRAWS:,}", "sizes": "; ".join(sizes)}
     key = "speakers_text" if by_speaker else "interval_text"
     return [Text(report.text(key, unit=report.unit_of(kind), **values))]
+
+
+def _cost_plots(report: Comparison, kind: str) -> List[Plots]:
+    """Rates against costs, where there are several models and a cost is known."""
+    rows = cost_plots(report, kind) if len(report.models) > 1 else []
+    if not rows:
+        return []
+    unit = report.unit_of(kind)
+    with styled():
+        figure = draw_cost_plots(rows, report.names, unit, report.words)
+        svg = svg_of(figure, bbox_inches="tight")
+    return [Plots([("", svg)], report.text("costs_text", unit=unit))]
 
 
 def _rate_plot(report: Comparison, kind: str) -> Plots:

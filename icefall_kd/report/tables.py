@@ -3,7 +3,7 @@
 import math
 from typing import List, Optional
 
-from icefall_kd.report.comparison import Comparison
+from icefall_kd.report.comparison import Comparison, loss_curves
 from icefall_kd.report.logs import Series, weight_names
 from icefall_kd.report.models import models_table, short, shown
 from icefall_kd.report.notes import notes_of
@@ -68,16 +68,9 @@ def _exports_table(report: Comparison) -> Table:
 def _losses(report: Comparison) -> List[Block]:
     w = report.words
     runs = report.runs
-    trained = [(i, run.training) for i, run in enumerate(runs) if run.training]
     colours = [report.models.index(report.model_of(run)) for run in runs]
-    train = {i: training.losses() for i, training in trained}
-    valid = {i: training.valid_losses() for i, training in trained}
-    curves = [*train.values(), *valid.values()]
-    names = dict.fromkeys(name for series in curves for name in series)
     rows, figures = [], []
-    for name in sorted(names, key=lambda n: (n.startswith("kd_"), n != "loss")):
-        lines = {i: series[name] for i, series in train.items() if name in series}
-        marks = {i: series[name] for i, series in valid.items() if name in series}
+    for name, lines, marks in loss_curves(runs):
         drawn = [[(colours[i], c) for i, c in x.items()] for x in (lines, marks)]
         figure = draw_loss(*drawn, w["epoch_axis"])
         figures.append((name, figure))

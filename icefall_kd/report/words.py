@@ -31,6 +31,16 @@ _WORDS = {
     "seed": ("seed", "随机种子"),
     "steps": ("training steps", "训练步数"),
     "seconds": ("training seconds", "训练秒数"),
+    "rtf_axis": ("RTF of decoding", "解码的 RTF"),
+    "decoding_axis": ("seconds of decoding", "解码秒数"),
+    "costs_text": (
+        "The same {unit} against the number of parameters, the time of decoding and "
+        "the time of training until the decoded checkpoint, as far as the logs tell. "
+        "Times can be compared where the machine was the same.",
+        "同样的 {unit}，分别对参数量、解码时间以及到被解码 checkpoint 为止的训练时间"
+        "作图（日志中有记录的部分）。机器相同时，时间才可以比较。",
+    ),
+    "pictures": ("Pictures", "图"),
     "rates": ("{unit} (%) on the test sets", "测试集上的 {unit}（%）"),
     "set": ("test set", "测试集"),
     "method": ("decoding method", "解码方法"),

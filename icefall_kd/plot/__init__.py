@@ -1,0 +1,1 @@
+"""Pictures of models at work; ``icefall-kd plot`` draws them."""
