@@ -33,6 +33,12 @@ RUN_BY = {
     "icefall-kd forecast": "tests/cli/test_forecast.py",
     "icefall-kd label": "tests/cli/test_label.py tests/labels/test_whisper.py",
     "icefall-kd mix": "tests/cli/test_mix.py",
+    "icefall-kd plot kl": "tests/cli/test_plot.py",
+    "icefall-kd plot lattice": "tests/cli/test_plot.py",
+    "icefall-kd plot losses": "tests/cli/test_plot.py",
+    "icefall-kd plot spikes": "tests/cli/test_plot.py",
+    "icefall-kd plot way": "tests/cli/test_plot.py",
+    "icefall-kd plot wer": "tests/cli/test_plot.py",
     "icefall-kd plug": "tests/plug/test_plug.py",
     "icefall-kd report": "tests/cli/test_report.py",
     "icefall-kd student": "tests/cli/test_student_command.py"
@@ -78,6 +84,8 @@ def command_of(words):
         words = words[2:] if words[1] == "-m" else words[1:]
     if words[0] == "bash":
         return words[1]
+    if words[:2] == ["icefall-kd", "plot"]:
+        return " ".join(words[:3])
     if words[0] in ("icefall-kd", "make", "git", "pip"):
         return " ".join(words[:2])
     return Path(words[0]).name

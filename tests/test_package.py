@@ -107,8 +107,8 @@ import icefall_kd
 from icefall_kd.cli import cli
 for name in icefall_kd.__all__:
     getattr(icefall_kd, name)
-for name in cli.list_commands(None):
-    print(cli.get_command(None, name).name)
+for command in cli.leaves().values():
+    print(command.name)
 """
     done = run_python(code, block=OPTIONAL)
     assert done.returncode == 0, done.stderr

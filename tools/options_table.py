@@ -134,8 +134,7 @@ def renamed_rows() -> Iterator[Row]:
 
 def sections() -> Iterator[str]:
     yield INTRODUCTION
-    for name in cli.list_commands(None):
-        command = cli.get_command(None, name)
+    for name, command in cli.leaves().items():
         usage = command.make_context(name, [], resilient_parsing=True)
         words = " ".join(command.collect_usage_pieces(usage))
         yield f"## icefall-kd {name}\n"

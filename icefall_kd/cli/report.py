@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
+from xml.etree import ElementTree
 
 import click
 
@@ -15,7 +16,7 @@ from icefall_kd.files import replacing
 from icefall_kd.report.comparison import Comparison, Model
 from icefall_kd.report.intervals import need_interval
 from icefall_kd.report.manifests import TargetSizes, measure_targets
-from icefall_kd.report.page import Heading, Table, to_html, to_markdown
+from icefall_kd.report.page import Block, Heading, Plots, Table, to_html, to_markdown
 from icefall_kd.report.plots import need_matplotlib
 from icefall_kd.report.rates import rate_blocks
 from icefall_kd.report.tables import blocks_of
@@ -80,6 +81,15 @@ from icefall_kd.targets.cuts import ManifestCuts
     "once.",
 )
 @click.option(
+    "--picture",
+    "pictures",
+    type=Text(),
+    multiple=True,
+    metavar="CAPTION=FILE",
+    help="An SVG for the HTML page, such as `icefall-kd plot` draws, and its caption. "
+    "The option may be given more than once.",
+)
+@click.option(
     "--unit",
     type=click.Choice(["WER", "CER"]),
     default="WER",
@@ -108,6 +118,7 @@ def report(
     by_speaker: bool = False,
     interval: Optional[float] = None,
     targets: Sequence[str] = (),
+    pictures: Sequence[str] = (),
     unit: str = "WER",
     lang: str = "en",
     title: str = "",
@@ -144,6 +155,7 @@ def report(
         "--by-speaker is given without --manifest-dir, whose manifests name the "
         "speakers: give the folder of the test sets' manifests, such as data/fbank",
     )
+    drawn = _pictures(pictures, lang)
     folders = folders_by_name(models)
     teacher, baseline = _roles(list(folders), teacher, baseline)
     loaded = [read_model(name, exps) for name, exps in folders.items()]
@@ -155,7 +167,7 @@ def report(
     sizes = {path: _measure(path) for path in dict.fromkeys(targets)}
     words = words_of(lang)
     data = Comparison(loaded, teacher, baseline, unit, audio, sizes, words, statistics)
-    blocks = blocks_of(data)
+    blocks = [*blocks_of(data), *drawn]
     title = " ".join(title.split()) or words["title"]
     footer = data.text("footer", version=__version__)
     ending = "" if lang == "en" else f".{words['lang']}"
@@ -212,6 +224,29 @@ def _need_transcripts(models: Sequence[Model]) -> None:
                 f"{test_set}-*{d.suffix}.txt, to compute one: decode again with this "
                 "setting, or leave --interval out"
             )
+
+
+def _pictures(pictures: Sequence[str], lang: str) -> List[Block]:
+    """The section of pictures that others drew; none without any."""
+    figures = []
+    for text in pictures:
+        caption, equals, path = text.rpartition("=")
+        require(
+            caption.strip() and equals and path.endswith(".svg"),
+            f"--picture {text!r} is not CAPTION=FILE.svg: give a caption and an SVG, as "
+            'in --picture "Lattice=lattice.svg"',
+        )
+        require(Path(path).is_file(), f"--picture {path} does not exist: draw it first")
+        try:
+            svg = Path(path).read_text("utf8")
+            is_svg = ElementTree.fromstring(svg).tag.endswith("}svg")
+        except (ElementTree.ParseError, ValueError):
+            is_svg = False
+        require(is_svg, f"--picture {path} is no SVG: draw it again")
+        figures.append((caption.strip(), svg[svg.index("<svg") :]))
+    if not figures:
+        return []
+    return [Heading(words_of(lang)["pictures"]), Plots(figures)]
 
 
 def _measure(path: str) -> TargetSizes:

@@ -201,11 +201,12 @@ def draw_kl(
         kl = (rows.blank + rows.tokens).tolist()
         colour = COLOURS[1 + i % (len(COLOURS) - 1)]
         middle.stairs(kl, edges, color=colour, lw=1.4, label=name)
-    middle.set_ylim(bottom=0)
+    middle.set_ylim(0, 1.3 * middle.get_ylim()[1])  # room for the legend
     middle.set_xlim(0, edges[-1])
     middle.set_ylabel(words["kl_axis"])
     middle.set_xlabel(words["seconds_axis"])
-    middle.legend(frameon=False, fontsize=9)
+    columns = len(picture.rows)
+    middle.legend(loc="upper right", ncol=columns, frameon=False, fontsize=9)
     bars = [figure.add_subplot(kinds[i]) for i in range(2)]
     _draw_shares(bars[0], picture, words)
     _draw_means(bars[1], picture, words)

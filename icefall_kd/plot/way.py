@@ -27,13 +27,13 @@ BOXES: Dict[str, Tuple[float, float]] = {
     "recipe": (0, 2),
     "cuts": (0, 1),
     "teacher": (0, 0),
-    "copy": (1.15, 2),
-    "targets": (1.15, 1),
-    "start": (1.15, 0),
-    "student": (2.3, 1),
-    "results": (3.45, 1.6),
-    "files": (3.45, 0.4),
-    "report": (4.6, 1),
+    "copy": (1.2, 2),
+    "targets": (1.2, 1),
+    "start": (1.2, 0),
+    "student": (2.42, 1),
+    "results": (3.58, 1.6),
+    "files": (3.58, 0.4),
+    "report": (4.74, 1),
 }
 ARROWS = (
     Arrow("recipe", "copy", "plug"),
@@ -65,7 +65,7 @@ def draw_way(words: Dict[str, str]) -> Any:
     figure = Figure(figsize=(11.5, 3.5))
     axes = figure.subplots()
     axes.set_axis_off()
-    axes.set_xlim(-0.4, 5)
+    axes.set_xlim(-0.4, 5.14)
     axes.set_ylim(-0.4, 2.4)
     for key, (x, y) in BOXES.items():
         is_student = key in ("start", "student", "results", "files")

@@ -11,6 +11,7 @@ TEACHER = {
     "use_averaged_model": "0",
     "bpe_model": "BPE",
 }
+OF_CUTS = {"cuts": "in.jsonl.gz", "students": "a=EXP"}
 # A command line that works, by the names of click's parameters.
 BASE: Dict[str, Dict[str, str]] = {
     "doctor": {
@@ -92,6 +93,12 @@ BASE: Dict[str, Dict[str, str]] = {
         "targets": "kd.jsonl.gz",
     },
     "plug": {"recipe_dir": "toy", "new_dir": "new-toy"},
+    "plot kl": {**TEACHER, "out": "new.svg", "num_cuts": "2", **OF_CUTS},
+    "plot lattice": {**TEACHER, "out": "new.svg", "cuts": "in.jsonl.gz"},
+    "plot spikes": {**TEACHER, "out": "new.svg", **OF_CUTS},
+    "plot wer": {"out": "new.svg", "models": "a=exp", "manifest_dir": "fbank"},
+    "plot losses": {"out": "new.svg", "models": "a=exp"},
+    "plot way": {"out": "new.svg"},
 }
 
 
@@ -171,6 +178,20 @@ EXTRA: Dict[Tuple[str, str], Sequence[str]] = {
     ("student", "speed"): ("0x", "0.5x", "99999x", f"{LONG}x", "5M", "1x"),
     ("student", "preset"): ("S", "xxl", "s,m"),
     ("report", "models"): ("a=", "=exp", "a=no-such", "a=a-file", "a=a-folder", "a"),
+    ("report", "pictures"): ("a=a-file", "a-file.svg", "a=no-such.svg", "=x.svg"),
+    **{
+        (f"plot {kind}", "models"): ("a=", "=exp", "a=no-such", "a=a-file", "a")
+        for kind in ("wer", "losses")
+    },
+    **{
+        (f"plot {kind}", "students"): ("a=", "=EXP", "a=no-such", "a=a-file", "a")
+        for kind in ("kl", "spikes")
+    },
+    **{
+        (f"plot {kind}", "out"): ("o", "o.jpg", ".svg", "o.svg/", "a-file/o.svg")
+        for kind in ("kl", "lattice", "losses", "spikes", "way", "wer")
+    },
+    ("plot lattice", "cuts"): ("shar", "a-file"),
     ("report", "targets"): ("in.jsonl.gz", "shar", "toy/train.py"),
     ("combine", "num_jobs"): ("3", "10000"),
     ("dump", "cut_seconds"): ("20", "20:1", "nan:20", "1:inf", "-1:20", ":", "1:2:3"),
@@ -398,6 +419,10 @@ ACCEPTED: Dict[str, Dict[str, Sequence[str]]] = {
         "title": tuple({*BAD_VALUES} - {*FOR_NUMBERS, NOT_UTF8}),
     },
     "plug": {"new_dir": ("a-folder", " ", "a\nb")},
+    "plot kl": {**FALSE, "cut_id": ("",), "student_epoch": ("0",)},
+    "plot lattice": {**FALSE, "cut_id": ("",), "cuts": ("shar",)},
+    "plot spikes": {**FALSE, "cut_id": ("",), "student_epoch": ("0",)},
+    "plot wer": {"manifest_dir": ("", ".", "a-folder")},
 }
 ACCEPTED_TOGETHER: Sequence[Tuple[str, Dict[str, Optional[str]]]] = tuple(
     ("student", {**RANDOM, "changes": change})

@@ -36,7 +36,7 @@ from icefall_kd.export import build
 from icefall_kd.labels.pseudo_label import PseudoLabel, put
 from icefall_kd.teacher import loader
 
-COMMANDS = {name: cli.get_command(None, name) for name in cli.list_commands(None)}
+COMMANDS = cli.leaves()
 PAIRS = 15  # of two bad values, for each command
 LENGTHS = {"c1": 47, "c2": 33}
 NEEDS = {
@@ -44,6 +44,7 @@ NEEDS = {
     "report": "matplotlib",
     "decode": "kaldialign",
     "cascade": "matplotlib",
+    **{name: "matplotlib" for name in COMMANDS if name.startswith("plot ")},
     "label": "kaldialign",
     "filter": "kaldialign",
     "export": "onnx",
@@ -90,21 +91,21 @@ def cases_of(name: str) -> Iterator[Case]:
     command, base = COMMANDS[name], BASE[name]
 
     def case(bad: Dict[str, str]) -> Case:
-        return Case(name, bad, [name, *words_of(command, {**base, **bad})])
+        return Case(name, bad, [*name.split(), *words_of(command, {**base, **bad})])
 
     for param in command.params:
         for value in (*bad_values(param), *EXTRA.get((name, param.name), ())):
             yield case({param.name: value})
         option = param.opts[0]
         if option.startswith("--") and not getattr(param, "is_flag", False):
-            words = [name, *words_of(command, base), option]
+            words = [*name.split(), *words_of(command, base), option]
             yield Case(name, {param.name: "<no value>"}, words)
         if param.required:
             rest = {k: v for k, v in base.items() if k != param.name}
-            words = [name, *words_of(command, rest)]
+            words = [*name.split(), *words_of(command, rest)]
             yield Case(name, {param.name: "<left out>"}, words)
     for word in ("--nonsense", "--nonsense=1", "-z", "--" + NOT_UTF8, "more"):
-        words = [name, *words_of(command, base), word]
+        words = [*name.split(), *words_of(command, base), word]
         yield Case(name, {"unknown": word}, words)
     for of, bad in TOGETHER:
         if of == name:
@@ -169,7 +170,7 @@ def world(tmp_path_factory, teacher_exp, make_cut_in):
     ):
         name = "student" if "student_dir" in values else "dump"
         name = "decode" if "res_dir" in values else name
-        words = [name, *words_of(COMMANDS[name], values)]
+        words = [*name.split(), *words_of(COMMANDS[name], values)]
         done = icefall_kd(words, names)
         assert done.status == 0 and not done.fault, done
     kept = work.with_name("kept")

@@ -108,17 +108,22 @@ def test_the_help_of_all_commands_is_there_before_one_is_imported(run_python):
     assert done.stdout.endswith("False\n")
 
 
+def test_a_command_in_a_command_is_listed_by_both_words():
+    names = list(cli.leaves())
+    assert "plot wer" in names and "dump" in names and "plot" not in names
+    assert len(names) == len(set(names)) > len(MODULES)
+
+
 def test_every_option_has_a_help_that_is_a_sentence():
-    for name in MODULES:
-        for param in cli.get_command(None, name).params:
+    for name, command in cli.leaves().items():
+        for param in command.params:
             if isinstance(param, click.Option):
                 assert param.help[0].isupper(), (name, param.name)
                 assert param.help.rstrip("'\"").endswith("."), (name, param.name)
 
 
 def test_no_help_shows_an_empty_text_as_a_default():
-    for name in MODULES:
-        command = cli.get_command(None, name)
+    for name, command in cli.leaves().items():
         with click.Context(command, info_name=name, show_default=True) as context:
             text = " ".join(command.get_help(context).split())
         assert 'default: ""' not in text, name
