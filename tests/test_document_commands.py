@@ -40,7 +40,7 @@ RUN_BY = {
     "icefall-kd plot way": "tests/cli/test_plot.py",
     "icefall-kd plot wer": "tests/cli/test_plot.py",
     "icefall-kd plug": "tests/plug/test_plug.py",
-    "icefall-kd report": "tests/cli/test_report.py",
+    "icefall-kd report": "tests/cli/test_report.py tests/cli/test_plot.py",
     "icefall-kd student": "tests/cli/test_student_command.py"
     " tests/cli/test_list_presets.py",
     "kd.sh": "tests/egs/test_kd_script.py tests/egs/test_kd_launcher.py",

@@ -16,6 +16,22 @@ from icefall_kd.report.transcripts import Scores, read_scores
 from icefall_kd.targets.cuts import ManifestCuts
 
 
+def check_manifest_dir(manifest_dir: str) -> None:
+    """Refuse ``--manifest-dir`` that is no folder.
+
+    Args:
+      manifest_dir: The folder; "" for none.
+
+    Raises:
+      KDError: a file, or nothing there.
+    """
+    require(
+        not manifest_dir or Path(manifest_dir).is_dir(),
+        f"--manifest-dir {manifest_dir} is not a folder: give that of the test sets' "
+        "manifests, such as data/fbank",
+    )
+
+
 def folders_by_name(
     models: Sequence[str], option: str = "--model"
 ) -> Dict[str, List[Path]]:

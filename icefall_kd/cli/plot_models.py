@@ -4,7 +4,13 @@ from typing import Any, Callable, List, Sequence
 
 import click
 
-from icefall_kd.cli.models import folders_by_name, measure_all, read_audio, read_model
+from icefall_kd.cli.models import (
+    check_manifest_dir,
+    folders_by_name,
+    measure_all,
+    read_audio,
+    read_model,
+)
 from icefall_kd.cli.options import Place, Text, command
 from icefall_kd.errors import require
 from icefall_kd.plot.figures import check_picture, write_picture
@@ -69,6 +75,7 @@ def wer(
     `icefall-kd report` reads them. A line through a point is its interval of 95 %.
     """
     check_picture(out)
+    check_manifest_dir(manifest_dir)
     report = _read(models, manifest_dir, unit, lang)
     kinds = list(report.sets)
     require(

@@ -8,7 +8,13 @@ from xml.etree import ElementTree
 import click
 
 from icefall_kd import __version__
-from icefall_kd.cli.models import folders_by_name, measure_all, read_audio, read_model
+from icefall_kd.cli.models import (
+    check_manifest_dir,
+    folders_by_name,
+    measure_all,
+    read_audio,
+    read_model,
+)
 from icefall_kd.cli.options import Number, Place, Text, command
 from icefall_kd.cli.text_table import text_table
 from icefall_kd.errors import KDError, require
@@ -145,11 +151,7 @@ def report(
     out = Path(out_dir)
     if out.exists() and not out.is_dir():
         raise KDError(f"{out} is a file, and OUT_DIR must be a folder: give another")
-    if manifest_dir and not Path(manifest_dir).is_dir():
-        raise KDError(
-            f"--manifest-dir {manifest_dir} is not a folder: give that of the test "
-            "sets' manifests, such as data/fbank"
-        )
+    check_manifest_dir(manifest_dir)
     require(
         manifest_dir or not by_speaker,
         "--by-speaker is given without --manifest-dir, whose manifests name the "

@@ -53,7 +53,8 @@ def write_picture(path: str, draw: Callable[[], Any]) -> None:
     out = Path(path)
     with making_folder(out.parent), replacing(out) as temporary:
         if out.suffix == ".svg":
-            with styled():
+            with styled(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of letters that the reader has
                 text = svg_of(draw(), bbox_inches="tight")
             temporary.write_text(text, encoding="utf8")
             return

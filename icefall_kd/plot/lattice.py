@@ -123,7 +123,7 @@ def draw_lattice(picture: LatticePicture, title: str, words: Dict[str, str]) -> 
         cmap="Greys",
         aspect="auto",
         origin="lower",
-        interpolation="nearest",
+        interpolation="none",
         extent=(-0.5, frames - 0.5, -0.5, rows - 0.5),
     )
     for edge, label in (

@@ -128,6 +128,7 @@ def draw_spikes(
         aspect="auto",
         origin="lower",
         cmap="magma",
+        interpolation="none",  # the cells themselves, and a small file
         extent=(0, seconds, 0, shown.size(1)),
     )
     first.set_ylabel(words["filter"])

@@ -1,6 +1,7 @@
 """The blocks of a report that show error rates."""
 
 import math
+import warnings
 from statistics import mean
 from typing import Callable, Dict, List, NamedTuple, Optional
 
@@ -291,7 +292,8 @@ def _cost_plots(report: Comparison, kind: str) -> List[Plots]:
     if not rows:
         return []
     unit = report.unit_of(kind)
-    with styled():
+    with styled(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the font has no Chinese; the reader's has
         figure = draw_cost_plots(rows, report.names, unit, report.words)
         svg = svg_of(figure, bbox_inches="tight")
     return [Plots([("", svg)], report.text("costs_text", unit=unit))]

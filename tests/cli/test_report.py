@@ -113,7 +113,7 @@ def test_the_page_is_whole_and_needs_nothing_else(
     assert page.links and all(link.startswith("#") for link in page.links)
     assert not page.tags & {"script", "link", "img", "iframe", "object", "base"}
     assert not re.search(r"@import|url\((?!#)", text)
-    assert text.count("<figure>") == 1 + 1 + 3 + 1  # rates; legend, losses; weights
+    assert text.count("<figure>") == 2 + 1 + 3 + 1  # rates; legend, losses; weights
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in page.links} <= set(ids)

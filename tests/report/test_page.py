@@ -83,9 +83,9 @@ def test_both_languages_ask_for_the_same_things(key):
 
 def test_every_word_is_used():
     import icefall_kd.cli.report as command
-    from icefall_kd.report import models, notes, rates, tables
+    from icefall_kd.report import costs, models, notes, rates, tables
 
-    modules = (command, models, notes, rates, tables)
+    modules = (command, costs, models, notes, rates, tables)
     used = "".join(open(m.__file__, encoding="utf8").read() for m in modules)
     assert [k for k in EN if f'"{k}"' not in used] == []
 
