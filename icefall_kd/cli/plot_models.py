@@ -82,17 +82,14 @@ def wer(
         kinds,
         "no --model has results of decode.py: decode with them first, or give others",
     )
-    rows = [row for kind in kinds for row in cost_plots(report, kind)]
+    rows = cost_plots(report, kinds)
     require(
         rows,
         "no log of --model has a number of parameters or seconds of decoding or "
         "training, against which error rates could be drawn: keep the logs of train.py "
         "and decode.py",
     )
-    columns = len(cost_plots(report, kinds[0])[0])
-    rows = [row for row in rows if len(row) == columns]
-    unit = report.unit_of(kinds[0])
-    write_picture(out, lambda: draw_cost_plots(rows, report.names, unit, report.words))
+    write_picture(out, lambda: draw_cost_plots(rows, report.names, report.words))
     click.echo(out)
 
 

@@ -235,8 +235,8 @@ def _pictures(pictures: Sequence[str], lang: str) -> List[Block]:
         caption, equals, path = text.rpartition("=")
         require(
             caption.strip() and equals and path.endswith(".svg"),
-            f"--picture {text!r} is not CAPTION=FILE.svg: give a caption and an SVG, as "
-            'in --picture "Lattice=lattice.svg"',
+            f"--picture {text!r} is not CAPTION=FILE.svg: give a caption and an SVG, "
+            'as in --picture "Lattice=lattice.svg"',
         )
         require(Path(path).is_file(), f"--picture {path} does not exist: draw it first")
         try:

@@ -38,16 +38,18 @@ class CostPlot:
 
     Args:
       test_set: Its name.
+      unit: WER or CER.
       cost: The key of the cost's name among the words of a report.
       points: At least one.
     """
 
     test_set: str
+    unit: str
     cost: str
     points: List[CostPoint]
 
 
-def cost_plots(report: Comparison, kind: str) -> List[List[CostPlot]]:
+def cost_plots(report: Comparison, kinds: Sequence[str]) -> List[List[CostPlot]]:
     """The points of each test set, a row with a plot for each cost that is known.
 
     The costs are parameters; decoding, as a real-time factor where the seconds of the
@@ -55,16 +57,17 @@ def cost_plots(report: Comparison, kind: str) -> List[List[CostPlot]]:
 
     Args:
       report: The data.
-      kind: The kind of summary, wer or cer.
+      kinds: The kinds of summaries, of wer and cer.
 
     Returns:
       Rows of equal length; [] where no cost is known.
     """
-    sets = list(dict.fromkeys(test_set for _, test_set in report.sets.get(kind, [])))
-    rows = [
-        [CostPlot(s, cost, _points(report, kind, s, cost)) for cost in _COSTS]
-        for s in sets
-    ]
+    sets = [(kind, s) for kind in kinds for _, s in report.sets.get(kind, [])]
+    rows = []
+    for kind, test_set in dict.fromkeys(sets):
+        unit = report.unit_of(kind)
+        points = {cost: _points(report, kind, test_set, cost) for cost in _COSTS}
+        rows.append([CostPlot(test_set, unit, *item) for item in points.items()])
     known = [i for i in range(len(_COSTS)) if any(row[i].points for row in rows)]
     if "rtf_axis" in (rows[0][i].cost for i in known):
         known = [i for i in known if rows[0][i].cost != "decoding_axis"]
@@ -137,7 +140,7 @@ _COSTS: Dict[str, Callable[..., Optional[float]]] = {
 
 
 def draw_cost_plots(
-    rows: Sequence[Sequence[CostPlot]], names: Sequence[str], unit: str, words: Any
+    rows: Sequence[Sequence[CostPlot]], names: Sequence[str], words: Any
 ) -> Any:
     """Draw error rates against costs, a row of plots for each test set.
 
@@ -146,7 +149,6 @@ def draw_cost_plots(
     Args:
       rows: Of :func:`cost_plots`, at least one.
       names: The models' names, by their numbers.
-      unit: WER or CER.
       words: Those of the report in one language.
 
     Returns:
@@ -165,7 +167,7 @@ def draw_cost_plots(
         for plot, axes in zip(row, of_row):
             _draw_points(axes, plot, methods)
             axes.set_xlabel(words[plot.cost])
-        of_row[0].set_ylabel(f"{row[0].test_set}: {unit} (%)")
+        of_row[0].set_ylabel(f"{row[0].test_set}: {row[0].unit} (%)")
     colours = [Patch(color=COLOURS[i % len(COLOURS)]) for i in range(len(names))]
     marks = [Line2D([], [], **_mark(0, i)) for i in range(len(methods))]
     figure.tight_layout()

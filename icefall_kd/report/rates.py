@@ -288,13 +288,13 @@ def _interval_text(report: Comparison, kind: str) -> List[Text]:
 
 def _cost_plots(report: Comparison, kind: str) -> List[Plots]:
     """Rates against costs, where there are several models and a cost is known."""
-    rows = cost_plots(report, kind) if len(report.models) > 1 else []
+    rows = cost_plots(report, [kind]) if len(report.models) > 1 else []
     if not rows:
         return []
     unit = report.unit_of(kind)
     with styled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the font has no Chinese; the reader's has
-        figure = draw_cost_plots(rows, report.names, unit, report.words)
+        figure = draw_cost_plots(rows, report.names, report.words)
         svg = svg_of(figure, bbox_inches="tight")
     return [Plots([("", svg)], report.text("costs_text", unit=unit))]
 

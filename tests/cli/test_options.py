@@ -115,17 +115,17 @@ def test_a_command_in_a_command_is_listed_by_both_words():
 
 
 def test_every_option_has_a_help_that_is_a_sentence():
-    for name, command in cli.leaves().items():
-        for param in command.params:
+    for name, leaf in cli.leaves().items():
+        for param in leaf.params:
             if isinstance(param, click.Option):
                 assert param.help[0].isupper(), (name, param.name)
                 assert param.help.rstrip("'\"").endswith("."), (name, param.name)
 
 
 def test_no_help_shows_an_empty_text_as_a_default():
-    for name, command in cli.leaves().items():
-        with click.Context(command, info_name=name, show_default=True) as context:
-            text = " ".join(command.get_help(context).split())
+    for name, leaf in cli.leaves().items():
+        with click.Context(leaf, info_name=name, show_default=True) as context:
+            text = " ".join(leaf.get_help(context).split())
         assert 'default: ""' not in text, name
         assert "[default: 200.0]" in text or name != "dump"  # others are shown
 

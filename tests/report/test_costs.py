@@ -44,7 +44,7 @@ def points(row):
 
 
 def test_a_point_has_means_over_seeds_and_only_costs_that_are_known(report):
-    (row,) = cost_plots(report, "wer")
+    (row,) = cost_plots(report, ["wer"])
     assert points(row) == {
         "parameters": [(0, 1000, 4.0), (1, 10, 7.0)],
         "decoding_axis": [(0, 20.0, 4.0), (1, 3.0, 7.0)],
@@ -54,24 +54,24 @@ def test_a_point_has_means_over_seeds_and_only_costs_that_are_known(report):
 
 def test_real_time_factors_stand_in_place_of_seconds(report):
     report.audio.seconds["test"] = 40.0
-    (row,) = cost_plots(report, "wer")
+    (row,) = cost_plots(report, ["wer"])
     assert points(row)["rtf_axis"] == [(0, 0.5, 4.0), (1, pytest.approx(0.075), 7.0)]
     assert "decoding_axis" not in points(row)
 
 
 def test_a_model_without_a_rate_has_no_point_and_without_costs_there_is_no_plot():
     report = compare({"a": [run("a", 5.0, 9)], "b": [run("b", None, 9)]})
-    (row,) = cost_plots(report, "wer")
+    (row,) = cost_plots(report, ["wer"])
     assert points(row) == {"parameters": [(0, 9, 5.0)]}
-    assert cost_plots(compare({"a": [run("a", 5.0)]}), "wer") == []
-    assert cost_plots(report, "cer") == []
+    assert cost_plots(compare({"a": [run("a", 5.0)]}), ["wer"]) == []
+    assert cost_plots(report, ["cer"]) == cost_plots(report, []) == []
 
 
 def test_points_are_drawn_where_they_are_in_the_colour_of_their_model(report):
     pytest.importorskip("matplotlib")
-    rows = cost_plots(report, "wer")
+    rows = cost_plots(report, ["wer"])
     with styled():
-        figure = draw_cost_plots(rows, report.names, "WER", report.words)
+        figure = draw_cost_plots(rows, report.names, report.words)
     parameters, decoding, training = figure.axes
     at = [
         (float(x), float(y))
@@ -86,3 +86,15 @@ def test_points_are_drawn_where_they_are_in_the_colour_of_their_model(report):
     assert all(math.isfinite(x) for x in decoding.get_xlim())
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == ["big", "small"]
+
+
+def test_test_sets_of_both_kinds_have_rows_with_their_own_unit():
+    cer = run("a", 3.0, 9)
+    cer.decodings[0].kind = "cer"
+    both = run("a", 5.0, 9)
+    both.decodings += cer.decodings
+    rows = cost_plots(compare({"a": [both]}), ["wer", "cer"])
+    assert [(r[0].unit, r[0].points[0].percent) for r in rows] == [
+        ("WER", 5.0),
+        ("CER", 3.0),
+    ]
