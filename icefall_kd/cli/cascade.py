@@ -27,7 +27,14 @@ SHARES = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # costs of the table
 Curves = Dict[str, List[Point]]  # by measure
 
 
-@command()
+EXAMPLE = """
+icefall-kd cascade dev-cascade --max-cost 0.5 \\
+  --student exp/student/greedy_search/utterances-dev-epoch-30_avg-9.jsonl \\
+  --teacher exp/teacher/greedy_search/utterances-dev-epoch-30_avg-9.jsonl
+"""
+
+
+@command(example=EXAMPLE)
 @click.argument("out_dir", type=Place())
 @click.option(
     "--student",
@@ -123,6 +130,10 @@ def cascade(
     _write(Path(out_dir), chosen, curves, pair, kind, measure, point, text)
     click.echo(text)
     click.echo(f"\nThreshold, table, curve and plot: {out_dir}/cascade.*")
+    click.echo(
+        "Next: decode test cuts by the teacher, icefall-kd decode --cascade "
+        f"{out_dir}/cascade.json --answers UTTERANCES"
+    )
 
 
 def _teacher_alone(pair: Pair) -> float:

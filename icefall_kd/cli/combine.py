@@ -11,8 +11,15 @@ from icefall_kd.files import MANIFEST, check_new_file
 from icefall_kd.targets.cuts import ManifestCuts
 from icefall_kd.targets.manifest import combine as combine_manifests
 
+# What follows a dump.
+NEXT = "Next: train the plugged recipe on this manifest, with --kd-config FILE."
+EXAMPLE = """
+icefall-kd combine --num-jobs 4 data/fbank/librispeech_cuts_train-clean-100.jsonl.gz \\
+  data/kd/librispeech_cuts_train-clean-100.jsonl.gz
+"""
 
-@command()
+
+@command(example=EXAMPLE)
 @click.argument("in_cuts", type=Place())
 @click.argument("out_cuts", type=Place())
 @click.option(
@@ -59,3 +66,4 @@ def combine_jobs(in_cuts: str, out_cuts: Union[str, Path], num_jobs: int) -> Non
     counts = combine_manifests(out_cuts, num_jobs, ids)
     total = sum(counts.values())
     click.echo(f"{out_cuts}: {total} cuts with targets of {num_jobs} jobs")
+    click.echo(NEXT)

@@ -11,6 +11,7 @@ from typing import Any, Dict, Optional
 import click
 import torch
 
+from icefall_kd.cli.amounts import begin, speech
 from icefall_kd.cli.options import MODEL_FLAGS, Place, Text, command, teacher_options
 from icefall_kd.cli.search_options import (
     SearchOptions,
@@ -36,7 +37,15 @@ VERSION = 1  # of the journal's lines
 LONGEST_NAME = 100  # bytes of a set's name; file names have 255
 
 
-@command(context_settings=MODEL_FLAGS)
+EXAMPLE = """
+icefall-kd decode \\
+  --recipe ./zipformer --exp-dir zipformer_kd/exp/kd --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --cuts data/fbank/librispeech_cuts_test-clean.jsonl.gz
+"""
+
+
+@command(context_settings=MODEL_FLAGS, example=EXAMPLE)
 @teacher_options()
 @click.option(
     "--cuts",
@@ -135,6 +144,10 @@ def decode(
         # What can't be decoded is refused before there is a file.
         short = next(c for c in ManifestCuts(cuts) if c.id == known.shortest[0])
         rehearse(short, reader, recognizer, search.max_duration)
+        ids = list(known.texts) if first is None else first.asked
+        amount = speech(len(known.texts), known.seconds)
+        asked = "" if first is None else f"{len(ids):,} of "
+        begin(f"Decoding {asked}{amount}, by {method.name} into {folder}.")
         path = folder / f"utterances-{test_set}-{suffix}.jsonl"
         journal = stack.enter_context(Journal(path, header, overwrite))
         decode_cuts(
@@ -144,7 +157,7 @@ def decode(
             journal,
             search.max_duration,
             search.num_workers,
-            list(known.texts) if first is None else first.asked,
+            ids,
         )
     outcome = Outcome(folder, test_set, suffix, method, known, journal, first)
     with disk_errors(folder, outcome.utterances):
@@ -164,6 +177,7 @@ def decode(
         new.write_text(json.dumps(summary, indent=1) + "\n", "utf8")
     click.echo(text_table(table_of(summary), left=2))
     click.echo(f"Results: {folder}/*-{name}.*")
+    click.echo("Next: compare models by `icefall-kd report`.")
 
 
 def check_names(teacher: TeacherSpec, cascade: str, answers: str) -> None:

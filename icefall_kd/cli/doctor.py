@@ -247,7 +247,16 @@ def _check_complete(flags: Path, words: List[str], train, settings: Dict[str, An
         )
 
 
-@command(context_settings=MODEL_FLAGS)
+EXAMPLE = """
+icefall-kd doctor
+icefall-kd doctor \\
+  --recipe ./zipformer --exp-dir zipformer/exp --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --cuts data/fbank/librispeech_cuts_dev-clean.jsonl.gz
+"""
+
+
+@command(context_settings=MODEL_FLAGS, example=EXAMPLE)
 @teacher_options(required=False)
 @click.option(
     "--cuts",

@@ -12,7 +12,8 @@ import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 
-from icefall_kd.cli.combine import check_not_overwritten, combine_jobs
+from icefall_kd.cli.amounts import begin, free_space, size_of, speech
+from icefall_kd.cli.combine import NEXT, check_not_overwritten, combine_jobs
 from icefall_kd.cli.options import (
     MODEL_FLAGS,
     MOST_THREADS,
@@ -46,8 +47,17 @@ from icefall_kd.teacher.spec import TeacherSpec, joint_name
 from icefall_kd.teacher.teacher import Teacher
 from icefall_kd.tokens import hash_tokens, token_names, write_token_names
 
+EXAMPLE = """
+icefall-kd dump \\
+  --recipe ./zipformer --exp-dir zipformer/exp --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --keep adaptive:0.999:16 --keep-lattice adaptive:0.999:16 --stats \\
+  data/fbank/librispeech_cuts_train-clean-100.jsonl.gz \\
+  data/kd/librispeech_cuts_train-clean-100.jsonl.gz
+"""
 
-@command(context_settings=MODEL_FLAGS)
+
+@command(context_settings=MODEL_FLAGS, example=EXAMPLE)
 @click.argument("in_cuts", type=Place())
 @click.argument("out_cuts", type=Place())
 @teacher_options()
@@ -249,8 +259,15 @@ def dump(
                 load_quantizer(quantizers[codec.layer]) if codec.codes else None
             ),
         )
-        rehearse(cuts, running, encoder, fingerprint, **options)
+        rate = rehearse(cuts, running, encoder, fingerprint, **options)
         surveyed.warn()
+        amount = speech(surveyed.total, surveyed.seconds)
+        part = f", job {job} of {num_jobs}" if num_jobs > 1 else ""
+        begin(
+            f"The teacher's targets of {amount}{part}: about "
+            f"{size_of(rate * surveyed.seconds)}, by the first cut, into "
+            f"{storage_dir}, where {free_space(storage_dir)} are free."
+        )
         writer = stack.enter_context(
             TargetWriter(out, storage_dir, fingerprint, overwrite, job, num_jobs)
         )
@@ -269,6 +286,8 @@ def dump(
         from icefall_kd.cli.stats import print_stats
 
         print_stats(CutSet.from_file(out))
+    if num_jobs == 1:
+        click.echo(NEXT)
 
 
 def _form(text: str) -> str:

@@ -4,6 +4,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import click
 
+from icefall_kd.cli.amounts import begin, free_space, size_of
 from icefall_kd.cli.options import (
     MODEL_FLAGS,
     Count,
@@ -55,7 +56,16 @@ _PLAIN_FLAGS = {
 }
 
 
-@command(name="export", context_settings=MODEL_FLAGS)
+EXAMPLE = """
+icefall-kd export \\
+  --recipe ./zipformer --exp-dir zipformer_kd/exp/kd --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --export-dir zipformer_kd/exp/kd/export --num-cuts 200 \\
+  --check data/fbank/librispeech_cuts_test-clean.jsonl.gz
+"""
+
+
+@command(name="export", context_settings=MODEL_FLAGS, example=EXAMPLE)
 @teacher_options()
 @click.option(
     "--export-dir",
@@ -284,6 +294,7 @@ def export(
         if num_frames:
             check_lengths(utterances, num_frames)
     values = describe(teacher, loaded, names, features)
+    begin(_plan(loaded.model, forms, utterances, folder, only_check))
     if only_check:
         require(
             folder.metadata,
@@ -316,6 +327,27 @@ def export(
             )
         accounts = check(loaded, folder, utterances, tokenizer, names, sherpa, chunks)
         _check(folder, accounts, check_cuts)
+        click.echo(f"Files: {folder.path}. Next: load them by sherpa-onnx.")
+    else:
+        click.echo(
+            f"Files: {folder.path}. Next: compare them with the model by --only-check "
+            "--check CUTS."
+        )
+
+
+def _plan(
+    model: Any, forms: str, utterances: List[Any], folder: ExportFolder, checks: bool
+) -> str:
+    """What will be done, in one sentence."""
+    count = sum(p.numel() for p in model.parameters())
+    text = f"A model of {count:,} parameters ({size_of(4 * count)} in fp32)"
+    if not checks:
+        text += f" becomes {forms} in {folder.path}, where {free_space(folder.path)} "
+        text += "are free"
+    if utterances:
+        text += ", and" if not checks else ""
+        text += f" is compared with its files on {len(utterances):,} utterances"
+    return text + "."
 
 
 def _plain_of(

@@ -22,7 +22,13 @@ MOST_PERCENT = 10**6
 PERCENT = {"type": Number(0, MOST_PERCENT), "default": None, "metavar": "PERCENT"}
 
 
-@command()
+EXAMPLE = """
+icefall-kd filter --bpe-model data/lang_bpe_500/bpe.model --max-repeats 4 \\
+  --heads-threshold 10 labels.jsonl.gz train.jsonl.gz
+"""
+
+
+@command(example=EXAMPLE)
 @click.argument("in_cuts", type=Place())
 @click.argument("out_cuts", type=Place())
 @click.option(
@@ -185,6 +191,7 @@ def filter(
     outcome = sift(in_cuts, Path(out_cuts), sieve, other_cuts, page)
     click.echo(text_table(outcome.rows(), left=2))
     click.echo(f"{out_cuts}: {outcome.sentence(unit)}")
+    click.echo("Next: train on it, or join it with other cuts by `icefall-kd mix`.")
 
 
 def _check(

@@ -8,6 +8,7 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 import click
 from tqdm.auto import tqdm
 
+from icefall_kd.cli.amounts import begin
 from icefall_kd.cli.options import (
     MODEL_FLAGS,
     Count,
@@ -31,7 +32,16 @@ _FLAGS = {
 _TERMS = {"ctc": "CTC", "rnnt": "lattice"}
 
 
-@command(context_settings=MODEL_FLAGS)
+EXAMPLE = """
+icefall-kd forecast \\
+  --recipe ./zipformer --exp-dir zipformer/exp --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --cuts data/fbank/librispeech_cuts_dev-clean.jsonl.gz \\
+  --baseline-dir zipformer_kd/exp/no-kd
+"""
+
+
+@command(context_settings=MODEL_FLAGS, example=EXAMPLE)
 @teacher_options()
 @click.option(
     "--cuts",
@@ -145,6 +155,8 @@ def forecast(
     if verdict.lines:
         click.echo("\nIn kd.yaml, for --kd-config:\n")
         click.echo("\n".join(f"  {line}" for line in verdict.lines))
+    if json_file:
+        click.echo(f"\nAll measures: {json_file}")
 
 
 def _measure(
@@ -176,6 +188,10 @@ def _measure(
     batches = read_batches(cuts, num_cuts, settings, tokenizer)
     notes: List[str] = []
     passes = 2 + (start is not None) + len(epochs)
+    begin(
+        f"Teacher and student are compared on {sum(len(x) for x, _, _ in batches):,} "
+        f"cuts, in {passes} passes."
+    )
     with tqdm(desc="Measuring", unit=" batches", total=passes * len(batches)) as bar:
         listener = Listener(
             batches, tokenizer, int(settings.get("blank_id", 0)), bar.update

@@ -7,6 +7,7 @@ from typing import Any, Dict, List
 import click
 from click.core import ParameterSource
 
+from icefall_kd.cli.amounts import begin, speech
 from icefall_kd.cli.combine import check_not_overwritten
 from icefall_kd.cli.options import (
     MODEL_FLAGS,
@@ -51,7 +52,17 @@ NAMES = {"program": "program", "whisper": "Whisper"}
 OPTIONS = {"program": "--command", "whisper": "--whisper"}
 
 
-@command(context_settings=MODEL_FLAGS)
+EXAMPLE = """
+icefall-kd label \\
+  --recipe ./zipformer --exp-dir zipformer/exp --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  cuts.jsonl.gz labels.jsonl.gz
+icefall-kd label --whisper openai/whisper-small --language en \\
+  cuts.jsonl.gz labels.jsonl.gz
+"""
+
+
+@command(context_settings=MODEL_FLAGS, example=EXAMPLE)
 @click.argument("in_cuts", type=Place())
 @click.argument("out_cuts", type=Place())
 @teacher_options(required=False)
@@ -150,6 +161,8 @@ def label(
         else:
             labels = _model(teacher, search, stack)
         counts = survey(in_cuts, labels)
+        part = f", job {number} of {num_jobs}" if num_jobs > 1 else ""
+        begin(f"Labelling {speech(counts.cuts, counts.seconds)}{part}, for {out_cuts}.")
         label_cuts(this, labels, counts, overwrite)
         if are_done(this, labels, counts):
             _say(this, write_manifest(this, labels))
@@ -269,3 +282,4 @@ def _say(job: Job, outcome: Outcome) -> None:
             "the first: `icefall-kd filter` drops these"
         )
     click.echo(text)
+    click.echo(f"Next: icefall-kd filter {job.out_cuts} KEPT.jsonl.gz")

@@ -14,8 +14,13 @@ from icefall_kd.labels.mixing import Source
 from icefall_kd.labels.mixing import mix as mix_manifests
 from icefall_kd.targets.cuts import ManifestCuts
 
+EXAMPLE = """
+icefall-kd mix data/kd/train.jsonl.gz --cuts data/kd/transcribed.jsonl.gz \\
+  --cuts data/kd/labelled.jsonl.gz --weight 3 --weight 1
+"""
 
-@command()
+
+@command(example=EXAMPLE)
 @click.argument("out_cuts", type=Place())
 @click.option(
     "--cuts",
@@ -75,3 +80,4 @@ def mix(
     if any(s.with_targets for s in sources) and any(s.without_targets for s in sources):
         text += "; some have no targets, so train with --kd-missing hard"
     click.echo(text)
+    click.echo("Next: train on it, under the name that the recipe's data module reads.")

@@ -79,10 +79,17 @@ class Commands(click.Group):
 
 
 class Command(click.Command):
-    """A command whose refusals name its options in place of parameters."""
+    """A command whose refusals name its options in place of parameters.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+      example: Command lines with which its help ends, as a shell takes them.
+      args: Those of :class:`click.Command`.
+      kwargs: Those of :class:`click.Command`.
+    """
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.example = example
         for param in self.params:
             if param.default == "":  # a help shows no empty text as a default
                 param.show_default = False
@@ -91,6 +98,12 @@ class Command(click.Command):
     def flags(self) -> Dict[str, str]:
         """The option or argument of each parameter."""
         return {param.name: _name_of(param) for param in self.params}
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.example:
+            with formatter.section("Example"):
+                for line in self.example.strip().splitlines():
+                    formatter.write(f"{' ' * formatter.current_indent}{line}\n")
 
     def parse_args(self, ctx: click.Context, args: List[str]) -> List[str]:
         for word in args:

@@ -53,7 +53,14 @@ def _undo(folder: str, recipe_dir: str) -> None:
     _show_edited(examine(folder))
 
 
-@command()
+EXAMPLE = """
+icefall-kd plug ./zipformer ./zipformer_kd
+icefall-kd plug --check ./zipformer_kd
+icefall-kd plug --undo ./zipformer_kd
+"""
+
+
+@command(example=EXAMPLE)
 @click.argument("recipe_dir", type=Place())
 @click.argument("new_dir", type=Place(optional=True), default="")
 @click.option(
@@ -88,13 +95,8 @@ def plug(
 
     RECIPE_DIR is the folder of a train.py or finetune.py, such as ./zipformer. It is
     not written to, nor is what it links to. NEW_DIR, such as ./zipformer_kd, has the
-    same scripts. Train and decode there as ever:
-
-    \b
-      icefall-kd plug ./zipformer ./zipformer_kd
-      ./zipformer_kd/train.py --help
-      icefall-kd plug --check ./zipformer_kd
-      icefall-kd plug --undo ./zipformer_kd
+    same scripts. Train and decode there as ever; its train.py --help lists the options
+    of distillation.
 
     Plugged by other lines than this version's, or of an original that has changed
     since, a folder is stale: --undo it, and plug it again. What was changed in it by

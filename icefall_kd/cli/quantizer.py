@@ -9,6 +9,7 @@ import torch
 from lhotse.cut import Cut
 from tqdm.auto import tqdm
 
+from icefall_kd.cli.amounts import begin
 from icefall_kd.cli.combine import check_not_overwritten
 from icefall_kd.cli.options import (
     MODEL_FLAGS,
@@ -39,7 +40,15 @@ from icefall_kd.teacher.teacher import Teacher
 BATCH = 600  # vectors in a step of training
 
 
-@command(context_settings=MODEL_FLAGS)
+EXAMPLE = """
+icefall-kd quantizer \\
+  --recipe ./zipformer --exp-dir zipformer/exp --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --layer 3 data/fbank/librispeech_cuts_train-clean-100.jsonl.gz q.pt
+"""
+
+
+@command(context_settings=MODEL_FLAGS, example=EXAMPLE)
 @click.argument("in_cuts", type=Place())
 @click.argument("out", type=Place())
 @teacher_options()
@@ -114,6 +123,10 @@ def quantizer(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     running = Teacher([loaded.model], layers=[layer], with_ctc=False).to(device)
     remedy = f"give --num-vectors less than {num_vectors}"
+    begin(
+        f"{num_vectors:,} vectors of layer {layer} are gathered, and then "
+        f"{num_codebooks} codebooks are trained in {2 * iters:,} steps, for {out}."
+    )
     with enough_memory(f"gathering {num_vectors} vectors", remedy):
         data = _gather(_vectors(running, cuts, layer, device), num_vectors)
     torch.manual_seed(seed)
@@ -139,6 +152,7 @@ def quantizer(
         f"{out}: {num_codebooks} codes a vector of {data.size(1)}, from {len(data)} "
         f"vectors of layer {layer}; {100 * lost:.1f} % of their variance is lost"
     )
+    click.echo(f"Next: icefall-kd dump --keep-hidden {layer}:{out}")
 
 
 def _vectors(

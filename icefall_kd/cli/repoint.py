@@ -150,7 +150,13 @@ def _fill_shar(folder: Path, folders: Sequence[str]) -> str:
     )
 
 
-@command()
+EXAMPLE = """
+icefall-kd repoint data/kd/librispeech_cuts_train-clean-100.jsonl.gz \\
+  --storage-dir /mnt/new/librispeech_cuts_train-clean-100_kd
+"""
+
+
+@command(example=EXAMPLE)
 @click.argument("cuts_path", type=Place(), metavar="CUTS")
 @click.option(
     "--storage-dir",

@@ -29,8 +29,14 @@ from icefall_kd.report.tables import blocks_of
 from icefall_kd.report.words import words_of
 from icefall_kd.targets.cuts import ManifestCuts
 
+EXAMPLE = """
+icefall-kd report --model teacher=zipformer/exp \\
+  --model "no KD=zipformer_kd/exp/no-kd" --model "KD=zipformer_kd/exp/kd" \\
+  --manifest-dir data/fbank report
+"""
 
-@command()
+
+@command(example=EXAMPLE)
 @click.argument("out_dir", type=Place())
 @click.option(
     "--model",
@@ -134,13 +140,7 @@ def report(
     The report has error rates with confidence intervals, p values of the differences,
     parameters, RTF, bytes of targets, losses and weights. They are read from the logs
     and results that train.py and decode.py left in the experiment folders, and from
-    what `icefall-kd export --check` found of the files in EXP_DIR/export:
-
-    \b
-      icefall-kd report --model teacher=zipformer/exp \\
-        --model "no KD=zipformer_kd/exp/student" \\
-        --model "KD=zipformer_kd/exp/student-kd" \\
-        --manifest-dir data/fbank report
+    what `icefall-kd export --check` found of the files in EXP_DIR/export.
 
     Give one name several times for several seeds: --model KD=exp/kd-1 --model
     KD=exp/kd-2. The report then has their mean.
@@ -189,6 +189,7 @@ def report(
             click.echo(_utf8(text_table([block.head, *block.rows], block.left)) + "\n")
     for path in pages:
         click.echo(path)
+    click.echo("Next: open the HTML in a browser; it has the curves too.")
 
 
 def _roles(names: List[str], teacher: str, baseline: str) -> Tuple[str, str]:

@@ -93,7 +93,12 @@ def _put_small_files(
         read_fingerprint.cache_clear()
 
 
-@command()
+EXAMPLE = """
+icefall-kd shar data/kd/train.jsonl.gz data/shar/train
+"""
+
+
+@command(example=EXAMPLE)
 @click.argument("cuts_path", metavar="CUTS", type=Place())
 @click.argument("shar_dir", type=Place())
 @click.option(
@@ -151,3 +156,4 @@ def shar(cuts_path: str, shar_dir: str, storage_dir: str) -> None:
         finally:
             shutil.rmtree(waiting, ignore_errors=True)
     click.echo(f"{folder}: targets of {n} cuts in {len(written)} shards of {FIELD}")
+    click.echo("Next: train on the Shar; the manifest and its store are not needed.")

@@ -124,7 +124,16 @@ def _select(
         )
 
 
-@command(context_settings=MODEL_FLAGS)
+EXAMPLE = """
+icefall-kd student --list
+icefall-kd student \\
+  --recipe ./zipformer --exp-dir zipformer/exp --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --preset s --student-dir zipformer_kd/exp/start
+"""
+
+
+@command(context_settings=MODEL_FLAGS, example=EXAMPLE)
 @click.option("--list", "listed", is_flag=True, help="Print a table of the presets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the presets as JSON.")
 @click.option(

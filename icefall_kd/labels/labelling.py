@@ -118,6 +118,7 @@ class Survey:
     """Counts of a manifest."""
 
     cuts: int = 0
+    seconds: float = 0.0
     stretches: int = 0
 
 
@@ -146,6 +147,7 @@ def survey(path: str, teacher: LabelTeacher) -> Survey:
                 require(not problem, f"the cut {cut.id} of {path} {problem}")
                 check_can_carry(cut)
             counts.cuts += len(stretch)
+            counts.seconds += sum(cut.duration for cut in stretch)
             counts.stretches += 1
             bar.update(len(stretch))
     return counts

@@ -99,6 +99,7 @@ class Survey:
     cut_seconds: Seconds = ANY_SECONDS
     why_not: Callable[[Cut], str] = why_unusable
     total: int = 0  # cuts
+    seconds: float = 0.0  # of the cuts that get targets
     features: Optional[Features] = None  # of the first cut that gets targets
     outside: int = 0  # shorter or longer than ``cut_seconds``
     unusable: int = 0  # cuts that can't be used
@@ -122,6 +123,7 @@ class Survey:
         if input_frames(cut) < cut.num_frames - 1:  # not by rounding
             self.longer += 1
             self.first_longer = self.first_longer or cut.id
+        self.seconds += cut.duration
         return True
 
     def check(self) -> None:

@@ -105,11 +105,13 @@ def rehearse(
     tokenizer: Optional[Any] = None,
     cut_seconds: Seconds = ANY_SECONDS,
     device: torch.device = CPU,
-) -> None:
+) -> float:
     """Make the record of one cut, and store nothing.
 
     What the teacher can't compute, or what can't be stored in the form that the
     fingerprint names, is refused so before there is a store.
+
+    Returns the bytes that a second of this cut takes.
 
     Args:
       cuts: Those of :func:`dump_targets`; the first that gets targets is taken.
@@ -132,7 +134,8 @@ def rehearse(
     with enough_memory(f"the teacher's pass over the cut {cut.id}", remedy):
         x, x_lens = read_features([cut])
         (values,) = _compute(teacher, fingerprint, tokenizer, device, [cut], x, x_lens)
-        encoder.encode(cut, **values)
+        record = encoder.encode(cut, **values)
+    return sum(map(len, record.parts.values())) / cut.duration
 
 
 def _compute(

@@ -67,7 +67,8 @@ config=                       # a file that sets some of these options
 help_message="Usage: $0 [--config FILE] [--option value ...]
 Stages: 0 checks, 1 plug, 2 targets, 3 student, 4 first epochs, 5 distillation,
   6 last epochs, 7 student without distillation, 8 decoding, 9 export, 10 report.
-A stage continues where it was stopped."
+A stage continues where it was stopped. Example:
+  $0 --asr-dir ~/icefall/egs/librispeech/ASR --student s --stop-stage 2"
 renamed="teacher_dir:teacher_exp_dir kd_dir:targets_dir nj:num_jobs
   warmup_epochs:first_epochs finetune_epochs:last_epochs"
 
@@ -401,4 +402,6 @@ if is_due 10 "report"; then
     icefall-kd report "${models[@]}" --manifest-dir "$manifest_dir" --unit "$unit" \
       --lang "$lang" "$exp_dir/report"
   done
+  log "Done. The report is in $asr_dir/$exp_dir/report, the student in $exp_dir/kd, and" \
+    "what was exported of it in $exp_dir/kd/export"
 fi
