@@ -23,10 +23,13 @@ exclude_patterns += [
     f"egs/*/ASR/{name}" for name in ("data", "download", "exp", "work")
 ]
 
+smartquotes = False  # it makes a dash of the two hyphens of an option
+
 html_theme = "sphinx_rtd_theme"
 html_extra_path = ["root"]  # the first page's address leads to docs/index.html
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
+html_js_files = ["find_most.js"]
 html_show_sourcelink = False
 highlight_language = "none"  # what commands print; their own blocks say bash
 

@@ -23,7 +23,10 @@ def speech(cuts: int, seconds: float) -> str:
       cuts: The number of cuts.
       seconds: Their durations' sum.
     """
-    text = f"{seconds / 60:,.1f} min" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
+    for unit, factor in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= factor:
+            break
+    text = f"{seconds / factor:,.1f} {unit}"
     return f"{cuts:,} cuts, {text} of audio"
 
 

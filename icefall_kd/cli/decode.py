@@ -144,12 +144,12 @@ def decode(
         # What can't be decoded is refused before there is a file.
         short = next(c for c in ManifestCuts(cuts) if c.id == known.shortest[0])
         rehearse(short, reader, recognizer, search.max_duration)
+        path = folder / f"utterances-{test_set}-{suffix}.jsonl"
+        journal = stack.enter_context(Journal(path, header, overwrite))
         ids = list(known.texts) if first is None else first.asked
         amount = speech(len(known.texts), known.seconds)
         asked = "" if first is None else f"{len(ids):,} of "
         begin(f"Decoding {asked}{amount}, by {method.name} into {folder}.")
-        path = folder / f"utterances-{test_set}-{suffix}.jsonl"
-        journal = stack.enter_context(Journal(path, header, overwrite))
         decode_cuts(
             ManifestCuts(cuts),
             reader,

@@ -261,17 +261,17 @@ def dump(
         )
         rate = rehearse(cuts, running, encoder, fingerprint, **options)
         surveyed.warn()
+        writer = stack.enter_context(
+            TargetWriter(out, storage_dir, fingerprint, overwrite, job, num_jobs)
+        )
+        _write_small_files(storage_dir, tokenizer, codecs, quantizers)
         amount = speech(surveyed.total, surveyed.seconds)
-        part = f", job {job} of {num_jobs}" if num_jobs > 1 else ""
+        part = f", of all {num_jobs} jobs" if num_jobs > 1 else ""
         begin(
             f"The teacher's targets of {amount}{part}: about "
             f"{size_of(rate * surveyed.seconds)}, by the first cut, into "
             f"{storage_dir}, where {free_space(storage_dir)} are free."
         )
-        writer = stack.enter_context(
-            TargetWriter(out, storage_dir, fingerprint, overwrite, job, num_jobs)
-        )
-        _write_small_files(storage_dir, tokenizer, codecs, quantizers)
         dump_targets(
             cuts,
             running,

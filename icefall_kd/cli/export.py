@@ -294,7 +294,7 @@ def export(
         if num_frames:
             check_lengths(utterances, num_frames)
     values = describe(teacher, loaded, names, features)
-    begin(_plan(loaded.model, forms, utterances, folder, only_check))
+    plan = _plan(loaded.model, forms, utterances, folder, only_check)
     if only_check:
         require(
             folder.metadata,
@@ -302,8 +302,10 @@ def export(
             "check: leave --only-check out",
         )
         folder.same_model(values)
+        begin(plan)
     else:
         folder.begin(values)
+        begin(plan)
         with folder.writing(), naming_flags(_PLAIN_FLAGS):
             of_plain = write_files(loaded, wanted, names, features, folder)
     rows = [("file", "MB")]

@@ -162,8 +162,8 @@ def label(
             labels = _model(teacher, search, stack)
         counts = survey(in_cuts, labels)
         part = f", job {number} of {num_jobs}" if num_jobs > 1 else ""
-        begin(f"Labelling {speech(counts.cuts, counts.seconds)}{part}, for {out_cuts}.")
-        label_cuts(this, labels, counts, overwrite)
+        plan = f"Labelling {speech(counts.cuts, counts.seconds)}{part}, for {out_cuts}."
+        label_cuts(this, labels, counts, overwrite, lambda: begin(plan))
         if are_done(this, labels, counts):
             _say(this, write_manifest(this, labels))
         else:

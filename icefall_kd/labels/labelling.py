@@ -9,7 +9,17 @@ import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Protocol, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Protocol,
+    Tuple,
+)
 
 from lhotse.cut import Cut
 from tqdm.auto import tqdm
@@ -154,7 +164,11 @@ def survey(path: str, teacher: LabelTeacher) -> Survey:
 
 
 def label_cuts(
-    job: Job, teacher: LabelTeacher, counts: Survey, overwrite: bool = False
+    job: Job,
+    teacher: LabelTeacher,
+    counts: Survey,
+    overwrite: bool = False,
+    begin: Callable[[], None] = lambda: None,
 ) -> None:
     """Label the cuts of a job that its journal does not have yet.
 
@@ -163,6 +177,7 @@ def label_cuts(
       teacher: What labels.
       counts: Of the manifest.
       overwrite: Whether to label anew what is labelled already.
+      begin: Called where nothing is left that would refuse the work.
 
     Raises:
       KDError: a journal of another teacher, manifest or other settings; what the
@@ -178,6 +193,7 @@ def label_cuts(
         )
         try:
             with journal:
+                begin()
                 _label(job, teacher, journal, counts)
         except BaseException:
             if is_new and not journal.num_batches:

@@ -7,6 +7,7 @@ from itertools import count
 from typing import Iterator, Sequence, Tuple, Union
 
 NONE = "-"
+_BRACKETS = re.compile(r"\[[^\[\]]*\]")
 
 _CSS = """
 body { font: 16px/1.5 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei",
@@ -25,6 +26,7 @@ th.l, td.l { text-align: left; }
 figure { margin: 0; max-width: 100%; break-inside: avoid; }
 figcaption { font-weight: 600; }
 svg { max-width: 100%; height: auto; overflow: visible; }
+@media screen { figure { overflow-x: auto; } svg { max-width: none; } }
 svg text { font-family: inherit !important; }
 footer { margin-top: 3rem; color: #555; font-size: 0.85rem; }
 @media print { body { margin: 0; max-width: none; font-size: 10pt; }
@@ -152,8 +154,8 @@ def _html_table(table: Table) -> str:
         parts = []
         for i, cell in enumerate(cells):
             name = ' class="l"' if i < table.left else ""
-            # A path may break after its slashes.
-            text = escape(cell).replace("/", "/<wbr>")
+            # A path may break after its slashes, and an interval nowhere.
+            text = escape(_BRACKETS.sub(_unbroken, cell)).replace("/", "/<wbr>")
             parts.append(f"<{tag}{name}>{text}</{tag}>")
         return f"<tr>{''.join(parts)}</tr>\n"
 
@@ -162,6 +164,10 @@ def _html_table(table: Table) -> str:
         f'<div class="wide"><table>\n<thead>{row(table.head, "th")}</thead>\n<tbody>\n'
         f"{rows}</tbody>\n</table></div>"
     )
+
+
+def _unbroken(found: "re.Match[str]") -> str:
+    return found.group().replace(" ", "\u00a0")
 
 
 def _html_plots(plots: Plots, numbers: Iterator[int]) -> str:

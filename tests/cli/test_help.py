@@ -69,8 +69,10 @@ def test_bytes_are_told_in_the_unit_that_fits(count, text):
     assert size_of(count) == text
 
 
-def test_an_amount_of_speech_is_told_in_minutes_or_hours():
+def test_an_amount_of_speech_is_told_in_the_unit_that_fits():
     assert speech(96, 230.4) == "96 cuts, 3.8 min of audio"
+    assert speech(4, 2.31) == "4 cuts, 2.3 s of audio"
+    assert speech(1, 0.04) == "1 cuts, 0.0 s of audio"
     assert speech(28539, 362160.0) == "28,539 cuts, 100.6 h of audio"
 
 

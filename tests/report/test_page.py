@@ -56,6 +56,13 @@ def test_html_escapes_all_that_it_is_given():
     assert "&lt;b&gt;" in page and 'lang="&quot;x&quot;"' in page
 
 
+def test_an_interval_of_a_cell_stays_on_one_line():
+    table = Table(["a b", "WER [c d]"], [["x y", "30.4 [27.7, 33.1]"]])
+    page = to_html("t", [table], "f", "en")
+    assert ">30.4 [27.7,\u00a033.1]<" in page and ">x y<" in page
+    assert "[27.7, 33.1]" in to_markdown("t", [table], "f").replace("\\", "")
+
+
 def test_figures_of_one_page_have_ids_of_their_own():
     page = to_html("t", [Plots([("a", SVG)]), Plots([("b", SVG)])], "f", "en")
     ids = re.findall(r' id="([^"]*)"', page)
