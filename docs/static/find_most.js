@@ -1,6 +1,7 @@
 /* A sentence as it was printed has the reader's own paths and numbers in it, which are on
    no page, and Chinese has no blanks between its words. Where Sphinx, which wants all words
-   of a question, finds nothing, the pages are shown that have most of them. */
+   of a question, finds nothing, and for questions of five words or more, the pages are
+   shown that have most of them. */
 "use strict";
 
 const HAN = /\p{Script=Han}/u;
@@ -43,6 +44,6 @@ document.addEventListener("DOMContentLoaded", () => {
   const findAll = Search.performTermsSearch;
   Search.performTermsSearch = (terms, excluded) => {
     const found = findAll(terms, excluded);
-    return found.length ? found : findMost(terms);
+    return found.length && terms.size < 5 ? found : findMost(terms);
   };
 });
