@@ -4,6 +4,7 @@ The source folder is the repository's root, so that a link from page to page is 
 file name here and where the repository is read.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -34,6 +35,23 @@ html_show_sourcelink = False
 highlight_language = "none"  # what commands print; their own blocks say bash
 
 myst_heading_anchors = 3
+
+# A line's end between Chinese characters is no blank.
+LINE_END = re.compile(
+    r"(?<=[\u4e00-\u9fff])\n(?=[\u4e00-\u9fff\uff08])"
+    r"|(?<=[\u3001\u3002\uff08-\uff1f])\n(?=[`A-Za-z\u4e00-\u9fff\uff08])"
+)
+
+
+def _join_lines(app, docname, source):
+    parts = source[0].split("```")  # every other one is a block of code
+    parts[::2] = (LINE_END.sub("", part) for part in parts[::2])
+    source[0] = "```".join(parts)
+
+
+def setup(app):
+    app.connect("source-read", _join_lines)
+
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
