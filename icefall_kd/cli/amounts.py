@@ -23,9 +23,9 @@ def speech(cuts: int, seconds: float) -> str:
       cuts: The number of cuts.
       seconds: Their durations' sum.
     """
-    for unit, factor in (("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= factor:
-            break
+    unit, factor = "s", 1
+    if seconds >= 60:
+        unit, factor = ("h", 3600) if seconds >= 3600 else ("min", 60)
     text = f"{seconds / factor:,.1f} {unit}"
     return f"{cuts:,} cuts, {text} of audio"
 

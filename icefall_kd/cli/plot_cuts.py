@@ -59,7 +59,13 @@ _EPOCH = click.option(
 )
 
 
-@command(context_settings=MODEL_FLAGS)
+@command(
+    context_settings=MODEL_FLAGS,
+    example="""icefall-kd plot lattice \\
+  --recipe ./zipformer --exp-dir zipformer/exp --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --cuts data/fbank/librispeech_cuts_dev-clean.jsonl.gz lattice.svg""",
+)
 @_OUT
 @teacher_options()
 @_CUTS
@@ -105,7 +111,14 @@ def lattice(
     click.echo(out)
 
 
-@command(context_settings=MODEL_FLAGS)
+@command(
+    context_settings=MODEL_FLAGS,
+    example="""icefall-kd plot spikes \\
+  --recipe ./zipformer --exp-dir zipformer/exp --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --cuts data/fbank/librispeech_cuts_dev-clean.jsonl.gz \\
+  --student KD=zipformer_kd/exp/kd --student-epoch 30 spikes.svg""",
+)
 @_OUT
 @teacher_options()
 @_CUTS
@@ -152,7 +165,14 @@ def spikes(
     click.echo(out)
 
 
-@command(context_settings=MODEL_FLAGS)
+@command(
+    context_settings=MODEL_FLAGS,
+    example="""icefall-kd plot kl \\
+  --recipe ./zipformer --exp-dir zipformer/exp --epoch 30 --avg 9 \\
+  --bpe-model data/lang_bpe_500/bpe.model \\
+  --cuts data/fbank/librispeech_cuts_dev-clean.jsonl.gz \\
+  --student KD=zipformer_kd/exp/kd --student-epoch 30 kl.svg""",
+)
 @_OUT
 @teacher_options()
 @_CUTS

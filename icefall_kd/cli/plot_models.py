@@ -53,7 +53,11 @@ def lang_option(function: Callable) -> Callable:
     )(function)
 
 
-@command()
+@command(
+    example="""icefall-kd plot wer --model teacher=zipformer/exp \\
+  --model "no KD=zipformer_kd/exp/no-kd" \\
+  --model KD=zipformer_kd/exp/kd --manifest-dir data/fbank wer.svg"""
+)
 @click.argument("out", type=Place())
 @_MODELS
 @click.option(
@@ -93,7 +97,10 @@ def wer(
     click.echo(out)
 
 
-@command()
+@command(
+    example="""icefall-kd plot losses --model "no KD=zipformer_kd/exp/no-kd" \\
+  --model KD=zipformer_kd/exp/kd losses.svg"""
+)
 @click.argument("out", type=Place())
 @_MODELS
 @lang_option
@@ -120,7 +127,7 @@ def losses(out: str, models: Sequence[str], lang: str) -> None:
     click.echo(out)
 
 
-@command()
+@command(example="""icefall-kd plot way way.svg""")
 @click.argument("out", type=Place())
 @lang_option
 def way(out: str, lang: str) -> None:

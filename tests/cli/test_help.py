@@ -11,9 +11,25 @@ from icefall_kd.cli.amounts import free_space, size_of, speech
 from icefall_kd.cli.options import MODEL_FLAGS
 
 
-@pytest.fixture(params=sorted(MODULES))
-def command(request):
-    return cli.get_command(None, request.param)
+def commands():
+    """The words and the command of each subcommand, those of groups too."""
+    for name in sorted(MODULES):
+        command = cli.get_command(None, name)
+        if isinstance(command, click.Group):
+            for kind in command.list_commands(None):
+                yield ["icefall-kd", name, kind], command.get_command(None, kind)
+        else:
+            yield ["icefall-kd", name], command
+
+
+@pytest.fixture(params=list(commands()), ids=lambda param: "-".join(param[0]))
+def words_and_command(request):
+    return request.param
+
+
+@pytest.fixture
+def command(words_and_command):
+    return words_and_command[1]
 
 
 def help_of(command):
@@ -29,24 +45,25 @@ def lines_of(example):
 
 
 def test_each_option_with_a_default_shows_it(command):
-    text = " ".join(help_of(command).split())
+    context = click.Context(command, info_name=command.name, show_default=True)
     for param in command.params:
         if isinstance(param, click.Argument) or param.is_flag or param.multiple:
             continue
         if param.default in ("", None) or not isinstance(param.default, (str, int)):
             continue
-        name, rest = param.opts[0], text[text.index(f" {param.opts[0]}") :]
-        found = re.search(r"\[default: (.*?)\]", rest)
-        assert found and found.group(1) == str(param.default), (command.name, name)
+        _, text = param.get_help_record(context)
+        found = re.search(r"\[default: (.*?)\]", text)
+        assert found and found.group(1) == str(param.default), param.opts
 
 
-def test_a_help_ends_with_an_example_that_the_parser_takes(command):
+def test_a_help_ends_with_an_example_that_the_parser_takes(words_and_command):
+    name, command = words_and_command
     _, _, example = help_of(command).rpartition("\n\nExample:\n")
     assert example.split() == command.example.split() and example
     assert max(map(len, example.splitlines())) <= 88
     for words in lines_of(example):
-        assert words[:2] == ["icefall-kd", command.name]
-        context = command.make_context(command.name, words[2:])
+        assert words[: len(name)] == name
+        context = command.make_context(command.name, words[len(name) :])
         rest = context.params.get("model_flags", ())
         assert not rest, f"{command.name} has no {rest}"
 
