@@ -87,7 +87,7 @@ def test_both_files_are_written_and_the_rates_printed(
     assert (
         " ".join(row.split()) == "greedy_search test-clean 4.00 8.00 7.00 -12.5 % 25 %"
     )
-    assert done.out.splitlines()[-2:] == [
+    assert done.out.splitlines()[-3:-1] == [
         str(out / "report.md"),
         str(out / "report.html"),
     ]
