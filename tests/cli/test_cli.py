@@ -9,6 +9,7 @@ import gzip
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -658,6 +659,31 @@ def test_two_processes_of_torchrun_equal_one_bit_for_bit(
     )
     assert done.returncode == 0, done.stderr
     assert "24 cuts with targets of 2 jobs" in done.stdout
+    check_processes()
+
+
+@pytest.mark.slow
+def test_two_launchers_of_torchrun_equal_one_process_bit_for_bit(
+    dump_words, many, tmp_path, one_process, check_processes
+):
+    """As on two nodes: each has one process, which is number 0 of its node."""
+    script = tmp_path / "icefall-kd"
+    script.write_text(f"#!{sys.executable}\n{DUMP}")
+    script.chmod(0o755)
+    words = dump_words(*one_process[0], cuts=many)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2]
+        command += ["--nproc_per_node", 1, "--node_rank", node, "--master_port", port]
+        command += ["--master_addr", "localhost", "--no_python", script, *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(list(map(str, command)), text=True, **pipes))
+    done = [process.communicate(timeout=600) for process in started]
+    assert [p.returncode for p in started] == [0, 0], done
+    assert any("24 cuts with targets of 2 jobs" in out for out, _ in done)
     check_processes()
 
 

@@ -9,6 +9,9 @@ icefall's own. The five lines that name kd are all that distillation needs:
 
   ./zipformer/train.py --exp-dir exp/student-kd --start-epoch 2 --num-epochs 4 \
     --manifest-dir data/kd --kd-ctc-weight 1 $(cat exp/student-kd/student_flags)
+
+On several GPUs it runs with --world-size, or under torchrun, which may start it on
+several machines; --max-duration is that of one process.
 """
 
 import argparse
@@ -51,7 +54,6 @@ from zipformer.utils import (
     MetricsTracker,
     cleanup_dist,
     remove_checkpoints,
-    setup_dist,
     setup_logger,
     update_averaged_model,
 )
@@ -231,6 +233,14 @@ def train_one_epoch(
         params.best_train_loss = params.train_loss
 
 
+def setup_dist(rank: int, world_size: int, master_port: int) -> None:
+    """Join the other processes, at the address that torchrun set or on this machine."""
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", str(master_port))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, rank=rank, world_size=world_size)
+
+
 def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
     """Train in process `rank` of `world_size`."""
     params = get_params()
@@ -240,6 +250,8 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
     fix_random_seed(params.seed)
     if world_size > 1:
         setup_dist(rank, world_size, params.master_port)
+    # Of several machines, each numbers its own GPUs from 0.
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
 
     setup_logger(f"{params.exp_dir}/log/log-train")
     logging.info("Training started")
@@ -255,7 +267,8 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
         tb_writer = SummaryWriter(log_dir=f"{params.exp_dir}/tensorboard")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", rank)
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     logging.info(f"Device: {device}")
 
     sp = load_bpe_model(params.bpe_model)
@@ -278,7 +291,7 @@ def run(rank: int, world_size: int, args: argparse.Namespace) -> None:
     model.to(device)
     if world_size > 1:
         logging.info("Using DDP")
-        ids = [rank] if device.type == "cuda" else None
+        ids = [local_rank] if device.type == "cuda" else None
         model = DDP(model, device_ids=ids, find_unused_parameters=True)
     kd.attach(params, model)
 
@@ -388,8 +401,13 @@ def main():
     AsrDataModule.add_arguments(parser)
     args = parser.parse_args()
     args.exp_dir = Path(args.exp_dir)
+    launched = int(os.environ.get("WORLD_SIZE", 1))  # by torchrun, on all nodes
+    if launched > 1:
+        args.world_size = launched
     check_options(args)
-    if args.world_size > 1:
+    if launched > 1:
+        run(int(os.environ["RANK"]), launched, args)
+    elif args.world_size > 1:
         mp.spawn(run, args=(args.world_size, args), nprocs=args.world_size, join=True)
     else:
         run(rank=0, world_size=1, args=args)
