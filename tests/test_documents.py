@@ -26,6 +26,7 @@ OTHERS = """
     --base-lr --jit --world-size --epoch --avg --iter --exp-dir --lang-dir
     --bpe-model --recipe --num-workers --gres --array --wrap --logdir
     --master-port --help --causal --dist --embed-channels --nproc_per_node --no_python
+    --nnodes --node_rank --master_addr --rdzv_backend
     --feedforward-dim --encoder-unmasked-dim --prune-range --spec-aug-time-warp-factor
 """.split()
 TOOLS = [*ROOT.glob("tools/*.sh"), *ROOT.glob("tools/*.py"), *ROOT.glob("tests/*.sh")]
