@@ -328,7 +328,7 @@ STEPS: Dict[str, Callable[[Path, First], int]] = {
 
 def memory(name: str) -> float:
     """MB of this process, by a name of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text("ascii").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) / 1024
     raise KeyError(name)
@@ -387,7 +387,11 @@ def main() -> None:
     for name in args.steps.split():
         command = [sys.executable, __file__, "--work-dir", str(args.work_dir)]
         done = subprocess.run(
-            [*command, "--step", name], stdout=subprocess.PIPE, text=True, check=True
+            [*command, "--step", name],
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf8",
+            check=True,
         )
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
@@ -395,7 +399,9 @@ def main() -> None:
     print(f"{path}: {size / 1e6:,.1f} MB")
     print("\n".join(table(rows)))
     if args.json:
-        args.json.write_text(json.dumps({"bytes": size, "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"bytes": size, "rows": rows}, indent=1), "utf8"
+        )
 
 
 if __name__ == "__main__":
