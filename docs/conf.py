@@ -18,7 +18,7 @@ copyright = "the icefall_kd developers"
 version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "egs/*/ASR/*.md", "tools/README.md", "*.md"]
+include_patterns = ["docs/**.md", "egs/*/ASR/*.md", "egs/*/ASR/pretrained/*.md", "tools/README.md", "*.md"]
 exclude_patterns = ["README*.md", ".*", "docs/build"]
 exclude_patterns += [
     f"egs/*/ASR/{name}" for name in ("data", "download", "exp", "work")

@@ -11,7 +11,7 @@ import click
 
 from icefall_kd.cli.options import MODEL_FLAGS, Place, Text, command, teacher_options
 from icefall_kd.cli.text_table import text_table
-from icefall_kd.errors import KDError, require
+from icefall_kd.errors import KDError, first_line, require
 from icefall_kd.files import check_new_file
 from icefall_kd.training.options import add_options, distils, flags_in_errors
 
@@ -37,25 +37,38 @@ _PARTS: List[Tuple[str, str, str, str]] = [
 ]
 
 
-def _version(module: str, distribution: str) -> str:
-    """The version, or "" where the module can't be imported."""
+_BROKEN = "it is there, and can't be imported"
+
+
+def _version(module: str, distribution: str) -> Tuple[str, str]:
+    """The version, or "" where the module can't be imported, and then why it can't.
+
+    The reason is "" for a module that is not there.
+    """
     try:
         imported = import_module(module)
-    except Exception:  # a broken binary raises whatever it likes
-        return ""
+    except ModuleNotFoundError as e:
+        there = e.name not in (module, module.partition(".")[0])
+        return "", f"{_BROKEN}: {first_line(e)}" * there
+    except Exception as e:  # a broken binary raises whatever it likes
+        return "", f"{_BROKEN}: {first_line(e)}"
     try:
-        return metadata.version(distribution)
+        return metadata.version(distribution), ""
     except metadata.PackageNotFoundError:
-        return str(getattr(imported, "__version__", "found"))
+        return str(getattr(imported, "__version__", "found")), ""
 
 
 def _installed() -> None:
     """Print the table of installed parts, and refuse where one is missing."""
     rows = []
     for module, distribution, need, install in _PARTS:
-        rows.append((distribution, _version(module, distribution), need, install))
+        version, problem = _version(module, distribution)
+        rows.append((distribution, version, need, problem or install))
     installed = {name for name, version, *_ in rows if version}
-    cells = [(n, v or "missing", need, "" if v else i) for n, v, need, i in rows]
+    cells = []
+    for name, version, need, remedy in rows:
+        state = "broken" if remedy.startswith(_BROKEN) else "missing"
+        cells.append((name, version or state, need, "" if version else remedy))
     click.echo(text_table([("part", "version", "for", "to install"), *cells], left=4))
     engine = next((e for e in ("k2", "fast_rnnt") if e in installed), None)
     click.echo(f"transducer engine: {engine or 'none'}")

@@ -263,6 +263,18 @@ def student(
     if listed or as_json:
         if teacher.model_flags:
             raise click.UsageError(f"--list takes no {teacher.model_flags[0]!r}.")
+        flags = {
+            "--preset": options["preset"],
+            "--params": options["params_goal"],
+            "--speed": options["speed"],
+            "--rtf": options["rtf"],
+            "--set": options["changes"],
+        }
+        for name, value in flags.items():
+            if value:
+                raise click.UsageError(
+                    f"--list takes no {name}: leave one of them out."
+                )
         if measure:
             if not teacher.recipe:
                 raise click.UsageError("Missing option '--recipe', of --measure.")

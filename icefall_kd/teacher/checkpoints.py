@@ -74,6 +74,11 @@ def checkpoint_files(
     remedy = "mend `exp_dir`, `epoch`, `iteration` or `avg`"
     if epoch == iteration == 0:
         remedy = "give `epoch` or `iteration`"
+    elif averaged and not files[0].is_file() and files[-1].is_file():
+        remedy = (
+            f"averaging needs it beside {files[-1].name}; give `use_averaged_model` 0 "
+            "and `avg` 1 for that one as it is"
+        )
     for path in files:
         require(path.is_file(), f"the checkpoint {path} does not exist: {remedy}")
     return files

@@ -942,6 +942,17 @@ def test_doctor_without_an_engine(run_python):
     assert "missing" in row and "install_native.py fast_rnnt" in row
 
 
+def test_doctor_says_why_a_part_that_is_there_can_not_be_imported(run_python, tmp_path):
+    (tmp_path / "icefall").mkdir()
+    (tmp_path / "icefall" / "__init__.py").write_text("import no_such_part\n")
+    code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+    code += "sys.argv[1:] = ['doctor']\n"
+    done = run_python(code + MAIN)
+    (row,) = (li for li in done.stdout.splitlines() if li.startswith("icefall "))
+    assert "broken" in row and "put icefall on PYTHONPATH" not in row
+    assert row.endswith(": ModuleNotFoundError: No module named 'no_such_part'")
+
+
 def test_the_engine_without_an_engine(run_python):
     code = (
         "from icefall_kd.errors import install_excepthook\n"

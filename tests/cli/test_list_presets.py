@@ -80,3 +80,13 @@ def test_the_list_needs_no_torch(run_python):
         block=["torch", "numpy", "k2", "zipformer"],
     )
     assert done.stderr == "" and done.stdout.startswith("preset ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--preset", "s"), ("--params", "5M"), ("--set", "num-heads=4"), ("--rtf", 1)],
+)
+def test_a_list_takes_no_choice(invoke, words):
+    done = invoke("student", "--list", *words)
+    assert done.code != 0 and done.out == ""
+    assert any(f"--list takes no {words[0]}" in line for line in done.err)

@@ -147,8 +147,10 @@ def test_files_are_those_icefall_takes(
 
 
 def test_a_missing_epoch_is_refused(folder):
-    with pytest.raises(KDError, match="epoch-7.pt does not exist.*`epoch`"):
+    with pytest.raises(KDError, match="beside epoch-9.pt; .*`use_averaged_model` 0"):
         checkpoint_files(folder, 9, 0, 2, True)
+    with pytest.raises(KDError, match="epoch-11.pt does not exist.*`epoch`"):
+        checkpoint_files(folder, 11, 0, 1, True)
     with pytest.raises(KDError, match="epoch-11.pt does not exist"):
         checkpoint_files(folder, 11, 0, 1, False)
 
