@@ -302,7 +302,6 @@ def export(
             "check: leave --only-check out",
         )
         folder.same_model(values)
-        begin(plan)
     else:
         folder.begin(values)
         begin(plan)
@@ -322,6 +321,8 @@ def export(
         if folder.metadata.pop("checked", None):
             folder.finish()  # what was found before no longer counts
         check_files(folder, names)
+        if only_check:
+            begin(plan)
         if sherpa and CTC_HEAD in of_heads and not sherpa_can(CTC_HEAD, chunks):
             click.echo(
                 "sherpa-onnx streams CTC models of 80 Mel bins alone, and this one has "
