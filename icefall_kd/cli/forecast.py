@@ -133,6 +133,12 @@ def forecast(
     need_kaldialign()
     if json_file:
         check_new_file(json_file, "--json")
+        folder = Path(json_file).absolute().parent
+        require(
+            folder.is_dir(),
+            f"--json {json_file} can't be written, as {folder} does not exist: give a "
+            "file in a folder that is there",
+        )
     teacher.one_folder("forecast")
     measures, notes = _measure(
         teacher,

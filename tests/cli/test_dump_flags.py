@@ -456,7 +456,7 @@ def test_parameters_alone_are_a_teacher_in_training_too(released, teacher_exp):
         ({"kd_teacher_model_flags": ""}, "are not those of the model"),
         ({"kd_teacher_model_flags": "--x 1"}, "--x is an option neither of"),
         ({"kd_teacher_model_flags": "'x"}, '^--kd-teacher-model-flags is "\'x"'),
-        ({"kd_teacher_use_averaged_model": True}, "--kd-teacher-epoch"),
+        ({"kd_teacher_use_averaged_model": True}, "--kd-teacher-use-averaged-model 0"),
         ({"kd_teacher_iter": 8}, "--kd-teacher-iter 8 --kd-teacher-avg 1 need 1"),
     ],
     ids="bpe flags unknown quotation averaged iter".split(),

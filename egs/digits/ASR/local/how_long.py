@@ -18,7 +18,10 @@ from statistics import median
 from typing import Dict
 
 import torch
-from script_utils import MOST_THREADS, check_range, run_script
+from script_utils import MOST_THREADS, check_range, run_script, words_of
+
+from icefall_kd import KDError
+from icefall_kd.errors import first_line
 
 # Before the recipe's own modules: they are not in a package.
 RECIPE = Path(__file__).resolve().parent.parent / "zipformer"
@@ -61,16 +64,28 @@ def seconds_of_a_step(student_set: str) -> float:
     """The median seconds of a training step of the student, with made features."""
     parser = get_parser()
     AsrDataModule.add_arguments(parser)
-    words = []
-    for setting in student_set.split():
-        name, _, value = setting.partition("=")
-        words += [f"--{name}", value]
     params = get_params()
-    params.update(vars(parser.parse_args(words)))
+    params.update(vars(parser.parse_args([])))
+    for setting in words_of(student_set, "--student-set"):
+        name, equals, value = setting.partition("=")
+        key = name.replace("-", "_")
+        if not equals or key not in params:
+            raise KDError(
+                f"--student-set has {setting!r}, and each word must be NAME=VALUE "
+                "with an option of zipformer/train.py, such as encoder-dim=32,32,32"
+            )
+        params[key] = value
+        if isinstance(parser.get_default(key), int) and value.isdecimal():
+            params[key] = int(value)
     params.update(blank_id=0, sos_id=1, eos_id=1, vocab_size=SYMBOLS)
     prepare_package()
     torch.manual_seed(0)
-    model = get_model(params)
+    try:
+        model = get_model(params)
+    except Exception as e:  # the package refuses by assertions
+        raise KDError(
+            f"--student-set {student_set!r} makes no model ({first_line(e)}): mend it"
+        ) from None
     x = torch.randn(UTTERANCES, FRAMES, params.feature_dim)
     lens = torch.full((UTTERANCES,), FRAMES)
     y = torch.randint(2, SYMBOLS, (UTTERANCES, WORDS)).tolist()
