@@ -151,7 +151,10 @@ def test_training_cuts_are_counted_by_their_transcripts(
         (["--baseline-dir", "nowhere"], "the folder nowhere does not exist: give "),
         (["--difference", "100"], "--difference is 100, and must be a number"),
         (["--num-cuts", "0"], "--num-cuts is 0, and must be a whole number"),
-        (["--json", "no/such/file"], "--json no/such/file can't be written, as "),
+        (
+            ["--baseline-dir", ".", "--json", "no/such/file"],
+            "--json no/such/file can't be written, as ",
+        ),
     ],
 )
 def test_bad_options(refused, words, loaded_once, more, message):
