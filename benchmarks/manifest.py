@@ -79,8 +79,7 @@ def make_manifest(path: Path, num_cuts: int) -> None:
     from lhotse.audio import AudioSource
     from tqdm import tqdm
 
-    from icefall_kd.targets import Fingerprint, TargetWriter
-    from icefall_kd.zipformer import encoder_frames
+    from icefall_kd import Fingerprint, TargetWriter, encoder_frames
 
     fingerprint = Fingerprint(
         teacher="a" * 64,
@@ -160,7 +159,7 @@ class _Shape:
     """Lines of cuts that differ in their numbers alone."""
 
     def __init__(self, cut: Any) -> None:
-        from icefall_kd.targets.store import Pointer
+        from icefall_kd import Pointer
 
         self.pointer, self.number = Pointer.of_cut(cut), cut.id[-7:]
         self.record = b"".join(self.pointer.read().values())
@@ -230,7 +229,7 @@ def dump(path: Path, first: First) -> int:
 
 
 def resume(path: Path, first: First) -> int:
-    from icefall_kd.targets import Fingerprint, TargetWriter
+    from icefall_kd import Fingerprint, TargetWriter
     from icefall_kd.targets.manifest import job_manifest, open_manifest
 
     store = path.parent / "cuts_kd"
@@ -271,7 +270,8 @@ def label(path: Path, first: First) -> int:
 def train(path: Path, first: First) -> int:
     from lhotse import CutSet
 
-    from icefall_kd.targets.dataset import TargetDataset, store_fingerprint
+    from icefall_kd import TargetDataset
+    from icefall_kd.targets.dataset import store_fingerprint
     from icefall_kd.targets.first_look import FirstLook
 
     cuts = CutSet.from_file(path)
