@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Dict, Iterator, List, Sequence
 
+import click
 from lhotse.cut import Cut
 
+from icefall_kd.cli.options import Text
 from icefall_kd.errors import need_kaldialign, require
 from icefall_kd.report.comparison import Model, Run, TestAudio
 from icefall_kd.report.exports import read_exports
@@ -14,6 +16,17 @@ from icefall_kd.report.manifests import manifests_of, speakers_of
 from icefall_kd.report.results import Decoding, read_decodings, split_last
 from icefall_kd.report.transcripts import Scores, read_scores
 from icefall_kd.targets.cuts import ManifestCuts
+
+models_option = click.option(
+    "--model",
+    "models",
+    type=Text(),
+    multiple=True,
+    required=True,
+    metavar="NAME=EXP_DIR",
+    help="A model's name and its experiment folder. Give the option once for each "
+    "model. The same name with other folders adds seeds of the model.",
+)
 
 
 def check_manifest_dir(manifest_dir: str) -> None:

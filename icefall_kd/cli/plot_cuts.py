@@ -143,11 +143,8 @@ def spikes(
     from icefall_kd.plot.utterance import read_utterance
 
     check_picture(out)
-    tokenizer_needed(teacher)
-    folders = folders_by_name(students, "--student")
-    loaded, of_students, texts = _load(teacher, folders, student_epoch)
+    loaded, of_students, texts, blank_id = _load(teacher, students, student_epoch)
     utterance = read_utterance(cuts, cut_id, loaded.settings)
-    blank_id = int(loaded.settings.get("blank_id", 0))
     words = words_of(lang)
     models = {words["teacher"]: loaded.model, **of_students}
     tracks = [track_of(n, m, utterance, blank_id) for n, m in models.items()]
@@ -155,10 +152,10 @@ def spikes(
     write_picture(out, lambda: draw_spikes(utterance, tracks, texts, title, words))
     rows = [["model", "frames of CTC spikes", "of the transducer's tokens"]]
     for track in tracks:
-        found = ((s.frame, s.token) for s in track.spikes)
+        ctc_tokens = ((s.frame, s.token) for s in track.spikes)
         cells = (
             " ".join(f"{frame}:{texts[token]}" for frame, token in pairs)
-            for pairs in (found, track.emitted)
+            for pairs in (ctc_tokens, track.emitted)
         )
         rows.append([track.name, *cells])
     click.echo(text_table(rows, left=3))
@@ -213,15 +210,12 @@ def kl(
     from icefall_kd.plot.utterance import read_utterance
 
     check_picture(out)
-    tokenizer_needed(teacher)
-    folders = folders_by_name(students, "--student")
-    loaded, of_students, texts = _load(teacher, folders, student_epoch)
+    loaded, of_students, texts, blank_id = _load(teacher, students, student_epoch)
     utterance = read_utterance(cuts, cut_id, loaded.settings)
-    blank_id = int(loaded.settings.get("blank_id", 0))
-    heard = (utterance.features, utterance.lens)
-    (own,) = log_probs_of(loaded.model, *heard)
+    features = (utterance.features, utterance.lens)
+    (own,) = log_probs_of(loaded.model, *features)
     rows = {
-        name: split_kl(own, log_probs_of(model, *heard)[0], blank_id)
+        name: split_kl(own, log_probs_of(model, *features)[0], blank_id)
         for name, model in of_students.items()
     }
     batches = _batches(cuts, num_cuts, int(loaded.settings["feature_dim"]))
@@ -267,18 +261,20 @@ def title_of(utterance: Any) -> str:
 
 
 def _load(
-    teacher: TeacherSpec, folders: Dict[str, List[Any]], epoch: int
-) -> Tuple[LoadedTeacher, Dict[str, Any], List[str]]:
-    """Teacher, students by name, and the text of each token."""
+    teacher: TeacherSpec, students: Sequence[str], epoch: int
+) -> Tuple[LoadedTeacher, Dict[str, Any], List[str], int]:
+    """Teacher, students by name, the text of each token, and the id of blank."""
     from icefall_kd.plot.utterance import load_students
     from icefall_kd.tokens import token_names
 
+    tokenizer_needed(teacher)
+    folders = folders_by_name(students, "--student")
     loaded = teacher.load_one("a picture")
     texts = token_names(teacher.tokenizer(loaded.settings))
-    students = load_students(
+    models = load_students(
         teacher.recipe, folders, epoch, loaded.settings, loaded.folder
     )
-    return loaded, students, texts
+    return loaded, models, texts, int(loaded.settings.get("blank_id", 0))
 
 
 def _batches(path: str, num_cuts: int, num_features: int) -> List[Tuple[Any, Any]]:

@@ -8,10 +8,11 @@ from icefall_kd.cli.models import (
     check_manifest_dir,
     folders_by_name,
     measure_all,
+    models_option,
     read_audio,
     read_model,
 )
-from icefall_kd.cli.options import Place, Text, command
+from icefall_kd.cli.options import Place, command
 from icefall_kd.errors import require
 from icefall_kd.plot.figures import check_picture, write_picture
 from icefall_kd.plot.words import LANGUAGES, words_of
@@ -20,16 +21,6 @@ from icefall_kd.report.costs import cost_plots, draw_cost_plots
 from icefall_kd.report.plots import draw_loss_grid
 from icefall_kd.report.words import words_of as report_words
 
-_MODELS = click.option(
-    "--model",
-    "models",
-    type=Text(),
-    multiple=True,
-    required=True,
-    metavar="NAME=EXP_DIR",
-    help="A model's name and its experiment folder. Give the option once for each "
-    "model. The same name with other folders adds seeds of the model.",
-)
 _UNIT = click.option(
     "--unit",
     type=click.Choice(["WER", "CER"]),
@@ -59,7 +50,7 @@ def lang_option(function: Callable) -> Callable:
   --model KD=zipformer_kd/exp/kd --manifest-dir data/fbank wer.svg"""
 )
 @click.argument("out", type=Place())
-@_MODELS
+@models_option
 @click.option(
     "--manifest-dir",
     type=Place(optional=True),
@@ -102,7 +93,7 @@ def wer(
   --model KD=zipformer_kd/exp/kd losses.svg"""
 )
 @click.argument("out", type=Place())
-@_MODELS
+@models_option
 @lang_option
 def losses(out: str, models: Sequence[str], lang: str) -> None:
     """Draw the curves of each loss: hard ones, and those of distillation (kd_).

@@ -12,6 +12,7 @@ from icefall_kd.cli.models import (
     check_manifest_dir,
     folders_by_name,
     measure_all,
+    models_option,
     read_audio,
     read_model,
 )
@@ -38,16 +39,7 @@ icefall-kd report --model teacher=zipformer/exp \\
 
 @command(example=EXAMPLE)
 @click.argument("out_dir", type=Place())
-@click.option(
-    "--model",
-    "models",
-    type=Text(),
-    multiple=True,
-    required=True,
-    metavar="NAME=EXP_DIR",
-    help="A model's name and its experiment folder. Give the option once for each "
-    "model. The same name with other folders adds seeds of the model.",
-)
+@models_option
 @click.option(
     "--teacher",
     type=Text(),

@@ -111,9 +111,9 @@ def sum_by_kind(
     """
     totals = {name: {kind: KindSums() for kind in KINDS} for name in students}
     for x, x_lens in batches:
-        heard = log_probs_of(teacher, x, x_lens)
+        taught = log_probs_of(teacher, x, x_lens)
         for name, model in students.items():
-            for p, q in zip(heard, log_probs_of(model, x, x_lens)):
+            for p, q in zip(taught, log_probs_of(model, x, x_lens)):
                 add_rows(totals[name], split_kl(p, q, blank_id))
         advance()
     return totals

@@ -644,13 +644,19 @@ def test_two_jobs_at_once_equal_one_bit_for_bit(
     check_processes()
 
 
+@pytest.fixture
+def script(tmp_path):
+    """A program that dumps, for torchrun."""
+    path = tmp_path / "icefall-kd"
+    path.write_text(f"#!{sys.executable}\n{DUMP}")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.mark.slow
 def test_two_processes_of_torchrun_equal_one_bit_for_bit(
-    dump_words, many, tmp_path, one_process, check_processes
+    dump_words, many, script, one_process, check_processes
 ):
-    script = tmp_path / "icefall-kd"
-    script.write_text(f"#!{sys.executable}\n{DUMP}")
-    script.chmod(0o755)
     words = dump_words(*one_process[0], cuts=many)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", 2, "--no_python", script, *words]
@@ -664,12 +670,9 @@ def test_two_processes_of_torchrun_equal_one_bit_for_bit(
 
 @pytest.mark.slow
 def test_two_launchers_of_torchrun_equal_one_process_bit_for_bit(
-    dump_words, many, tmp_path, one_process, check_processes
+    dump_words, many, script, one_process, check_processes
 ):
     """As on two nodes: each has one process, which is number 0 of its node."""
-    script = tmp_path / "icefall-kd"
-    script.write_text(f"#!{sys.executable}\n{DUMP}")
-    script.chmod(0o755)
     words = dump_words(*one_process[0], cuts=many)
     with socket.socket() as free:
         free.bind(("localhost", 0))
